@@ -1,0 +1,223 @@
+"""What is on disk, versioned: schemes, tensor names and shapes, and the ``quantization_config`` of config.json."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .errors import CheckpointError
+from .pattern import Pattern
+
+QUANT_METHOD = "slidesparse"
+VERSION = 1
+MARKER = "slidesparse"
+"""Key under which the portable dense twin names its pattern."""
+
+DEFAULT_IGNORE = ("lm_head", "*.lm_head", "*embed*", "*wte", "*wpe", "*norm*", "*router*", "*.gate", "*.experts.*")
+"""Layer names never pruned or packed unless asked for by name: heads, embeddings, norms, routers and expert stacks."""
+
+BLOCK = 16
+"""Weights per block scale of nvfp4."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a linear's weights are stored and its activations quantised.
+
+    ``dtype`` is that of ``weight_values``; ``bound`` is Q of symmetric 8-bit quantisation (None: nothing is quantised per row);
+    ``pair`` says that one stored value holds two weights along K.
+    """
+
+    name: str
+    dtype: torch.dtype
+    bound: float | None = None
+    pair: bool = False
+
+    @property
+    def dynamic(self) -> bool:
+        """Activations are quantised per token to ``dtype`` before the GEMM."""
+        return self.bound is not None
+
+    def k_stored(self, k: int) -> int:
+        """Stored values in a dense row of ``k`` weights."""
+        return k // 2 if self.pair else k
+
+    def pattern_stored(self, pattern: Pattern) -> Pattern:
+        """The pattern as it applies to stored values: for nvfp4 one value is one pair, so the unit becomes 1."""
+        return Pattern(pattern.kept, pattern.group, pattern.n, pattern.l) if self.pair else pattern
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("int8", torch.int8, bound=127.0),
+        Scheme("fp8", torch.float8_e4m3fn, bound=448.0),
+        Scheme("bf16", torch.bfloat16),
+        Scheme("fp16", torch.float16),
+        Scheme("nvfp4", torch.uint8, pair=True),
+    )
+}
+
+
+def scheme_named(name: str) -> Scheme:
+    """Look a scheme up.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in SCHEMES:
+        raise ValueError(f"unknown scheme {name!r}: choose one of {', '.join(SCHEMES)}")
+    return SCHEMES[name]
+
+
+@dataclass
+class Packed:
+    """One packed weight matrix (or a block of its rows): kept values in K order and one keep-bit per position.
+
+    values ``[N, ceil(K/group)·kept]``, keep uint8 ``[N, ceil(ceil(K/group)·group/8)]``; ``k`` counts stored values of a dense row.
+    """
+
+    values: torch.Tensor
+    keep: torch.Tensor
+    pattern: Pattern
+    k: int
+
+    @property
+    def n(self) -> int:
+        """Rows (output features)."""
+        return self.values.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and keep-bits together."""
+        return sum(t.numel() * t.element_size() for t in (self.values, self.keep))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name suffix, dtype and shape of one stored tensor of a layer."""
+
+    suffix: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def dense_tensors(scheme: Scheme, n: int, k: int) -> tuple[TensorSpec, ...]:
+    """Tensors of a dense ``[n, k]`` layer of a scheme, in compressed-tensors' names."""
+    suffix = "weight_packed" if scheme.pair else "weight"
+    return (TensorSpec(suffix, scheme.dtype, (n, scheme.k_stored(k))), *_scale_tensors(scheme, n, k))
+
+
+def packed_tensors(scheme: Scheme, pattern: Pattern, n: int, k: int) -> tuple[TensorSpec, ...]:
+    """Tensors of a packed ``[n, k]`` layer: ``weight_values``, ``weight_keep`` and, when quantised, the scales."""
+    stored, k_stored = scheme.pattern_stored(pattern), scheme.k_stored(k)
+    return (
+        TensorSpec("weight_values", scheme.dtype, (n, stored.packed_k(k_stored))),
+        TensorSpec("weight_keep", torch.uint8, (n, stored.keep_bytes(k_stored))),
+        *_scale_tensors(scheme, n, k),
+    )
+
+
+def _scale_tensors(scheme: Scheme, n: int, k: int) -> tuple[TensorSpec, ...]:
+    if scheme.dynamic:
+        return (TensorSpec("weight_scale", torch.float32, (n, 1)),)
+    if scheme.pair:
+        return (
+            TensorSpec("weight_scale", torch.float8_e4m3fn, (n, k // BLOCK)),
+            TensorSpec("weight_global_scale", torch.float32, (1,)),
+        )
+    return ()
+
+
+@dataclass
+class PackedConfig:
+    """The ``quantization_config`` of a packed checkpoint: everything a loader needs besides the tensors.
+
+    ``ignore`` lists layers (names, globs, or regular expressions behind ``re:``) that stay dense; ``overrides`` gives single layers
+    another pattern; ``in_features`` gives K of each layer whose last group is ragged, which the stored shapes do not tell.
+    """
+
+    pattern: Pattern
+    scheme: Scheme
+    ignore: list[str] = field(default_factory=list)
+    overrides: dict[str, Pattern] = field(default_factory=dict)
+    in_features: dict[str, int] = field(default_factory=dict)
+    version: int = VERSION
+
+    def pattern_of(self, layer: str) -> Pattern:
+        """The pattern of one layer."""
+        return self.overrides.get(layer, self.pattern)
+
+    def ignores(self, layer: str) -> bool:
+        """Whether the layer stays dense."""
+        return matches(layer, self.ignore)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        scheme = self.scheme
+        strategy = "channel" if scheme.dynamic else "tensor_group" if scheme.pair else None
+        weights: dict[str, Any] = {"dtype": scheme.name}
+        if strategy:
+            weights |= {"strategy": strategy, "symmetric": True}
+        activations = {"dtype": scheme.name, "strategy": "token", "dynamic": True, "symmetric": True} if scheme.dynamic else None
+        return {
+            "quant_method": QUANT_METHOD,
+            "version": self.version,
+            "pattern": str(self.pattern),
+            "weights": weights,
+            "activations": activations,
+            "ignore": list(self.ignore),
+            "overrides": {layer: str(pattern) for layer, pattern in self.overrides.items()},
+            "in_features": dict(self.in_features),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PackedConfig:
+        """Read the JSON form.
+
+        Raises:
+            CheckpointError: a newer version, or an entry that is missing or of the wrong kind; the message names it.
+        """
+        version = data.get("version")
+        if type(version) is not int or version < 1:
+            raise CheckpointError(f"quantization_config.version must be a positive integer, got {version!r}")
+        if version > VERSION:
+            raise CheckpointError(f"checkpoint format version {version} is newer than this slidesparse reads ({VERSION}): upgrade slidesparse")
+        weights = data.get("weights")
+        if not isinstance(weights, dict) or "dtype" not in weights:
+            raise CheckpointError(f"quantization_config.weights must be an object with a dtype, got {weights!r}")
+        ignore, overrides, in_features = data.get("ignore") or [], data.get("overrides") or {}, data.get("in_features") or {}
+        if not isinstance(ignore, list) or not all(isinstance(entry, str) for entry in ignore):
+            raise CheckpointError(f"quantization_config.ignore must be a list of layer names, got {ignore!r}")
+        for key, table, kind in (("overrides", overrides, str), ("in_features", in_features, int)):
+            if not isinstance(table, dict) or not all(type(value) is kind for value in table.values()):
+                raise CheckpointError(f"quantization_config.{key} must map layer names to {kind.__name__}, got {table!r}")
+        try:
+            scheme = scheme_named(weights["dtype"])
+            pattern = Pattern.parse(data.get("pattern", ""))
+            parsed = {layer: Pattern.parse(text) for layer, text in overrides.items()}
+        except ValueError as error:
+            raise CheckpointError(f"quantization_config: {error}") from error
+        return cls(pattern, scheme, list(ignore), parsed, dict(in_features), version)
+
+
+def matches(layer: str, patterns: list[str] | tuple[str, ...]) -> bool:
+    """Whether a layer name is meant by one of the entries: an exact name, a glob, or a regular expression behind ``re:``.
+
+    Raises:
+        ValueError: an entry is not a valid regular expression.
+    """
+    for entry in patterns:
+        if entry.startswith("re:"):
+            try:
+                if re.match(entry[3:], layer):
+                    return True
+            except re.error as error:
+                raise ValueError(f"bad regular expression {entry!r}: {error}") from error
+        elif layer == entry or fnmatch.fnmatchcase(layer, entry):
+            return True
+    return False

@@ -1,0 +1,7 @@
+"""Fast packing: dense masked weights ↔ kept values and keep-bits, and the slid layout derived from them."""
+
+from .codes import integer_view
+from .packing import pack, restore, slid_mask, slide, unpack_keep
+from .checks import check_packed, detect, find_violation
+
+__all__ = ["check_packed", "detect", "find_violation", "integer_view", "pack", "restore", "slid_mask", "slide", "unpack_keep"]

@@ -1,0 +1,82 @@
+"""Does it obey? Pattern detection on dense weights and the checks a loader makes before trusting packed tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..errors import PatternError, WeightError
+from ..format import Packed
+from ..pattern import KNOWN, Pattern
+from .codes import pad_to_groups, unit_codes
+from .packing import unpack_keep
+
+
+def find_violation(weight: Tensor, pattern: Pattern, offset: int = 0) -> PatternError | None:
+    """The first group of ``weight [N, K]`` with more non-zero units than the pattern keeps, or None.
+
+    The error carries row, group and the group's values.
+    """
+    codes = pad_to_groups(unit_codes(weight, pattern), pattern, offset)
+    excess = (codes != 0).view(codes.shape[0], -1, pattern.group).sum(-1, dtype=torch.uint8) > pattern.kept
+    if not bool(excess.any()):
+        return None
+    row, group = (int(i) for i in excess.nonzero()[0])
+    start = max((group * pattern.group - offset) * pattern.unit, 0)
+    stop = ((group + 1) * pattern.group - offset) * pattern.unit
+    values = tuple(weight[row, start:stop].float().tolist())
+    nonzero = int((codes[row].view(-1, pattern.group)[group] != 0).sum())
+    shown = ", ".join(f"{value:.4g}" for value in values)
+    return PatternError(
+        f"row {row}, group {group} (columns {start}–{min(stop, weight.shape[1]) - 1}): {nonzero} non-zero, "
+        f"pattern {pattern} keeps {pattern.kept} of {pattern.group}: [{shown}]",
+        row=row,
+        group=group,
+        values=values,
+    )
+
+
+def detect(weight: Tensor, candidates: Iterable[Pattern] = KNOWN) -> Pattern | None:
+    """The first candidate (tightest first by default) that ``weight [N, K]`` obeys, None if it obeys none."""
+    return next((pattern for pattern in candidates if find_violation(weight, pattern) is None), None)
+
+
+def check_packed(packed: Packed, scale: Tensor | None = None) -> None:
+    """Check shapes, keep-bit counts, unused bits, and scales before anything indexes from them.
+
+    Raises:
+        WeightError: names what is wrong: shape, row and group of a wrong bit count, or the row of a bad scale.
+    """
+    pattern, n = packed.pattern, packed.n
+    wanted_values, wanted_keep = (n, pattern.packed_k(packed.k)), (n, pattern.keep_bytes(packed.k))
+    if tuple(packed.values.shape) != wanted_values:
+        raise WeightError(f"weight_values has shape {list(packed.values.shape)}, pattern {pattern} with K = {packed.k} needs {list(wanted_values)}")
+    if packed.keep.dtype != torch.uint8 or tuple(packed.keep.shape) != wanted_keep:
+        raise WeightError(f"weight_keep is {packed.keep.dtype} {list(packed.keep.shape)}, pattern {pattern} with K = {packed.k} needs uint8 {list(wanted_keep)}")
+    counts = unpack_keep(packed).view(n, -1, pattern.group).sum(-1, dtype=torch.uint8)
+    if bool((counts != pattern.kept).any()):
+        row, group = (int(i) for i in (counts != pattern.kept).nonzero()[0])
+        raise WeightError(f"weight_keep: row {row}, group {group} has {int(counts[row, group])} keep-bits, pattern {pattern} needs {pattern.kept}")
+    unused = packed.keep.shape[1] * 8 - pattern.groups(packed.k) * pattern.group
+    if unused and bool((packed.keep[:, -1] >> (8 - unused)).any()):
+        row = int((packed.keep[:, -1] >> (8 - unused)).nonzero()[0])
+        raise WeightError(f"weight_keep: row {row} sets unused bits at its end")
+    if scale is not None:
+        check_scale(scale, (n, 1))
+
+
+def check_scale(scale: Tensor, shape: tuple[int, int], name: str = "weight_scale", *, zero_allowed: bool = False) -> None:
+    """Scales must have the shape, be finite and positive (``zero_allowed``: not negative).
+
+    Raises:
+        WeightError: names the first offending row and its value.
+    """
+    if tuple(scale.shape) != shape:
+        raise WeightError(f"{name} has shape {list(scale.shape)}, expected {list(shape)}")
+    values = scale.float()
+    bad = ~(torch.isfinite(values) & ((values >= 0) if zero_allowed else (values > 0)))
+    if bool(bad.any()):
+        row, column = (int(i) for i in bad.nonzero()[0])
+        raise WeightError(f"{name}: row {row} holds {float(values[row, column])}; scales must be finite and positive")

@@ -1,0 +1,47 @@
+"""Weights as integers: every unit (a weight or a pair) of a row becomes one integer code that is 0 exactly for zeros."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..pattern import Pattern
+
+_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NEGATIVE_ZERO = {
+    torch.bfloat16: -0x8000,
+    torch.float16: -0x8000,
+    torch.float32: -0x80000000,
+    torch.float8_e4m3fn: 0x80,
+}
+
+
+def integer_view(x: Tensor, unit: int = 1) -> Tensor:
+    """Reinterpret ``[..., K]`` as integers ``[..., K/unit]``, one per unit; shares memory with a contiguous ``x``."""
+    return x.contiguous().view(_INT[x.dtype.itemsize * unit])
+
+
+def unit_codes(weight: Tensor, pattern: Pattern) -> Tensor:
+    """Codes ``[N, K/unit]`` of ``weight [N, K]`` with −0.0 turned into +0.0, so that zero weights are exactly the zero codes."""
+    codes = integer_view(weight)
+    negative_zero = _NEGATIVE_ZERO.get(weight.dtype)
+    if negative_zero is not None:
+        codes = codes.masked_fill(codes == negative_zero, 0)
+    return codes if pattern.unit == 1 else codes.view(_INT[weight.dtype.itemsize * pattern.unit])
+
+
+def count_negative_zeros(weight: Tensor) -> int:
+    """How many weights are −0.0."""
+    negative_zero = _NEGATIVE_ZERO.get(weight.dtype)
+    return 0 if negative_zero is None else int((integer_view(weight) == negative_zero).sum())
+
+
+def pad_to_groups(codes: Tensor, pattern: Pattern, offset: int = 0) -> Tensor:
+    """Codes ``[N, U]`` → ``[N, groups·group]``, zeros outside the row; the input itself when nothing is missing."""
+    n, units = codes.shape
+    width = pattern.groups(units * pattern.unit, offset) * pattern.group
+    if width == units:
+        return codes
+    padded = codes.new_zeros(n, width)
+    padded[:, offset : offset + units] = codes
+    return padded

@@ -1,0 +1,109 @@
+"""pack, restore and slide by the closed form: kept unit number j of a group goes to window ⌊j/n⌋.
+
+Bitwise equal to `slidesparse.reference`, vectorised over whole row blocks, on any device.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import PatternError
+from ..format import Packed
+from ..pattern import Pattern
+from .codes import integer_view, pad_to_groups, unit_codes
+
+# Multiplying eight 0/1 bytes by this gathers their lowest bits into the top byte, first byte lowest.
+_GATHER = 0x0102040810204080
+
+
+def pack(weight: Tensor, pattern: Pattern, offset: int = 0) -> Packed:
+    """Store ``weight [N, K]`` (any dtype of a scheme, or float32) as kept values in K order plus keep-bits.
+
+    With an ``offset`` the row starts that many units into its first group, and the result covers the padded row.
+
+    Raises:
+        PatternError: a group has more non-zero units than the pattern keeps; names row, group and values.
+    """
+    n, k = weight.shape
+    codes = pad_to_groups(unit_codes(weight, pattern), pattern, offset)
+    keep = _filled_keep(codes, pattern)
+    values = codes[keep].view(weight.dtype)
+    width = k if offset == 0 else codes.shape[1] * pattern.unit
+    return Packed(values.view(n, pattern.packed_k(width)), _pack_bits(keep), pattern, width)
+
+
+def restore(packed: Packed) -> Tensor:
+    """Packed → dense ``[N, K]``, bitwise the masked weights (with +0.0 for every zero)."""
+    pattern = packed.pattern
+    keep = unpack_keep(packed)
+    codes = integer_view(packed.values, pattern.unit)
+    dense = codes.new_zeros(keep.shape)
+    dense.masked_scatter_(keep, codes)
+    return dense[:, : pattern.units(packed.k)].contiguous().view(packed.values.dtype)
+
+
+def unpack_keep(packed: Packed) -> Tensor:
+    """Keep-bits as bool ``[N, groups·group]``, one per unit of the padded row."""
+    bits = packed.keep.to(torch.int64)
+    shifts = torch.arange(8, device=bits.device)
+    flags = (bits.unsqueeze(-1) >> shifts & 1).to(torch.bool).flatten(1) if bits.device.type != "cpu" else _byte_flags(packed.keep)
+    return flags[:, : packed.pattern.groups(packed.k) * packed.pattern.group]
+
+
+def slid_mask(packed: Packed) -> Tensor:
+    """Occupied positions of the slid row: bool ``[N, groups·slid_group]`` (units), n true in every window."""
+    pattern = packed.pattern
+    keep = unpack_keep(packed).reshape(packed.n, -1, pattern.group)
+    window = (keep.to(torch.int8).cumsum(-1, dtype=torch.int8) - 1) // pattern.n
+    mask = [
+        keep[..., w * pattern.n : w * pattern.n + pattern.l] & (window[..., w * pattern.n : w * pattern.n + pattern.l] == w)
+        for w in range(pattern.windows)
+    ]
+    return torch.cat(mask, dim=-1).flatten(1) if mask else keep.flatten(1)
+
+
+def slide(packed: Packed) -> Tensor:
+    """The slid matrix ``[N, K']``: the packed values, in the order they are stored, spread over their windows' lanes."""
+    mask = slid_mask(packed)
+    codes = integer_view(packed.values, packed.pattern.unit)
+    slid = codes.new_zeros(mask.shape)
+    slid.masked_scatter_(mask, codes)
+    return slid.view(packed.values.dtype)
+
+
+def _filled_keep(codes: Tensor, pattern: Pattern) -> Tensor:
+    """Bool like ``codes [N, groups·group]``: all but the last ``dropped`` zeros of every group, which is the canonical fill."""
+    zero = codes == 0
+    lanes = zero.view(-1, pattern.group).t().contiguous()  # one contiguous row per position: every step below is a vector operation
+    count = torch.zeros(lanes.shape[1], dtype=torch.uint8, device=codes.device)
+    for position in reversed(range(pattern.group)):
+        lane = lanes[position]
+        lane &= count < pattern.dropped
+        count += lane
+    if bool((count < pattern.dropped).any()):
+        raise _violation(codes, pattern, int((count < pattern.dropped).nonzero()[0]))
+    return lanes.t().contiguous().logical_not_().view(zero.shape)
+
+
+def _violation(codes: Tensor, pattern: Pattern, flat: int) -> PatternError:
+    per_row = codes.shape[1] // pattern.group
+    row, group = divmod(flat, per_row)
+    nonzero = int((codes.view(-1, pattern.group)[flat] != 0).sum())
+    return PatternError(
+        f"row {row}, group {group}: {nonzero} non-zero of {pattern.group}, pattern {pattern} keeps {pattern.kept}", row=row, group=group
+    )
+
+
+def _pack_bits(keep: Tensor) -> Tensor:
+    """Bool ``[N, P]`` → uint8 ``[N, ceil(P/8)]``, bit i of byte j = position 8j + i."""
+    keep = F.pad(keep, (0, -keep.shape[1] % 8)) if keep.shape[1] % 8 else keep.contiguous()
+    eight = keep.view(torch.uint8).view(torch.int64)
+    return (eight * _GATHER >> 56 & 0xFF).to(torch.uint8)
+
+
+def _byte_flags(keep: Tensor) -> Tensor:
+    """uint8 ``[N, B]`` → bool ``[N, 8·B]`` through a table of the 256 bytes."""
+    table = torch.arange(256).unsqueeze(-1).bitwise_right_shift(torch.arange(8)).bitwise_and_(1).to(torch.uint8)
+    return table.view(torch.int64).view(-1)[keep.int()].view(torch.uint8).view(torch.bool)

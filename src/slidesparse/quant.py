@@ -1,0 +1,118 @@
+"""Weight quantisation: 8-bit per output channel, nvfp4 in blocks, and the ternary weights of BitNet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .errors import WeightError
+from .format import BLOCK, SCHEMES, Scheme
+
+_FP4_MAX, _FP8_MAX = 6.0, 448.0
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def check_finite(weight: Tensor, what: str = "weight") -> None:
+    """Refuse NaN and Inf.
+
+    Raises:
+        WeightError: names the first offending row and column and its value.
+    """
+    values = weight.float() if weight.dtype.itemsize == 1 else weight
+    # A sum is finite only if every term is, but may overflow: look closer only when it is not.
+    if weight.numel() == 0 or bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all()):
+        return
+    row, column = (int(i) for i in (~torch.isfinite(values)).nonzero()[0])
+    raise WeightError(f"{what}: value at row {row}, column {column} is {float(values[row, column])}; weights must be finite")
+
+
+def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Weights ``[N, K]`` → values of the scheme's dtype and, at 8 bits, scales float32 ``[N, 1]`` per output channel.
+
+    Raises:
+        WeightError: a weight is NaN or Inf, or does not fit the 16-bit type asked for.
+        ValueError: nvfp4, which needs `quantize_nvfp4`.
+    """
+    if scheme.pair:
+        raise ValueError("nvfp4 weights are quantised by quantize_nvfp4, which takes the tensor's global scale")
+    check_finite(weight)
+    if scheme.dynamic:
+        return reference.quantize(weight, scheme)
+    values = weight.to(scheme.dtype)
+    if scheme.dtype == torch.float16 and weight.dtype != torch.float16:
+        check_finite(values, f"weight, cast from {weight.dtype} to float16,")
+    return values, None
+
+
+def nvfp4_global_scale(largest: float) -> float:
+    """The tensor's global scale 448·6 / max|w| (a divisor, as compressed-tensors stores it), 1 for an all-zero tensor."""
+    scale = torch.tensor(_FP8_MAX * _FP4_MAX, dtype=torch.float32) / torch.tensor(largest, dtype=torch.float32)
+    return float(scale) if largest > 0 and torch.isfinite(scale) else 1.0
+
+
+def quantize_nvfp4(weight: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
+    """``[N, K]`` → e2m1 pairs uint8 ``[N, K/2]`` (even weight in the low nibble) and block scales e4m3 ``[N, K/16]``.
+
+    Each block of 16 has scale s = e4m3(max|w| / 6 · global_scale); w ≈ e2m1 · s / global_scale. Ties round to the even code,
+    zeros are stored as +0. Source of the format: NVIDIA's NVFP4, in the layout of compressed-tensors.
+
+    Raises:
+        WeightError: NaN or Inf, or K is not a multiple of 16.
+    """
+    n, k = weight.shape
+    if k % BLOCK:
+        raise WeightError(f"nvfp4 needs K to be a multiple of {BLOCK}, got {k}")
+    check_finite(weight)
+    blocks = weight.to(torch.float32).view(n, k // BLOCK, BLOCK)
+    scale = (blocks.abs().amax(-1) / _FP4_MAX * global_scale).clamp(max=_FP8_MAX).to(torch.float8_e4m3fn)
+    divisor = (scale.to(torch.float32) / global_scale).unsqueeze(-1)
+    scaled = torch.where(divisor > 0, blocks / divisor, torch.zeros_like(blocks))
+    codes = _round_e2m1(scaled.abs())
+    codes = codes | ((scaled < 0) & (codes != 0)).to(torch.uint8) << 3
+    codes = codes.view(n, k // 2, 2)
+    return codes[..., 0] | codes[..., 1] << 4, scale
+
+
+def dequantize_nvfp4(packed: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
+    """Undo `quantize_nvfp4`: uint8 ``[N, K/2]``, e4m3 ``[N, K/16]``, float32 ``[1]`` → float32 ``[N, K]``."""
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).long()
+    table = torch.tensor((*_FP4, *(-value for value in _FP4)), dtype=torch.float32, device=packed.device)
+    blocks = table[codes].view(packed.shape[0], -1, BLOCK)
+    return (blocks * (scale.to(torch.float32) / global_scale.to(torch.float32)).unsqueeze(-1)).flatten(1)
+
+
+def ternarize(weight: Tensor, mean: float) -> Tensor:
+    """BitNet b1.58's weights (arXiv 2402.17764): round(w / mean|w|) clamped to ±1, as int8 ``[N, K]``.
+
+    ``mean`` is the mean magnitude of the whole tensor, at least 1e-5 as in the published models.
+    """
+    return (weight.to(torch.float32) / max(mean, 1e-5)).round().clamp(-1, 1).to(torch.int8)
+
+
+def unpack_ternary(packed: Tensor) -> Tensor:
+    """The hub's ternary files, four to a byte: uint8 ``[N/4, K]`` → int8 ``[N, K]``; row i of block b stands in bits 2b.
+
+    Raises:
+        WeightError: a code other than 0, 1, 2 (that is −1, 0, 1).
+    """
+    codes = torch.cat([packed >> shift & 3 for shift in (0, 2, 4, 6)])
+    if bool((codes == 3).any()):
+        row, column = (int(i) for i in (codes == 3).nonzero()[0])
+        raise WeightError(f"ternary weight: code 3 at row {row}, column {column}; only 0, 1 and 2 mean something")
+    return codes.to(torch.int8) - 1
+
+
+def scheme_of_dtype(dtype: torch.dtype) -> Scheme | None:
+    """The scheme whose stored dtype is ``dtype``, None if there is none (float32 must be cast first)."""
+    return next((scheme for scheme in SCHEMES.values() if scheme.dtype == dtype and not scheme.pair), None)
+
+
+def _round_e2m1(x: Tensor) -> Tensor:
+    """Nearest e2m1 code (0…7) of non-negative float32, ties to the even code."""
+    code = torch.zeros_like(x, dtype=torch.uint8)
+    for step in range(len(_FP4) - 1):
+        middle = (_FP4[step] + _FP4[step + 1]) / 2
+        # A tie goes up exactly when the lower code is odd.
+        code += ((x >= middle) if step % 2 else (x > middle)).to(torch.uint8)
+    return code
