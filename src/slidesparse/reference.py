@@ -33,10 +33,9 @@ def ungrouped(groups: Tensor, pattern: Pattern, k: int, offset: int = 0) -> Tens
 def prune_mask(weight: Tensor, pattern: Pattern, offset: int = 0) -> Tensor:
     """True where magnitude pruning keeps a weight: per group the smallest magnitudes go, ties to the lowest index.
 
-    ``weight [N, K]`` → bool ``[N, K]``. A pair's magnitude is the sum of its two. Positions outside the row go first.
+    ``weight [N, K]`` → bool ``[N, K]``. A pair's magnitude is the float32 sum of its two. Positions outside the row go first.
     """
-    magnitude = weight.to(torch.float64 if weight.dtype in (torch.float32, torch.float64) else torch.float32).abs()
-    magnitude = grouped(magnitude, pattern, offset, outside=-1.0).sum(-1)
+    magnitude = grouped(weight.float().abs(), pattern, offset, outside=-1.0).sum(-1)
     order = magnitude.sort(dim=-1, stable=True).indices
     keep = torch.ones_like(magnitude, dtype=torch.bool)
     keep.scatter_(-1, order[..., : pattern.dropped], False)

@@ -13,16 +13,16 @@ _MAGNITUDE_BITS = {torch.bfloat16: 0x7FFF, torch.float16: 0x7FFF, torch.float8_e
 
 
 def magnitude(weight: Tensor, pattern: Pattern, offset: int = 0) -> Tensor:
-    """Pruned copy of ``weight [N, K]``: bfloat16, float16, float32, float8_e4m3fn or int8; a pair's magnitude is the sum of its two."""
+    """Pruned copy of ``weight [N, K]``: bfloat16, float16, float32, float8_e4m3fn or int8; a pair's magnitude is the
+    float32 sum of its two."""
     return zero_smallest(weight, _scores(weight, pattern), pattern, offset)
 
 
 def _scores(weight: Tensor, pattern: Pattern) -> Tensor:
     """Integers in the order of the magnitudes: the bits of a non-negative float sort as the float does."""
     if pattern.unit > 1:
-        wide = torch.float64 if weight.dtype == torch.float32 else torch.float32
-        sums = weight.to(wide).abs().unflatten(-1, (-1, pattern.unit)).sum(-1)
-        return sums.view(torch.int64) >> 7 if wide == torch.float64 else sums.view(torch.int32).long()
+        sums = weight.float().abs().unflatten(-1, (-1, pattern.unit)).sum(-1)
+        return sums.view(torch.int32).long()
     if weight.dtype == torch.int8:
         return weight.int().abs()
     codes = integer_view(weight)
