@@ -1,0 +1,165 @@
+"""GGUF files → ordinary dense checkpoints that `slidesparse.checkpoint` reads, through transformers' GGUF loader."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CheckpointError, OutputExistsError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_MAGIC = b"GGUF"
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_TOKEN_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+def import_gguf(path: str | Path, out: str | Path, dtype: str = "bf16", overwrite: bool = False) -> Path:
+    """Dequantise a GGUF file into a dense checkpoint: safetensors, config, generation config and tokenizer.
+
+    A GGUF file's weights are usually quantised already, mostly to 4 bits: the checkpoint holds what they dequantise to, not the
+    weights the model was published with. The whole model is in memory once, in float32, for as long as it takes to write it.
+
+    Args:
+        path: the ``.gguf`` file.
+        out: the directory to write; it appears only when it is complete.
+        dtype: ``bf16``, ``fp16`` or ``fp32``.
+        overwrite: replace ``out`` if it is there.
+
+    Raises:
+        CheckpointError: no such file, not GGUF, damaged or cut short, or of an architecture that transformers does not load from GGUF.
+        OutputExistsError: ``out`` is there and may not be replaced.
+        UnsupportedError: transformers or gguf is not installed.
+        ValueError: unknown dtype.
+    """
+    source, target = Path(path), Path(out)
+    if dtype not in _DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
+    if target.exists() and not overwrite:
+        raise OutputExistsError(f"{target} is already there: choose another directory or ask for it to be overwritten")
+    tokens = _special_tokens(source)
+    model, tokenizer = _load(source)
+    _set_tokens(tokenizer, tokens)
+    fresh = _fresh_copy(model, _DTYPES[dtype])
+    with _appears_when_complete(target) as folder:
+        fresh.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        _tidy_tokenizer(folder)
+    return target
+
+
+def _special_tokens(source: Path) -> dict[str, int]:
+    """Check that the file is GGUF and complete; returns the ids of its special tokens."""
+    if not source.is_file():
+        raise CheckpointError(f"{source}: no such file")
+    with source.open("rb") as file:
+        magic = file.read(len(_MAGIC))
+    if magic != _MAGIC:
+        raise CheckpointError(f"{source}: not a GGUF file (it begins with {magic!r}, not {_MAGIC!r})")
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise UnsupportedError("reading GGUF needs the package gguf: pip install slidesparse[gguf]") from error
+    try:
+        reader = GGUFReader(source)
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+        # The reader checks nothing itself: a file cut short shows as a numpy view that does not fit.
+        raise CheckpointError(f"{source}: damaged or cut short ({error})") from error
+    if not reader.tensors:
+        raise CheckpointError(f"{source}: holds no tensors")
+    fields = {token: reader.fields.get(f"tokenizer.ggml.{key}_token_id") for token, key in _TOKEN_KEYS.items()}
+    return {token: int(field.contents()) for token, field in fields.items() if field is not None}
+
+
+def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise UnsupportedError("importing GGUF needs transformers: pip install slidesparse[gguf]") from error
+    where: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
+        with _quiet("transformers"):
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
+    except (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
+        raise CheckpointError(f"{source}: transformers cannot load it ({str(error).strip().splitlines()[0]})") from error
+    return model, tokenizer
+
+
+def _set_tokens(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, int]) -> None:
+    """transformers guesses special tokens from the tokenizer's family; the file says which they are."""
+    for name, index in tokens.items():
+        text = tokenizer.convert_ids_to_tokens(index)
+        if isinstance(text, str):
+            setattr(tokenizer, name, text)
+
+
+def _fresh_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same weights in a model of the same configuration that transformers does not take for quantised, so that it can be saved."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    fresh.load_state_dict(state, assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = model.generation_config
+    return fresh
+
+
+@contextlib.contextmanager
+def _appears_when_complete(target: Path) -> Iterator[Path]:
+    """A temporary directory beside ``target`` that takes its place at the end, or goes when anything fails."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    # mkdtemp makes it private; the result gets what any directory made here would.
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    old = target.with_name(f"{folder.name}.old")
+    try:
+        yield folder
+        if target.exists():
+            target.rename(old)
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _tidy_tokenizer(folder: Path) -> None:
+    """Drop where the tokenizer came from, and a switch that transformers ignores with a warning at every load."""
+    path = folder / "tokenizer_config.json"
+    if path.exists():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("is_local", "local_files_only", "name_or_path", "gguf_file", "clean_up_tokenization_spaces"):
+            config.pop(key, None)
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Only errors of a library's log: its remarks on how it reads a GGUF tokenizer help nobody."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,82 @@
+"""House rules that neither ruff nor import-linter checks."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = sorted((ROOT / "src").rglob("*.py"))
+PYTHON = [path for folder in ("src", "tests", "examples", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    assert path.name not in ("utils.py", "helpers.py")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_the_library_keeps_the_rules(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else ""
+            passes_on = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+            assert caught and (passes_on or not re.search(r"\b(Base)?Exception\b", caught)), f"{where} catches everything"
+        elif isinstance(node, ast.Assert):
+            pytest.fail(f"{where} asserts")
+        elif isinstance(node, ast.ImportFrom):
+            assert all(alias.name != "*" for alias in node.names), f"{where} imports a star"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec"), f"{where} runs text as code"
+        elif isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+            assert name != "sys.path", f"{where} touches sys.path"
+            environment = re.fullmatch(r"os\.(environ\w*|getenvb?|putenv|unsetenv)", name)
+            assert not environment or path.name == "env.py", f"{where} touches the environment"
+
+
+def imported_with(module: str) -> set[str]:
+    """Top-level packages in memory, and ``cuda`` if CUDA was initialised, after importing ``module`` alone."""
+    code = (
+        f"import sys, {module}; torch = sys.modules.get('torch'); "
+        "print(*{name.partition('.')[0] for name in sys.modules}, 'cuda' if torch and torch.cuda.is_initialized() else '')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(done.stdout.split())
+
+
+def test_importing_the_library_is_light() -> None:
+    assert not imported_with("slidesparse") & {"transformers", "triton", "vllm", "matplotlib", "cuda", "gguf", "typer"}
+
+
+def test_pattern_arithmetic_needs_the_standard_library_only() -> None:
+    # The package's own __init__ may bring torch along, so the room's imports are read, not run.
+    for room in ("pattern", "env", "errors"):
+        tree = ast.parse((ROOT / "src" / "slidesparse" / f"{room}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names.append(node.module or "")
+            assert all(name.partition(".")[0] in sys.stdlib_module_names for name in names), f"{room} imports {names}"
+
+
+def test_documents_link_to_files_that_are_there() -> None:
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document.name} links to {target}"
