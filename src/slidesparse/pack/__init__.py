@@ -2,6 +2,6 @@
 
 from .codes import integer_view
 from .packing import pack, restore, slid_mask, slide, unpack_keep
-from .checks import check_packed, detect, find_violation
+from .checks import check_packed, check_scale, detect, find_violation
 
-__all__ = ["check_packed", "detect", "find_violation", "integer_view", "pack", "restore", "slid_mask", "slide", "unpack_keep"]
+__all__ = ["check_packed", "check_scale", "detect", "find_violation", "integer_view", "pack", "restore", "slid_mask", "slide", "unpack_keep"]

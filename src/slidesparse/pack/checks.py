@@ -20,7 +20,7 @@ def find_violation(weight: Tensor, pattern: Pattern, offset: int = 0) -> Pattern
     The error carries row, group and the group's values.
     """
     codes = pad_to_groups(unit_codes(weight, pattern), pattern, offset)
-    excess = (codes != 0).view(codes.shape[0], -1, pattern.group).sum(-1, dtype=torch.uint8) > pattern.kept
+    excess = (codes != 0).unflatten(1, (-1, pattern.group)).sum(-1, dtype=torch.uint8) > pattern.kept
     if not bool(excess.any()):
         return None
     row, group = (int(i) for i in excess.nonzero()[0])
@@ -55,7 +55,7 @@ def check_packed(packed: Packed, scale: Tensor | None = None) -> None:
         raise WeightError(f"weight_values has shape {list(packed.values.shape)}, pattern {pattern} with K = {packed.k} needs {list(wanted_values)}")
     if packed.keep.dtype != torch.uint8 or tuple(packed.keep.shape) != wanted_keep:
         raise WeightError(f"weight_keep is {packed.keep.dtype} {list(packed.keep.shape)}, pattern {pattern} with K = {packed.k} needs uint8 {list(wanted_keep)}")
-    counts = unpack_keep(packed).view(n, -1, pattern.group).sum(-1, dtype=torch.uint8)
+    counts = unpack_keep(packed).unflatten(1, (-1, pattern.group)).sum(-1, dtype=torch.uint8)
     if bool((counts != pattern.kept).any()):
         row, group = (int(i) for i in (counts != pattern.kept).nonzero()[0])
         raise WeightError(f"weight_keep: row {row}, group {group} has {int(counts[row, group])} keep-bits, pattern {pattern} needs {pattern.kept}")

@@ -22,7 +22,12 @@ def integer_view(x: Tensor, unit: int = 1) -> Tensor:
 
 
 def unit_codes(weight: Tensor, pattern: Pattern) -> Tensor:
-    """Codes ``[N, K/unit]`` of ``weight [N, K]`` with −0.0 turned into +0.0, so that zero weights are exactly the zero codes."""
+    """Codes ``[N, K/unit]`` of ``weight [N, K]`` with −0.0 turned into +0.0, so that zero weights are exactly the zero codes.
+
+    Raises:
+        ValueError: K is not a whole number of units.
+    """
+    pattern.units(weight.shape[1])
     codes = integer_view(weight)
     negative_zero = _NEGATIVE_ZERO.get(weight.dtype)
     if negative_zero is not None:

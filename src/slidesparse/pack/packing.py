@@ -5,6 +5,7 @@ Bitwise equal to `slidesparse.reference`, vectorised over whole row blocks, on a
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,8 +29,8 @@ def pack(weight: Tensor, pattern: Pattern, offset: int = 0) -> Packed:
     """
     n, k = weight.shape
     codes = pad_to_groups(unit_codes(weight, pattern), pattern, offset)
-    keep = _filled_keep(codes, pattern)
-    values = codes[keep].view(weight.dtype)
+    keep = _filled_keep(codes, pattern, weight.dtype)
+    values = _select(codes, keep).view(weight.dtype)
     width = k if offset == 0 else codes.shape[1] * pattern.unit
     return Packed(values.view(n, pattern.packed_k(width)), _pack_bits(keep), pattern, width)
 
@@ -55,7 +56,7 @@ def unpack_keep(packed: Packed) -> Tensor:
 def slid_mask(packed: Packed) -> Tensor:
     """Occupied positions of the slid row: bool ``[N, groups·slid_group]`` (units), n true in every window."""
     pattern = packed.pattern
-    keep = unpack_keep(packed).reshape(packed.n, -1, pattern.group)
+    keep = unpack_keep(packed).unflatten(1, (-1, pattern.group))
     window = (keep.to(torch.int8).cumsum(-1, dtype=torch.int8) - 1) // pattern.n
     mask = [
         keep[..., w * pattern.n : w * pattern.n + pattern.l] & (window[..., w * pattern.n : w * pattern.n + pattern.l] == w)
@@ -73,7 +74,14 @@ def slide(packed: Packed) -> Tensor:
     return slid.view(packed.values.dtype)
 
 
-def _filled_keep(codes: Tensor, pattern: Pattern) -> Tensor:
+def _select(codes: Tensor, keep: Tensor) -> Tensor:
+    """The kept codes in K order, flat; numpy's compress is five times faster than torch's masked select on a CPU."""
+    if codes.device.type != "cpu":
+        return codes[keep]
+    return torch.from_numpy(np.compress(keep.numpy().ravel(), codes.numpy().ravel()))
+
+
+def _filled_keep(codes: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor:
     """Bool like ``codes [N, groups·group]``: all but the last ``dropped`` zeros of every group, which is the canonical fill."""
     zero = codes == 0
     lanes = zero.view(-1, pattern.group).t().contiguous()  # one contiguous row per position: every step below is a vector operation
@@ -83,16 +91,19 @@ def _filled_keep(codes: Tensor, pattern: Pattern) -> Tensor:
         lane &= count < pattern.dropped
         count += lane
     if bool((count < pattern.dropped).any()):
-        raise _violation(codes, pattern, int((count < pattern.dropped).nonzero()[0]))
+        raise _violation(codes, pattern, dtype, int((count < pattern.dropped).nonzero()[0]))
     return lanes.t().contiguous().logical_not_().view(zero.shape)
 
 
-def _violation(codes: Tensor, pattern: Pattern, flat: int) -> PatternError:
-    per_row = codes.shape[1] // pattern.group
-    row, group = divmod(flat, per_row)
-    nonzero = int((codes.view(-1, pattern.group)[flat] != 0).sum())
+def _violation(codes: Tensor, pattern: Pattern, dtype: torch.dtype, flat: int) -> PatternError:
+    row, group = divmod(flat, codes.shape[1] // pattern.group)
+    units = codes.view(-1, pattern.group)[flat]
+    values = tuple(units.view(dtype).float().tolist())
     return PatternError(
-        f"row {row}, group {group}: {nonzero} non-zero of {pattern.group}, pattern {pattern} keeps {pattern.kept}", row=row, group=group
+        f"row {row}, group {group}: {int((units != 0).sum())} non-zero of {pattern.group}, pattern {pattern} keeps {pattern.kept}: {values}",
+        row=row,
+        group=group,
+        values=values,
     )
 
 

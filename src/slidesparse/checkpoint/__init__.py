@@ -1,0 +1,21 @@
+"""Checkpoints on disk: streaming conversion, inspection and verification of safetensors directories."""
+
+from .convert import ConversionReport, ConvertedLayer, convert
+from .inspection import InspectedLayer, Inspection, inspect
+from .recipe import Recipe
+from .source import Checkpoint
+from .verify import LayerVerdict, VerifyReport, verify
+
+__all__ = [
+    "Checkpoint",
+    "ConversionReport",
+    "ConvertedLayer",
+    "InspectedLayer",
+    "Inspection",
+    "LayerVerdict",
+    "Recipe",
+    "VerifyReport",
+    "convert",
+    "inspect",
+    "verify",
+]

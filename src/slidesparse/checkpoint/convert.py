@@ -1,0 +1,169 @@
+"""The streaming conversion: shard by shard, block by block, in memory that does not grow with the model."""
+
+from __future__ import annotations
+
+import errno
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..format import VERSION
+from ..pattern import Pattern
+from .configs import output_config
+from .layers import Form
+from .recipe import LayerPlan, Recipe, plan_layers
+from .source import INDEX, Checkpoint
+from .staging import Staging, write_json
+from .tensorfile import DTYPE_NAMES, TensorInfo, TensorReader, TensorWriter
+from .transform import detect_pattern, output_specs, transform
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all, and what is being worked on."""
+
+_COPY_BYTES = 8 << 20
+_Shape = tuple[str, tuple[int, ...], int]
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """One line of a `ConversionReport`."""
+
+    name: str
+    n: int
+    k: int
+    scheme: str
+    pattern: str
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did; bytes are those of all tensors, ``kept_dense`` names linear-shaped layers left alone."""
+
+    out: Path
+    bytes_in: int
+    bytes_out: int
+    layers: list[ConvertedLayer]
+    kept_dense: list[str] = field(default_factory=list)
+    resumed_shards: int = 0
+
+
+def convert(
+    source: str | Path, out: str | Path, recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None
+) -> ConversionReport:
+    """Convert a checkpoint directory to another, streaming: prune, quantise and store as the recipe says.
+
+    Peak memory is a few blocks of rows, whatever the model's size. ``out`` appears whole or not at all; an interrupted run leaves
+    ``out.incomplete``, which the same call resumes.
+
+    Raises:
+        CheckpointError: a source that cannot be read, an output that exists, a full or read-only disk.
+        UnsupportedError: a recipe that does not fit the checkpoint.
+        PatternError: weights that violate the pattern, by layer, row, group and values.
+        WeightError: weights that hold NaN or Inf.
+    """
+    checkpoint = Checkpoint.open(source)
+    plans = plan_layers(checkpoint, recipe)
+    with Staging(Path(out), checkpoint.path, _job(checkpoint, recipe), overwrite) as staging:
+        try:
+            with TensorReader() as reader:
+                return _Conversion(checkpoint, recipe, plans, reader, progress or (lambda done, total, what: None)).run(staging)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CheckpointError(f"the disk of {staging.path} is full: free space and run the same command again to resume") from error
+            raise CheckpointError(f"cannot write {staging.path}: {error.strerror or error}") from error
+
+
+class _Conversion:
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan], reader: TensorReader, progress: Progress
+    ) -> None:
+        self.checkpoint, self.recipe, self.reader, self.progress = checkpoint, recipe, reader, progress
+        scanned = [plan for plan in plans if plan.pattern is None and recipe.obey]
+        self.total = checkpoint.nbytes + sum(plan.layer.main.nbytes for plan in scanned)
+        self.done, self.what = 0, ""
+        self.plans = {plan.layer.name: self._with_pattern(plan) if plan in scanned else plan for plan in plans}
+
+    def run(self, staging: Staging) -> ConversionReport:
+        shards = {name: self._outputs(tensors) for name, tensors in self.checkpoint.shards.items()}
+        sizes = {name: sum(nbytes for _, _, nbytes in tensors.values()) for name, tensors in shards.items()}
+        done = [name for name in shards if staging.finished(name, sizes[name])]
+        needed = sum(size for name, size in sizes.items() if name not in done)
+        free = shutil.disk_usage(staging.path).free
+        if needed > free:
+            raise CheckpointError(f"{staging.path} needs {needed / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free: free some, or choose another")
+        for name, tensors in self.checkpoint.shards.items():
+            if name in done:
+                self._advance(sum(info.nbytes for info in tensors.values()))
+            else:
+                self._write_shard(staging.path / name, tensors, shards[name])
+        for file in self.checkpoint.side_files():
+            shutil.copyfile(file, staging.path / file.name)
+        if (self.checkpoint.path / INDEX).exists():
+            weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+            write_json(staging.path / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        staging.commit(output_config(self.checkpoint, self.recipe, list(self.plans.values())))
+        return self._report(staging.out, sum(sizes.values()), len(done))
+
+    def _with_pattern(self, plan: LayerPlan) -> LayerPlan:
+        self.what = f"detecting the pattern of {plan.layer.name}"
+        pattern = detect_pattern(self.reader, plan.layer, self._advance)
+        if plan.scheme is not None and plan.scheme.pair and pattern.unit != 2:
+            pattern = Pattern(pattern.kept, pattern.group, unit=2)
+        return replace(plan, pattern=pattern)
+
+    def _outputs(self, tensors: dict[str, TensorInfo]) -> dict[str, _Shape]:
+        """Tensors of an output shard: a converted layer's stand where its weights stood."""
+        outputs: dict[str, _Shape] = {}
+        for name, info in tensors.items():
+            layer, _, suffix = name.rpartition(".")
+            plan = self.plans.get(layer)
+            if plan is None or suffix not in plan.layer.tensors:
+                outputs[name] = (info.dtype_name, info.shape, info.nbytes)
+            elif info is plan.layer.main:
+                for spec in output_specs(plan, self.recipe):
+                    nbytes = math.prod(spec.shape) * spec.dtype.itemsize
+                    outputs[f"{layer}.{spec.suffix}"] = (DTYPE_NAMES[spec.dtype], spec.shape, nbytes)
+        return outputs
+
+    def _write_shard(self, path: Path, tensors: dict[str, TensorInfo], outputs: dict[str, _Shape]) -> None:
+        with TensorWriter(path, outputs) as writer:
+            for name, info in tensors.items():
+                layer, _, suffix = name.rpartition(".")
+                plan = self.plans.get(layer)
+                self.what = layer or name
+                if plan is None or suffix not in plan.layer.tensors:
+                    for offset in range(0, info.nbytes, _COPY_BYTES):
+                        size = min(_COPY_BYTES, info.nbytes - offset)
+                        self._advance(writer.write(name, offset, self.reader.read_bytes(info, offset, size)))
+                elif info is plan.layer.main:
+                    for part, first, rows in transform(self.reader, plan, self.recipe, self._advance):
+                        target = f"{layer}.{part}"
+                        row_bytes = outputs[target][2] // max(outputs[target][1][0], 1)
+                        writer.write(target, first * row_bytes, rows)
+
+    def _advance(self, nbytes: int) -> None:
+        self.done += nbytes
+        self.progress(min(self.done, self.total), self.total, self.what)
+
+    def _report(self, out: Path, bytes_out: int, resumed: int) -> ConversionReport:
+        layers = []
+        for plan in self.plans.values():
+            size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in output_specs(plan, self.recipe))
+            scheme = plan.scheme.name if plan.scheme else "fp32"
+            layers.append(ConvertedLayer(plan.layer.name, plan.layer.n, plan.layer.k, scheme, str(plan.pattern or "none"), plan.layer.nbytes, size))
+        kept = [name for name, layer in self.checkpoint.layers.items() if name not in self.plans and layer.form is not Form.PACKED]
+        self.progress(self.total, self.total, "done")
+        return ConversionReport(out, self.checkpoint.nbytes, bytes_out, layers, kept, resumed)
+
+
+def _job(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+    """What makes two runs the same job: source files, recipe and format."""
+    stats = {name: (checkpoint.path / name).stat() for name in checkpoint.shards}
+    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    return {"version": VERSION, "source": str(checkpoint.path.resolve()), "files": files, "config": checkpoint.config, "recipe": recipe.to_dict()}

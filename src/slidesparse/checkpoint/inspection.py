@@ -1,0 +1,110 @@
+"""What a checkpoint is: forms, patterns, shapes, bytes against dense, and what violates its pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import pack
+from ..errors import CheckpointError, PatternError
+from ..format import DEFAULT_IGNORE, matches
+from .layers import Form, Layer
+from .rows import mean_magnitude, read_block, row_ranges
+from .source import Checkpoint
+from .tensorfile import TensorReader
+from .transform import detect_pattern
+
+
+@dataclass
+class InspectedLayer:
+    """One linear layer: stored and dense bytes (same element type), the pattern it claims or was found to obey, and what violates it."""
+
+    name: str
+    n: int
+    k: int
+    form: str
+    scheme: str
+    pattern: str | None
+    nbytes: int
+    dense_nbytes: int
+    problem: str | None = None
+
+
+@dataclass
+class Inspection:
+    """A checkpoint's summary; ``scanned`` says whether the weights themselves were read."""
+
+    path: Path
+    architecture: str
+    kind: str
+    pattern: str | None
+    scheme: str
+    nbytes: int
+    layers: list[InspectedLayer]
+    scanned: bool
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of all linear layers listed."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def dense_layer_bytes(self) -> int:
+        """Bytes the same layers take in dense form."""
+        return sum(layer.dense_nbytes for layer in self.layers)
+
+    @property
+    def problems(self) -> list[InspectedLayer]:
+        """Layers that contradict the pattern they claim."""
+        return [layer for layer in self.layers if layer.problem]
+
+
+def inspect(path: str | Path, *, scan: bool = True, progress: Callable[[int, int, str], None] | None = None) -> Inspection:
+    """Describe a checkpoint directory; with ``scan`` the weights are read too, to find patterns and violations.
+
+    Raises:
+        CheckpointError: the directory cannot be read as a checkpoint.
+    """
+    checkpoint = Checkpoint.open(path)
+    layers = [layer for layer in checkpoint.layers.values() if layer.form is Form.PACKED or not matches(layer.name, DEFAULT_IGNORE)]
+    total, done, rows = sum(layer.nbytes for layer in layers), 0, []
+    with TensorReader() as reader:
+        for layer in layers:
+            rows.append(_inspect_layer(reader, checkpoint, layer, scan))
+            done += layer.nbytes
+            if progress:
+                progress(done, total, layer.name)
+    kind = "packed" if checkpoint.packed else "dense twin" if checkpoint.marker else "dense"
+    patterns = {row.pattern for row in rows}
+    claimed = checkpoint.packed.pattern if checkpoint.packed else (checkpoint.marker or {}).get("pattern")
+    pattern = str(claimed) if claimed else next(iter(patterns)) if len(patterns) == 1 else None
+    schemes = sorted({row.scheme for row in rows})
+    architectures = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "unknown")]
+    return Inspection(checkpoint.path, str(architectures[0]), kind, pattern, ", ".join(schemes), checkpoint.nbytes, rows, scan)
+
+
+def _inspect_layer(reader: TensorReader, checkpoint: Checkpoint, layer: Layer, scan: bool) -> InspectedLayer:
+    claimed = layer.pattern or checkpoint.marked_pattern(layer.name)
+    scheme = layer.scheme.name if layer.scheme else "fp32"
+    row = InspectedLayer(
+        layer.name, layer.n, layer.k, layer.form.value, scheme, str(claimed) if claimed else None, layer.nbytes, layer.dense_nbytes
+    )
+    if not scan:
+        return row
+    try:
+        if claimed is None:
+            row.pattern = str(detect_pattern(reader, layer, lambda nbytes: None))
+            return row
+        stored = layer.scheme.pattern_stored(claimed) if layer.scheme else claimed
+        mean = mean_magnitude(reader, layer) if layer.form is Form.MASTER else None
+        for first, last in row_ranges(layer.n, layer.k):
+            violation = pack.find_violation(read_block(reader, layer, first, last, mean).values, stored)
+            if violation is not None:
+                row.problem = f"rows from {first}: {violation}"
+                break
+    except PatternError:
+        row.pattern = None  # a dense layer that was never pruned claims nothing and violates nothing
+    except CheckpointError as error:
+        row.problem = str(error)
+    return row

@@ -1,0 +1,142 @@
+"""What a conversion does, and what that means for each layer; every contradiction is found here, before the long job starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import UnsupportedError
+from ..format import BLOCK, DEFAULT_IGNORE, SCHEMES, Scheme, matches, scheme_named
+from ..pattern import Pattern
+from ..prune import METHODS
+from .layers import Form, Layer
+from .source import Checkpoint
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One streaming pass over a checkpoint: prune, then quantise, then store.
+
+    Attributes:
+        pattern: what the layers obey afterwards; without ``method`` they must obey it already (None: as marked, else detected).
+        method: how to prune (``magnitude``, ``random``), or None.
+        scheme: ``int8``, ``fp8``, ``bf16``, ``fp16``, ``nvfp4``; None keeps the layers' own.
+        form: ``packed``, or ``dense`` for the portable twin.
+        ignore: layers to leave alone besides `format.DEFAULT_IGNORE`.
+        only: when given, the only layers to convert; naming a layer exactly overrides the default ignore.
+        obey: False lets layers that obey no pattern through (dense form only).
+        seed: of random pruning.
+    """
+
+    pattern: Pattern | None = None
+    method: str | None = None
+    scheme: str | None = None
+    form: str = "packed"
+    ignore: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    obey: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.form not in ("packed", "dense"):
+            raise ValueError(f"unknown form {self.form!r}: choose packed or dense")
+        if self.method is not None and self.method not in METHODS:
+            raise ValueError(f"unknown pruning method {self.method!r}: choose one of {', '.join(METHODS)}")
+        if self.method is not None and self.pattern is None:
+            raise ValueError("pruning needs a pattern")
+        if self.form == "packed" and not self.obey:
+            raise ValueError("a packed checkpoint must obey a pattern")
+        if self.scheme is not None:
+            scheme_named(self.scheme)
+        matches("", self.ignore + self.only)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON form that tells two jobs apart."""
+        return asdict(self) | {"pattern": str(self.pattern)}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer: ``scheme`` None keeps float32; ``pattern`` None makes no claim."""
+
+    layer: Layer
+    scheme: Scheme | None
+    pattern: Pattern | None
+
+    @property
+    def requantize(self) -> bool:
+        """Whether weights are quantised or cast on the way (ternary layers arrive as integers)."""
+        return self.layer.form in (Form.FLOAT, Form.PACKED) and self.scheme is not self.layer.scheme
+
+
+def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
+    """The layers to convert, in tensor order; a pattern is set where the recipe or the checkpoint's marker names one.
+
+    Raises:
+        UnsupportedError: the recipe cannot be applied to this checkpoint; the message names the layer and the way out.
+    """
+    plans = []
+    for layer in checkpoint.layers.values():
+        if not _selected(layer, recipe):
+            _refuse_stranded(checkpoint, layer, recipe)
+            continue
+        scheme = _target(layer, recipe)
+        pattern = recipe.pattern or layer.pattern or checkpoint.marked_pattern(layer.name)
+        _check_pattern(layer, scheme, pattern, recipe)
+        plans.append(LayerPlan(layer, scheme, pattern))
+    if not plans:
+        raise UnsupportedError(f"{checkpoint.path}: no layer to convert; --only and --ignore leave none of {len(checkpoint.layers)}")
+    schemes = {plan.scheme for plan in plans}
+    if recipe.form == "packed" and len(schemes) > 1:
+        names = ", ".join(sorted(scheme.name for scheme in schemes if scheme))
+        raise UnsupportedError(f"{checkpoint.path}: layers of different types ({names}) cannot share one packed checkpoint: give --scheme")
+    if checkpoint.packed and recipe.form == "packed" and not any(p.requantize or p.pattern != p.layer.pattern for p in plans):
+        raise UnsupportedError(f"{checkpoint.path} is packed already")
+    return plans
+
+
+def _selected(layer: Layer, recipe: Recipe) -> bool:
+    if layer.form is Form.PACKED:
+        return True
+    if matches(layer.name, recipe.ignore):
+        return False
+    if recipe.only:
+        return layer.name in recipe.only or (matches(layer.name, recipe.only) and not matches(layer.name, DEFAULT_IGNORE))
+    return not matches(layer.name, DEFAULT_IGNORE)
+
+
+def _refuse_stranded(checkpoint: Checkpoint, layer: Layer, recipe: Recipe) -> None:
+    """A quantised layer left out of a packed checkpoint would keep tensors that no loader of it expects."""
+    stranded = layer.form in (Form.QUANTIZED, Form.TERNARY)
+    if stranded and (recipe.form == "packed" or layer.form is Form.TERNARY):
+        raise UnsupportedError(
+            f"{checkpoint.path}: layer {layer.name} holds {layer.form.value} and cannot be left out of a {recipe.form} checkpoint: "
+            "take it out of --ignore, or name it in --only"
+        )
+
+
+def _target(layer: Layer, recipe: Recipe) -> Scheme | None:
+    scheme = SCHEMES[recipe.scheme] if recipe.scheme else layer.scheme
+    if layer.form in (Form.TERNARY, Form.MASTER):
+        if recipe.scheme != "int8":
+            raise UnsupportedError(f"layer {layer.name} is BitNet: its ternary weights go through --scheme int8, in one convert or quantize step")
+        return scheme
+    quantized = layer.scheme is not None and (layer.scheme.dynamic or layer.scheme.pair)
+    if quantized and scheme is not layer.scheme:
+        raise UnsupportedError(f"layer {layer.name} is {layer.scheme.name} already: quantise to {recipe.scheme} from the 16-bit checkpoint")
+    if quantized and layer.scheme.pair and recipe.method:
+        raise UnsupportedError(f"layer {layer.name} is nvfp4 already: prune the 16-bit checkpoint")
+    if scheme is None and recipe.form == "packed":
+        raise UnsupportedError(f"layer {layer.name} is float32, which is not packed: give --scheme bf16, fp16, int8 or fp8")
+    if scheme is not None and scheme.pair and layer.k % BLOCK:
+        raise UnsupportedError(f"layer {layer.name}: nvfp4 needs K to be a multiple of {BLOCK}, got {layer.k}: leave it out with --ignore")
+    return scheme
+
+
+def _check_pattern(layer: Layer, scheme: Scheme | None, pattern: Pattern | None, recipe: Recipe) -> None:
+    if pattern is None:
+        return
+    if scheme is not None and scheme.pair and pattern.unit != 2:
+        raise UnsupportedError(f"nvfp4 stores pairs of weights, pattern {pattern} prunes single ones: use {pattern.kept}:{pattern.group}x2")
+    if layer.k % pattern.unit:
+        raise UnsupportedError(f"layer {layer.name}: K = {layer.k} is not a whole number of pairs (pattern {pattern})")

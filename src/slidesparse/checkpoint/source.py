@@ -1,0 +1,154 @@
+"""Opening a checkpoint directory: config.json, shards, and every file checked before any long work starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..format import MARKER, PackedConfig
+from ..pattern import Pattern
+from .layers import Layer, find_layers, read_packed_config
+from .tensorfile import TensorInfo, read_header
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.safetensors")
+
+
+@dataclass
+class Checkpoint:
+    """A model directory on disk.
+
+    ``shards`` maps file names to their tensors in file order, ``layers`` maps names to the linear layers found in them, and
+    ``packed`` is the stored form's configuration when the checkpoint is packed.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    shards: dict[str, dict[str, TensorInfo]]
+    packed: PackedConfig | None = None
+    layers: dict[str, Layer] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open and check a model directory, reading only headers.
+
+        Raises:
+            CheckpointError: not a model directory, a missing or damaged file, an index that contradicts its shards, a quantisation
+                or architecture this library cannot read; the message names the file or tensor.
+        """
+        path = Path(path)
+        config = read_config(path)
+        shards = {name: read_header(path / name)[0] for name in _shard_names(path)}
+        _check_index(path, shards)
+        checkpoint = cls(path, config, shards, read_packed_config(path, config))
+        checkpoint.layers = find_layers(checkpoint.path, config, checkpoint.tensors, checkpoint.packed)
+        return checkpoint
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor by name."""
+        return {name: info for shard in self.shards.values() for name, info in shard.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def marker(self) -> dict[str, Any] | None:
+        """The ``slidesparse`` key of a portable dense twin, wherever it stands."""
+        for place in (self.config, self.config.get("quantization_config") or {}):
+            if isinstance(place.get(MARKER), dict):
+                return place[MARKER]
+        return None
+
+    def marked_pattern(self, layer: str) -> Pattern | None:
+        """The pattern the dense twin's marker claims for a layer.
+
+        Raises:
+            CheckpointError: the marker does not hold a pattern.
+        """
+        marker = self.marker
+        if marker is None:
+            return None
+        try:
+            return Pattern.parse((marker.get("overrides") or {}).get(layer, marker.get("pattern", "")))
+        except ValueError as error:
+            raise CheckpointError(f"{self.path / 'config.json'}: {MARKER}: {error}") from error
+
+    def side_files(self) -> list[Path]:
+        """Files that go along unchanged: tokenizer, generation config, licence and the like, but no weights."""
+        return sorted(
+            file
+            for file in self.path.iterdir()
+            if file.is_file()
+            and file.name not in ("config.json", INDEX)
+            and not file.name.endswith(".index.json")
+            and not any(file.match(pattern) for pattern in _OTHER_WEIGHTS)
+        )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model directory.
+
+    Raises:
+        CheckpointError: no directory, no config.json, or not JSON.
+    """
+    if path.is_file():
+        hint = "import it first: slidesparse import" if path.suffix == ".gguf" else "name the directory that holds config.json"
+        raise CheckpointError(f"{path} is a file, not a model directory: {hint}")
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory")
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is not a model directory: it has no config.json") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config") or {}, dict):
+        raise CheckpointError(f"{file} does not hold a model configuration")
+    return config
+
+
+def _shard_names(path: Path) -> list[str]:
+    if (path / INDEX).exists():
+        return sorted(set(_weight_map(path).values()))
+    if (path / SINGLE).exists():
+        return [SINGLE]
+    others = sorted(file.name for pattern in _OTHER_WEIGHTS for file in path.glob(pattern))
+    found = f" (found {others[0]}; only {SINGLE} or shards with {INDEX} are read)" if others else ""
+    raise CheckpointError(f"{path} holds no {SINGLE} and no {INDEX}{found}")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    file = path / INDEX
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        entries = [(str(tensor), str(shard)) for tensor, shard in weight_map.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"cannot read {file}: {error!r}") from error
+    for tensor, shard in entries:
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise CheckpointError(f"{file}: tensor {tensor} points outside the folder, to {shard!r}")
+        if not (path / shard).exists():
+            raise CheckpointError(f"{file}: shard {shard} with tensor {tensor} is missing: fetch it again")
+    return dict(entries)
+
+
+def _check_index(path: Path, shards: dict[str, dict[str, TensorInfo]]) -> None:
+    seen: dict[str, str] = {}
+    for shard, tensors in shards.items():
+        for name in tensors:
+            if name in seen:
+                raise CheckpointError(f"{path}: tensor {name} stands in both {seen[name]} and {shard}")
+            seen[name] = shard
+    if not (path / INDEX).exists():
+        return
+    for name, shard in _weight_map(path).items():
+        if seen.get(name) != shard:
+            raise CheckpointError(f"{path / INDEX}: tensor {name} should be in {shard}, which does not hold it")

@@ -1,0 +1,228 @@
+"""Proof that a checkpoint is what it says: patterns, losslessness and the sliding identity, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import pack, reference
+from ..errors import CheckpointError, SlideSparseError, WeightError
+from ..format import Packed, Scheme
+from ..pack.codes import count_negative_zeros
+from ..pattern import Pattern
+from ..quant import quantize_nvfp4, quantize_weight
+from .layers import Form, Layer
+from .rows import Block, mean_magnitude, read_block, row_ranges
+from .source import Checkpoint
+from .tensorfile import TensorReader
+
+_COLUMNS = 2  # random vectors per block
+
+
+@dataclass
+class LayerVerdict:
+    """One layer's result: ``reason`` is empty when everything holds."""
+
+    name: str
+    pattern: str
+    rows: int
+    reason: str = ""
+    negative_zeros: int = 0
+    masked_away: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether the layer passed."""
+        return not self.reason
+
+
+@dataclass
+class VerifyReport:
+    """All layers' verdicts. ``other_tensors`` names tensors outside them that differ from the checkpoint compared against."""
+
+    path: Path
+    layers: list[LayerVerdict] = field(default_factory=list)
+    other_tensors: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything passed."""
+        return not self.other_tensors and all(layer.ok for layer in self.layers)
+
+
+def verify(
+    path: str | Path,
+    against: str | Path | None = None,
+    *,
+    pattern: Pattern | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> VerifyReport:
+    """Check every layer of a packed checkpoint or dense twin, on fresh random integers.
+
+    Each block of rows: keep-bits are counted; restore → pack gives the stored bytes back; ``W·x == slide(W)·lift(x)`` exactly, the
+    weights' bit patterns taken as integers. With ``against``: that checkpoint's weights under this one's mask, quantised the same
+    way, are bitwise these, its other tensors too; ``masked_away`` counts its non-zeros that the mask removed, which must be none
+    when it is masked itself.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be opened, or makes no claim that could be verified.
+    """
+    checkpoint = Checkpoint.open(path)
+    other = Checkpoint.open(against) if against is not None else None
+    claims = _claims(checkpoint, pattern)
+    total = sum(layer.nbytes for layer, _ in claims)
+    report, done = VerifyReport(checkpoint.path), 0
+    with TensorReader() as reader:
+        for layer, claimed in claims:
+            report.layers.append(_verify_layer(reader, layer, claimed, other))
+            done += layer.nbytes
+            if progress:
+                progress(done, total, layer.name)
+        if other is not None:
+            report.other_tensors = _different_tensors(reader, checkpoint, other, {layer.name for layer, _ in claims})
+    return report
+
+
+def _claims(checkpoint: Checkpoint, pattern: Pattern | None) -> list[tuple[Layer, Pattern]]:
+    """The layers that say they obey a pattern."""
+    if checkpoint.packed:
+        return [(layer, layer.pattern) for layer in checkpoint.layers.values() if layer.form is Form.PACKED]
+    ignore = set((checkpoint.marker or {}).get("ignore") or [])
+    layers = [layer for layer in checkpoint.layers.values() if layer.name not in ignore]
+    claims = [(layer, pattern or checkpoint.marked_pattern(layer.name)) for layer in layers]
+    claims = [(layer, claimed) for layer, claimed in claims if claimed is not None]
+    if not claims:
+        raise CheckpointError(f"{checkpoint.path} is dense and claims no pattern: nothing to verify; give --pattern to check one")
+    return claims
+
+
+def _verify_layer(reader: TensorReader, layer: Layer, pattern: Pattern, other: Checkpoint | None) -> LayerVerdict:
+    verdict = LayerVerdict(layer.name, str(pattern), layer.n)
+    stored = layer.scheme.pattern_stored(pattern) if layer.scheme else pattern
+    try:
+        twin = None if other is None else _twin(other, layer)
+        mean = mean_magnitude(reader, layer) if layer.form is Form.MASTER else None
+        twin_mean = mean_magnitude(reader, twin) if twin is not None and twin.form is Form.MASTER else None
+        for first, last in row_ranges(layer.n, layer.k):
+            block = read_block(reader, layer, first, last, mean)
+            verdict.negative_zeros += count_negative_zeros(block.values)
+            packed = _repack(block, stored)
+            check_identity(block.values, packed)
+            if twin is not None:
+                verdict.masked_away += _compare(reader, layer, block, packed, twin, read_block(reader, twin, first, last, twin_mean))
+        if other is not None and verdict.masked_away and (other.marker or other.packed):
+            raise WeightError(f"the mask removes {verdict.masked_away} non-zero weights of {other.path}, which is masked already")
+    except SlideSparseError as error:
+        verdict.reason = str(error)
+    return verdict
+
+
+def _repack(block: Block, pattern: Pattern) -> Packed:
+    violation = pack.find_violation(block.values, pattern)
+    if violation is not None:
+        raise WeightError(f"rows from {block.first}: {violation}")
+    packed = pack.pack(block.values, pattern)
+    if block.packed is not None:
+        for what in ("keep", "values"):
+            if not _same_bits(getattr(packed, what), getattr(block.packed, what)):
+                row = _first_row(getattr(packed, what), getattr(block.packed, what))
+                raise WeightError(f"weight_{what}: row {block.first + row} is not the canonical packing of the weights it restores to")
+    return packed
+
+
+def check_identity(dense: Tensor, packed: Packed) -> None:
+    """``W·x == slide(W)·lift(x)`` on fresh random integers, with the weights' bits as integers: exact in float64.
+
+    Raises:
+        WeightError: a row differs.
+    """
+    x = torch.randint(-127, 128, (_COLUMNS, dense.shape[1]), dtype=torch.int32)
+    lifted = reference.lift(x, packed.pattern)
+    # The oracle's +0.0 rule: -0.0 in a dense source is a zero like any other.
+    plain = pack.integer_view(pack.restore(packed)).double() @ x.double().t()
+    slid = pack.integer_view(pack.slide(packed)).double() @ lifted.double().t()
+    clean = torch.where(dense.float() == 0, torch.zeros(()), dense.float()).to(dense.dtype)
+    direct = pack.integer_view(clean).double() @ x.double().t()
+    for name, product in (("restore(pack(W))·x", plain), ("slide(W)·lift(x)", slid)):
+        if not torch.equal(direct, product):
+            row = int((direct != product).any(-1).nonzero()[0])
+            raise WeightError(f"W·x and {name} differ in row {row}")
+
+
+def _twin(other: Checkpoint, layer: Layer) -> Layer:
+    twin = other.layers.get(layer.name)
+    if twin is None:
+        raise CheckpointError(f"{other.path} has no layer {layer.name}")
+    if (twin.n, twin.k) != (layer.n, layer.k):
+        raise CheckpointError(f"{other.path}: layer {layer.name} is [{twin.n}, {twin.k}], here [{layer.n}, {layer.k}]")
+    return twin
+
+
+def _compare(reader: TensorReader, layer: Layer, block: Block, packed: Packed, twin: Layer, theirs: Block) -> int:
+    """Compare one block with the other checkpoint's; returns how many of its non-zeros the mask removes."""
+    same = twin.scheme is layer.scheme and twin.form is not Form.FLOAT
+    unit = 2 if layer.scheme is not None and layer.scheme.pair and not same else packed.pattern.unit
+    keep = pack.unpack_keep(packed).repeat_interleave(unit, dim=1)[:, : theirs.values.shape[1]]
+    nonzero = theirs.values.float() != 0
+    removed = int((nonzero & ~keep).sum())
+    masked = pack.integer_view(theirs.values) * (keep & nonzero)
+    values, scale = masked.to(pack.integer_view(theirs.values).dtype).view(theirs.values.dtype), theirs.scale
+    if not same:
+        values, scale = _quantize_like(reader, layer, values)
+    for what, mine, other in (("weight", _clean(block.values), values), ("weight_scale", block.scale, scale)):
+        if mine is not None and (other is None or not _same_bits(mine, other.to(mine.dtype))):
+            row = 0 if other is None else _first_row(mine, other.to(mine.dtype))
+            raise WeightError(f"{what}: row {block.first + row} differs from {twin.main.path}")
+    return removed
+
+
+def _quantize_like(reader: TensorReader, layer: Layer, values: Tensor) -> tuple[Tensor, Tensor | None]:
+    scheme: Scheme | None = layer.scheme
+    if scheme is None:
+        return values.float(), None
+    if scheme.pair:
+        return quantize_nvfp4(values, float(reader.read(layer.tensors["weight_global_scale"])))
+    return quantize_weight(values, scheme)
+
+
+def _different_tensors(reader: TensorReader, checkpoint: Checkpoint, other: Checkpoint, layers: set[str]) -> list[str]:
+    """Tensors that are no layer's and are missing on one side or not bitwise equal."""
+    mine = {name: info for name, info in checkpoint.tensors.items() if _owner(name) not in layers}
+    theirs = {name: info for name, info in other.tensors.items() if _owner(name) not in layers}
+    different = sorted(mine.keys() ^ theirs.keys())
+    for name in mine.keys() & theirs.keys():
+        a, b = mine[name], theirs[name]
+        if (a.dtype_name, a.shape) != (b.dtype_name, b.shape):
+            different.append(name)
+            continue
+        step = 8 << 20
+        for offset in range(0, a.nbytes, step):
+            size = min(step, a.nbytes - offset)
+            if not torch.equal(reader.read_bytes(a, offset, size), reader.read_bytes(b, offset, size)):
+                different.append(name)
+                break
+    return different
+
+
+def _owner(tensor: str) -> str:
+    layer, _, suffix = tensor.rpartition(".")
+    return layer if suffix.startswith("weight") else tensor
+
+
+def _clean(values: Tensor) -> Tensor:
+    """−0.0 as +0.0."""
+    return values if not values.is_floating_point() else torch.where(values.float() == 0, torch.zeros(()), values.float()).to(values.dtype)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(pack.integer_view(a), pack.integer_view(b))
+
+
+def _first_row(a: Tensor, b: Tensor) -> int:
+    if a.shape != b.shape:
+        return 0
+    return int((pack.integer_view(a) != pack.integer_view(b)).flatten(1).any(-1).nonzero()[0])
