@@ -1,0 +1,5 @@
+"""Scores of models: perplexity."""
+
+from .perplexity import PerplexityResult, perplexity
+
+__all__ = ["PerplexityResult", "perplexity"]

@@ -1,0 +1,38 @@
+"""The oracle as a backend: slow and exact, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ... import reference
+from ...quant import dequantize_nvfp4
+from ..problem import Problem, Weights
+
+
+class Reference:
+    """Restores in every call and sums in float64."""
+
+    name = "reference"
+    layout = "packed"
+    resident_copy = False
+
+    def refuses(self, problem: Problem, m: int) -> str | None:
+        """Runs everything."""
+        return None
+
+    def prepare(self, problem: Problem, weights: Weights) -> Mapping[str, Tensor]:
+        """The stored tensors themselves."""
+        return weights.tensors()
+
+    def run(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        """``[M, K]`` → ``[M, N]``."""
+        weights = Weights.from_tensors(problem, resident)
+        weight, x_scale = reference.restore(weights.packed), None
+        if problem.scheme.pair:
+            weight = dequantize_nvfp4(weight, weights.scale, weights.global_scale)
+        if problem.scheme.dynamic:
+            x, x_scale = reference.quantize(x, problem.scheme)
+        return reference.linear(x.to(torch.float64), x_scale, weight, scale, bias, problem.dtype)

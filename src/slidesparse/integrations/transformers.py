@@ -1,0 +1,189 @@
+"""transformers: after this module is imported, ``from_pretrained`` loads packed checkpoints.
+
+Importing it registers the quantisation method ``slidesparse`` with transformers' public registry, and does nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import CheckpointError, WeightError
+from ..format import DEFAULT_IGNORE, MARKER, QUANT_METHOD, PackedConfig
+from ..nn import SlideSparseLinear, accelerate
+from ..pattern import Pattern
+from .transformers_files import StoredTensors, check_layer, check_rest
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+class SlideSparseConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a packed checkpoint, as transformers sees it.
+
+    Raises:
+        CheckpointError: see `PackedConfig.from_dict`.
+    """
+
+    def __init__(self, **data: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.packed = PackedConfig.from_dict(data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return self.packed.to_dict()
+
+    def __iter__(self) -> Any:
+        return iter(self.to_dict().items())
+
+
+class SlideSparseQuantizer(HfQuantizer):
+    """Puts `SlideSparseLinear` in the place of every packed nn.Linear before weights are loaded, and checks them afterwards."""
+
+    requires_calibration = True  # a dense checkpoint is not packed on the fly: that is what `accelerate` and `slidesparse pack` do
+    quantization_config: SlideSparseConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
+        config = self.quantization_config.packed
+        stored = StoredTensors.read(model, checkpoint_files) if checkpoint_files else None
+        for name, linear in [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]:
+            layer = name if stored is None else stored.layer_name(name)
+            if self._stays_dense(model, config, name, layer, stored):
+                continue
+            packed = _empty_layer(config, layer, linear)
+            packed.name = layer
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, packed)
+            if stored is not None:
+                check_layer(stored, config, name, packed)
+        if stored is not None:
+            check_rest(stored, model)
+
+    def _stays_dense(self, model: nn.Module, config: PackedConfig, name: str, layer: str, stored: StoredTensors | None) -> bool:
+        ignored = config.ignores(layer) or config.ignores(name)
+        if stored is None:
+            return ignored
+        if f"{name}.weight_values" in stored.tensors:
+            if ignored:
+                raise CheckpointError(f"{stored.where}: layer {layer} is packed, but config.json lists it under ignore")
+            return False
+        if ignored or f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
+            return True
+        # A head that the checkpoint never had, as in a classifier on a language model's body.
+        return not stored.strict and f"{name}.weight" not in stored.tensors
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for module in model.modules():
+            if not isinstance(module, SlideSparseLinear):
+                continue
+            values = module.weight_values
+            if values.is_floating_point() and values.dtype != module.scheme.dtype:
+                # transformers widens whole modules it knows to need float32; the values came through unharmed.
+                module.weight_values = values.to(module.scheme.dtype)
+            try:
+                module.check()
+            except WeightError as error:
+                raise CheckpointError(str(error)) from error
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` writes the packed form again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed layers are for inference."""
+        return False
+
+
+def register() -> None:
+    """Register with transformers; does nothing the second time."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(SlideSparseConfig)
+        register_quantizer(QUANT_METHOD)(SlideSparseQuantizer)
+
+
+register()
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu", tokenizer: bool = True
+) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer from a directory: packed, a dense twin (packed on the way), or plain dense.
+
+    Args:
+        dtype: type of everything that is not packed; ``auto`` takes that of config.json.
+        tokenizer: False gives None in its place.
+
+    Raises:
+        CheckpointError: not a model directory, a damaged checkpoint, an architecture transformers does not know, no tokenizer.
+    """
+    path = Path(path)
+    config = _read_config(path)
+    if tokenizer and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy the one of the original model there")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        words = AutoTokenizer.from_pretrained(path, local_files_only=True) if tokenizer else None
+    except ImportError as error:
+        raise CheckpointError(f"{path} needs a package that is not installed: {error}") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    marker = _marker(path, config)
+    if marker is not None:
+        patterns, ignore = marker
+        accelerate(model, ignore=(*DEFAULT_IGNORE, *ignore), candidates=patterns)
+    return model.to(device).eval(), words
+
+
+def _empty_layer(config: PackedConfig, layer: str, linear: nn.Linear) -> SlideSparseLinear:
+    """The packed layer that takes the place of ``linear``, its tensors still to be loaded."""
+    k, told = linear.in_features, config.in_features.get(layer)
+    if told is not None and told != k:
+        raise CheckpointError(f"layer {layer}: config.json says K = {told} (in_features), the model has {k}")
+    has_bias = linear.bias is not None
+    try:
+        return SlideSparseLinear(
+            k,
+            linear.out_features,
+            has_bias,
+            pattern=config.pattern_of(layer),
+            scheme=config.scheme,
+            dtype=linear.bias.dtype if has_bias else None,
+            device=linear.weight.device,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"layer {layer}: {error}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not path.is_dir() or not file.is_file():
+        raise CheckpointError(f"{path} is not a model directory: {'it has no config.json' if path.is_dir() else 'no such directory'}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} does not hold an object")
+    return config
+
+
+def _marker(path: Path, config: dict[str, Any]) -> tuple[tuple[Pattern, ...], tuple[str, ...]] | None:
+    """Patterns, the commonest first, and ignored layers of a dense twin; None for other checkpoints."""
+    for place in (config, config.get("quantization_config") or {}):
+        marker = place.get(MARKER)
+        if not isinstance(marker, dict):
+            continue
+        try:
+            texts = (marker.get("pattern", ""), *(marker.get("overrides") or {}).values())
+            return tuple(dict.fromkeys(Pattern.parse(text) for text in texts)), tuple(marker.get("ignore") or ())
+        except ValueError as error:
+            raise CheckpointError(f"{path / 'config.json'}: {MARKER}: {error}") from error
+    return None

@@ -1,0 +1,141 @@
+"""What lies in a packed checkpoint's files, under the names a transformers model has for it.
+
+transformers only warns of missing tensors and, with a quantised model, does not look at shapes; both are errors here, before anything
+is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ..errors import CheckpointError
+from ..format import PackedConfig, packed_tensors
+from ..nn import SlideSparseLinear
+
+_SUFFIXES = ("weight_values", "weight_keep", "weight_scale", "weight_global_scale")
+_DTYPES = {
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+}
+# Buffers that old checkpoints stored and models now compute.
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Name in the file, dtype as safetensors names it, and shape; None where transformers merges it with others."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...] | None
+
+
+@dataclass
+class StoredTensors:
+    """Stored tensors by the model's name for them; ``strict``: the files were written for this class of model, so nothing may miss."""
+
+    where: Path
+    tensors: dict[str, StoredTensor]
+    strict: bool
+
+    @classmethod
+    def read(cls, model: nn.Module, files: list[str]) -> StoredTensors:
+        """Read the headers.
+
+        Raises:
+            CheckpointError: a file is damaged or not safetensors.
+        """
+        known = dict(model.state_dict())
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                known |= {f"{name}.{suffix}": True for suffix in _SUFFIXES}
+        transforms = get_model_conversion_mapping(model)
+        renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        tensors = {}
+        for file in files:
+            for stored in _header(file):
+                # The very steps that transformers takes when it loads.
+                target, merged = rename_source_key(stored.key, renamings, converters, model.base_model_prefix, known)
+                if target not in known and stored.key in known:
+                    target, merged = rename_source_key(stored.key, [], [], model.base_model_prefix, known)
+                tensors[target] = stored if merged is None else StoredTensor(stored.key, stored.dtype, None)
+        architectures = getattr(model.config, "architectures", None)
+        return cls(Path(files[0]).parent, tensors, not architectures or type(model).__name__ in architectures)
+
+    def layer_name(self, module: str) -> str:
+        """A module's name in the files, which is the one config.json uses."""
+        for suffix in ("weight_values", "weight", "weight_keep"):
+            stored = self.tensors.get(f"{module}.{suffix}")
+            if stored is not None and stored.shape is not None:
+                return stored.key.removesuffix(f".{suffix}")
+        return module
+
+
+def check_layer(stored: StoredTensors, config: PackedConfig, name: str, layer: SlideSparseLinear) -> None:
+    """A packed layer's tensors must all be there, with the dtypes and shapes that config.json and the model imply.
+
+    Raises:
+        CheckpointError: names the layer and what is wrong.
+    """
+    for spec in packed_tensors(layer.scheme, layer.pattern, layer.out_features, layer.in_features):
+        found = stored.tensors.get(f"{name}.{spec.suffix}")
+        if found is None:
+            dense = " (it is stored dense: list it under ignore in config.json)" if f"{name}.weight" in stored.tensors else ""
+            raise CheckpointError(f"{stored.where}: layer {layer.name} has no {spec.suffix}{dense}")
+        wanted = _DTYPES[spec.dtype]
+        if found.dtype != wanted or found.shape != spec.shape:
+            raise CheckpointError(
+                f"{stored.where}: layer {layer.name}: {spec.suffix} is {found.dtype} {list(found.shape or ())}; pattern {layer.pattern} in "
+                f"config.json and a model with {layer.out_features} × {layer.in_features} weights there need {wanted} {list(spec.shape)}"
+            )
+
+
+def check_rest(stored: StoredTensors, model: nn.Module) -> None:
+    """The other tensors: none missing, none left over, none of another shape.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    expected = model.state_dict()
+    tied = getattr(model, "all_tied_weights_keys", {})
+    partners = {**tied, **{source: target for target, source in tied.items()}}
+    for name, tensor in expected.items():
+        found = stored.tensors.get(name)
+        if found is not None and found.shape is not None and found.shape != tuple(tensor.shape):
+            raise CheckpointError(f"{stored.where}: {found.key} has shape {list(found.shape)}, the model needs {list(tensor.shape)}")
+        if found is None and stored.strict and partners.get(name) not in stored.tensors and not _listed(name, model, "missing"):
+            raise CheckpointError(f"{stored.where}: tensor {name} is missing")
+    if not stored.strict:
+        return
+    for name, found in stored.tensors.items():
+        if name not in expected and not _COMPUTED.search(name) and not _listed(name, model, "unexpected"):
+            raise CheckpointError(f"{stored.where}: the model has no place for tensor {found.key}")
+
+
+def _listed(name: str, model: nn.Module, kind: str) -> bool:
+    """Whether the model's author says that such a tensor may be missing or left over."""
+    return any(re.search(pattern, name) for pattern in getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ())
+
+
+def _header(file: str) -> list[StoredTensor]:
+    if not file.endswith(".safetensors"):
+        raise CheckpointError(f"{file}: packed checkpoints are safetensors files")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
+            return [StoredTensor(key, view.get_dtype(), tuple(view.get_shape())) for key, view in slices.items()]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error

@@ -1,0 +1,177 @@
+"""Put packed layers into a model that is already in memory."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..errors import PatternError, SlideSparseError, WeightError
+from ..format import DEFAULT_IGNORE, PackedConfig, Scheme, matches, scheme_named
+from ..pack import find_violation
+from ..pattern import KNOWN, Pattern
+from .linear import SlideSparseLinear
+from .source import DenseSource, NotConvertible, read_linear
+
+_LOG = logging.getLogger(__name__)
+_REPORT = "_slidesparse_report"
+
+
+@dataclass
+class AccelerationReport:
+    """Which linear layers run packed, with pattern and scheme, and which stay dense, and why."""
+
+    packed: dict[str, tuple[Pattern, Scheme]] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        kinds = Counter(f"{scheme.name} {pattern}" for pattern, scheme in self.packed.values())
+        packed = ", ".join(f"{count} × {kind}" for kind, count in kinds.items()) or "none"
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in self.dense.items())
+        return f"packed layers: {packed}; dense: {len(self.dense)}{reasons}"
+
+
+@dataclass(frozen=True)
+class _Step:
+    name: str
+    source: DenseSource
+    pattern: Pattern
+    scheme: Scheme
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    pattern: Pattern | str | None = None,
+    scheme: Scheme | str | None = None,
+    ignore: Sequence[str] = DEFAULT_IGNORE,
+    candidates: Iterable[Pattern] = KNOWN,
+    memory: str = "fast",
+) -> nn.Module:
+    """Swap the linear layers of ``model`` whose weights obey a pattern for packed ones, in place, and return the model.
+
+    Takes nn.Linear with 16-bit weights, and those of compressed-tensors models in W8A8 (int8 or fp8, per channel, dynamic per token)
+    or NVFP4, as long as they have not been decompressed by a first forward pass. Nothing is ever pruned: without ``pattern`` a layer
+    gets the first of ``candidates`` that its weights obey (tightest first) and stays dense if there is none. What was done stands in
+    `acceleration_report`. A transformers model accelerated in one scheme may be saved with ``save_pretrained``: its configuration
+    then describes the packed form.
+
+    Args:
+        pattern: the pattern every layer not ignored must obey.
+        scheme: store 16- or 32-bit weights this way (8-bit ones are quantised per channel); None keeps their type. float32 weights
+            have no stored form: without a scheme they stay dense, or are an error when ``pattern`` is given.
+        ignore: names, globs or ``re:`` expressions of layers to leave alone.
+        memory: see `SlideSparseLinear`.
+
+    Raises:
+        PatternError: ``pattern`` was given and a layer does not obey it: names layer, row, group and values. No layer was swapped.
+        WeightError: weights with NaN or Inf, broken scales, or float32 weights with ``pattern`` and no ``scheme``; names the layer.
+        ValueError: an unknown pattern or scheme, or ``model`` is itself a linear layer.
+    """
+    if isinstance(model, nn.Linear):
+        raise ValueError("a lone linear layer cannot be swapped in place: use SlideSparseLinear.from_dense")
+    wanted = None if pattern is None else Pattern.parse(pattern)
+    target = scheme_named(scheme) if isinstance(scheme, str) else scheme
+    report = AccelerationReport()
+    steps = _survey(model, wanted, target, ignore, tuple(candidates), report)
+    replaced: dict[int, SlideSparseLinear] = {}
+    for step in steps:
+        linear = step.source.module
+        if id(linear) not in replaced:
+            replaced[id(linear)] = _convert(step, memory)
+        parent, _, child = step.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, replaced[id(linear)])
+        report.packed[step.name] = (step.pattern, step.scheme)
+    setattr(model, _REPORT, report)
+    _describe(model, report)
+    _LOG.info("%s", report)
+    if not report.packed:
+        _LOG.warning("no layer was packed: %s", report)
+    return model
+
+
+def acceleration_report(model: nn.Module) -> AccelerationReport:
+    """What `accelerate` did to the model.
+
+    Raises:
+        ValueError: it was not called on it.
+    """
+    report = getattr(model, _REPORT, None)
+    if report is None:
+        raise ValueError("accelerate was not called on this model")
+    return report
+
+
+def _survey(
+    model: nn.Module,
+    wanted: Pattern | None,
+    target: Scheme | None,
+    ignore: Sequence[str],
+    candidates: tuple[Pattern, ...],
+    report: AccelerationReport,
+) -> list[_Step]:
+    """Everything that can fail for a reason in the weights fails here, before the model is touched."""
+    uses = Counter(id(parameter) for module in set(model.modules()) for parameter in module._parameters.values() if parameter is not None)
+    steps = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, nn.Linear):
+            continue
+        if matches(name, list(ignore)):
+            report.dense[name] = "ignored"
+            continue
+        try:
+            source = read_linear(module, target, tied=uses[id(module._parameters.get("weight"))] > 1)
+            steps.append(_Step(name, source, _pattern_for(name, source, wanted, candidates), source.scheme))
+        except NotConvertible as reason:
+            if wanted is not None and reason.fault:
+                raise WeightError(f"layer {name}: {reason}") from reason
+            report.dense[name] = str(reason)
+    return steps
+
+
+def _pattern_for(name: str, source: DenseSource, wanted: Pattern | None, candidates: tuple[Pattern, ...]) -> Pattern:
+    nearest: PatternError | None = None
+    for pattern in candidates if wanted is None else (wanted,):
+        nearest = find_violation(source.weight, source.pattern_stored(pattern))
+        if nearest is None:
+            return source.pattern_as_named(pattern)
+    if wanted is not None and nearest is not None:
+        raise PatternError(f"layer {name}: {nearest}", row=nearest.row, group=nearest.group, values=nearest.values)
+    raise NotConvertible(f"obeys none of {', '.join(map(str, candidates))}" if candidates else "no pattern to look for")
+
+
+def _convert(step: _Step, memory: str) -> SlideSparseLinear:
+    source = step.source
+    try:
+        layer = SlideSparseLinear.from_dense(
+            source.weight,
+            source.module.bias,
+            pattern=step.pattern,
+            scheme=step.scheme,
+            scale=source.scale,
+            global_scale=source.global_scale,
+            memory=memory,
+        )
+    except SlideSparseError as error:
+        raise WeightError(f"layer {step.name}: {error}") from error
+    layer.name = step.name
+    return layer.train(source.module.training)
+
+
+def _describe(model: nn.Module, report: AccelerationReport) -> None:
+    """Let the configuration of a model that can be saved tell the packed form; otherwise its files could not be read back."""
+    config, schemes = getattr(model, "config", None), {scheme for _, scheme in report.packed.values()}
+    if not report.packed or config is None or not hasattr(model, "save_pretrained"):
+        return
+    quantized = [name for name in report.dense if hasattr(model.get_submodule(name), "weight_scale")]
+    if len(schemes) != 1 or quantized:
+        _LOG.warning("this model cannot be saved in one packed form: %s", report)
+        return
+    common = Counter(pattern for pattern, _ in report.packed.values()).most_common(1)[0][0]
+    overrides = {name: pattern for name, (pattern, _) in report.packed.items() if pattern != common}
+    widths = {name: model.get_submodule(name).in_features for name in report.packed}
+    ragged = {name: k for name, k in widths.items() if k % (report.packed[name][0].group * report.packed[name][0].unit)}
+    config.quantization_config = PackedConfig(common, schemes.pop(), list(report.dense), overrides, ragged).to_dict()

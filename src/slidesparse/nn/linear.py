@@ -1,0 +1,246 @@
+"""A linear layer that stores packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import WeightError
+from ..format import BLOCK, Packed, Scheme, packed_tensors, scheme_named
+from ..gemm import MEMORY, Execution, Weights
+from ..pack import check_packed, pack, restore
+from ..pack.checks import check_scale
+from ..pattern import Pattern
+from ..quant import dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4, quantize_weight
+
+_ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class SlideSparseLinear(nn.Module):
+    """y = x Wᵀ + b with W ``[out_features, in_features]`` packed: ``[..., K]`` → ``[..., N]``, out of the type that came in.
+
+    Buffers, as in the stored form: ``weight_values``, ``weight_keep``, ``weight_scale`` (8-bit and nvfp4), ``weight_global_scale``
+    (nvfp4); parameter ``bias [N]``. They hold no valid weights until loaded. What the fast path needs besides is derived from them on
+    first use and is no part of the state. The buffers keep their types under ``.to(dtype)``, ``.half()`` and ``.float()``.
+
+    8-bit schemes quantise activations per token and sum exactly (int8) or in float32 (fp8). With a 16-bit scheme, activations of the
+    weights' own type go through one linear in that type; any other mixture, such as bfloat16 weights in a float32 model, is computed
+    in float32, which holds both exactly, and rounded once to the activations' type. For inference: 8-bit layers pass no gradients.
+
+    Args:
+        pattern: kept:group of the weights.
+        scheme: how they are stored.
+        dtype: type of the bias, the default dtype if not given.
+        memory: ``fast`` keeps a resident copy in the layout that runs best, ``lean`` only the packed weights.
+
+    Raises:
+        ValueError: unknown scheme or memory policy, or K that pattern or scheme cannot hold.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        pattern: Pattern | str,
+        scheme: Scheme | str,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        memory: str = "fast",
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.pattern = Pattern.parse(pattern)
+        self.scheme = scheme_named(scheme) if isinstance(scheme, str) else scheme
+        if self.scheme.pair and in_features % BLOCK:
+            raise ValueError(f"{self.scheme.name} needs in_features to be a multiple of {BLOCK}, got {in_features}")
+        if memory not in MEMORY:
+            raise ValueError(f"unknown memory policy {memory!r}: choose one of {', '.join(MEMORY)}")
+        self.memory = memory
+        self.backend: str | None = None
+        """A backend that must run, for measurements; None lets the registry choose."""
+        self.name = ""
+        """The layer's name in its model, for error messages."""
+        specs = packed_tensors(self.scheme, self.pattern, out_features, in_features)
+        self._stored = tuple(spec.suffix for spec in specs)
+        for spec in specs:
+            self.register_buffer(spec.suffix, torch.zeros(spec.shape, dtype=spec.dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
+        self._execution: Execution | None = None
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: Packed,
+        scheme: Scheme,
+        *,
+        pattern: Pattern | None = None,
+        scale: Tensor | None = None,
+        global_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        memory: str = "fast",
+    ) -> SlideSparseLinear:
+        """A layer on packed tensors, which it shares; ``pattern`` is the layer's where it is not that of stored values (nvfp4).
+
+        Raises:
+            WeightError: tensors that do not fit each other; see `check`.
+        """
+        k = packed.k * (2 if scheme.pair else 1)
+        own = pattern or (replace(packed.pattern, unit=2) if scheme.pair else packed.pattern)
+        dtype = None if bias is None else bias.dtype
+        layer = cls(k, packed.n, bias is not None, pattern=own, scheme=scheme, dtype=dtype, device="meta", memory=memory)
+        tensors = {"weight_values": packed.values, "weight_keep": packed.keep, "weight_scale": scale, "weight_global_scale": global_scale}
+        for name in layer._stored:
+            if tensors[name] is None:
+                raise WeightError(f"scheme {scheme.name} needs {name}")
+            layer._buffers[name] = tensors[name].detach()
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        layer.check()
+        return layer
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        pattern: Pattern | str,
+        scheme: Scheme | str,
+        scale: Tensor | None = None,
+        global_scale: Tensor | None = None,
+        memory: str = "fast",
+    ) -> SlideSparseLinear:
+        """A layer from masked dense weights ``[N, K]``: floating point (quantised here), or the scheme's own values with their scales.
+
+        Values with scales are 8-bit ``[N, K]`` with ``scale [N, 1]``, or nvfp4 pairs uint8 ``[N, K/2]`` with ``scale [N, K/16]`` and
+        ``global_scale [1]``. Nothing is pruned.
+
+        Raises:
+            PatternError: a group has more non-zeros than the pattern keeps; names row, group and values.
+            WeightError: NaN or Inf, a scale without which the weights mean nothing, or a value that does not fit 16 bits.
+        """
+        pattern = Pattern.parse(pattern)
+        scheme = scheme_named(scheme) if isinstance(scheme, str) else scheme
+        weight = weight.detach()
+        if scale is not None:
+            scale = scale.detach() if scheme.pair else scale.detach().to(torch.float32)
+        elif weight.dtype == scheme.dtype and (scheme.dynamic or scheme.pair):
+            raise WeightError(f"{scheme.name} weights need their scale")
+        elif scheme.pair:
+            pack(weight, replace(pattern, unit=2))  # before rounding hides a violation
+            global_scale = torch.tensor([nvfp4_global_scale(float(weight.float().abs().amax()))], device=weight.device)
+            weight, scale = quantize_nvfp4(weight, float(global_scale))
+        else:
+            pack(weight, pattern)
+            weight, scale = quantize_weight(weight, scheme)
+        packed = pack(weight, scheme.pattern_stored(pattern))
+        return cls.from_packed(packed, scheme, pattern=pattern, scale=scale, global_scale=global_scale, bias=bias, memory=memory)
+
+    @property
+    def packed(self) -> Packed:
+        """The packed weights, in stored values."""
+        return Packed(
+            self._buffers["weight_values"],
+            self._buffers["weight_keep"],
+            self.scheme.pattern_stored(self.pattern),
+            self.scheme.k_stored(self.in_features),
+        )
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes kept besides the stored tensors."""
+        return 0 if self._execution is None else self._execution.resident_bytes
+
+    def dense_weight(self) -> Tensor:
+        """The masked weights ``[N, K]`` with their scales applied: float32, or the 16-bit scheme's own type."""
+        dense = restore(self.packed)
+        if self.scheme.pair:
+            return dequantize_nvfp4(dense, self._buffers["weight_scale"], self._buffers["weight_global_scale"])
+        return dense.to(torch.float32) * self._buffers["weight_scale"] if self.scheme.dynamic else dense
+
+    def check(self) -> None:
+        """Check shapes, types, keep-bit counts and scales before anything indexes from them.
+
+        Raises:
+            WeightError: names the layer and what is wrong.
+        """
+        for spec in packed_tensors(self.scheme, self.pattern, self.out_features, self.in_features):
+            found = self._buffers[spec.suffix]
+            if found.dtype != spec.dtype or tuple(found.shape) != spec.shape:
+                raise WeightError(
+                    f"{self._label}: {spec.suffix} is {found.dtype} {list(found.shape)}, {self.scheme.name} {self.pattern} "
+                    f"[{self.out_features}, {self.in_features}] needs {spec.dtype} {list(spec.shape)}"
+                )
+        scale, global_scale = self._buffers.get("weight_scale"), self._buffers.get("weight_global_scale")
+        try:
+            check_packed(self.packed, scale if self.scheme.dynamic else None)
+            if self.scheme.pair:
+                check_scale(scale, tuple(scale.shape), zero_allowed=True)
+                check_scale(global_scale.view(1, -1), (1, 1), "weight_global_scale")
+        except WeightError as error:
+            raise WeightError(f"{self._label}: {error}") from error
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` bfloat16, float16 or float32 → ``[..., N]`` of the same type.
+
+        Raises:
+            ValueError: another last dimension or type.
+            WeightError: the packed tensors are damaged or were never loaded (checked on first use).
+            UnsupportedError: the backend asked for cannot run this.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"{self._label}: input has {x.shape[-1]} features, the layer takes {self.in_features}")
+        if x.dtype not in _ACTIVATIONS:
+            raise ValueError(f"{self._label}: input is {x.dtype}; bfloat16, float16 and float32 are taken")
+        y = self._ready()(x.reshape(-1, self.in_features), self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """in_features, out_features, bias, pattern, scheme."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"pattern={self.pattern}, scheme={self.scheme.name}"
+        )
+
+    @property
+    def _label(self) -> str:
+        return f"layer {self.name}" if self.name else f"SlideSparseLinear({self.in_features}, {self.out_features})"
+
+    def _ready(self) -> Execution:
+        """The execution for the buffers as they are now: loaders replace them, casts move them."""
+        execution, packed = self._execution, self.packed
+        if (
+            execution is None
+            or execution.weights.packed.values is not packed.values
+            or execution.weights.packed.keep is not packed.keep
+            or execution.weights.scale is not self._buffers.get("weight_scale")
+            or execution.backend != self.backend
+        ):
+            self.check()
+            weights = Weights(packed, self.scheme, self._buffers.get("weight_scale"), self._buffers.get("weight_global_scale"))
+            execution = self._execution = Execution(weights, memory=self.memory, backend=self.backend)
+        return execution
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlideSparseLinear:
+        """Move, but never cast, the stored tensors."""
+        before = {name: self._buffers[name] for name in self._stored}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            after = self._buffers[name]
+            if after.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(after.device)
+        self._execution = None
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._execution = None  # values may have been copied in place
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_execution": None}
