@@ -1,1 +1,49 @@
-"""slidesparse."""
+"""slidesparse: language models pruned to (2N-2):2N structured sparsity, packed, smaller, and the same answers.
+
+The public names are loaded when first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Packed": "format",
+    "Pattern": "pattern",
+    "Recipe": "checkpoint",
+    "SlideSparseError": "errors",
+    "SlideSparseLinear": "nn",
+    "accelerate": "nn",
+    "convert": "checkpoint",
+    "inspect": "checkpoint",
+    "load": "integrations.transformers",
+    "pack": "pack",
+    "prune": "prune",
+    "restore": "pack",
+    "verify": "checkpoint",
+}
+
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:
+    from .checkpoint import Recipe, convert, inspect, verify
+    from .errors import SlideSparseError
+    from .format import Packed
+    from .integrations.transformers import load
+    from .nn import SlideSparseLinear, accelerate
+    from .pack import pack, restore
+    from .pattern import Pattern
+    from .prune import prune
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'slidesparse' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -186,9 +186,11 @@ class PackedConfig:
         if type(version) is not int or version < 1:
             raise CheckpointError(f"quantization_config.version must be a positive integer, got {version!r}")
         if version > VERSION:
-            raise CheckpointError(f"checkpoint format version {version} is newer than this slidesparse reads ({VERSION}): upgrade slidesparse")
+            raise CheckpointError(
+                f"checkpoint format version {version} is newer than this slidesparse reads ({VERSION}): upgrade slidesparse"
+            )
         weights = data.get("weights")
-        if not isinstance(weights, dict) or "dtype" not in weights:
+        if not isinstance(weights, dict) or not isinstance(weights.get("dtype"), str):
             raise CheckpointError(f"quantization_config.weights must be an object with a dtype, got {weights!r}")
         ignore, overrides, in_features = data.get("ignore") or [], data.get("overrides") or {}, data.get("in_features") or {}
         if not isinstance(ignore, list) or not all(isinstance(entry, str) for entry in ignore):

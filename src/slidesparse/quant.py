@@ -13,7 +13,7 @@ _FP4_MAX, _FP8_MAX = 6.0, 448.0
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def check_finite(weight: Tensor, what: str = "weight") -> None:
+def check_finite(weight: Tensor, what: str = "weight", *, first_row: int = 0) -> None:
     """Refuse NaN and Inf.
 
     Raises:
@@ -24,10 +24,10 @@ def check_finite(weight: Tensor, what: str = "weight") -> None:
     if weight.numel() == 0 or bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all()):
         return
     row, column = (int(i) for i in (~torch.isfinite(values)).nonzero()[0])
-    raise WeightError(f"{what}: value at row {row}, column {column} is {float(values[row, column])}; weights must be finite")
+    raise WeightError(f"{what}: value at row {first_row + row}, column {column} is {float(values[row, column])}; weights must be finite")
 
 
-def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+def quantize_weight(weight: Tensor, scheme: Scheme, *, first_row: int = 0) -> tuple[Tensor, Tensor | None]:
     """Weights ``[N, K]`` → values of the scheme's dtype and, at 8 bits, scales float32 ``[N, 1]`` per output channel.
 
     Raises:
@@ -36,12 +36,12 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | No
     """
     if scheme.pair:
         raise ValueError("nvfp4 weights are quantised by quantize_nvfp4, which takes the tensor's global scale")
-    check_finite(weight)
+    check_finite(weight, first_row=first_row)
     if scheme.dynamic:
         return reference.quantize(weight, scheme)
     values = weight.to(scheme.dtype)
-    if scheme.dtype == torch.float16 and weight.dtype != torch.float16:
-        check_finite(values, f"weight, cast from {weight.dtype} to float16,")
+    if scheme.dtype != weight.dtype:
+        check_finite(values, f"weight, cast from {str(weight.dtype).removeprefix('torch.')} to {str(scheme.dtype).removeprefix('torch.')},")
     return values, None
 
 
@@ -51,7 +51,7 @@ def nvfp4_global_scale(largest: float) -> float:
     return float(scale) if largest > 0 and torch.isfinite(scale) else 1.0
 
 
-def quantize_nvfp4(weight: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
+def quantize_nvfp4(weight: Tensor, global_scale: float, *, first_row: int = 0) -> tuple[Tensor, Tensor]:
     """``[N, K]`` → e2m1 pairs uint8 ``[N, K/2]`` (even weight in the low nibble) and block scales e4m3 ``[N, K/16]``.
 
     Each block of 16 has scale s = e4m3(max|w| / 6 · global_scale); w ≈ e2m1 · s / global_scale. Ties round to the even code,
@@ -63,7 +63,7 @@ def quantize_nvfp4(weight: Tensor, global_scale: float) -> tuple[Tensor, Tensor]
     n, k = weight.shape
     if k % BLOCK:
         raise WeightError(f"nvfp4 needs K to be a multiple of {BLOCK}, got {k}")
-    check_finite(weight)
+    check_finite(weight, first_row=first_row)
     blocks = weight.to(torch.float32).view(n, k // BLOCK, BLOCK)
     scale = (blocks.abs().amax(-1) / _FP4_MAX * global_scale).clamp(max=_FP8_MAX).to(torch.float8_e4m3fn)
     divisor = (scale.to(torch.float32) / global_scale).unsqueeze(-1)

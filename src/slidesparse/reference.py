@@ -21,7 +21,7 @@ def grouped(x: Tensor, pattern: Pattern, offset: int = 0, outside: float = 0) ->
     width = pattern.groups(k, offset) * pattern.group * pattern.unit
     padded = torch.full((rows, width), outside, dtype=x.dtype, device=x.device)
     padded[:, offset * pattern.unit : offset * pattern.unit + k] = x
-    return padded.view(rows, -1, pattern.group, pattern.unit)
+    return padded.unflatten(1, (-1, pattern.group, pattern.unit))
 
 
 def ungrouped(groups: Tensor, pattern: Pattern, k: int, offset: int = 0) -> Tensor:
@@ -80,10 +80,9 @@ def pack(weight: Tensor, pattern: Pattern) -> Packed:
     """
     n, k = weight.shape
     keep = keep_mask(weight, pattern)
-    clean = torch.where(weight.float() == 0, torch.zeros((), device=weight.device), weight.float()).to(weight.dtype)
-    values = grouped(clean.view(_bits(weight.dtype)), pattern)[keep].view(weight.dtype)
+    values = grouped(_bits_of(weight), pattern)[keep].view(weight.dtype)
     bits = keep.flatten(1)
-    bits = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)).view(n, -1, 8)
+    bits = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)).unflatten(1, (-1, 8))
     weights_of_bits = torch.tensor([1 << i for i in range(8)], device=weight.device)
     return Packed(values.reshape(n, pattern.packed_k(k)), (bits * weights_of_bits).sum(-1).to(torch.uint8), pattern, k)
 
@@ -93,7 +92,7 @@ def unpack_keep(packed: Packed) -> Tensor:
     shifts = torch.arange(8, device=packed.keep.device)
     bits = (packed.keep.unsqueeze(-1).int() >> shifts & 1).bool().flatten(1)
     pattern = packed.pattern
-    return bits[:, : pattern.groups(packed.k) * pattern.group].reshape(packed.n, -1, pattern.group)
+    return bits[:, : pattern.groups(packed.k) * pattern.group].unflatten(1, (-1, pattern.group))
 
 
 def restore(packed: Packed) -> Tensor:
@@ -108,13 +107,13 @@ def restore(packed: Packed) -> Tensor:
 def slide(weight: Tensor, pattern: Pattern, offset: int = 0) -> tuple[Tensor, Tensor]:
     """Slide ``weight [N, K]`` → ``[N, K']`` and the bool mask of occupied positions, greedily by the window definition.
 
-    Windows of l units at stride n, left to right; each takes the first n kept units not placed before.
+    Windows of l units at stride n, left to right; each takes the first n kept units not placed before. −0.0 becomes +0.0.
 
     Raises:
         PatternError: see `keep_mask`.
     """
     keep = keep_mask(weight, pattern, offset)
-    groups = grouped(weight.view(_bits(weight.dtype)), pattern, offset)
+    groups = grouped(_bits_of(weight), pattern, offset)
     rows, count = keep.shape[:2]
     slid = torch.zeros((rows, count, pattern.windows, pattern.l, pattern.unit), dtype=groups.dtype, device=weight.device)
     occupied = torch.zeros(slid.shape[:-1], dtype=torch.bool, device=weight.device)
@@ -178,6 +177,11 @@ def linear(
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(out_dtype)
+
+
+def _bits_of(weight: Tensor) -> Tensor:
+    """The bits of every weight as an integer, those of +0.0 where it is −0.0."""
+    return weight.view(_bits(weight.dtype)).masked_fill(weight.float() == 0, 0)
 
 
 def _bits(dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,6 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..format import VERSION
-from ..pattern import Pattern
 from .configs import output_config
 from .layers import Form
 from .recipe import LayerPlan, Recipe, plan_layers
@@ -69,20 +68,18 @@ def convert(
     """
     checkpoint = Checkpoint.open(source)
     plans = plan_layers(checkpoint, recipe)
-    with Staging(Path(out), checkpoint.path, _job(checkpoint, recipe), overwrite) as staging:
-        try:
-            with TensorReader() as reader:
-                return _Conversion(checkpoint, recipe, plans, reader, progress or (lambda done, total, what: None)).run(staging)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise CheckpointError(f"the disk of {staging.path} is full: free space and run the same command again to resume") from error
-            raise CheckpointError(f"cannot write {staging.path}: {error.strerror or error}") from error
+    staging = Staging(Path(out), checkpoint.path, _job(checkpoint, recipe), overwrite)
+    try:
+        with staging, TensorReader() as reader:
+            return _Conversion(checkpoint, recipe, plans, reader, progress or (lambda done, total, what: None)).run(staging)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(f"the disk of {staging.path} is full: free space and run the same command again to resume") from error
+        raise CheckpointError(f"cannot write {staging.path}: {error.strerror or error}") from error
 
 
 class _Conversion:
-    def __init__(
-        self, checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan], reader: TensorReader, progress: Progress
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan], reader: TensorReader, progress: Progress) -> None:
         self.checkpoint, self.recipe, self.reader, self.progress = checkpoint, recipe, reader, progress
         scanned = [plan for plan in plans if plan.pattern is None and recipe.obey]
         self.total = checkpoint.nbytes + sum(plan.layer.main.nbytes for plan in scanned)
@@ -96,7 +93,8 @@ class _Conversion:
         needed = sum(size for name, size in sizes.items() if name not in done)
         free = shutil.disk_usage(staging.path).free
         if needed > free:
-            raise CheckpointError(f"{staging.path} needs {needed / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free: free some, or choose another")
+            room = f"needs {needed / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free"
+            raise CheckpointError(f"{staging.path} {room}: free some, or choose another disk")
         for name, tensors in self.checkpoint.shards.items():
             if name in done:
                 self._advance(sum(info.nbytes for info in tensors.values()))
@@ -112,10 +110,8 @@ class _Conversion:
 
     def _with_pattern(self, plan: LayerPlan) -> LayerPlan:
         self.what = f"detecting the pattern of {plan.layer.name}"
-        pattern = detect_pattern(self.reader, plan.layer, self._advance)
-        if plan.scheme is not None and plan.scheme.pair and pattern.unit != 2:
-            pattern = Pattern(pattern.kept, pattern.group, unit=2)
-        return replace(plan, pattern=pattern)
+        unit = 2 if plan.scheme is not None and plan.scheme.pair else 1
+        return replace(plan, pattern=detect_pattern(self.reader, plan.layer, self._advance, unit=unit))
 
     def _outputs(self, tensors: dict[str, TensorInfo]) -> dict[str, _Shape]:
         """Tensors of an output shard: a converted layer's stand where its weights stood."""
@@ -156,7 +152,8 @@ class _Conversion:
         for plan in self.plans.values():
             size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in output_specs(plan, self.recipe))
             scheme = plan.scheme.name if plan.scheme else "fp32"
-            layers.append(ConvertedLayer(plan.layer.name, plan.layer.n, plan.layer.k, scheme, str(plan.pattern or "none"), plan.layer.nbytes, size))
+            layer, pattern = plan.layer, str(plan.pattern or "none")
+            layers.append(ConvertedLayer(layer.name, layer.n, layer.k, scheme, pattern, layer.nbytes, size))
         kept = [name for name, layer in self.checkpoint.layers.items() if name not in self.plans and layer.form is not Form.PACKED]
         self.progress(self.total, self.total, "done")
         return ConversionReport(out, self.checkpoint.nbytes, bytes_out, layers, kept, resumed)
@@ -166,4 +163,10 @@ def _job(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
     """What makes two runs the same job: source files, recipe and format."""
     stats = {name: (checkpoint.path / name).stat() for name in checkpoint.shards}
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return {"version": VERSION, "source": str(checkpoint.path.resolve()), "files": files, "config": checkpoint.config, "recipe": recipe.to_dict()}
+    return {
+        "version": VERSION,
+        "source": str(checkpoint.path.resolve()),
+        "files": files,
+        "config": checkpoint.config,
+        "recipe": recipe.to_dict(),
+    }

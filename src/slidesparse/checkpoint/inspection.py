@@ -99,9 +99,9 @@ def _inspect_layer(reader: TensorReader, checkpoint: Checkpoint, layer: Layer, s
         stored = layer.scheme.pattern_stored(claimed) if layer.scheme else claimed
         mean = mean_magnitude(reader, layer) if layer.form is Form.MASTER else None
         for first, last in row_ranges(layer.n, layer.k):
-            violation = pack.find_violation(read_block(reader, layer, first, last, mean).values, stored)
+            violation = pack.find_violation(read_block(reader, layer, first, last, mean).values, stored, first_row=first)
             if violation is not None:
-                row.problem = f"rows from {first}: {violation}"
+                row.problem = str(violation)
                 break
     except PatternError:
         row.pattern = None  # a dense layer that was never pruned claims nothing and violates nothing

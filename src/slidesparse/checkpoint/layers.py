@@ -47,7 +47,9 @@ class Layer:
     @property
     def main(self) -> TensorInfo:
         """The tensor with the weights."""
-        return self.tensors[{Form.PACKED: "weight_values"}.get(self.form, "weight_packed" if self.scheme and self.scheme.pair else "weight")]
+        return self.tensors[
+            {Form.PACKED: "weight_values"}.get(self.form, "weight_packed" if self.scheme and self.scheme.pair else "weight")
+        ]
 
     @property
     def nbytes(self) -> int:
@@ -183,7 +185,12 @@ def _compressed_tensors_scheme(path: Path, quantization: dict[str, Any]) -> Sche
         if kind == (4, "float", "tensor_group", True) and activations is None:
             schemes.add("nvfp4")
             continue
-        dynamic = activations and (activations.get("num_bits"), activations.get("type"), activations.get("strategy"), activations.get("dynamic"))
+        dynamic = activations and (
+            activations.get("num_bits"),
+            activations.get("type"),
+            activations.get("strategy"),
+            activations.get("dynamic"),
+        )
         names = {(8, "int", "channel", True): "int8", (8, "float", "channel", True): "fp8"}
         if kind not in names or dynamic != (8, kind[1], "token", True):
             raise CheckpointError(

@@ -119,7 +119,9 @@ def _target(layer: Layer, recipe: Recipe) -> Scheme | None:
     scheme = SCHEMES[recipe.scheme] if recipe.scheme else layer.scheme
     if layer.form in (Form.TERNARY, Form.MASTER):
         if recipe.scheme != "int8":
-            raise UnsupportedError(f"layer {layer.name} is BitNet: its ternary weights go through --scheme int8, in one convert or quantize step")
+            raise UnsupportedError(
+                f"layer {layer.name} is BitNet: its ternary weights go through --scheme int8, in one convert or quantize step"
+            )
         return scheme
     quantized = layer.scheme is not None and (layer.scheme.dynamic or layer.scheme.pair)
     if quantized and scheme is not layer.scheme:

@@ -47,7 +47,7 @@ def read_block(reader: TensorReader, layer: Layer, first: int, last: int, mean: 
     try:
         return _read_block(reader, layer, first, last, mean)
     except WeightError as error:
-        raise CheckpointError(f"{layer.main.path}: layer {layer.name}, rows from {first}: {error}") from error
+        raise CheckpointError(f"{layer.main.path}: layer {layer.name}: {error}") from error
 
 
 def _read_block(reader: TensorReader, layer: Layer, first: int, last: int, mean: float | None) -> Block:
@@ -70,7 +70,7 @@ def _read_block(reader: TensorReader, layer: Layer, first: int, last: int, mean:
         layer.scheme.pattern_stored(layer.pattern),
         layer.scheme.k_stored(layer.k),
     )
-    pack.check_packed(packed)
+    pack.check_packed(packed, first_row=first)
     return Block(first, pack.restore(packed), scale, packed)
 
 
@@ -80,7 +80,7 @@ def _read_scale(reader: TensorReader, layer: Layer, first: int, last: int) -> Te
         return None
     scale = reader.read_rows(info, first, last)
     scale = scale.float().view(last - first, 1) if layer.scheme.dynamic else scale
-    pack.check_scale(scale, (last - first, scale.shape[1]), zero_allowed=layer.scheme.pair)
+    pack.check_scale(scale, (last - first, scale.shape[1]), zero_allowed=layer.scheme.pair, first_row=first)
     return scale
 
 

@@ -38,8 +38,6 @@ class Staging:
         except BlockingIOError as error:
             os.close(self._lock)
             raise CheckpointError(f"another run is writing {self.path}: wait for it, or choose another output") from error
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from error
         try:
             self._claim()
         except BaseException:

@@ -12,7 +12,7 @@ from .. import pack, prune
 from ..errors import PatternError, WeightError
 from ..format import TensorSpec, dense_tensors, packed_tensors
 from ..pattern import KNOWN, Pattern
-from ..quant import nvfp4_global_scale, quantize_nvfp4, quantize_weight
+from ..quant import check_finite, nvfp4_global_scale, quantize_nvfp4, quantize_weight
 from .layers import Form, Layer
 from .recipe import LayerPlan, Recipe
 from .rows import Block, largest_magnitude, mean_magnitude, read_block, row_ranges
@@ -48,41 +48,39 @@ def transform(reader: TensorReader, plan: LayerPlan, recipe: Recipe, advance: Ad
         try:
             yield from _store(_quantize(_prune(block, plan, recipe), plan, global_scale), plan, recipe)
         except PatternError as error:
-            raise PatternError(
-                f"layer {layer.name}, rows from {first}: {error}", row=first + error.row, group=error.group, values=error.values
-            ) from error
+            raise PatternError(f"layer {layer.name}: {error}", row=error.row, group=error.group, values=error.values) from error
         except WeightError as error:
-            raise WeightError(f"layer {layer.name}, rows from {first}: {error}") from error
+            raise WeightError(f"layer {layer.name}: {error}") from error
         advance((last - first) * layer.main.nbytes // max(layer.n, 1))
 
 
-def detect_pattern(reader: TensorReader, layer: Layer, advance: Advance) -> Pattern:
-    """The tightest known pattern a layer obeys.
+def detect_pattern(reader: TensorReader, layer: Layer, advance: Advance, *, unit: int = 1) -> Pattern:
+    """The tightest known pattern a layer obeys, in units of ``unit`` weights (nvfp4 layers: always pairs).
 
     Raises:
         PatternError: it obeys none; names the first group that violates the widest.
     """
-    unit = 2 if layer.scheme is not None and layer.scheme.pair else 1
-    candidates = list(KNOWN)
+    pairs_stored = layer.scheme is not None and layer.scheme.pair
+    candidates = [Pattern(p.kept, p.group, unit=1 if pairs_stored else unit) for p in KNOWN]
     mean = mean_magnitude(reader, layer) if layer.form is Form.MASTER else None
     for first, last in row_ranges(layer.n, layer.k):
         values = read_block(reader, layer, first, last, mean).values
         for pattern in list(candidates):
-            violation = pack.find_violation(values, pattern)
+            violation = pack.find_violation(values, pattern, first_row=first)
             if violation is None:
                 continue
             candidates.remove(pattern)
             if not candidates:
                 raise PatternError(
-                    f"layer {layer.name} obeys no pattern from {KNOWN[0]} to {KNOWN[-1]}; rows from {first}: {violation}. "
+                    f"layer {layer.name} obeys no pattern from {KNOWN[0]} to {KNOWN[-1]}: {violation}. "
                     "Prune it, or leave it dense with --ignore",
-                    row=first + violation.row,
+                    row=violation.row,
                     group=violation.group,
                     values=violation.values,
                 )
         advance((last - first) * layer.main.nbytes // max(layer.n, 1))
     tightest = candidates[0]
-    return Pattern(tightest.kept, tightest.group, unit=unit)
+    return Pattern(tightest.kept, tightest.group, unit=2 if pairs_stored else unit)
 
 
 def _global_scale(reader: TensorReader, plan: LayerPlan) -> Tensor | None:
@@ -99,6 +97,7 @@ def _prune(block: Block, plan: LayerPlan, recipe: Recipe) -> Block:
     # Seeded by place, so that a resumed run makes the same choices.
     place = hashlib.sha256(f"{recipe.seed}/{plan.layer.name}/{block.first}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(place[:7], "little"))
+    check_finite(block.values, first_row=block.first)
     return Block(block.first, prune.prune(block.values, plan.pattern, recipe.method, generator=generator), block.scale)
 
 
@@ -106,8 +105,8 @@ def _quantize(block: Block, plan: LayerPlan, global_scale: Tensor | None) -> Blo
     if not plan.requantize or plan.scheme is None:
         return block
     if plan.scheme.pair:
-        return Block(block.first, *quantize_nvfp4(block.values, float(global_scale)))
-    return Block(block.first, *quantize_weight(block.values, plan.scheme))
+        return Block(block.first, *quantize_nvfp4(block.values, float(global_scale), first_row=block.first))
+    return Block(block.first, *quantize_weight(block.values, plan.scheme, first_row=block.first))
 
 
 def _store(block: Block, plan: LayerPlan, recipe: Recipe) -> Iterator[tuple[str, int, Tensor]]:
@@ -117,11 +116,11 @@ def _store(block: Block, plan: LayerPlan, recipe: Recipe) -> Iterator[tuple[str,
         try:
             packed = pack.pack(block.values, stored)
         except PatternError as error:
-            raise pack.find_violation(block.values, stored) or error from error
+            raise pack.find_violation(block.values, stored, first_row=block.first) or error from error
         yield "weight_values", block.first, packed.values
         yield "weight_keep", block.first, packed.keep
     else:
-        if stored is not None and recipe.method is None and (violation := pack.find_violation(block.values, stored)):
+        if stored is not None and recipe.method is None and (violation := pack.find_violation(block.values, stored, first_row=block.first)):
             raise violation
         yield "weight_packed" if scheme is not None and scheme.pair else "weight", block.first, block.values
     if block.scale is not None:

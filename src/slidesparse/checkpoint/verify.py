@@ -111,9 +111,9 @@ def _verify_layer(reader: TensorReader, layer: Layer, pattern: Pattern, other: C
             block = read_block(reader, layer, first, last, mean)
             verdict.negative_zeros += count_negative_zeros(block.values)
             packed = _repack(block, stored)
-            check_identity(block.values, packed)
+            check_identity(block.values, packed, first_row=block.first)
             if twin is not None:
-                verdict.masked_away += _compare(reader, layer, block, packed, twin, read_block(reader, twin, first, last, twin_mean))
+                verdict.masked_away += _compare(reader, layer, block, twin, read_block(reader, twin, first, last, twin_mean))
         if other is not None and verdict.masked_away and (other.marker or other.packed):
             raise WeightError(f"the mask removes {verdict.masked_away} non-zero weights of {other.path}, which is masked already")
     except SlideSparseError as error:
@@ -122,9 +122,9 @@ def _verify_layer(reader: TensorReader, layer: Layer, pattern: Pattern, other: C
 
 
 def _repack(block: Block, pattern: Pattern) -> Packed:
-    violation = pack.find_violation(block.values, pattern)
+    violation = pack.find_violation(block.values, pattern, first_row=block.first)
     if violation is not None:
-        raise WeightError(f"rows from {block.first}: {violation}")
+        raise violation
     packed = pack.pack(block.values, pattern)
     if block.packed is not None:
         for what in ("keep", "values"):
@@ -134,23 +134,24 @@ def _repack(block: Block, pattern: Pattern) -> Packed:
     return packed
 
 
-def check_identity(dense: Tensor, packed: Packed) -> None:
-    """``W·x == slide(W)·lift(x)`` on fresh random integers, with the weights' bits as integers: exact in float64.
+def check_identity(dense: Tensor, packed: Packed, *, first_row: int = 0) -> None:
+    """restore(pack(W)) is bitwise W, and ``W·x == slide(W)·lift(x)`` on fresh random integers.
+
+    The weights' bit patterns are taken as integers, so that the products are exact in float64 whatever the weights' type.
 
     Raises:
         WeightError: a row differs.
     """
+    clean = _clean(dense)
+    restored = pack.restore(packed)
+    if not _same_bits(clean, restored):
+        raise WeightError(f"restore(pack(W)) differs from W in row {first_row + _first_row(clean, restored)}")
     x = torch.randint(-127, 128, (_COLUMNS, dense.shape[1]), dtype=torch.int32)
-    lifted = reference.lift(x, packed.pattern)
-    # The oracle's +0.0 rule: -0.0 in a dense source is a zero like any other.
-    plain = pack.integer_view(pack.restore(packed)).double() @ x.double().t()
-    slid = pack.integer_view(pack.slide(packed)).double() @ lifted.double().t()
-    clean = torch.where(dense.float() == 0, torch.zeros(()), dense.float()).to(dense.dtype)
     direct = pack.integer_view(clean).double() @ x.double().t()
-    for name, product in (("restore(pack(W))·x", plain), ("slide(W)·lift(x)", slid)):
-        if not torch.equal(direct, product):
-            row = int((direct != product).any(-1).nonzero()[0])
-            raise WeightError(f"W·x and {name} differ in row {row}")
+    slid = pack.integer_view(pack.slide(packed)).double() @ reference.lift(x, packed.pattern).double().t()
+    if not torch.equal(direct, slid):
+        row = int((direct != slid).any(-1).nonzero()[0])
+        raise WeightError(f"W·x and slide(W)·lift(x) differ in row {first_row + row}")
 
 
 def _twin(other: Checkpoint, layer: Layer) -> Layer:
@@ -162,22 +163,36 @@ def _twin(other: Checkpoint, layer: Layer) -> Layer:
     return twin
 
 
-def _compare(reader: TensorReader, layer: Layer, block: Block, packed: Packed, twin: Layer, theirs: Block) -> int:
-    """Compare one block with the other checkpoint's; returns how many of its non-zeros the mask removes."""
-    same = twin.scheme is layer.scheme and twin.form is not Form.FLOAT
-    unit = 2 if layer.scheme is not None and layer.scheme.pair and not same else packed.pattern.unit
-    keep = pack.unpack_keep(packed).repeat_interleave(unit, dim=1)[:, : theirs.values.shape[1]]
-    nonzero = theirs.values.float() != 0
-    removed = int((nonzero & ~keep).sum())
-    masked = pack.integer_view(theirs.values) * (keep & nonzero)
-    values, scale = masked.to(pack.integer_view(theirs.values).dtype).view(theirs.values.dtype), theirs.scale
-    if not same:
+def _compare(reader: TensorReader, layer: Layer, block: Block, twin: Layer, theirs: Block) -> int:
+    """Compare one block with the other checkpoint's; returns how many non-zeros of it are zero here.
+
+    Their weights are taken where ours are not zero and quantised as ours were; a weight too small for its scale counts as zero.
+    """
+    convert = twin.form is Form.FLOAT and twin.scheme is not layer.scheme
+    mine = _clean(block.values)
+    nonzero = _elements_nonzero(mine) if convert and layer.scheme is not None and layer.scheme.pair else _nonzero(mine)
+    values, scale = (
+        torch.where(nonzero, theirs.values.float(), torch.zeros(())).to(theirs.values.dtype),
+        theirs.scale,
+    )  # float32 holds every stored type
+    everything = theirs.values
+    if convert:
         values, scale = _quantize_like(reader, layer, values)
-    for what, mine, other in (("weight", _clean(block.values), values), ("weight_scale", block.scale, scale)):
-        if mine is not None and (other is None or not _same_bits(mine, other.to(mine.dtype))):
-            row = 0 if other is None else _first_row(mine, other.to(mine.dtype))
+        everything, _ = _quantize_like(reader, layer, theirs.values)
+    for what, a, b in (("weight", mine, _clean(values)), ("weight_scale", block.scale, scale)):
+        if a is not None and (b is None or not _same_bits(a, b.to(a.dtype))):
+            row = 0 if b is None else _first_row(a, b.to(a.dtype))
             raise WeightError(f"{what}: row {block.first + row} differs from {twin.main.path}")
-    return removed
+    return int((_nonzero(everything) & ~_nonzero(mine)).sum())
+
+
+def _nonzero(values: Tensor) -> Tensor:
+    return values.float() != 0
+
+
+def _elements_nonzero(pairs: Tensor) -> Tensor:
+    """Which of the two 4-bit weights in each byte are not zero: ``[N, K/2]`` → ``[N, K]``."""
+    return torch.stack((pairs & 7 != 0, pairs >> 4 & 7 != 0), dim=-1).flatten(1)
 
 
 def _quantize_like(reader: TensorReader, layer: Layer, values: Tensor) -> tuple[Tensor, Tensor | None]:

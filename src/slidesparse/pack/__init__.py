@@ -1,7 +1,18 @@
 """Fast packing: dense masked weights ↔ kept values and keep-bits, and the slid layout derived from them."""
 
+from .checks import check_packed, check_scale, detect, find_violation
 from .codes import integer_view
 from .packing import pack, restore, slid_mask, slide, unpack_keep
-from .checks import check_packed, check_scale, detect, find_violation
 
-__all__ = ["check_packed", "check_scale", "detect", "find_violation", "integer_view", "pack", "restore", "slid_mask", "slide", "unpack_keep"]
+__all__ = [
+    "check_packed",
+    "check_scale",
+    "detect",
+    "find_violation",
+    "integer_view",
+    "pack",
+    "restore",
+    "slid_mask",
+    "slide",
+    "unpack_keep",
+]

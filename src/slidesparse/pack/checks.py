@@ -14,10 +14,10 @@ from .codes import pad_to_groups, unit_codes
 from .packing import unpack_keep
 
 
-def find_violation(weight: Tensor, pattern: Pattern, offset: int = 0) -> PatternError | None:
+def find_violation(weight: Tensor, pattern: Pattern, offset: int = 0, *, first_row: int = 0) -> PatternError | None:
     """The first group of ``weight [N, K]`` with more non-zero units than the pattern keeps, or None.
 
-    The error carries row, group and the group's values.
+    The error carries row, group and the group's values; ``first_row`` is added to the row where the weights are a block of more.
     """
     codes = pad_to_groups(unit_codes(weight, pattern), pattern, offset)
     excess = (codes != 0).unflatten(1, (-1, pattern.group)).sum(-1, dtype=torch.uint8) > pattern.kept
@@ -30,9 +30,9 @@ def find_violation(weight: Tensor, pattern: Pattern, offset: int = 0) -> Pattern
     nonzero = int((codes[row].view(-1, pattern.group)[group] != 0).sum())
     shown = ", ".join(f"{value:.4g}" for value in values)
     return PatternError(
-        f"row {row}, group {group} (columns {start}–{min(stop, weight.shape[1]) - 1}): {nonzero} non-zero, "
+        f"row {first_row + row}, group {group} (columns {start}–{min(stop, weight.shape[1]) - 1}): {nonzero} non-zero, "
         f"pattern {pattern} keeps {pattern.kept} of {pattern.group}: [{shown}]",
-        row=row,
+        row=first_row + row,
         group=group,
         values=values,
     )
@@ -43,31 +43,37 @@ def detect(weight: Tensor, candidates: Iterable[Pattern] = KNOWN) -> Pattern | N
     return next((pattern for pattern in candidates if find_violation(weight, pattern) is None), None)
 
 
-def check_packed(packed: Packed, scale: Tensor | None = None) -> None:
+def check_packed(packed: Packed, scale: Tensor | None = None, *, first_row: int = 0) -> None:
     """Check shapes, keep-bit counts, unused bits, and scales before anything indexes from them.
+
+    ``first_row`` is added to the rows in messages where ``packed`` is a block of more.
 
     Raises:
         WeightError: names what is wrong: shape, row and group of a wrong bit count, or the row of a bad scale.
     """
     pattern, n = packed.pattern, packed.n
-    wanted_values, wanted_keep = (n, pattern.packed_k(packed.k)), (n, pattern.keep_bytes(packed.k))
-    if tuple(packed.values.shape) != wanted_values:
-        raise WeightError(f"weight_values has shape {list(packed.values.shape)}, pattern {pattern} with K = {packed.k} needs {list(wanted_values)}")
-    if packed.keep.dtype != torch.uint8 or tuple(packed.keep.shape) != wanted_keep:
-        raise WeightError(f"weight_keep is {packed.keep.dtype} {list(packed.keep.shape)}, pattern {pattern} with K = {packed.k} needs uint8 {list(wanted_keep)}")
+    claim = f"pattern {pattern} with K = {packed.k} needs"
+    values_shape, keep_shape = [n, pattern.packed_k(packed.k)], [n, pattern.keep_bytes(packed.k)]
+    if list(packed.values.shape) != values_shape:
+        raise WeightError(f"weight_values has shape {list(packed.values.shape)}, {claim} {values_shape}")
+    if packed.keep.dtype != torch.uint8 or list(packed.keep.shape) != keep_shape:
+        raise WeightError(f"weight_keep is {packed.keep.dtype} {list(packed.keep.shape)}, {claim} torch.uint8 {keep_shape}")
     counts = unpack_keep(packed).unflatten(1, (-1, pattern.group)).sum(-1, dtype=torch.uint8)
     if bool((counts != pattern.kept).any()):
         row, group = (int(i) for i in (counts != pattern.kept).nonzero()[0])
-        raise WeightError(f"weight_keep: row {row}, group {group} has {int(counts[row, group])} keep-bits, pattern {pattern} needs {pattern.kept}")
+        where = f"weight_keep: row {first_row + row}, group {group}"
+        raise WeightError(f"{where} has {int(counts[row, group])} keep-bits, pattern {pattern} needs {pattern.kept}")
     unused = packed.keep.shape[1] * 8 - pattern.groups(packed.k) * pattern.group
     if unused and bool((packed.keep[:, -1] >> (8 - unused)).any()):
         row = int((packed.keep[:, -1] >> (8 - unused)).nonzero()[0])
-        raise WeightError(f"weight_keep: row {row} sets unused bits at its end")
+        raise WeightError(f"weight_keep: row {first_row + row} sets unused bits at its end")
     if scale is not None:
-        check_scale(scale, (n, 1))
+        check_scale(scale, (n, 1), first_row=first_row)
 
 
-def check_scale(scale: Tensor, shape: tuple[int, int], name: str = "weight_scale", *, zero_allowed: bool = False) -> None:
+def check_scale(
+    scale: Tensor, shape: tuple[int, int], name: str = "weight_scale", *, zero_allowed: bool = False, first_row: int = 0
+) -> None:
     """Scales must have the shape, be finite and positive (``zero_allowed``: not negative).
 
     Raises:
@@ -79,4 +85,4 @@ def check_scale(scale: Tensor, shape: tuple[int, int], name: str = "weight_scale
     bad = ~(torch.isfinite(values) & ((values >= 0) if zero_allowed else (values > 0)))
     if bool(bad.any()):
         row, column = (int(i) for i in bad.nonzero()[0])
-        raise WeightError(f"{name}: row {row} holds {float(values[row, column])}; scales must be finite and positive")
+        raise WeightError(f"{name}: row {first_row + row} holds {float(values[row, column])}; scales must be finite and positive")

@@ -110,7 +110,7 @@ def _violation(codes: Tensor, pattern: Pattern, dtype: torch.dtype, flat: int) -
 def _pack_bits(keep: Tensor) -> Tensor:
     """Bool ``[N, P]`` → uint8 ``[N, ceil(P/8)]``, bit i of byte j = position 8j + i."""
     keep = F.pad(keep, (0, -keep.shape[1] % 8)) if keep.shape[1] % 8 else keep.contiguous()
-    eight = keep.view(torch.uint8).view(torch.int64)
+    eight = keep.view(torch.uint8).view(-1).view(torch.int64).view(keep.shape[0], keep.shape[1] // 8)
     return (eight * _GATHER >> 56 & 0xFF).to(torch.uint8)
 
 

@@ -26,7 +26,9 @@ class Method(StrEnum):
 METHODS = tuple(method.value for method in Method)
 
 
-def prune(weight: Tensor, pattern: Pattern, method: str = "magnitude", *, offset: int = 0, generator: torch.Generator | None = None) -> Tensor:
+def prune(
+    weight: Tensor, pattern: Pattern, method: str = "magnitude", *, offset: int = 0, generator: torch.Generator | None = None
+) -> Tensor:
     """Copy of ``weight [N, K]`` that obeys the pattern: exactly ``dropped`` units per group zeroed, as +0.0.
 
     Args:
@@ -39,7 +41,8 @@ def prune(weight: Tensor, pattern: Pattern, method: str = "magnitude", *, offset
         WeightError: a dtype that cannot be pruned, NaN or Inf.
     """
     if weight.dtype not in _DTYPES:
-        raise WeightError(f"cannot prune {weight.dtype} weights: cast to one of {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}")
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise WeightError(f"cannot prune {weight.dtype} weights: cast to one of {known}")
     check_finite(weight)
     match Method(method):
         case Method.MAGNITUDE:

@@ -18,14 +18,15 @@ def zero_smallest(weight: Tensor, score: Tensor, pattern: Pattern, offset: int =
     the row are taken first.
     """
     # Score and position in one integer: all keys of a group differ, so the threshold zeroes exactly `dropped` of them.
-    keys = pad_to_groups(score + 1, pattern, offset).view(-1, pattern.group).t().contiguous()
+    padded = pad_to_groups(score + 1, pattern, offset)
+    keys = padded.view(-1, pattern.group).t().contiguous()
     keys <<= _POSITION_BITS
     keys += torch.arange(pattern.group, dtype=keys.dtype, device=keys.device).unsqueeze(-1)
     smallest = [torch.full_like(keys[0], torch.iinfo(keys.dtype).max) for _ in range(pattern.dropped)]
     for key in keys:
         for level in range(pattern.dropped):
             smallest[level], key = torch.minimum(smallest[level], key), torch.maximum(smallest[level], key)
-    keep = (keys > smallest[-1]).t().contiguous().view(score.shape[0], -1)
+    keep = (keys > smallest[-1]).t().contiguous().view(padded.shape)
     keep = keep[:, offset : offset + score.shape[1]]
     codes = integer_view(weight, pattern.unit)
     return (codes * keep.to(codes.dtype)).view(weight.dtype)

@@ -1,0 +1,68 @@
+"""The command line: thin commands over the Python API, one-line errors, exit codes that mean something.
+
+0 done · 1 the input or the machine is at fault · 2 the command line is · 3 verification failed · 130 interrupted
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from .. import __version__, env
+from ..errors import SlideSparseError
+from . import examine, produce, run
+
+app = typer.Typer(
+    name="slidesparse",
+    help="Prune, quantise, pack and run language models with (2N-2):2N structured sparsity.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"slidesparse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version and exit.")) -> None:
+    """Prune, quantise, pack and run language models with (2N-2):2N structured sparsity."""
+
+
+for command in (produce.prune, produce.quantize, produce.pack, produce.convert):
+    app.command()(command)
+app.command(name="import")(produce.import_)
+app.command()(examine.inspect)
+app.command()(examine.verify)
+app.command()(run.generate)
+app.command(name="eval")(run.eval_)
+app.command()(examine.doctor)
+
+
+def main() -> None:
+    """Entry point of the ``slidesparse`` script."""
+    try:
+        app()
+    except SystemExit as stop:
+        if stop.code != 130:
+            raise
+        _fail("interrupted; where a checkpoint was being written, the same command resumes it", 130)
+    except (SlideSparseError, ValueError, OSError) as error:
+        if env.debug():
+            raise
+        _fail(" ".join(str(error).split()) or type(error).__name__, 1)
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_escape(message)}")
+    sys.exit(code)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,112 @@
+"""inspect, verify, doctor: the commands that look and tell."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ..pattern import Pattern
+from . import screen
+from .produce import Json, Model, _pattern
+
+_SHOWN = 12
+
+
+def inspect(
+    model: Model,
+    quick: Annotated[bool, typer.Option("--quick", help="Headers only: do not read the weights.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer instead of one line per kind.")] = False,
+    json: Json = False,
+) -> None:
+    """Pattern, scheme, per-layer shapes, bytes against dense, and what violates the pattern."""
+    from ..checkpoint import inspect as api_inspect
+
+    with screen.progress("inspecting") as progress:
+        found = api_inspect(model, scan=not quick, progress=progress)
+    if json:
+        screen.print_json(found)
+    else:
+        screen.out.print(f"[bold]{found.path}[/]  {found.architecture}")
+        pattern = found.pattern or ("not scanned" if quick else "none shared by all layers")
+        screen.out.print(f"{found.kind}, pattern {pattern}, {found.scheme}, {screen.size(found.nbytes)} in all")
+        if found.dense_layer_bytes:
+            ratio = found.layer_bytes / found.dense_layer_bytes
+            screen.out.print(f"{len(found.layers)} linear layers: {screen.size(found.layer_bytes)}, {ratio:.3f} of dense in the same type")
+        screen.out.print(_layer_table(found.layers, layers))
+        for row in found.problems[:_SHOWN]:
+            screen.out.print(f"[red]violated[/] {row.name}: {escape(row.problem or '')}")
+    if found.problems:
+        raise typer.Exit(3)
+
+
+def _layer_table(rows: list, every: bool) -> Table:
+    table = Table(box=None, header_style="bold")
+    for name in ("layer", "N", "K", "type", "pattern", "bytes", "of dense"):
+        table.add_column(name, justify="left" if name in ("layer", "type", "pattern") else "right", no_wrap=name == "layer")
+    kinds: dict[tuple, list] = {}
+    for row in rows:
+        kind = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
+        key = row.name if every else kind
+        kinds.setdefault((key, row.n, row.k, row.scheme, row.pattern), []).append(row)
+    for (name, n, k, scheme, pattern), same in kinds.items():
+        nbytes, dense = sum(row.nbytes for row in same), sum(row.dense_nbytes for row in same)
+        label = name if every or len(same) == 1 else f"{name} ×{len(same)}"
+        table.add_row(escape(label), str(n), str(k), scheme, pattern or "–", screen.size(nbytes), f"{nbytes / max(dense, 1):.3f}")
+    return table
+
+
+def verify(
+    model: Model,
+    against: Annotated[Path | None, typer.Option(help="Masked or original checkpoint whose weights must be these under the mask.")] = None,
+    pattern: Annotated[
+        Pattern | None,
+        typer.Option("--pattern", "-p", parser=_pattern, metavar="KEPT:GROUP", help="For a dense checkpoint that claims none."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Every group obeys the pattern, restore and pack are inverse, W·x == slide(W)·lift(x); exit code 3 when not."""
+    from ..checkpoint import verify as api_verify
+
+    with screen.progress("verifying") as progress:
+        report = api_verify(model, against, pattern=pattern, progress=progress)
+    if json:
+        screen.print_json(dataclasses.asdict(report) | {"ok": report.ok})
+    else:
+        good = sum(layer.ok for layer in report.layers)
+        rows = sum(layer.rows for layer in report.layers)
+        mark = "[green]ok[/]" if report.ok else "[red]FAILED[/]"
+        screen.out.print(
+            f"{mark}  {report.path}: {good} of {len(report.layers)} layers ({rows} rows) obey, restore bitwise and slide exactly"
+        )
+        for layer in [layer for layer in report.layers if not layer.ok][:_SHOWN]:
+            screen.out.print(f"  [red]{layer.name}[/]: {escape(layer.reason)}")
+        for name in report.other_tensors[:_SHOWN]:
+            screen.out.print(f"  [red]{name}[/] differs from {against}")
+        negative, masked = (sum(getattr(layer, name) for layer in report.layers) for name in ("negative_zeros", "masked_away"))
+        if negative:
+            screen.out.print(f"  {negative} weights are -0.0; they count as zeros and are stored as +0.0")
+        if masked:
+            screen.out.print(f"  the mask removes {masked} non-zero weights of {against}")
+    if not report.ok:
+        raise typer.Exit(3)
+
+
+def doctor(json: Json = False) -> None:
+    """What this machine can run, and why not."""
+    from ..doctor import diagnose
+
+    findings = diagnose()
+    if json:
+        screen.print_json([dataclasses.asdict(finding) for finding in findings])
+        return
+    table = Table(box=None, header_style="bold")
+    for name in ("", "what", "found", "means"):
+        table.add_column(name)
+    for finding in findings:
+        table.add_row("[green]✓[/]" if finding.ok else "[yellow]–[/]", finding.what, escape(finding.found), escape(finding.means))
+    screen.out.print(table)

@@ -1,0 +1,168 @@
+"""prune, quantize, pack, convert, import: the commands that write checkpoints."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..pattern import Pattern
+from . import screen
+
+if TYPE_CHECKING:
+    from ..checkpoint import Recipe
+
+
+class Scheme(StrEnum):
+    """Names of `slidesparse.format.SCHEMES`, here so that --help needs no torch."""
+
+    int8 = "int8"
+    fp8 = "fp8"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    nvfp4 = "nvfp4"
+
+
+class Form(StrEnum):
+    """Stored forms."""
+
+    packed = "packed"
+    dense = "dense"
+
+
+class Method(StrEnum):
+    """Names of `slidesparse.prune.METHODS`."""
+
+    magnitude = "magnitude"
+    random = "random"
+
+
+def _pattern(text: str) -> Pattern:
+    try:
+        return Pattern.parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+Model = Annotated[Path, typer.Argument(help="Model directory: config.json and safetensors.", show_default=False)]
+Out = Annotated[Path, typer.Argument(help="Directory to create.", show_default=False)]
+PatternOption = Annotated[
+    Pattern, typer.Option("--pattern", "-p", parser=_pattern, metavar="KEPT:GROUP", help="At most KEPT of GROUP weights kept.")
+]
+Ignore = Annotated[
+    list[str] | None, typer.Option(help="Leave these layers alone: name, glob, or re:REGEX; may be repeated.", show_default=False)
+]
+Only = Annotated[list[str] | None, typer.Option(help="Convert only these layers; may be repeated.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+MethodOption = Annotated[Method, typer.Option(help="How the weights that go are chosen.")]
+Seed = Annotated[int, typer.Option(help="Of random pruning.")]
+
+
+def prune(
+    model: Model,
+    out: Out,
+    pattern: PatternOption = "6:8",  # type: ignore[assignment]
+    method: MethodOption = Method.magnitude,
+    ignore: Ignore = None,
+    only: Only = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Zero weights until every layer obeys the pattern; writes a dense checkpoint any engine loads."""
+    from ..checkpoint import Recipe
+
+    recipe = Recipe(pattern, method.value, form="dense", ignore=tuple(ignore or ()), only=tuple(only or ()), seed=seed)
+    _run("pruning", model, out, recipe, overwrite, json)
+
+
+def quantize(
+    model: Model,
+    out: Out,
+    scheme: Annotated[Scheme, typer.Option(help="Type of the weights.")] = Scheme.int8,
+    ignore: Ignore = None,
+    only: Only = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Quantise weights; writes a dense checkpoint (W8A8: compressed-tensors; activations dynamic per token)."""
+    from ..checkpoint import Recipe
+
+    recipe = Recipe(scheme=scheme.value, form="dense", ignore=tuple(ignore or ()), only=tuple(only or ()), obey=False)
+    _run("quantising", model, out, recipe, overwrite, json)
+
+
+def pack(
+    model: Model,
+    out: Out,
+    format: Annotated[Form, typer.Option(help="packed: values and keep-bits; dense: the portable twin.")] = Form.packed,
+    pattern: Annotated[
+        Pattern | None, typer.Option("--pattern", "-p", parser=_pattern, metavar="KEPT:GROUP", help="Detected when not given.")
+    ] = None,
+    ignore: Ignore = None,
+    only: Only = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Pack weights that obey a pattern already; refuses, naming the first group, when they do not."""
+    from ..checkpoint import Recipe
+
+    recipe = Recipe(pattern, form=format.value, ignore=tuple(ignore or ()), only=tuple(only or ()))
+    _run("packing", model, out, recipe, overwrite, json)
+
+
+def convert(
+    model: Model,
+    out: Out,
+    pattern: PatternOption = "6:8",  # type: ignore[assignment]
+    scheme: Annotated[Scheme | None, typer.Option(help="Type of the weights; as they are when not given.")] = None,
+    method: MethodOption = Method.magnitude,
+    format: Annotated[Form, typer.Option(help="packed: values and keep-bits; dense: the portable twin.")] = Form.packed,
+    ignore: Ignore = None,
+    only: Only = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Prune, quantise and pack in one streaming pass."""
+    from ..checkpoint import Recipe
+
+    name = scheme.value if scheme else None
+    recipe = Recipe(pattern, method.value, name, format.value, tuple(ignore or ()), tuple(only or ()), seed=seed)
+    _run("converting", model, out, recipe, overwrite, json)
+
+
+def import_(
+    gguf: Annotated[Path, typer.Argument(help="A .gguf file.", show_default=False)],
+    out: Out,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a GGUF file into a dense checkpoint (weights dequantised by transformers; needs the gguf extra)."""
+    from ..integrations.gguf import import_gguf
+
+    with screen.err.status(f"importing {gguf}"):
+        import_gguf(gguf, out, overwrite=overwrite)
+    screen.out.print(f"wrote {out}")
+
+
+def _run(title: str, model: Path, out: Path, recipe: Recipe, overwrite: bool, as_json: bool) -> None:
+    from ..checkpoint import convert as api_convert
+
+    with screen.progress(title) as progress:
+        report = api_convert(model, out, recipe, overwrite=overwrite, progress=progress)
+    if as_json:
+        screen.print_json(report)
+        return
+    layers_in, layers_out = (sum(getattr(layer, side) for layer in report.layers) for side in ("bytes_in", "bytes_out"))
+    patterns = ", ".join(sorted({layer.pattern for layer in report.layers}))
+    schemes = ", ".join(sorted({layer.scheme for layer in report.layers}))
+    screen.out.print(f"wrote {report.out}")
+    screen.out.print(f"  {len(report.layers)} layers, pattern {patterns}, {schemes}: {screen.size(layers_in)} → {screen.size(layers_out)}")
+    screen.out.print(f"  whole checkpoint: {screen.size(report.bytes_in)} → {screen.size(report.bytes_out)}")
+    if report.kept_dense:
+        screen.out.print(f"  left as they were: {', '.join(report.kept_dense[:4])}{' …' if len(report.kept_dense) > 4 else ''}")
+    if report.resumed_shards:
+        screen.out.print(f"  resumed: {report.resumed_shards} shards were there from an interrupted run")

@@ -1,0 +1,59 @@
+"""generate and eval: run a model, packed or dense, through transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import screen
+from .produce import Json, Model
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    json: Json = False,
+) -> None:
+    """Continue a prompt."""
+    from ..integrations.transformers import complete, load
+
+    with screen.err.status(f"loading {model}"):
+        network, tokenizer = load(model)
+    with screen.err.status("generating"):
+        text = complete(network, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed)
+    if json:
+        screen.print_json({"model": str(model), "prompt": prompt, "text": text})
+    else:
+        print(text if chat else prompt + text)
+
+
+def eval_(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="UTF-8 text file.", show_default=False)],
+    context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    stride: Annotated[int, typer.Option(min=1, help="Tokens by which the window moves; each token is scored once.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Use only the first tokens of the text.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Perplexity on a text, with context and stride stated."""
+    from ..evaluate import perplexity
+    from ..integrations.transformers import load, tokenize_file
+
+    with screen.err.status(f"loading {model}"):
+        network, tokenizer = load(model)
+    tokens = tokenize_file(tokenizer, text)[:max_tokens]
+    with screen.progress("evaluating", count=True) as progress:
+        result = perplexity(network, tokens, context=context, stride=stride, progress=progress)
+    if json:
+        screen.print_json({"model": str(model), "text": str(text)} | dataclasses.asdict(result))
+    else:
+        screen.out.print(
+            f"perplexity {result.perplexity:.4f}  ({result.tokens} tokens scored, context {result.context}, stride {result.stride})"
+        )

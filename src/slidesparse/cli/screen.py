@@ -1,0 +1,45 @@
+"""What the commands share on screen: progress bars on stderr, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress(title: str, *, count: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr as the callback the API takes; bytes, or steps with ``count``."""
+    units = (MofNCompleteColumn(),) if count else (DownloadColumn(binary_units=False), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), *units, TimeRemainingColumn(), TextColumn("[dim]{task.fields[what]}"))
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(title, total=None, what="")
+
+        def update(done: int, total: int, what: str = "") -> None:
+            bar.update(task, completed=done, total=total, what=what)
+
+        yield update
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on stdout: dataclasses as objects, paths as strings."""
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        data = dataclasses.asdict(data)
+    print(json.dumps(data, indent=2, default=lambda value: str(value) if isinstance(value, Path) else repr(value)))
+
+
+def size(nbytes: int) -> str:
+    """Bytes as a person reads them, in powers of ten."""
+    for limit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= limit:
+            return f"{nbytes / limit:.2f} {name}"
+    return f"{nbytes} B"

@@ -1,0 +1,56 @@
+"""What this machine can run, and why not: versions, the GPU, and the optional packages behind each feature."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+from . import __version__
+
+_OPTIONAL = (
+    ("transformers", "load, generate and eval", "pip install 'slidesparse[hf]'"),
+    ("gguf", "import GGUF files", "pip install 'slidesparse[gguf]'"),
+    ("compressed-tensors", "run dense W8A8 twins in transformers", "pip install compressed-tensors"),
+    ("matplotlib", "pictures", "pip install 'slidesparse[plot]'"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked for, what was found, and what that means for the user."""
+
+    what: str
+    ok: bool
+    found: str
+    means: str
+
+
+def diagnose() -> list[Finding]:
+    """Look at Python, torch, the GPU and the optional packages; initialises CUDA only where torch reports a device."""
+    findings = [
+        Finding("slidesparse", True, __version__, "convert, inspect and verify run here"),
+        Finding("python", True, f"{platform.python_version()} on {platform.machine()}", ""),
+        Finding("torch", True, torch.__version__, f"{torch.get_num_threads()} CPU threads"),
+        _gpu(),
+    ]
+    for package, purpose, remedy in _OPTIONAL:
+        try:
+            findings.append(Finding(package, True, metadata.version(package), purpose))
+        except metadata.PackageNotFoundError:
+            findings.append(Finding(package, False, "not installed", f"needed to {purpose}: {remedy}"))
+    return findings
+
+
+def _gpu() -> Finding:
+    if torch.version.cuda is None:
+        return Finding("gpu", False, "torch is a CPU build", "layers run on the CPU: exact, slow")
+    if not torch.cuda.is_available():
+        return Finding(
+            "gpu", False, f"torch has CUDA {torch.version.cuda}, but no usable GPU or driver", "layers run on the CPU: exact, slow"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    found = f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}"
+    return Finding("gpu", True, found, "layers run as restored dense weights; sparse kernels are not part of this version")
