@@ -158,7 +158,10 @@ def quantize(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     q = x32 / scale
     if scheme.dtype == torch.int8:
         q = q.round()
-    q = q.clamp(-bound, bound).masked_fill_(scale.isnan(), 0.0)
+    q = q.clamp(-bound, bound)
+    poisoned = scale.isnan().squeeze(-1)
+    if poisoned.any():
+        q[poisoned] = 0.0
     return q.to(scheme.dtype), scale
 
 
