@@ -26,7 +26,21 @@ _HOMES = {
     "verify": "checkpoint",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "Packed",
+    "Pattern",
+    "Recipe",
+    "SlideSparseError",
+    "SlideSparseLinear",
+    "accelerate",
+    "convert",
+    "inspect",
+    "load",
+    "pack",
+    "prune",
+    "restore",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from .checkpoint import Recipe, convert, inspect, verify

@@ -36,9 +36,12 @@ def quantize_weight(weight: Tensor, scheme: Scheme, *, first_row: int = 0) -> tu
     """
     if scheme.pair:
         raise ValueError("nvfp4 weights are quantised by quantize_nvfp4, which takes the tensor's global scale")
-    check_finite(weight, first_row=first_row)
     if scheme.dynamic:
-        return reference.quantize(weight, scheme)
+        q, scale = reference.quantize(weight, scheme)
+        if not bool(torch.isfinite(scale).all()):
+            check_finite(weight, first_row=first_row)
+        return q, scale
+    check_finite(weight, first_row=first_row)
     values = weight.to(scheme.dtype)
     if scheme.dtype != weight.dtype:
         check_finite(values, f"weight, cast from {str(weight.dtype).removeprefix('torch.')} to {str(scheme.dtype).removeprefix('torch.')},")

@@ -97,8 +97,12 @@ def _prune(block: Block, plan: LayerPlan, recipe: Recipe) -> Block:
     # Seeded by place, so that a resumed run makes the same choices.
     place = hashlib.sha256(f"{recipe.seed}/{plan.layer.name}/{block.first}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(place[:7], "little"))
-    check_finite(block.values, first_row=block.first)
-    return Block(block.first, prune.prune(block.values, plan.pattern, recipe.method, generator=generator), block.scale)
+    try:
+        pruned = prune.prune(block.values, plan.pattern, recipe.method, generator=generator)
+    except WeightError:
+        check_finite(block.values, first_row=block.first)  # names the row of the layer, not of the block
+        raise
+    return Block(block.first, pruned, block.scale)
 
 
 def _quantize(block: Block, plan: LayerPlan, global_scale: Tensor | None) -> Block:

@@ -30,8 +30,8 @@ def unit_codes(weight: Tensor, pattern: Pattern) -> Tensor:
     pattern.units(weight.shape[1])
     codes = integer_view(weight)
     negative_zero = _NEGATIVE_ZERO.get(weight.dtype)
-    if negative_zero is not None:
-        codes = codes.masked_fill(codes == negative_zero, 0)
+    if negative_zero is not None and bool((wrong := codes == negative_zero).any()):  # rare, and filling is dear
+        codes = codes.masked_fill(wrong, 0)
     return codes if pattern.unit == 1 else codes.view(_INT[weight.dtype.itemsize * pattern.unit])
 
 
