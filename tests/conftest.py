@@ -1,0 +1,50 @@
+"""Fresh random inputs in every run; the seed is printed in the header and beside every failure, ``--seed`` repeats a run."""
+
+from __future__ import annotations
+
+import secrets
+import zlib
+from collections.abc import Generator
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("slidesparse", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("slidesparse")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=None, help="repeat the random inputs of an earlier run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    worker = getattr(config, "workerinput", None)
+    if worker is not None:
+        config.option.seed = worker["seed"]
+    elif config.option.seed is None:
+        config.option.seed = secrets.randbelow(1 << 31)
+    torch.set_num_threads(1 if worker else 2)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    node.workerinput["seed"] = node.config.option.seed
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random inputs: --seed {config.option.seed}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        report.sections.append(("random inputs", f"repeat with: pytest --seed {item.config.option.seed} '{item.nodeid}'"))
+    return report
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> torch.Generator:
+    """A generator of this test's own: it depends on the run's seed and the test's name only."""
+    return torch.Generator().manual_seed((request.config.option.seed << 32) + zlib.crc32(request.node.nodeid.encode()))
