@@ -34,7 +34,8 @@ class Written:
 
 def random_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A model with weights large enough for its logits to differ from token to token."""
-    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    # Not .to(dtype), which would round the rotary embedding's frequencies too.
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)

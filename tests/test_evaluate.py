@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ def bigram(table: torch.Tensor, seen: list[torch.Tensor] | None = None):
 def test_every_token_but_the_first_is_scored_once(length: int, context: int, stride: int) -> None:
     table, ids = torch.randn(VOCABULARY, VOCABULARY), torch.randint(VOCABULARY, (length,))
     # A bigram model does not care where windows begin, so the windows must not show.
-    by_hand = -sum(float(table[a].double().log_softmax(-1)[b]) for a, b in zip(ids[:-1], ids[1:], strict=True))
+    by_hand = -sum(float(table[a].double().log_softmax(-1)[b]) for a, b in pairwise(ids))
     result = perplexity(bigram(table), ids, context=context, stride=stride)
     assert result.tokens == length - 1
     assert result.nll == pytest.approx(by_hand, rel=1e-5)

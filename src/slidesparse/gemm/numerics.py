@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,7 +44,8 @@ def int_matmul(q: Tensor, weight: Tensor) -> Tensor:
 
     torch._int_mm wherever it is exact and takes the shape: on a CPU with int8 dot products it was 3 to 5 times as fast as float32
     (4096 × 4096, 2 cores: 0.3 against 1.3 ms at M = 1, 8 against 32 ms at M = 128, 27 against 59 ms at M = 512), needs no float copy
-    of the weights, and takes every shape but K = 1, where it is wrong (torch 2.13). Elsewhere float32 in chunks of K short enough to be exact.
+    of the weights, and takes every shape but K = 1, where it is wrong (torch 2.13). Elsewhere float32 in chunks of K short enough to
+    be exact.
     """
     usable = _int_mm_takes(q, weight) if q.device.type == "cuda" else q.shape[1] > 1 and _int_mm_is_exact(q.device.type)
     if usable:
@@ -63,8 +62,17 @@ def _int_mm_takes(q: Tensor, weight: Tensor) -> bool:
     return q.shape[0] > 16 and q.shape[1] % 8 == 0 and weight.shape[0] % 8 == 0
 
 
-@lru_cache(maxsize=8)
+# A plain table: torch.compile looks into it, but would trace through a cached function.
+_EXACT: dict[str, bool] = {}
+
+
 def _int_mm_is_exact(device: str) -> bool:
+    if device not in _EXACT:
+        _EXACT[device] = _probe_int_mm(device)
+    return _EXACT[device]
+
+
+def _probe_int_mm(device: str) -> bool:
     """Whether int8 products are summed exactly here: CPUs without int8 dot products may saturate pairs of them at 16 bits."""
     for left, right in ((127, 127), (127, -128)):
         q = torch.full((17, 256), left, dtype=torch.int8, device=device)

@@ -66,7 +66,6 @@ _BACKENDS: list[Backend] = [dense.Dense(), restore.Restore(), reference.Referenc
 def register(backend: Backend) -> None:
     """Add a backend in front of those there are; one of the same name is replaced."""
     _BACKENDS[:] = [backend, *(other for other in _BACKENDS if other.name != backend.name)]
-    choose.cache_clear()
 
 
 def backend_names() -> tuple[str, ...]:
@@ -79,7 +78,6 @@ def verdicts(problem: Problem, m: int) -> dict[str, Verdict]:
     return {backend.name: _verdict(backend, problem, m) for backend in _BACKENDS}
 
 
-@lru_cache(maxsize=4096)
 def choose(problem: Problem, m: int, *, memory: str = "fast", backend: str | None = None) -> Choice:
     """The backend for ``m`` tokens: the one named, or the first that accepts; ``lean`` memory takes only those without a copy.
 

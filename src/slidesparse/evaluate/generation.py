@@ -1,0 +1,61 @@
+"""Continuing a prompt, and turning a text file into tokens, with any model and tokenizer of transformers' interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+
+def complete(
+    model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, temperature: float = 0.0, chat: bool = False, seed: int = 0
+) -> str:
+    """The text that follows ``prompt``, without it: greedy at temperature 0, sampled from ``seed`` on otherwise.
+
+    Raises:
+        CheckpointError: ``chat`` without a chat template.
+        ValueError: a prompt that holds no token.
+    """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise CheckpointError("the model has no chat template: leave out --chat")
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise ValueError("the prompt holds no token: give some text")
+    sampling = (
+        {"do_sample": True, "temperature": temperature}
+        if temperature > 0
+        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
+    return tokenizer.decode(tokens[0, length:], skip_special_tokens=True)
+
+
+def tokenize_file(tokenizer: Any, path: str | Path, *, max_tokens: int | None = None) -> Tensor:
+    """Tokens int64 ``[T]`` of a UTF-8 text file, special tokens as the tokenizer adds them, at most ``max_tokens``.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not UTF-8, or holds fewer than two tokens.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0][:max_tokens]
+    if tokens.numel() < 2:
+        raise CheckpointError(f"{path} holds {tokens.numel()} tokens: perplexity needs at least 2")
+    return tokens
