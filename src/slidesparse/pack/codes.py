@@ -18,7 +18,10 @@ _NEGATIVE_ZERO = {
 
 def integer_view(x: Tensor, unit: int = 1) -> Tensor:
     """Reinterpret ``[..., K]`` as integers ``[..., K/unit]``, one per unit; shares memory with a contiguous ``x``."""
-    return x.contiguous().view(_INT[x.dtype.itemsize * unit])
+    integer = _INT[x.dtype.itemsize * unit]
+    if x.shape[-1] == 0:  # torch refuses to widen rows without columns
+        return x.new_empty((*x.shape[:-1], 0), dtype=integer)
+    return x.contiguous().view(integer)
 
 
 def unit_codes(weight: Tensor, pattern: Pattern) -> Tensor:
@@ -32,7 +35,7 @@ def unit_codes(weight: Tensor, pattern: Pattern) -> Tensor:
     negative_zero = _NEGATIVE_ZERO.get(weight.dtype)
     if negative_zero is not None and bool((wrong := codes == negative_zero).any()):  # rare, and filling is dear
         codes = codes.masked_fill(wrong, 0)
-    return codes if pattern.unit == 1 else codes.view(_INT[weight.dtype.itemsize * pattern.unit])
+    return codes if pattern.unit == 1 else integer_view(codes, pattern.unit)
 
 
 def count_negative_zeros(weight: Tensor) -> int:

@@ -76,7 +76,7 @@ def slide(packed: Packed) -> Tensor:
 
 def _select(codes: Tensor, keep: Tensor) -> Tensor:
     """The kept codes in K order, flat; numpy's compress is five times faster than torch's masked select on a CPU."""
-    if codes.device.type != "cpu":
+    if codes.device.type != "cpu" or codes.numel() == 0:  # numpy gives an empty array stride 0
         return codes[keep]
     return torch.from_numpy(np.compress(keep.numpy().ravel(), codes.numpy().ravel()))
 
@@ -99,8 +99,9 @@ def _violation(codes: Tensor, pattern: Pattern, dtype: torch.dtype, flat: int) -
     row, group = divmod(flat, codes.shape[1] // pattern.group)
     units = codes.view(-1, pattern.group)[flat]
     values = tuple(units.view(dtype).float().tolist())
+    nonzero = int((units != 0).sum())
     return PatternError(
-        f"row {row}, group {group}: {int((units != 0).sum())} non-zero of {pattern.group}, pattern {pattern} keeps {pattern.kept}: {values}",
+        f"row {row}, group {group}: {nonzero} non-zero of {pattern.group}, pattern {pattern} keeps {pattern.kept}: {values}",
         row=row,
         group=group,
         values=values,

@@ -37,12 +37,13 @@ def prune(
         generator: source of randomness for ``random``; a fixed one (seed 0) when not given.
 
     Raises:
-        ValueError: unknown method.
+        ValueError: unknown method, or K is not a whole number of units.
         WeightError: a dtype that cannot be pruned, NaN or Inf.
     """
     if weight.dtype not in _DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise WeightError(f"cannot prune {weight.dtype} weights: cast to one of {known}")
+    pattern.units(weight.shape[1])
     check_finite(weight)
     match Method(method):
         case Method.MAGNITUDE:
