@@ -67,12 +67,7 @@ class Staging:
         out = self.out.resolve()
         if out == self.source or self.source in out.parents or out in self.source.parents:
             raise OutputExistsError(f"output {self.out} and model {self.source} overlap: choose another output")
-        if not self.out.exists():
-            return
-        if not self.overwrite:
-            raise OutputExistsError(f"{self.out} exists already: choose another output or give --overwrite")
-        if not self.out.is_dir() or (any(self.out.iterdir()) and not (self.out / "config.json").exists()):
-            raise OutputExistsError(f"{self.out} is not a checkpoint (no config.json), so it is not overwritten: choose another output")
+        refuse_existing(self.out, self.overwrite)
 
     def _claim(self) -> None:
         found = os.pread(self._lock, 1 << 16, 0).decode(errors="replace")
@@ -88,6 +83,20 @@ class Staging:
                 file.unlink()
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, self._fingerprint.encode(), 0)
+
+
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Whatever stands at ``out`` is kept unless it is a checkpoint that may be overwritten.
+
+    Raises:
+        OutputExistsError: says which.
+    """
+    if not out.exists():
+        return
+    if not overwrite:
+        raise OutputExistsError(f"{out} exists already: choose another output or give --overwrite")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").exists()):
+        raise OutputExistsError(f"{out} is not a checkpoint (no config.json), so it is not overwritten: choose another output")
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

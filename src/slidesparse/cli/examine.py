@@ -47,7 +47,7 @@ def inspect(
 def _layer_table(rows: list, every: bool) -> Table:
     table = Table(box=None, header_style="bold")
     for name in ("layer", "N", "K", "type", "pattern", "bytes", "of dense"):
-        table.add_column(name, justify="left" if name in ("layer", "type", "pattern") else "right", no_wrap=name == "layer")
+        table.add_column(name, justify="left" if name in ("layer", "type", "pattern") else "right", no_wrap=True)
     kinds: dict[tuple, list] = {}
     for row in rows:
         kind = ".".join("*" if part.isdigit() else part for part in row.name.split("."))

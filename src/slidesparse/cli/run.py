@@ -22,7 +22,10 @@ def generate(
     json: Json = False,
 ) -> None:
     """Continue a prompt."""
-    from ..integrations.transformers import complete, load
+    from ..evaluate import complete
+    from ..integrations.transformers import hide_progress_bars, load
+
+    hide_progress_bars()  # the status line is ours
 
     with screen.err.status(f"loading {model}"):
         network, tokenizer = load(model)
@@ -43,12 +46,14 @@ def eval_(
     json: Json = False,
 ) -> None:
     """Perplexity on a text, with context and stride stated."""
-    from ..evaluate import perplexity
-    from ..integrations.transformers import load, tokenize_file
+    from ..evaluate import perplexity, tokenize_file
+    from ..integrations.transformers import hide_progress_bars, load
+
+    hide_progress_bars()  # the status line is ours
 
     with screen.err.status(f"loading {model}"):
         network, tokenizer = load(model)
-    tokens = tokenize_file(tokenizer, text)[:max_tokens]
+    tokens = tokenize_file(tokenizer, text, max_tokens=max_tokens)
     with screen.progress("evaluating", count=True) as progress:
         result = perplexity(network, tokens, context=context, stride=stride, progress=progress)
     if json:

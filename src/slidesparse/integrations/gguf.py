@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CheckpointError, OutputExistsError, UnsupportedError
+from ..checkpoint.staging import refuse_existing
+from ..errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,15 +40,14 @@ def import_gguf(path: str | Path, out: str | Path, dtype: str = "bf16", overwrit
 
     Raises:
         CheckpointError: no such file, not GGUF, damaged or cut short, or of an architecture that transformers does not load from GGUF.
-        OutputExistsError: ``out`` is there and may not be replaced.
+        OutputExistsError: ``out`` is there and may not be replaced, or is no checkpoint.
         UnsupportedError: transformers or gguf is not installed.
         ValueError: unknown dtype.
     """
     source, target = Path(path), Path(out)
     if dtype not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
-    if target.exists() and not overwrite:
-        raise OutputExistsError(f"{target} is already there: choose another directory or ask for it to be overwritten")
+    refuse_existing(target, overwrite)
     tokens = _special_tokens(source)
     model, tokenizer = _load(source)
     _set_tokens(tokenizer, tokens)

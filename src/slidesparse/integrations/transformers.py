@@ -14,13 +14,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, register_quantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, WeightError
 from ..format import DEFAULT_IGNORE, MARKER, QUANT_METHOD, PackedConfig
 from ..nn import SlideSparseLinear, accelerate
 from ..pattern import Pattern
-from .transformers_files import StoredTensors, check_layer, check_rest
+from .transformers_files import StoredTensors, check_layer, check_rest, restore_scales
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -138,8 +139,14 @@ def load(
     marker = _marker(path, config)
     if marker is not None:
         patterns, ignore = marker
-        accelerate(model, ignore=(*DEFAULT_IGNORE, *ignore), candidates=patterns)
+        accelerate(model, ignore=ignore, candidates=patterns)
+        restore_scales(model, [str(file) for file in sorted(path.glob("*.safetensors"))])
     return model.to(device).eval(), words
+
+
+def hide_progress_bars() -> None:
+    """Switch transformers' own progress bars off, for programs that show theirs."""
+    logging.disable_progress_bar()
 
 
 def _empty_layer(config: PackedConfig, layer: str, linear: nn.Linear) -> SlideSparseLinear:
@@ -183,7 +190,7 @@ def _marker(path: Path, config: dict[str, Any]) -> tuple[tuple[Pattern, ...], tu
             continue
         try:
             texts = (marker.get("pattern", ""), *(marker.get("overrides") or {}).values())
-            return tuple(dict.fromkeys(Pattern.parse(text) for text in texts)), tuple(marker.get("ignore") or ())
+            return tuple(dict.fromkeys(Pattern.parse(text) for text in texts)), tuple(marker.get("ignore", DEFAULT_IGNORE))
         except ValueError as error:
             raise CheckpointError(f"{path / 'config.json'}: {MARKER}: {error}") from error
     return None
