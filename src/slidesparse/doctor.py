@@ -9,6 +9,9 @@ from importlib import metadata
 import torch
 
 from . import __version__
+from .format import scheme_named
+from .gemm import Problem, Rejected, verdicts
+from .pattern import Pattern
 
 _OPTIONAL = (
     ("transformers", "load, generate and eval", "pip install 'slidesparse[hf]'"),
@@ -41,6 +44,17 @@ def diagnose() -> list[Finding]:
             findings.append(Finding(package, True, metadata.version(package), purpose))
         except metadata.PackageNotFoundError:
             findings.append(Finding(package, False, "not installed", f"needed to {purpose}: {remedy}"))
+    return findings + _backends()
+
+
+def _backends() -> list[Finding]:
+    """Who could run a middling layer here, in order of preference."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = Problem(4096, 4096, Pattern(6, 8), scheme_named("int8"), device, torch.bfloat16)
+    findings = []
+    for name, verdict in verdicts(problem, 16).items():
+        reason = verdict.reason if isinstance(verdict, Rejected) else ""
+        findings.append(Finding(f"backend {name}", not reason, "cannot run" if reason else f"runs on {device}", reason))
     return findings
 
 

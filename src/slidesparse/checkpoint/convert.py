@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+import torch
+
+from ..errors import CheckpointError, UnsupportedError
 from ..format import VERSION
 from .configs import output_config
 from .layers import Form
@@ -53,25 +55,34 @@ class ConversionReport:
 
 
 def convert(
-    source: str | Path, out: str | Path, recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None
+    source: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint directory to another, streaming: prune, quantise and store as the recipe says.
 
     Peak memory is a few blocks of rows, whatever the model's size. ``out`` appears whole or not at all; an interrupted run leaves
-    ``out.incomplete``, which the same call resumes.
+    ``out.incomplete``, which the same call resumes. ``device`` is where the arithmetic runs (``auto``: a GPU if there is one); the
+    result is bitwise the same.
 
     Raises:
         CheckpointError: a source that cannot be read, an output that exists, a full or read-only disk.
-        UnsupportedError: a recipe that does not fit the checkpoint.
+        UnsupportedError: a recipe that does not fit the checkpoint, or a device that is not there.
         PatternError: weights that violate the pattern, by layer, row, group and values.
         WeightError: weights that hold NaN or Inf.
     """
     checkpoint = Checkpoint.open(source)
     plans = plan_layers(checkpoint, recipe)
+    device = _device(device, recipe)
     staging = Staging(Path(out), checkpoint.path, _job(checkpoint, recipe), overwrite)
     try:
         with staging, TensorReader() as reader:
-            return _Conversion(checkpoint, recipe, plans, reader, progress or (lambda done, total, what: None)).run(staging)
+            conversion = _Conversion(checkpoint, recipe, plans, reader, device, progress or (lambda done, total, what: None))
+            return conversion.run(staging)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(f"the disk of {staging.path} is full: free space and run the same command again to resume") from error
@@ -79,8 +90,16 @@ def convert(
 
 
 class _Conversion:
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan], reader: TensorReader, progress: Progress) -> None:
-        self.checkpoint, self.recipe, self.reader, self.progress = checkpoint, recipe, reader, progress
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        plans: list[LayerPlan],
+        reader: TensorReader,
+        device: str,
+        progress: Progress,
+    ) -> None:
+        self.checkpoint, self.recipe, self.reader, self.device, self.progress = checkpoint, recipe, reader, device, progress
         scanned = [plan for plan in plans if plan.pattern is None and recipe.obey]
         self.total = checkpoint.nbytes + sum(plan.layer.main.nbytes for plan in scanned)
         self.done, self.what = 0, ""
@@ -138,10 +157,10 @@ class _Conversion:
                         size = min(_COPY_BYTES, info.nbytes - offset)
                         self._advance(writer.write(name, offset, self.reader.read_bytes(info, offset, size)))
                 elif info is plan.layer.main:
-                    for part, first, rows in transform(self.reader, plan, self.recipe, self._advance):
+                    for part, first, rows in transform(self.reader, plan, self.recipe, self._advance, self.device):
                         target = f"{layer}.{part}"
                         row_bytes = outputs[target][2] // max(outputs[target][1][0], 1)
-                        writer.write(target, first * row_bytes, rows)
+                        writer.write(target, first * row_bytes, rows.cpu())
 
     def _advance(self, nbytes: int) -> None:
         self.done += nbytes
@@ -157,6 +176,15 @@ class _Conversion:
         kept = [name for name, layer in self.checkpoint.layers.items() if name not in self.plans and layer.form is not Form.PACKED]
         self.progress(self.total, self.total, "done")
         return ConversionReport(out, self.checkpoint.nbytes, bytes_out, layers, kept, resumed)
+
+
+def _device(name: str, recipe: Recipe) -> str:
+    """The device to compute on. Random choices are drawn per block on the CPU, so they stay there."""
+    if name != "auto":
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise UnsupportedError(f"device {name} asked for, but torch sees no GPU: use cpu")
+        return name
+    return "cuda" if torch.cuda.is_available() and recipe.method != "random" else "cpu"
 
 
 def _job(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:

@@ -31,10 +31,18 @@ class Block:
     scale: Tensor | None = None
     packed: Packed | None = None
 
+    def to(self, device: str) -> Block:
+        """The same block on another device, without its packed form."""
+        return Block(self.first, self.values.to(device), None if self.scale is None else self.scale.to(device))
 
-def row_ranges(n: int, k: int) -> Iterator[tuple[int, int]]:
+
+GPU_BLOCK_WEIGHTS = 1 << 24
+"""Weights per block on a GPU: large enough to hide the launches of a few dozen kernels."""
+
+
+def row_ranges(n: int, k: int, device: str = "cpu") -> Iterator[tuple[int, int]]:
     """Cut ``n`` rows of ``k`` weights into blocks."""
-    step = max(1, BLOCK_WEIGHTS // max(k, 1))
+    step = max(1, (BLOCK_WEIGHTS if device == "cpu" else GPU_BLOCK_WEIGHTS) // max(k, 1))
     return ((first, min(first + step, n)) for first in range(0, n, step))
 
 

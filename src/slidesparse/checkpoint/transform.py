@@ -31,8 +31,10 @@ def output_specs(plan: LayerPlan, recipe: Recipe) -> tuple[TensorSpec, ...]:
     return dense_tensors(plan.scheme, layer.n, layer.k)
 
 
-def transform(reader: TensorReader, plan: LayerPlan, recipe: Recipe, advance: Advance) -> Iterator[tuple[str, int, Tensor]]:
-    """Yield (tensor suffix, first row, rows) until every row of every output tensor has been given.
+def transform(
+    reader: TensorReader, plan: LayerPlan, recipe: Recipe, advance: Advance, device: str = "cpu"
+) -> Iterator[tuple[str, int, Tensor]]:
+    """Yield (tensor suffix, first row, rows) until every row of every output tensor has been given; computes on ``device``.
 
     Raises:
         PatternError: a group violates the pattern; names layer, row, group and values.
@@ -43,8 +45,8 @@ def transform(reader: TensorReader, plan: LayerPlan, recipe: Recipe, advance: Ad
     global_scale = _global_scale(reader, plan)
     if global_scale is not None:
         yield "weight_global_scale", 0, global_scale
-    for first, last in row_ranges(layer.n, layer.k):
-        block = read_block(reader, layer, first, last, mean)
+    for first, last in row_ranges(layer.n, layer.k, device):
+        block = read_block(reader, layer, first, last, mean).to(device)
         try:
             yield from _store(_quantize(_prune(block, plan, recipe), plan, global_scale), plan, recipe)
         except PatternError as error:

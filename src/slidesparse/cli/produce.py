@@ -58,6 +58,7 @@ Only = Annotated[list[str] | None, typer.Option(help="Convert only these layers;
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 MethodOption = Annotated[Method, typer.Option(help="How the weights that go are chosen.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(help="Of random pruning.")]
 
 
@@ -69,6 +70,7 @@ def prune(
     ignore: Ignore = None,
     only: Only = None,
     seed: Seed = 0,
+    device: Device = "auto",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -76,7 +78,7 @@ def prune(
     from ..checkpoint import Recipe
 
     recipe = Recipe(pattern, method.value, form="dense", ignore=tuple(ignore or ()), only=tuple(only or ()), seed=seed)
-    _run("pruning", model, out, recipe, overwrite, json)
+    _run("pruning", model, out, recipe, device, overwrite, json)
 
 
 def quantize(
@@ -85,6 +87,7 @@ def quantize(
     scheme: Annotated[Scheme, typer.Option(help="Type of the weights.")] = Scheme.int8,
     ignore: Ignore = None,
     only: Only = None,
+    device: Device = "auto",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -92,7 +95,7 @@ def quantize(
     from ..checkpoint import Recipe
 
     recipe = Recipe(scheme=scheme.value, form="dense", ignore=tuple(ignore or ()), only=tuple(only or ()), obey=False)
-    _run("quantising", model, out, recipe, overwrite, json)
+    _run("quantising", model, out, recipe, device, overwrite, json)
 
 
 def pack(
@@ -104,6 +107,7 @@ def pack(
     ] = None,
     ignore: Ignore = None,
     only: Only = None,
+    device: Device = "auto",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -111,7 +115,7 @@ def pack(
     from ..checkpoint import Recipe
 
     recipe = Recipe(pattern, form=format.value, ignore=tuple(ignore or ()), only=tuple(only or ()))
-    _run("packing", model, out, recipe, overwrite, json)
+    _run("packing", model, out, recipe, device, overwrite, json)
 
 
 def convert(
@@ -124,6 +128,7 @@ def convert(
     ignore: Ignore = None,
     only: Only = None,
     seed: Seed = 0,
+    device: Device = "auto",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -132,7 +137,7 @@ def convert(
 
     name = scheme.value if scheme else None
     recipe = Recipe(pattern, method.value, name, format.value, tuple(ignore or ()), tuple(only or ()), seed=seed)
-    _run("converting", model, out, recipe, overwrite, json)
+    _run("converting", model, out, recipe, device, overwrite, json)
 
 
 def import_(
@@ -148,11 +153,11 @@ def import_(
     screen.out.print(f"wrote {out}")
 
 
-def _run(title: str, model: Path, out: Path, recipe: Recipe, overwrite: bool, as_json: bool) -> None:
+def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwrite: bool, as_json: bool) -> None:
     from ..checkpoint import convert as api_convert
 
     with screen.progress(title) as progress:
-        report = api_convert(model, out, recipe, overwrite=overwrite, progress=progress)
+        report = api_convert(model, out, recipe, device=device, overwrite=overwrite, progress=progress)
     if as_json:
         screen.print_json(report)
         return
