@@ -82,6 +82,9 @@ def test_int8_sums_are_exact_at_the_extremes() -> None:
 def test_int8_without_integer_products_is_as_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "_int_mm_is_exact", lambda device: False)
     monkeypatch.setattr(torch, "_int_mm", None)
+    # Odd products, whose sums float32 does not hold beyond 2^24.
+    q, weight = torch.full((2, 3001), 127, dtype=torch.int8), torch.full((3, 3001), -127, dtype=torch.int8)
+    assert torch.equal(numerics.int_matmul(q, weight).double(), q.double() @ weight.double().t())
     q = torch.randint(-127, 128, (9, 3001), dtype=torch.int8)
     weight = torch.randint(-128, 128, (21, 3001), dtype=torch.int8)
     assert torch.equal(numerics.int_matmul(q, weight).double(), q.double() @ weight.double().t())

@@ -140,6 +140,8 @@ def test_replaced_buffers_are_noticed() -> None:
     other = pack(masked(8, 32), SIX_EIGHT)
     layer.weight_values, layer.weight_keep = other.values, other.keep
     assert torch.allclose(layer(x), x @ reference.restore(other).float().t(), atol=1e-5)
+    layer.weight_values = -other.values
+    assert torch.allclose(layer(x), -x @ reference.restore(other).float().t(), atol=1e-5)
 
 
 def test_compiles() -> None:

@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import slidesparse.integrations.transformers as integration
 from packed_checkpoint import Written, random_model, save, write
+from slidesparse.checkpoint import Recipe, convert
 from slidesparse.errors import CheckpointError
 from slidesparse.format import SCHEMES, matches
 from slidesparse.nn import SlideSparseLinear, accelerate, acceleration_report
@@ -319,6 +320,32 @@ def test_load_compressed_tensors_twin(scheme: str, tmp_path: Path) -> None:
     assert len(packed_layers(model)) == 14, "the first forward pass decompresses nothing of ours"
     model.save_pretrained(tmp_path / "again")
     check_bitwise(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), ours)
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "fp8", "nvfp4"])
+def test_packed_and_twin_give_one_answer(scheme: str, tmp_path: Path) -> None:
+    if scheme != "bf16":
+        pytest.importorskip("compressed_tensors")
+    random_model(tiny("qwen2", intermediate_size=48), torch.bfloat16).save_pretrained(tmp_path / "source")
+    pattern = Pattern.parse("6:8x2" if scheme == "nvfp4" else "6:8")
+    for form in ("packed", "dense"):
+        convert(tmp_path / "source", tmp_path / form, Recipe(pattern, "magnitude", scheme, form))
+    packed, twin = (integration.load(tmp_path / form, tokenizer=False)[0] for form in ("packed", "dense"))
+    assert packed_layers(packed) == packed_layers(twin) and len(packed_layers(twin)) == 14
+    for name, tensor in packed.state_dict().items():
+        check_bitwise(twin.state_dict()[name], tensor)
+    check_bitwise(logits(twin), logits(packed))
+
+
+def test_merged_experts_and_renamed_layers(tmp_path: Path) -> None:
+    """Mixtral's files name other layers than its modules do, and its experts are merged on the way in."""
+    config = tiny("mixtral", intermediate_size=64, num_local_experts=2, num_experts_per_tok=1)
+    random_model(config, torch.bfloat16).save_pretrained(tmp_path / "source")
+    for form in ("packed", "dense"):
+        convert(tmp_path / "source", tmp_path / form, Recipe(Pattern(6, 8), "magnitude", form=form))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert len(packed_layers(model)) == 8
+    check_bitwise(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")))
 
 
 def test_unmarked_checkpoints_load_as_they_are_until_accelerated(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ is loaded.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,8 +35,9 @@ _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Name in the file, dtype as safetensors names it, and shape; None where transformers merges it with others."""
+    """File, name there, dtype as safetensors names it, and shape; None where transformers merges it with others."""
 
+    file: str
     key: str
     dtype: str
     shape: tuple[int, ...] | None
@@ -71,7 +72,7 @@ class StoredTensors:
                 target, merged = rename_source_key(stored.key, renamings, converters, model.base_model_prefix, known)
                 if target not in known and stored.key in known:
                     target, merged = rename_source_key(stored.key, [], [], model.base_model_prefix, known)
-                tensors[target] = stored if merged is None else StoredTensor(stored.key, stored.dtype, None)
+                tensors[target] = stored if merged is None else replace(stored, shape=None)
         architectures = getattr(model.config, "architectures", None)
         return cls(Path(files[0]).parent, tensors, not architectures or type(model).__name__ in architectures)
 
@@ -125,6 +126,22 @@ def check_rest(stored: StoredTensors, model: nn.Module) -> None:
             raise CheckpointError(f"{stored.where}: the model has no place for tensor {found.key}")
 
 
+def restore_scales(model: nn.Module, files: list[str]) -> None:
+    """Give packed layers the float32 scales that a dense twin stores: transformers rounds them to the model's type when it loads.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    stored = StoredTensors.read(model, files)
+    for name, module in model.named_modules():
+        found = stored.tensors.get(f"{name}.weight_scale")
+        if isinstance(module, SlideSparseLinear) and module.scheme.dynamic and found is not None and found.dtype == "F32":
+            with safe_open(found.file, framework="pt") as opened:
+                scale = opened.get_tensor(found.key)
+            rounded = module.weight_scale
+            module.weight_scale = scale.reshape(-1, 1).expand_as(rounded).contiguous().to(rounded.device)
+
+
 def _listed(name: str, model: nn.Module, kind: str) -> bool:
     """Whether the model's author says that such a tensor may be missing or left over."""
     return any(re.search(pattern, name) for pattern in getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ())
@@ -136,6 +153,6 @@ def _header(file: str) -> list[StoredTensor]:
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
-            return [StoredTensor(key, view.get_dtype(), tuple(view.get_shape())) for key, view in slices.items()]
+            return [StoredTensor(file, key, view.get_dtype(), tuple(view.get_shape())) for key, view in slices.items()]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
