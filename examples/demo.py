@@ -34,7 +34,7 @@ CONTEXT, STRIDE = 512, 256
 SIZE_PATTERNS = ("2:4", "4:6", "6:8", "8:10")
 PROMPTS = ("Why is the sky blue? Answer in two sentences.", "Name three things to see in Paris.", "Write one sentence about the sea.")
 NEW_TOKENS = 48
-console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
 
 @dataclass
@@ -155,7 +155,9 @@ def sizes(demo: Demo) -> None:
             rows.append(row | {"linears_bytes": linears, "checkpoint_bytes": done.bytes_out})
     others = done.bytes_in - sum(layer.bytes_in for layer in done.layers)
     whole = {"weights": "bf16", "linears_bytes": dense_linears, "checkpoint_bytes": dense_linears + others}
-    rows = [{"form": "dense", "pattern": "–", **whole}, {"form": "masked", "pattern": "any", **whole}, *rows]
+    dense_int8 = sum(layer.n * (layer.k + 4) for layer in done.layers)  # with a float32 scale per row
+    int8 = {"weights": "int8", "linears_bytes": dense_int8, "checkpoint_bytes": dense_int8 + others}
+    rows = [{"form": form, "pattern": "–", **size} for form, size in (("dense", whole), ("dense", int8), ("masked", whole))] + rows
     demo.results["layers"] = len(done.layers)
     demo.results["sizes"] = rows
     report.show(console, f"Bytes of {len(done.layers)} linear layers and of the whole checkpoint", *report.size_cells(rows))
@@ -251,7 +253,7 @@ def sentences(demo: Demo) -> None:
     for row in cells:
         console.print(f"\n[bold]{row[0]}[/]")
         for name, answer in zip(answers, row[1:], strict=True):
-            console.print(f"  [cyan]{name}:[/] {answer}", soft_wrap=False)
+            console.print(f"  [cyan]{name}:[/] {answer}")
 
 
 def page(results: dict[str, Any]) -> str:

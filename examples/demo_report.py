@@ -96,8 +96,8 @@ def _perplexity_panel(axes: Any, rows: list[Row]) -> None:
     axes.plot([100 * row["kept"] for row in line], [row["perplexity"] for row in line], "o-", color=BLUE, lw=2, ms=7, label="bf16")
     for row in line:
         name = "dense" if row["pattern"] == "dense" else row["pattern"]
-        side = (-10, "right") if row["kept"] == 1 else (10, "left")
-        _label(axes, row, f"{name}  {_short(row['perplexity'])}", side[0], 8, side[1], BLUE)
+        right, up, align = (0, -20, "center") if row["kept"] == 1 else (10, 8, "left")
+        _label(axes, row, f"{name}  {_short(row['perplexity'])}", right, up, align, BLUE)
     for row in (row for row in rows if row["weights"] != "bf16"):
         axes.plot(100 * row["kept"], row["perplexity"], "D", color=ORANGE, ms=9, mfc="none", mew=2, label=f"{row['pattern']} int8, packed")
         _label(axes, row, f"int8  {_short(row['perplexity'])}", -10, -16, "right", ORANGE)
@@ -124,9 +124,9 @@ def _short(value: float) -> str:
 
 def _size_panel(axes: Any, rows: list[Row]) -> None:
     dense = rows[0]["linears_bytes"]
-    shown = [rows[0], *(row for row in rows if row["form"] == "packed")]
-    labels = ["dense  bf16", *(f"{row['pattern']}  {row['weights']}" for row in shown[1:])]
-    colors = [GREY, *(ORANGE if row["weights"] == "int8" else BLUE for row in shown[1:])]
+    shown = [row for row in rows if row["form"] != "masked"]
+    labels = [f"{'dense' if row['form'] == 'dense' else row['pattern']}  {row['weights']}" for row in shown]
+    colors = [GREY if row["form"] == "dense" else ORANGE if row["weights"] == "int8" else BLUE for row in shown]
     places = range(len(shown))
     axes.barh(places, [row["linears_bytes"] / 1e6 for row in shown], color=colors, height=0.68)
     for place, row in zip(places, shown, strict=True):
@@ -136,6 +136,6 @@ def _size_panel(axes: Any, rows: list[Row]) -> None:
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.set_xlim(0, dense * 1.22 / 1e6)
-    axes.set_xlabel("bytes of the linear layers, MB (packed: values, keep-bits and scales)")
+    axes.set_xlabel("MB: values, keep-bits and scales")
     axes.set_title("What the linear layers take on disk", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
