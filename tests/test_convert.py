@@ -251,6 +251,14 @@ def test_float32_needs_a_scheme_and_fp16_overflow_is_refused(tmp_path):
         convert(source, tmp_path / "no", Recipe(SIX, "magnitude", "fp16"))
 
 
+def test_a_cast_changes_the_models_type(tmp_path):
+    source = models.write(tmp_path / "dense")
+    for scheme, dtype in (("fp16", "float16"), ("bf16", "bfloat16"), ("int8", "bfloat16")):
+        for form in ("packed", "dense"):
+            convert(source, tmp_path / f"{scheme}-{form}", Recipe(SIX, "magnitude", scheme, form))
+            assert models.config_of(tmp_path / f"{scheme}-{form}")["dtype"] == dtype
+
+
 def test_byte_counts_are_those_of_the_format(tmp_path):
     source = models.write(tmp_path / "dense", models.llama_tensors(hidden=240, inner=480, layers=1))
     for pattern, bf16, eight in (("2:4", 0.563, 0.625), ("4:6", 0.729, 0.792), ("6:8", 0.813, 0.875), ("8:10", 0.863, 0.925)):

@@ -14,20 +14,32 @@ from slidesparse.format import DEFAULT_IGNORE, SCHEMES, VERSION, PackedConfig, d
 from slidesparse.pack import pack
 from slidesparse.pattern import KNOWN, Pattern
 
-PATTERNS = st.sampled_from([*KNOWN, Pattern.parse("6:8x2"), Pattern.parse("12:16@4:8")])
+SINGLE = [*KNOWN, Pattern.parse("12:16@4:8")]
+PAIRS = [Pattern.parse("6:8x2"), Pattern.parse("8:10x2")]
 NAMES = st.text(min_size=1, max_size=20)
 
 
-@given(
-    PATTERNS,
-    st.sampled_from(list(SCHEMES.values())),
-    st.lists(NAMES, max_size=3),
-    st.dictionaries(NAMES, PATTERNS, max_size=3),
-    st.dictionaries(NAMES, st.integers(1, 1 << 20), max_size=3),
-)
-def test_round_trip_through_json(pattern, scheme, ignore, overrides, in_features):
-    config = PackedConfig(pattern, scheme, ignore, overrides, in_features)
+@st.composite
+def configs(draw: st.DrawFn) -> PackedConfig:
+    """Any configuration that may be written: nvfp4 goes with pairs only."""
+    scheme = draw(st.sampled_from(list(SCHEMES.values())))
+    patterns = st.sampled_from(PAIRS if scheme.pair else SINGLE + PAIRS)
+    overrides = draw(st.dictionaries(NAMES, patterns, max_size=3))
+    in_features = draw(st.dictionaries(NAMES, st.integers(1, 1 << 20), max_size=3))
+    return PackedConfig(draw(patterns), scheme, draw(st.lists(NAMES, max_size=3)), overrides, in_features)
+
+
+@given(configs())
+def test_round_trip_through_json(config):
     assert PackedConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_pairs_are_asked_for_by_name():
+    data = PackedConfig(PAIRS[0], SCHEMES["nvfp4"]).to_dict()
+    with pytest.raises(CheckpointError, match=r"nvfp4 stores pairs.*6:8"):
+        PackedConfig.from_dict(data | {"pattern": "6:8"})
+    with pytest.raises(CheckpointError, match=r"nvfp4 stores pairs.*4:6"):
+        PackedConfig.from_dict(data | {"overrides": {"a": "4:6"}})
 
 
 def test_the_json_form():

@@ -46,9 +46,7 @@ def oracle64(x: torch.Tensor, weights: Weights, dense: torch.Tensor, bias: torch
     return y if bias is None else y + bias.double()
 
 
-def plain_torch(
-    x: torch.Tensor, weights: Weights, dense: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
+def plain_torch(x: torch.Tensor, weights: Weights, dense: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """What a user would write: float32 products and sums, one rounding."""
     q, s = reference.quantize(x, weights.scheme) if weights.scheme.dynamic else (x, None)
     y = q.float() @ dense.float().t()

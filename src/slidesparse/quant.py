@@ -68,8 +68,11 @@ def quantize_nvfp4(weight: Tensor, global_scale: float, *, first_row: int = 0) -
         raise WeightError(f"nvfp4 needs K to be a multiple of {BLOCK}, got {k}")
     check_finite(weight, first_row=first_row)
     blocks = weight.to(torch.float32).view(n, k // BLOCK, BLOCK)
-    scale = (blocks.abs().amax(-1) / _FP4_MAX * global_scale).clamp(max=_FP8_MAX).to(torch.float8_e4m3fn)
-    divisor = (scale.to(torch.float32) / global_scale).unsqueeze(-1)
+    largest = blocks.abs().amax(-1)
+    # Tensors as divisors: CUDA multiplies by the reciprocal of a plain number, which is not IEEE division.
+    factor = torch.full_like(largest, global_scale)
+    scale = (largest / torch.full_like(largest, _FP4_MAX) * factor).clamp(max=_FP8_MAX).to(torch.float8_e4m3fn)
+    divisor = (scale.to(torch.float32) / factor).unsqueeze(-1)
     scaled = torch.where(divisor > 0, blocks / divisor, torch.zeros_like(blocks))
     codes = _round_e2m1(scaled.abs())
     codes = codes | ((scaled < 0) & (codes != 0)).to(torch.uint8) << 3
@@ -85,12 +88,18 @@ def dequantize_nvfp4(packed: Tensor, scale: Tensor, global_scale: Tensor) -> Ten
     return (blocks * (scale.to(torch.float32) / global_scale.to(torch.float32)).unsqueeze(-1)).flatten(1)
 
 
+def canonical_nvfp4(packed: Tensor) -> Tensor:
+    """The same e2m1 pairs with every -0 (which other tools write) as +0: uint8 ``[N, K/2]``."""
+    low, high = packed & 15, packed >> 4
+    return torch.where(low == 8, 0, low) | torch.where(high == 8, 0, high) << 4
+
+
 def ternarize(weight: Tensor, mean: float) -> Tensor:
     """BitNet b1.58's weights (arXiv 2402.17764): round(w / mean|w|) clamped to ±1, as int8 ``[N, K]``.
 
     ``mean`` is the mean magnitude of the whole tensor, at least 1e-5 as in the published models.
     """
-    return (weight.to(torch.float32) / max(mean, 1e-5)).round().clamp(-1, 1).to(torch.int8)
+    return (weight.to(torch.float32) / torch.tensor(max(mean, 1e-5), device=weight.device)).round().clamp(-1, 1).to(torch.int8)
 
 
 def unpack_ternary(packed: Tensor) -> Tensor:

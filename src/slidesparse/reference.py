@@ -152,7 +152,8 @@ def quantize(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         raise ValueError(f"scheme {scheme.name} does not quantise rows")
     x32 = x.to(torch.float32)
     largest = x32.abs().amax(-1, keepdim=True) if x.shape[1] else x32.new_zeros(x.shape[0], 1)
-    scale = largest / bound
+    # A tensor, not a number, as divisor: CUDA multiplies by the reciprocal of a number, which is not IEEE division.
+    scale = largest / torch.full_like(largest, bound)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     scale = torch.where(torch.isfinite(largest), scale, torch.full_like(scale, torch.nan))
     q = x32 / scale

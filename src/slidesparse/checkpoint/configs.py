@@ -13,6 +13,8 @@ from .source import Checkpoint
 
 _COMPRESSED_FORMAT = {"int8": "int-quantized", "fp8": "float-quantized", "nvfp4": "nvfp4-pack-quantized"}
 
+_CONFIG_DTYPE = {"bf16": "bfloat16", "fp16": "float16"}
+
 
 def output_config(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan]) -> dict[str, Any]:
     """The output's config.json."""
@@ -25,6 +27,9 @@ def output_config(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan]
     ignore += [] if "lm_head" in converted or "lm_head" in ignore else ["lm_head"]
     pattern, overrides = _common_pattern(plans)
     scheme = plans[0].scheme
+    if scheme is not None and scheme.name in _CONFIG_DTYPE and any(plan.requantize for plan in plans):
+        # The weights' new type is the model's: a loader would cast them, or all activations, from the old one.
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = _CONFIG_DTYPE[scheme.name]
     if recipe.form == "packed":
         ragged = {p.layer.name: p.layer.k for p in plans if p.layer.k % (p.pattern.group * p.pattern.unit)}
         config["quantization_config"] = PackedConfig(pattern, scheme, ignore, overrides, ragged).to_dict()

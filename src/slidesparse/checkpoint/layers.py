@@ -120,6 +120,10 @@ def _dense_layer(
     if bitnet and info.dtype_name == "U8":
         if "weight_scale" not in own:
             raise CheckpointError(f"{info.path}: ternary tensor {info.name} has no weight_scale")
+        if not inverse and f"{name}.bias" in tensors:
+            raise CheckpointError(
+                f"{info.path}: {name}.bias would be scaled with the ternary weights (autobitlinear); that is not supported"
+            )
         return Layer(name, n * 4, k, Form.TERNARY, SCHEMES["int8"], own, inverse_scale=inverse)
     if info.dtype_name in _FLOATS and suffix == "weight":
         form = Form.MASTER if bitnet else Form.FLOAT

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import pack
 from ..errors import CheckpointError, WeightError
 from ..format import Packed
-from ..quant import ternarize, unpack_ternary
+from ..quant import canonical_nvfp4, ternarize, unpack_ternary
 from .layers import Form, Layer
 from .tensorfile import TensorReader
 
@@ -71,7 +71,8 @@ def _read_block(reader: TensorReader, layer: Layer, first: int, last: int, mean:
         return Block(first, values, torch.full((rows, 1), max(mean, 1e-5), dtype=torch.float32))
     scale = _read_scale(reader, layer, first, last)
     if layer.form is not Form.PACKED:
-        return Block(first, reader.read_rows(layer.main, first, last), scale)
+        values = reader.read_rows(layer.main, first, last)
+        return Block(first, canonical_nvfp4(values) if layer.scheme is not None and layer.scheme.pair else values, scale)
     packed = Packed(
         reader.read_rows(layer.main, first, last),
         reader.read_rows(layer.tensors["weight_keep"], first, last),
