@@ -20,11 +20,9 @@ _HOMES = {
     "convert": "checkpoint",
     "inspect": "checkpoint",
     "load": "integrations.transformers",
-    "pack": "pack",
-    "prune": "prune",
-    "restore": "pack",
     "verify": "checkpoint",
 }
+_ROOMS = ("pack", "prune", "quant")  # pure functions on tensors, reached as slidesparse.pack.pack and so on
 
 __all__ = [
     "Packed",
@@ -38,22 +36,23 @@ __all__ = [
     "load",
     "pack",
     "prune",
-    "restore",
+    "quant",
     "verify",
 ]
 
 if TYPE_CHECKING:
+    from . import pack, prune, quant
     from .checkpoint import Recipe, convert, inspect, verify
     from .errors import SlideSparseError
     from .format import Packed
     from .integrations.transformers import load
     from .nn import SlideSparseLinear, accelerate
-    from .pack import pack, restore
     from .pattern import Pattern
-    from .prune import prune
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'slidesparse' has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from .errors import WeightError
-from .format import BLOCK, SCHEMES, Scheme
+from .format import BLOCK, SCHEMES, Scheme, scheme_named
 
 _FP4_MAX, _FP8_MAX = 6.0, 448.0
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -27,13 +27,16 @@ def check_finite(weight: Tensor, what: str = "weight", *, first_row: int = 0) ->
     raise WeightError(f"{what}: value at row {first_row + row}, column {column} is {float(values[row, column])}; weights must be finite")
 
 
-def quantize_weight(weight: Tensor, scheme: Scheme, *, first_row: int = 0) -> tuple[Tensor, Tensor | None]:
+def quantize_weight(weight: Tensor, scheme: Scheme | str, *, first_row: int = 0) -> tuple[Tensor, Tensor | None]:
     """Weights ``[N, K]`` → values of the scheme's dtype and, at 8 bits, scales float32 ``[N, 1]`` per output channel.
+
+    ``first_row`` is added to the rows in messages where the weights are a block of more.
 
     Raises:
         WeightError: a weight is NaN or Inf, or does not fit the 16-bit type asked for.
-        ValueError: nvfp4, which needs `quantize_nvfp4`.
+        ValueError: an unknown scheme, or nvfp4, which needs `quantize_nvfp4`.
     """
+    scheme = scheme_named(scheme) if isinstance(scheme, str) else scheme
     if scheme.pair:
         raise ValueError("nvfp4 weights are quantised by quantize_nvfp4, which takes the tensor's global scale")
     if scheme.dynamic:
@@ -44,7 +47,8 @@ def quantize_weight(weight: Tensor, scheme: Scheme, *, first_row: int = 0) -> tu
     check_finite(weight, first_row=first_row)
     values = weight.to(scheme.dtype)
     if scheme.dtype != weight.dtype:
-        check_finite(values, f"weight, cast from {str(weight.dtype).removeprefix('torch.')} to {str(scheme.dtype).removeprefix('torch.')},")
+        types = " to ".join(str(dtype).removeprefix("torch.") for dtype in (weight.dtype, scheme.dtype))
+        check_finite(values, f"weight, cast from {types},", first_row=first_row)
     return values, None
 
 
