@@ -61,7 +61,8 @@ def imported_with(module: str) -> set[str]:
 
 
 def test_every_public_name_is_there_whatever_is_imported_first() -> None:
-    code = "import slidesparse.{first}, slidesparse; print(*(f'{{name}}={{getattr(slidesparse, name)!r:.20}}' for name in slidesparse.__all__))"
+    shown = "f'{{name}}={{getattr(slidesparse, name)!r:.20}}' for name in slidesparse.__all__"
+    code = f"import slidesparse.{{first}}, slidesparse; print(*({shown}))"
     for first in ("checkpoint", "nn"):
         done = subprocess.run([sys.executable, "-c", code.format(first=first)], capture_output=True, text=True, check=True, cwd=ROOT)
         kinds = dict(pair.split("=", 1) for pair in re.findall(r"\w+=<\w+", done.stdout))
