@@ -17,8 +17,14 @@ VERSION = 1
 MARKER = "slidesparse"
 """Key under which the portable dense twin names its pattern."""
 
-DEFAULT_IGNORE = ("lm_head", "*.lm_head", "*embed*", "*wte", "*wpe", "*norm*", "*router*", "*.gate", "*.experts.*")
-"""Layer names never pruned or packed unless asked for by name: heads, embeddings, norms, routers and expert stacks."""
+NOT_LINEAR = (
+    *("*embed*", "*wte", "*wpe", "shared", "*.shared", "*relative_attention_bias*"),
+    *("*norm*", "*router*", "*.gate", "*.gate.*", "*shared_expert_gate", "*.experts.*"),
+)
+"""Names of matrices that are no plain linear layers: embeddings, norms, routers, and expert stacks, which loaders merge."""
+
+DEFAULT_IGNORE = ("lm_head", "*.lm_head", "*output_layer", *NOT_LINEAR)
+"""Layers never pruned or packed by default: those above, and heads, which are taken when asked for by their exact name."""
 
 BLOCK = 16
 """Weights per block scale of nvfp4."""
@@ -196,7 +202,7 @@ class PackedConfig:
         if not isinstance(ignore, list) or not all(isinstance(entry, str) for entry in ignore):
             raise CheckpointError(f"quantization_config.ignore must be a list of layer names, got {ignore!r}")
         for key, table, kind in (("overrides", overrides, str), ("in_features", in_features, int)):
-            if not isinstance(table, dict) or not all(type(value) is kind for value in table.values()):
+            if not isinstance(table, dict) or not all(type(value) is kind and value for value in table.values()):
                 raise CheckpointError(f"quantization_config.{key} must map layer names to {kind.__name__}, got {table!r}")
         try:
             scheme = scheme_named(weights["dtype"])
@@ -204,6 +210,8 @@ class PackedConfig:
             parsed = {layer: Pattern.parse(text) for layer, text in overrides.items()}
         except ValueError as error:
             raise CheckpointError(f"quantization_config: {error}") from error
+        if any(value < 1 for value in in_features.values()):
+            raise CheckpointError(f"quantization_config.in_features must be positive, got {in_features!r}")
         for text in (pattern, *parsed.values()):
             if scheme.pair and text.unit != 2:
                 raise CheckpointError(

@@ -19,6 +19,8 @@ def check_finite(weight: Tensor, what: str = "weight", *, first_row: int = 0) ->
     Raises:
         WeightError: names the first offending row and column and its value.
     """
+    if not weight.is_floating_point():
+        return
     values = weight.float() if weight.dtype.itemsize == 1 else weight
     # A sum is finite only if every term is, but may overflow: look closer only when it is not.
     if weight.numel() == 0 or bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all()):

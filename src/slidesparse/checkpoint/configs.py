@@ -29,7 +29,8 @@ def output_config(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan]
     scheme = plans[0].scheme
     if scheme is not None and scheme.name in _CONFIG_DTYPE and any(plan.requantize for plan in plans):
         # The weights' new type is the model's: a loader would cast them, or all activations, from the old one.
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = _CONFIG_DTYPE[scheme.name]
+        for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
+            config[key] = _CONFIG_DTYPE[scheme.name]
     if recipe.form == "packed":
         ragged = {p.layer.name: p.layer.k for p in plans if p.layer.k % (p.pattern.group * p.pattern.unit)}
         config["quantization_config"] = PackedConfig(pattern, scheme, ignore, overrides, ragged).to_dict()

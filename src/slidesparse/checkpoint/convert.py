@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from .layers import Form
 from .recipe import LayerPlan, Recipe, plan_layers
 from .source import INDEX, Checkpoint
 from .staging import Staging, write_json
-from .tensorfile import DTYPE_NAMES, TensorInfo, TensorReader, TensorWriter
+from .tensorfile import DTYPE_NAMES, TensorInfo, TensorReader, TensorWriter, read_header
 from .transform import detect_pattern, output_specs, transform
 
 Progress = Callable[[int, int, str], None]
@@ -100,15 +101,16 @@ class _Conversion:
         progress: Progress,
     ) -> None:
         self.checkpoint, self.recipe, self.reader, self.device, self.progress = checkpoint, recipe, reader, device, progress
-        scanned = [plan for plan in plans if plan.pattern is None and recipe.obey]
+        scanned = [plan for plan in plans if plan.pattern is None] if recipe.obey else []
         self.total = checkpoint.nbytes + sum(plan.layer.main.nbytes for plan in scanned)
         self.done, self.what = 0, ""
-        self.plans = {plan.layer.name: self._with_pattern(plan) if plan in scanned else plan for plan in plans}
+        self.plans = {plan.layer.name: plan for plan in plans}
+        self.plans |= {plan.layer.name: self._with_pattern(plan) for plan in scanned}
 
     def run(self, staging: Staging) -> ConversionReport:
         shards = {name: self._outputs(tensors) for name, tensors in self.checkpoint.shards.items()}
         sizes = {name: sum(nbytes for _, _, nbytes in tensors.values()) for name, tensors in shards.items()}
-        done = [name for name in shards if staging.finished(name, sizes[name])]
+        done = [name for name in shards if _finished(staging.path / name, shards[name])]
         needed = sum(size for name, size in sizes.items() if name not in done)
         free = shutil.disk_usage(staging.path).free
         if needed > free:
@@ -120,7 +122,11 @@ class _Conversion:
             else:
                 self._write_shard(staging.path / name, tensors, shards[name])
         for file in self.checkpoint.side_files():
-            shutil.copyfile(file, staging.path / file.name)
+            try:
+                content = file.read_bytes()
+            except OSError as error:
+                raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+            (staging.path / file.name).write_bytes(content)
         if (self.checkpoint.path / INDEX).exists():
             weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
             write_json(staging.path / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
@@ -179,12 +185,23 @@ class _Conversion:
 
 
 def _device(name: str, recipe: Recipe) -> str:
-    """The device to compute on. Random choices are drawn per block on the CPU, so they stay there."""
-    if name != "auto":
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise UnsupportedError(f"device {name} asked for, but torch sees no GPU: use cpu")
-        return name
-    return "cuda" if torch.cuda.is_available() and recipe.method != "random" else "cpu"
+    """The device to compute on. Random choices are drawn block by block, so they stay with the CPU's blocks."""
+    if name not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", name):
+        raise UnsupportedError(f"unknown device {name!r}: choose auto, cpu, cuda or cuda:N")
+    gpus = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= gpus:
+        raise UnsupportedError(f"device {name} asked for, but torch sees {gpus} GPUs: use cpu")
+    if recipe.method == "random" or gpus == 0:
+        return "cpu"
+    return "cuda" if name == "auto" else name
+
+
+def _finished(path: Path, tensors: dict[str, _Shape]) -> bool:
+    """Whether an earlier run of the same job already wrote this shard: only whole files have its name."""
+    if not path.exists():
+        return False
+    found, _ = read_header(path)
+    return {name: (info.dtype_name, info.shape, info.nbytes) for name, info in found.items()} == tensors
 
 
 def _job(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:

@@ -89,10 +89,13 @@ def find_layers(path: Path, config: dict[str, Any], tensors: dict[str, TensorInf
     """
     quantization = config.get("quantization_config") or {}
     method = quantization.get("quant_method")
-    if config.get("model_type") in _TRANSPOSED:
-        raise CheckpointError(f"{path}: {config['model_type']} stores its linear weights transposed ([K, N]); that is not supported")
+    transposed = _transposed(config, tensors)
+    if transposed:
+        raise CheckpointError(f"{path}: {transposed} stores its linear weights transposed ([K, N]); that is not supported")
     if packed is not None:
-        return _packed_layers(path, tensors, packed)
+        layers = _packed_layers(path, tensors, packed)
+        _check_claims(path, layers, tensors, packed)
+        return layers
     if method not in (None, "compressed-tensors", "bitnet"):
         raise CheckpointError(f"{path}: weights quantised by {method!r} cannot be read; start from the 16-bit checkpoint")
     if method == "bitnet" and quantization.get("use_rms_norm"):
@@ -109,6 +112,40 @@ def find_layers(path: Path, config: dict[str, Any], tensors: dict[str, TensorInf
         if layer is not None:
             layers[name] = layer
     return layers
+
+
+def _transposed(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> str | None:
+    """What gives transposed weights away: a model type anywhere in the configuration, or a bias that fits the wrong side."""
+    if config.get("model_type") in _TRANSPOSED:
+        return str(config["model_type"])
+    for value in config.values():
+        if isinstance(value, dict) and (found := _transposed(value, {})):
+            return found
+    for tensor, info in tensors.items():
+        layer = tensor.removesuffix(".weight")
+        bias = tensors.get(f"{layer}.bias")
+        if layer.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc") and bias is not None and len(info.shape) == 2:
+            n, k = info.shape
+            if bias.shape == (k,) and n != k:
+                return layer
+    return None
+
+
+def _check_claims(path: Path, layers: dict[str, Layer], tensors: dict[str, TensorInfo], packed: PackedConfig) -> None:
+    """Tensors and config.json must tell the same story about which layers are packed."""
+    known = {name for name, layer in layers.items() if layer.form is Form.PACKED}
+    for tensor in tensors:
+        name, _, suffix = tensor.rpartition(".")
+        if name not in known and suffix in ("weight_keep", "weight_scale", "weight_global_scale"):
+            raise CheckpointError(f"{path}: tensor {tensor} belongs to no packed layer: {name}.weight_values is missing")
+        if name in known and suffix == "weight":
+            raise CheckpointError(f"{path}: layer {name} is there twice, dense ({tensor}) and packed")
+    for name in known:
+        if packed.ignores(name):
+            raise CheckpointError(f"{path}: layer {name} is packed, but config.json lists it under ignore")
+    for key, table in (("overrides", packed.overrides), ("in_features", packed.in_features)):
+        for name in table.keys() - known:
+            raise CheckpointError(f"{path}: config.json names {name} under {key}, but no such layer is packed")
 
 
 def _dense_layer(
@@ -132,6 +169,8 @@ def _dense_layer(
         if "weight_scale" in own:
             raise CheckpointError(f"{info.path}: tensor {info.name} is quantised, but config.json does not say how")
         return None
+    if f"{name}.weight_zero_point" in tensors:
+        raise CheckpointError(f"{info.path}: layer {name} has zero points; only symmetric weights are supported")
     k = k * 2 if quantized.pair else k
     _check_specs(info.path, name, own, {spec.suffix: spec.shape for spec in dense_tensors(quantized, n, k)}, quantized)
     return Layer(name, n, k, Form.QUANTIZED, quantized, own)
@@ -175,13 +214,22 @@ def _check_specs(
             raise CheckpointError(f"{info.path}: {info.name} is {info.dtype_name}, config.json says {scheme.name}")
         if suffix == "weight_keep" and info.dtype_name != "U8":
             raise CheckpointError(f"{info.path}: {info.name} is {info.dtype_name}, expected U8")
-        if suffix == "weight_scale" and info.dtype_name not in (*_FLOATS, "F8_E4M3"):
-            raise CheckpointError(f"{info.path}: {info.name} is {info.dtype_name}, expected a floating type")
+        allowed = ("F8_E4M3",) if scheme.pair else ("F32",) if "weight_keep" in shapes else _FLOATS
+        if suffix == "weight_scale" and info.dtype_name not in allowed:
+            raise CheckpointError(f"{info.path}: {info.name} is {info.dtype_name}, expected {' or '.join(allowed)}")
 
 
 def _compressed_tensors_scheme(path: Path, quantization: dict[str, Any]) -> Scheme:
     """The scheme of a compressed-tensors configuration, if it is one we compute exactly: W8A8 per channel and token, or NVFP4."""
+    for key in ("transform_config", "kv_cache_scheme"):
+        if quantization.get(key):
+            raise CheckpointError(f"{path}: compressed-tensors checkpoints with {key} are not supported")
+    sparsity = quantization.get("sparsity_config") or {}
+    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
+        raise CheckpointError(f"{path}: sparse compressed-tensors weights ({sparsity['format']}) are not supported: save them dense")
     groups = list((quantization.get("config_groups") or {}).values())
+    if not groups or not all(isinstance(group, dict) for group in groups):
+        raise CheckpointError(f"{path}: quantization_config.config_groups describes no scheme")
     schemes = set()
     for group in groups:
         weights, activations = group.get("weights") or {}, group.get("input_activations")

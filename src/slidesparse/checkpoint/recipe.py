@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import UnsupportedError
-from ..format import BLOCK, DEFAULT_IGNORE, SCHEMES, Scheme, matches, scheme_named
+from ..format import BLOCK, DEFAULT_IGNORE, NOT_LINEAR, SCHEMES, Scheme, matches, scheme_named
 from ..pattern import Pattern
 from ..prune import METHODS
 from .layers import Form, Layer
@@ -75,6 +75,11 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
     Raises:
         UnsupportedError: the recipe cannot be applied to this checkpoint; the message names the layer and the way out.
     """
+    if checkpoint.packed and (recipe.ignore or recipe.only):
+        raise UnsupportedError(f"{checkpoint.path} is packed: its layers can only be converted all together, without --ignore and --only")
+    for entry in (*recipe.ignore, *recipe.only):
+        if not any(matches(name, (entry,)) for name in checkpoint.layers):
+            raise UnsupportedError(f"{entry!r} matches no layer of {checkpoint.path}: slidesparse inspect --layers lists them")
     plans = []
     for layer in checkpoint.layers.values():
         if not _selected(layer, recipe):
@@ -85,7 +90,8 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
         _check_pattern(layer, scheme, pattern, recipe)
         plans.append(LayerPlan(layer, scheme, pattern))
     if not plans:
-        raise UnsupportedError(f"{checkpoint.path}: no layer to convert; --only and --ignore leave none of {len(checkpoint.layers)}")
+        left = "--only and --ignore leave none" if checkpoint.layers else "it has no 16- or 32-bit or known quantised linear weights"
+        raise UnsupportedError(f"{checkpoint.path}: no layer to convert; {left} (of {len(checkpoint.layers)})")
     schemes = {plan.scheme for plan in plans}
     if recipe.form == "packed" and len(schemes) > 1:
         names = ", ".join(sorted(scheme.name for scheme in schemes if scheme))
@@ -101,7 +107,8 @@ def _selected(layer: Layer, recipe: Recipe) -> bool:
     if matches(layer.name, recipe.ignore):
         return False
     if recipe.only:
-        return layer.name in recipe.only or (matches(layer.name, recipe.only) and not matches(layer.name, DEFAULT_IGNORE))
+        named = layer.name in recipe.only and not matches(layer.name, NOT_LINEAR)
+        return named or (matches(layer.name, recipe.only) and not matches(layer.name, DEFAULT_IGNORE))
     return not matches(layer.name, DEFAULT_IGNORE)
 
 

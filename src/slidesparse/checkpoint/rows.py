@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import pack
 from ..errors import CheckpointError, WeightError
 from ..format import Packed
-from ..quant import canonical_nvfp4, ternarize, unpack_ternary
+from ..quant import canonical_nvfp4, check_finite, ternarize, unpack_ternary
 from .layers import Form, Layer
 from .tensorfile import TensorReader
 
@@ -50,10 +50,12 @@ def read_block(reader: TensorReader, layer: Layer, first: int, last: int, mean: 
     """Rows of a layer as dense values; ``mean`` is a BitNet master layer's mean magnitude (see `mean_magnitude`).
 
     Raises:
-        CheckpointError: packed tensors or scales that contradict the configuration; names layer and row.
+        CheckpointError: NaN or Inf, or packed tensors or scales that contradict the configuration; names layer and row.
     """
     try:
-        return _read_block(reader, layer, first, last, mean)
+        block = _read_block(reader, layer, first, last, mean)
+        check_finite(block.values, first_row=first)
+        return block
     except WeightError as error:
         raise CheckpointError(f"{layer.main.path}: layer {layer.name}: {error}") from error
 

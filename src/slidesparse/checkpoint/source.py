@@ -85,11 +85,18 @@ class Checkpoint:
         return sorted(
             file
             for file in self.path.iterdir()
-            if file.is_file()
+            if (file.is_file() or _broken(file))
             and file.name not in ("config.json", INDEX)
             and not file.name.endswith(".index.json")
             and not any(file.match(pattern) for pattern in _OTHER_WEIGHTS)
         )
+
+
+def _broken(file: Path) -> bool:
+    """Refuse a link to nowhere, as a half-fetched hub cache leaves it: the file it stands for would silently be missing."""
+    if file.is_symlink() and not file.exists():
+        raise CheckpointError(f"{file} is a link to a file that is not there: fetch the model again")
+    return False
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -105,19 +112,37 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such directory")
     file = path / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        if file.exists() and not file.is_file():
+            raise CheckpointError(f"{file} is not a regular file")
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is not a model directory: it has no config.json") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("quantization_config") or {}, dict):
+    if not isinstance(config, dict):
         raise CheckpointError(f"{file} does not hold a model configuration")
+    quantization = config.get("quantization_config") or {}
+    expected = [(config, "quantization_config", dict), (config, "model_type", str), (config, "architectures", list)]
+    if isinstance(quantization, dict):
+        expected += [(quantization, "config_groups", dict), (quantization, "quant_method", str)]
+        expected += [(group, key, dict) for group in (config.get(MARKER), quantization.get(MARKER)) if group for key in ("overrides",)]
+        expected += [(group, "ignore", list) for group in (config.get(MARKER), quantization.get(MARKER)) if group]
+    for place, key, kind in expected:
+        if not isinstance(place, dict) or not isinstance(place.get(key) or kind(), kind):
+            raise CheckpointError(
+                f"{file}: {key} should be a {kind.__name__}, got {place.get(key) if isinstance(place, dict) else place!r}"
+            )
     return config
 
 
 def _shard_names(path: Path) -> list[str]:
     if (path / INDEX).exists():
-        return sorted(set(_weight_map(path).values()))
+        names = sorted(set(_weight_map(path).values()))
+        if (path / SINGLE).exists() and SINGLE not in names:
+            raise CheckpointError(f"{path} holds both {SINGLE} and {INDEX} with other shards: remove the one that is not the model")
+        if not names:
+            raise CheckpointError(f"{path / INDEX} lists no tensor")
+        return names
     if (path / SINGLE).exists():
         return [SINGLE]
     others = sorted(file.name for pattern in _OTHER_WEIGHTS for file in path.glob(pattern))
@@ -130,7 +155,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
         entries = [(str(tensor), str(shard)) for tensor, shard in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"cannot read {file}: {error!r}") from error
     for tensor, shard in entries:
         if Path(shard).name != shard or shard in ("", ".", ".."):

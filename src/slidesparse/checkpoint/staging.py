@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,30 +17,35 @@ from ..errors import CheckpointError, OutputExistsError
 
 SUFFIX = ".incomplete"
 _JOB = "slidesparse-job.json"
+_FINISHED = "*.safetensors"
 
 
 class Staging:
     """Builds ``out`` in ``out.incomplete``; it has no config.json until the last moment, so that nothing takes it for a model.
 
-    A second run of the same job finds the shards already finished there; another job's remains are refused unless ``overwrite``.
+    A second run of the same job finds the shards already finished there; another job's remains are refused unless ``overwrite``, and
+    a directory that no run of this library made is never touched. A run that fails before any shard is finished leaves nothing.
     """
 
     def __init__(self, out: Path, source: Path, job: dict[str, Any], overwrite: bool) -> None:
         self.out, self.source, self.overwrite = Path(os.path.abspath(out)), source.resolve(), overwrite
+        if not self.out.name:
+            raise OutputExistsError(f"{out} cannot be an output: name a directory to create")
         self.path = self.out.with_name(self.out.name + SUFFIX)
         self._fingerprint = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
         self._lock = -1
+        self._replaces = False
 
     def __enter__(self) -> Staging:
-        self._check_output()
+        self._check_places()
+        refuse_existing(self.out, self.overwrite)
+        self._replaces = self.out.exists()
+        if self.path.exists() and not (self.path / _JOB).is_file():
+            raise OutputExistsError(f"{self.path} is in the way and no run of slidesparse made it: move it, or choose another output")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path / _JOB, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / _JOB, os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise CheckpointError(f"another run is writing {self.path}: wait for it, or choose another output") from error
-        try:
+            self._take_lock()
             self._claim()
         except BaseException:
             os.close(self._lock)
@@ -46,43 +53,81 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None and self.path.exists() and not any(self.path.glob(_FINISHED)):
+            self._clear()
+            with contextlib.suppress(OSError):
+                (self.path / _JOB).unlink()
+                self.path.rmdir()
         os.close(self._lock)
 
-    def finished(self, name: str, nbytes: int) -> bool:
-        """Whether an earlier run of this job already wrote this shard."""
-        file = self.path / name
-        return file.exists() and file.stat().st_size >= nbytes
-
     def commit(self, config: dict[str, Any]) -> None:
-        """Write config.json last and give the directory its name; what stood there before goes only now."""
-        write_json(self.path / "config.json", config)
-        (self.path / _JOB).unlink()
-        old = self.out.with_name(self.out.name + ".replaced")
-        if self.out.exists():
-            os.rename(self.out, old)
-        os.rename(self.path, self.out)
-        shutil.rmtree(old, ignore_errors=True)
+        """Write config.json last and give the directory its name; what stood there before goes only after that.
 
-    def _check_output(self) -> None:
-        out = self.out.resolve()
-        if out == self.source or self.source in out.parents or out in self.source.parents:
-            raise OutputExistsError(f"output {self.out} and model {self.source} overlap: choose another output")
+        Raises:
+            OutputExistsError: something appeared at the output during the run; the finished work is kept and can be resumed.
+            OSError: a rename failed; everything is as it was before.
+        """
+        if not self._replaces and os.path.lexists(self.out):
+            raise OutputExistsError(f"{self.out} appeared while this run was writing: move it and run the same command again")
         refuse_existing(self.out, self.overwrite)
+        aside = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent)) if self._replaces else None
+        try:
+            if aside is not None:
+                os.rename(self.out, aside / "old")
+            write_json(self.path / "config.json", config)
+            (self.path / _JOB).unlink()
+            os.rename(self.path, self.out)
+        except BaseException:
+            (self.path / "config.json").unlink(missing_ok=True)
+            (self.path / _JOB).write_text(self._fingerprint)
+            if aside is not None and (aside / "old").exists():
+                os.rename(aside / "old", self.out)
+            raise
+        finally:
+            if aside is not None:
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _check_places(self) -> None:
+        if self.out.is_symlink():
+            raise OutputExistsError(f"{self.out} is a symbolic link: name the directory itself")
+        for place in (self.out.resolve(), self.path.resolve()):
+            if place == self.source or self.source in place.parents or place in self.source.parents:
+                raise OutputExistsError(f"output {place} and model {self.source} overlap: choose another output")
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"another run is writing {self.path}: wait for it, or choose another output") from error
+        except OSError:
+            return  # a file system without locks
+        try:
+            same = os.path.samestat(os.fstat(self._lock), os.stat(self.path / _JOB))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise CheckpointError(f"another run has just finished {self.out}")
 
     def _claim(self) -> None:
         found = os.pread(self._lock, 1 << 16, 0).decode(errors="replace")
-        leftovers = [file for file in self.path.iterdir() if file.name != _JOB]
-        if leftovers and found != self._fingerprint:
-            if not self.overwrite:
-                raise OutputExistsError(
-                    f"{self.path} holds the remains of a different run: remove it, choose another output or give --overwrite"
-                )
-            for file in leftovers:
-                if file.is_dir():
-                    raise OutputExistsError(f"{self.path} holds a folder this library did not write ({file.name}): remove it")
-                file.unlink()
+        if any(self.path.glob(_FINISHED)) and found != self._fingerprint and not self.overwrite:
+            raise OutputExistsError(
+                f"{self.path} holds the remains of a different run: remove it, choose another output or give --overwrite"
+            )
+        if found != self._fingerprint:
+            self._clear()
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, self._fingerprint.encode(), 0)
+
+    def _clear(self) -> None:
+        """Remove what a run left; only half-written things are ever directories."""
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                if not entry.name.endswith(".part"):
+                    raise OutputExistsError(f"{self.path} holds a folder that slidesparse did not write ({entry.name}): move it")
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != _JOB:
+                entry.unlink()
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
@@ -91,7 +136,7 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
     Raises:
         OutputExistsError: says which.
     """
-    if not out.exists():
+    if not os.path.lexists(out):
         return
     if not overwrite:
         raise OutputExistsError(f"{out} exists already: choose another output or give --overwrite")

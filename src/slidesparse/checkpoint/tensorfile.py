@@ -67,6 +67,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     Raises:
         CheckpointError: not a safetensors file, truncated, or offsets that contradict the shapes.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is not a regular file")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -81,7 +83,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         header = json.loads(text)
         metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
         tensors = {name: _tensor_info(path, name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged safetensors header ({error}): fetch it again") from error
     ordered = dict(sorted(tensors.items(), key=lambda item: item[1].start))
     end = 8 + length
@@ -146,8 +148,10 @@ class TensorReader:
         return torch.from_numpy(buffer)
 
     def read_rows(self, info: TensorInfo, first: int, last: int) -> Tensor:
-        """Rows ``first … last - 1`` of a tensor (all of a scalar)."""
-        row = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
+        """Rows ``first … last - 1`` of a tensor of one or more dimensions."""
+        if info.nbytes == 0:
+            return torch.empty(last - first, *info.shape[1:], dtype=info.dtype)
+        row = info.nbytes // info.shape[0]
         data = self.read_bytes(info, first * row, (last - first) * row)
         return data.view(info.dtype).view(last - first, *info.shape[1:])
 
@@ -210,11 +214,6 @@ class TensorWriter:
     def _discard(self) -> None:
         os.close(self._file)
         self._part.unlink(missing_ok=True)
-
-
-def file_size(tensors: dict[str, tuple[str, tuple[int, ...], int]]) -> int:
-    """Data bytes of a file with these tensors (its header comes on top)."""
-    return sum(nbytes for _, _, nbytes in tensors.values())
 
 
 def _itemsize(dtype_name: str) -> int:

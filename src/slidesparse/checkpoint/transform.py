@@ -12,7 +12,7 @@ from .. import pack, prune
 from ..errors import PatternError, WeightError
 from ..format import TensorSpec, dense_tensors, packed_tensors
 from ..pattern import KNOWN, Pattern
-from ..quant import check_finite, nvfp4_global_scale, quantize_nvfp4, quantize_weight
+from ..quant import nvfp4_global_scale, quantize_nvfp4, quantize_weight
 from .layers import Form, Layer
 from .recipe import LayerPlan, Recipe
 from .rows import Block, largest_magnitude, mean_magnitude, read_block, row_ranges
@@ -38,7 +38,8 @@ def transform(
 
     Raises:
         PatternError: a group violates the pattern; names layer, row, group and values.
-        WeightError: NaN or Inf; names the layer.
+        CheckpointError: NaN or Inf; names the layer.
+        WeightError: a weight that does not fit the type asked for; names the layer.
     """
     layer = plan.layer
     mean = mean_magnitude(reader, layer) if layer.form is Form.MASTER else None
@@ -99,12 +100,7 @@ def _prune(block: Block, plan: LayerPlan, recipe: Recipe) -> Block:
     # Seeded by place, so that a resumed run makes the same choices.
     place = hashlib.sha256(f"{recipe.seed}/{plan.layer.name}/{block.first}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(place[:7], "little"))
-    try:
-        pruned = prune.prune(block.values, plan.pattern, recipe.method, generator=generator)
-    except WeightError:
-        check_finite(block.values, first_row=block.first)  # names the row of the layer, not of the block
-        raise
-    return Block(block.first, pruned, block.scale)
+    return Block(block.first, prune.prune(block.values, plan.pattern, recipe.method, generator=generator), block.scale)
 
 
 def _quantize(block: Block, plan: LayerPlan, global_scale: Tensor | None) -> Block:

@@ -220,7 +220,8 @@ class SlideSparseLinear(nn.Module):
             or execution.weights.packed.values is not packed.values
             or execution.weights.packed.keep is not packed.keep
             or execution.weights.scale is not self._buffers.get("weight_scale")
-            or execution.backend != self.backend
+            or execution.weights.global_scale is not self._buffers.get("weight_global_scale")
+            or (execution.backend, execution.memory) != (self.backend, self.memory)
         ):
             self.check()
             weights = Weights(packed, self.scheme, self._buffers.get("weight_scale"), self._buffers.get("weight_global_scale"))
