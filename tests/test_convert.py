@@ -232,8 +232,14 @@ def test_selection_keeps_heads_experts_and_routers(tmp_path):
     assert {"lm_head", "model.layers.0.mlp.experts.0.w1", "model.layers.0.mlp.gate"} <= set(report.kept_dense)
     report = convert(source, tmp_path / "b", Recipe(SIX, "magnitude", only=("lm_head", "*.o_proj")))
     assert [layer.name for layer in report.layers] == ["lm_head", "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"]
+    for recipe in (Recipe(SIX, "magnitude", only=("nothing*",)), Recipe(SIX, "magnitude", ignore=("*.typo_proj",))):
+        with pytest.raises(UnsupportedError, match="matches no layer"):
+            convert(source, tmp_path / "c", recipe)
     with pytest.raises(UnsupportedError, match="no layer to convert"):
-        convert(source, tmp_path / "c", Recipe(SIX, "magnitude", only=("nothing*",)))
+        convert(source, tmp_path / "c", Recipe(SIX, "magnitude", only=("model.embed_tokens",)))
+    convert(source, tmp_path / "packed", Recipe(SIX, "magnitude"))
+    with pytest.raises(UnsupportedError, match="all together"):
+        convert(tmp_path / "packed", tmp_path / "c", Recipe(KNOWN[0], "magnitude", only=("*.o_proj",)))
 
 
 def test_float32_needs_a_scheme_and_fp16_overflow_is_refused(tmp_path):

@@ -241,7 +241,7 @@ def test_interrupted_runs_leave_nothing_whole_and_resume(run, tmp_path, monkeypa
         original(self, path, *rest)
 
     monkeypatch.setattr(tensorfile.TensorWriter, "__init__", stop_at_third)
-    refused(run("convert", source, tmp_path / "out"), "interrupted", "resumes", code=130)
+    refused(run("convert", source, tmp_path / "out"), "interrupted", "run again", code=130)
     monkeypatch.setattr(tensorfile.TensorWriter, "__init__", original)
     remains = tmp_path / "out.incomplete"
     assert not (tmp_path / "out").exists() and not (remains / "config.json").exists()

@@ -362,15 +362,17 @@ def test_unmarked_checkpoints_load_as_they_are_until_accelerated(tmp_path: Path)
     ("config", "message"),
     [
         (None, "no config.json"),
-        ("{", "not JSON"),
-        ("[]", "object"),
-        ('{"model_type": "nonesuch"}', "cannot be loaded"),
-        ('{"model_type": "llama"}', "cannot be loaded"),
+        ("{", "cannot read"),
+        ("[]", "model configuration"),
+        ('{"model_type": "llama"}', r"holds no model\.safetensors"),
+        ('{"model_type": "nonesuch", "weights": "here"}', "transformers cannot load it"),
     ],
 )
 def test_load_says_what_is_wrong(config: str | None, message: str, tmp_path: Path) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
+        if "weights" in config:
+            save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
         integration.load(tmp_path, tokenizer=False)
     with pytest.raises(CheckpointError, match="no such directory"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from ..errors import CheckpointError, UnsupportedError
 from ..format import VERSION
 from .configs import output_config
@@ -210,6 +211,7 @@ def _job(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     return {
         "version": VERSION,
+        "library": __version__,
         "source": str(checkpoint.path.resolve()),
         "files": files,
         "config": checkpoint.config,

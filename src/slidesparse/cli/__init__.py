@@ -9,6 +9,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from .. import __version__, env
 from ..errors import SlideSparseError
@@ -52,7 +53,7 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code != 130:
             raise
-        _fail("interrupted; where a checkpoint was being written, the same command resumes it", 130)
+        _fail("interrupted; a conversion goes on from its last finished shard when the same command is run again", 130)
     except (SlideSparseError, ValueError, OSError) as error:
         if env.debug():
             raise
@@ -60,9 +61,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_escape(message)}")
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}")
     sys.exit(code)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -31,7 +31,7 @@ def inspect(
     if json:
         screen.print_json(found)
     else:
-        screen.out.print(f"[bold]{found.path}[/]  {found.architecture}")
+        screen.out.print(f"[bold]{escape(str(found.path))}[/]  {escape(found.architecture)}")
         pattern = found.pattern or ("not scanned" if quick else "none shared by all layers")
         screen.out.print(f"{found.kind}, pattern {pattern}, {found.scheme}, {screen.size(found.nbytes)} in all")
         if found.dense_layer_bytes:
@@ -39,7 +39,7 @@ def inspect(
             screen.out.print(f"{len(found.layers)} linear layers: {screen.size(found.layer_bytes)}, {ratio:.3f} of dense in the same type")
         screen.out.print(_layer_table(found.layers, layers))
         for row in found.problems[:_SHOWN]:
-            screen.out.print(f"[red]violated[/] {row.name}: {escape(row.problem or '')}")
+            screen.out.print(f"[red]violated[/] {escape(row.name)}: {escape(row.problem or '')}")
     if found.problems:
         raise typer.Exit(3)
 
@@ -80,18 +80,17 @@ def verify(
         good = sum(layer.ok for layer in report.layers)
         rows = sum(layer.rows for layer in report.layers)
         mark = "[green]ok[/]" if report.ok else "[red]FAILED[/]"
-        screen.out.print(
-            f"{mark}  {report.path}: {good} of {len(report.layers)} layers ({rows} rows) obey, restore bitwise and slide exactly"
-        )
+        summary = f"{good} of {len(report.layers)} layers ({rows} rows) obey, restore bitwise and slide exactly"
+        screen.out.print(f"{mark}  {escape(str(report.path))}: {summary}")
         for layer in [layer for layer in report.layers if not layer.ok][:_SHOWN]:
-            screen.out.print(f"  [red]{layer.name}[/]: {escape(layer.reason)}")
+            screen.out.print(f"  [red]{escape(layer.name)}[/]: {escape(layer.reason)}")
         for name in report.other_tensors[:_SHOWN]:
-            screen.out.print(f"  [red]{name}[/] differs from {against}")
+            screen.out.print(f"  [red]{escape(name)}[/] differs from {escape(str(against))}")
         negative, masked = (sum(getattr(layer, name) for layer in report.layers) for name in ("negative_zeros", "masked_away"))
         if negative:
             screen.out.print(f"  {negative} weights are -0.0; they count as zeros and are stored as +0.0")
         if masked:
-            screen.out.print(f"  the mask removes {masked} non-zero weights of {against}")
+            screen.out.print(f"  the mask removes {masked} non-zero weights of {escape(str(against))}")
     if not report.ok:
         raise typer.Exit(3)
 

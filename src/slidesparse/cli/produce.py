@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from ..pattern import Pattern
 from . import screen
@@ -147,10 +148,12 @@ def import_(
 ) -> None:
     """Turn a GGUF file into a dense checkpoint (weights dequantised by transformers; needs the gguf extra)."""
     from ..integrations.gguf import import_gguf
+    from ..integrations.transformers import hide_progress_bars
 
-    with screen.err.status(f"importing {gguf}"):
+    hide_progress_bars()
+    with screen.err.status(f"importing {escape(str(gguf))}"):
         import_gguf(gguf, out, overwrite=overwrite)
-    screen.out.print(f"wrote {out}")
+    screen.say(f"wrote {out}")
 
 
 def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwrite: bool, as_json: bool) -> None:
@@ -164,10 +167,10 @@ def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwr
     layers_in, layers_out = (sum(getattr(layer, side) for layer in report.layers) for side in ("bytes_in", "bytes_out"))
     patterns = ", ".join(sorted({layer.pattern for layer in report.layers}))
     schemes = ", ".join(sorted({layer.scheme for layer in report.layers}))
-    screen.out.print(f"wrote {report.out}")
-    screen.out.print(f"  {len(report.layers)} layers, pattern {patterns}, {schemes}: {screen.size(layers_in)} → {screen.size(layers_out)}")
-    screen.out.print(f"  whole checkpoint: {screen.size(report.bytes_in)} → {screen.size(report.bytes_out)}")
+    screen.say(f"wrote {report.out}")
+    screen.say(f"  {len(report.layers)} layers, pattern {patterns}, {schemes}: {screen.size(layers_in)} → {screen.size(layers_out)}")
+    screen.say(f"  whole checkpoint: {screen.size(report.bytes_in)} → {screen.size(report.bytes_out)}")
     if report.kept_dense:
-        screen.out.print(f"  left as they were: {', '.join(report.kept_dense[:4])}{' …' if len(report.kept_dense) > 4 else ''}")
+        screen.say(f"  left as they were: {', '.join(report.kept_dense[:4])}{' …' if len(report.kept_dense) > 4 else ''}")
     if report.resumed_shards:
-        screen.out.print(f"  resumed: {report.resumed_shards} shards were there from an interrupted run")
+        screen.say(f"  resumed: {report.resumed_shards} shards were there from an interrupted run")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from . import screen
 from .produce import Json, Model
@@ -27,7 +28,7 @@ def generate(
 
     hide_progress_bars()  # the status line is ours
 
-    with screen.err.status(f"loading {model}"):
+    with screen.err.status(f"loading {escape(str(model))}"):
         network, tokenizer = load(model)
     with screen.err.status("generating"):
         text = complete(network, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed)
@@ -46,14 +47,18 @@ def eval_(
     json: Json = False,
 ) -> None:
     """Perplexity on a text, with context and stride stated."""
-    from ..evaluate import perplexity, tokenize_file
+    from ..evaluate import check_fits, perplexity, read_text, tokenize_file
     from ..integrations.transformers import hide_progress_bars, load
 
     hide_progress_bars()  # the status line is ours
 
-    with screen.err.status(f"loading {model}"):
+    if stride > context:
+        raise typer.BadParameter(f"--stride {stride} is larger than --context {context}: tokens between windows would not be scored")
+    read_text(text)  # before the model, which takes longer
+    with screen.err.status(f"loading {escape(str(model))}"):
         network, tokenizer = load(model)
     tokens = tokenize_file(tokenizer, text, max_tokens=max_tokens)
+    check_fits(network, tokens, min(context, tokens.numel()))
     with screen.progress("evaluating", count=True) as progress:
         result = perplexity(network, tokens, context=context, stride=stride, progress=progress)
     if json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +31,27 @@ def progress(title: str, *, count: bool = False) -> Iterator[Callable[[int, int,
         yield update
 
 
+def say(text: str) -> None:
+    """One plain line on stdout: names and paths may hold brackets."""
+    out.print(text, markup=False)
+
+
 def print_json(data: Any) -> None:
     """One JSON document on stdout: dataclasses as objects, paths as strings."""
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
         data = dataclasses.asdict(data)
-    print(json.dumps(data, indent=2, default=lambda value: str(value) if isinstance(value, Path) else repr(value)))
+    print(
+        json.dumps(_finite(data), indent=2, allow_nan=False, default=lambda value: str(value) if isinstance(value, Path) else repr(value))
+    )
+
+
+def _finite(data: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def size(nbytes: int) -> str:

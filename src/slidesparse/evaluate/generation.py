@@ -17,7 +17,7 @@ def complete(
     """The text that follows ``prompt``, without it: greedy at temperature 0, sampled from ``seed`` on otherwise.
 
     Raises:
-        CheckpointError: ``chat`` without a chat template.
+        CheckpointError: ``chat`` without a chat template, or more tokens than the model has positions for.
         ValueError: a prompt that holds no token.
     """
     if chat and not getattr(tokenizer, "chat_template", None):
@@ -31,6 +31,7 @@ def complete(
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise ValueError("the prompt holds no token: give some text")
+    check_fits(model, inputs["input_ids"], length + max_new_tokens)
     sampling = (
         {"do_sample": True, "temperature": temperature}
         if temperature > 0
@@ -49,13 +50,35 @@ def tokenize_file(tokenizer: Any, path: str | Path, *, max_tokens: int | None = 
     Raises:
         CheckpointError: the file cannot be read, is not UTF-8, or holds fewer than two tokens.
     """
+    tokens = tokenizer(read_text(path), return_tensors="pt", verbose=False)["input_ids"][0][:max_tokens]
+    if tokens.numel() < 2:
+        raise CheckpointError(f"{path} holds {tokens.numel()} tokens: perplexity needs at least 2")
+    return tokens
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not UTF-8.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0][:max_tokens]
-    if tokens.numel() < 2:
-        raise CheckpointError(f"{path} holds {tokens.numel()} tokens: perplexity needs at least 2")
-    return tokens
+
+
+def check_fits(model: Any, ids: Tensor, length: int) -> None:
+    """Whether ``length`` tokens at a time, these among them, are within the model's positions and vocabulary.
+
+    Raises:
+        CheckpointError: they are not; the message names both numbers.
+    """
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    positions, vocabulary = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
+    if positions and length > positions:
+        raise CheckpointError(f"{length} tokens at a time are more than the model's {positions} positions: ask for fewer")
+    if vocabulary and ids.numel() and int(ids.max()) >= vocabulary:
+        raise CheckpointError(f"the tokenizer gives token {int(ids.max())}, the model knows {vocabulary}: they do not belong together")

@@ -6,16 +6,15 @@ import contextlib
 import copy
 import json
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
-from ..checkpoint.staging import refuse_existing
+from ..checkpoint.staging import Staging
 from ..errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -47,15 +46,28 @@ def import_gguf(path: str | Path, out: str | Path, dtype: str = "bf16", overwrit
     source, target = Path(path), Path(out)
     if dtype not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
-    refuse_existing(target, overwrite)
     tokens = _special_tokens(source)
-    model, tokenizer = _load(source)
-    _set_tokens(tokenizer, tokens)
-    fresh = _fresh_copy(model, _DTYPES[dtype])
-    with _appears_when_complete(target) as folder:
-        fresh.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        _tidy_tokenizer(folder)
+    stat = source.stat()
+    staging = Staging(target, source, {"gguf": [str(source.resolve()), stat.st_size, stat.st_mtime_ns], "dtype": dtype}, overwrite)
+    try:
+        with staging:
+            model, tokenizer = _load(source)
+            _set_tokens(tokenizer, tokens)
+            folder = staging.path / "import.part"  # config.json is written first here, and must not stand in the staging directory yet
+            shutil.rmtree(folder, ignore_errors=True)
+            fresh = _fresh_copy(model, _DTYPES[dtype])
+            del model
+            fresh.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            _tidy_tokenizer(folder)
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            (folder / "config.json").unlink()
+            for file in folder.iterdir():
+                file.rename(staging.path / file.name)
+            folder.rmdir()
+            staging.commit(config)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {staging.path}: {error}") from error
     return target
 
 
@@ -89,11 +101,14 @@ def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UnsupportedError("importing GGUF needs transformers: pip install slidesparse[gguf]") from error
     where: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
+        model, loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, output_loading_info=True, **where)
         with _quiet("transformers"):
             tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
     except (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
         raise CheckpointError(f"{source}: transformers cannot load it ({str(error).strip().splitlines()[0]})") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, loaded.get(kind) or ())):
+            raise CheckpointError(f"{source}: the file does not hold the whole model, {kind.replace('_', ' ')}: {', '.join(names[:3])}")
     return model, tokenizer
 
 
@@ -119,28 +134,6 @@ def _fresh_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     fresh.tie_weights()
     fresh.generation_config = model.generation_config
     return fresh
-
-
-@contextlib.contextmanager
-def _appears_when_complete(target: Path) -> Iterator[Path]:
-    """A temporary directory beside ``target`` that takes its place at the end, or goes when anything fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    # mkdtemp makes it private; the result gets what any directory made here would.
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    old = target.with_name(f"{folder.name}.old")
-    try:
-        yield folder
-        if target.exists():
-            target.rename(old)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _tidy_tokenizer(folder: Path) -> None:

@@ -5,11 +5,11 @@ Importing it registers the quantisation method ``slidesparse`` with transformers
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import HfQuantizer
@@ -17,6 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, regis
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, WeightError
 from ..format import DEFAULT_IGNORE, MARKER, QUANT_METHOD, PackedConfig
 from ..nn import SlideSparseLinear, accelerate
@@ -60,6 +61,7 @@ class SlideSparseQuantizer(HfQuantizer):
                 continue
             packed = _empty_layer(config, layer, linear)
             packed.name = layer
+            packed._is_hf_initialized = True  # its tensors come from the checkpoint; it has no weight to initialise
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, packed)
             if stored is not None:
@@ -126,7 +128,7 @@ def load(
         CheckpointError: not a model directory, a damaged checkpoint, an architecture transformers does not know, no tokenizer.
     """
     path = Path(path)
-    config = _read_config(path)
+    config = Checkpoint.open(path).config
     if tokenizer and not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy the one of the original model there")
     try:
@@ -134,8 +136,9 @@ def load(
         words = AutoTokenizer.from_pretrained(path, local_files_only=True) if tokenizer else None
     except ImportError as error:
         raise CheckpointError(f"{path} needs a package that is not installed: {error}") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(f"{path}: transformers cannot load it ({reason[0][:300] if reason else type(error).__name__})") from error
     marker = _marker(path, config)
     if marker is not None:
         patterns, ignore = marker
@@ -167,19 +170,6 @@ def _empty_layer(config: PackedConfig, layer: str, linear: nn.Linear) -> SlideSp
         )
     except ValueError as error:
         raise CheckpointError(f"layer {layer}: {error}") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    if not path.is_dir() or not file.is_file():
-        raise CheckpointError(f"{path} is not a model directory: {'it has no config.json' if path.is_dir() else 'no such directory'}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} does not hold an object")
-    return config
 
 
 def _marker(path: Path, config: dict[str, Any]) -> tuple[tuple[Pattern, ...], tuple[str, ...]] | None:
