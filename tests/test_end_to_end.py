@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "qwen3-moe": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
     "opt": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "gpt-neox": ("GPTNeoXConfig", {}),
+    "mamba": ("MambaConfig", {"state_size": 8, "intermediate_size": 128}),
 }
 
 

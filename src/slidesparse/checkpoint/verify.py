@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import pack, reference
 from ..errors import CheckpointError, SlideSparseError, WeightError
-from ..format import Packed, Scheme
+from ..format import Packed, Scheme, matches
 from ..pack.codes import count_negative_zeros
 from ..pattern import Pattern
 from ..quant import quantize_nvfp4, quantize_weight
@@ -91,8 +91,8 @@ def _claims(checkpoint: Checkpoint, pattern: Pattern | None) -> list[tuple[Layer
     """The layers that say they obey a pattern."""
     if checkpoint.packed:
         return [(layer, layer.pattern) for layer in checkpoint.layers.values() if layer.form is Form.PACKED]
-    ignore = set((checkpoint.marker or {}).get("ignore") or [])
-    layers = [layer for layer in checkpoint.layers.values() if layer.name not in ignore]
+    ignore = tuple((checkpoint.marker or {}).get("ignore") or ())
+    layers = [layer for layer in checkpoint.layers.values() if not matches(layer.name, ignore)]
     claims = [(layer, pattern or checkpoint.marked_pattern(layer.name)) for layer in layers]
     claims = [(layer, claimed) for layer, claimed in claims if claimed is not None]
     if not claims:

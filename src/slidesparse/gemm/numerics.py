@@ -14,7 +14,15 @@ from .problem import Problem, Weights
 INT32_SAFE_K = 1 << 17
 """Widest K whose int8 products, at most 128 · 127 each, are sure to fit an int32 sum."""
 
+
 _CHUNK = 1024  # 1024 products of at most 128 · 128 sum to at most 2^24, which float32 still holds exactly
+
+
+def int32_overflow(problem: Problem) -> str | None:
+    """Why int32 cannot be trusted with this problem's sums, None if it can."""
+    if problem.scheme.name == "int8" and problem.k > INT32_SAFE_K:
+        return f"K = {problem.k} int8 products may overflow an int32 sum, which holds {INT32_SAFE_K}"
+    return None
 
 
 def dense_weights(problem: Problem, weights: Weights) -> Tensor:

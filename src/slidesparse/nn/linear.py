@@ -164,6 +164,11 @@ class SlideSparseLinear(nn.Module):
             return dequantize_nvfp4(dense, self._buffers["weight_scale"], self._buffers["weight_global_scale"])
         return dense.to(torch.float32) * self._buffers["weight_scale"] if self.scheme.dynamic else dense
 
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight`, made anew at every access: for models that read a linear's weight besides calling it."""
+        return self.dense_weight()
+
     def check(self) -> None:
         """Check shapes, types, keep-bit counts and scales before anything indexes from them.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..numerics import INT32_SAFE_K, dense_linear, dense_weights
+from ..numerics import dense_linear, dense_weights, int32_overflow
 from ..problem import Problem, Weights
 
 
@@ -19,9 +19,7 @@ class Restore:
 
     def refuses(self, problem: Problem, m: int) -> str | None:
         """int32 sums must not overflow."""
-        if problem.scheme.name == "int8" and problem.k > INT32_SAFE_K:
-            return f"K = {problem.k} int8 products may overflow an int32 sum, which holds {INT32_SAFE_K}"
-        return None
+        return int32_overflow(problem)
 
     def prepare(self, problem: Problem, weights: Weights) -> Mapping[str, Tensor]:
         """The stored tensors themselves."""
