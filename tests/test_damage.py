@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -266,7 +267,9 @@ def test_ctrl_c_for_real(tmp_path):
     source = models.write(tmp_path / "dense", tensors)
     out = tmp_path / "out"
     command = [sys.executable, "-c", "from slidesparse.cli import main; main()", "convert", str(source), str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
+    # A shell that runs the tests in the background has told its children to ignore the signal.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(), preexec_fn=listen)
     deadline = time.monotonic() + 60
     while not list(Path(f"{out}.incomplete").glob("*.part")) and time.monotonic() < deadline:
         time.sleep(0.02)
