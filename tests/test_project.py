@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = sorted((ROOT / "src").rglob("*.py"))
-PYTHON = [path for folder in ("src", "tests", "examples", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
+PYTHON = [path for folder in ("src", "tests", "examples", "scripts", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def name_of(path: Path) -> str:

@@ -1,0 +1,99 @@
+"""Time quantise, quantise + lift and lift against their byte floor on this GPU: ``python benchmarks/quantize_lift.py OUT.csv COMMIT``."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+from slidesparse import measure, ops, reference
+from slidesparse.format import SCHEMES, Scheme
+from slidesparse.pattern import Pattern
+from slidesparse.testing import check_bitwise
+
+MS = (1024, 4096, 8192, 16384, 32768)
+KS = (3584, 18944)
+PATTERNS = ("2:4", "4:6", "6:8", "8:10")
+Op = Callable[[torch.Tensor], object]
+
+
+def methods(scheme: Scheme) -> Iterator[tuple[str, str, Op, Op]]:
+    """Method, pattern, the op, and the oracle it must equal."""
+    if scheme.dynamic:
+        yield "quantize", "", lambda x: ops.quantize(x, scheme), lambda x: reference.quantize(x, scheme)
+    for text in PATTERNS:
+        pattern = Pattern.parse(text)
+        if scheme.dynamic:
+            yield (
+                "quantize_lift",
+                text,
+                lambda x, pattern=pattern: ops.quantize_lift(x, pattern, scheme),
+                lambda x, pattern=pattern: _lifted(reference.quantize(x, scheme), pattern),
+            )
+        else:
+            yield "lift", text, lambda x, pattern=pattern: ops.lift(x, pattern), lambda x, pattern=pattern: reference.lift(x, pattern)
+
+
+def _lifted(quantised: tuple[torch.Tensor, torch.Tensor], pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.lift(quantised[0], pattern), quantised[1]
+
+
+def tensors(result: object) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def correct(op: Op, oracle: Op, x: torch.Tensor) -> bool:
+    """Whether the first and last rows are bitwise the oracle's (on the CPU)."""
+    results = tensors(op(x))
+    for rows in (slice(0, 64), slice(-64, None)):
+        for got, expected in zip(results, tensors(oracle(x[rows].cpu())), strict=True):
+            try:
+                check_bitwise(got[rows].cpu(), expected)
+            except AssertionError as error:
+                print(error)
+                return False
+    return True
+
+
+def cells(m: int, k: int, scheme: Scheme, rate: float) -> Iterator[dict[str, object]]:
+    inputs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in range(measure.slots(2 * m * k))]
+    variants, info = {}, {}
+    for method, text, op, oracle in methods(scheme):
+        traffic = sum(t.numel() * t.element_size() for t in (inputs[0], *tensors(op(inputs[0]))))
+        info[method, text] = traffic / rate, correct(op, oracle, inputs[0])
+        variants[method, text] = [lambda x=x, op=op: op(x) for x in inputs]
+    for (method, text), timing in measure.interleaved(variants, rounds=11).items():
+        floor, good = info[method, text]
+        row = {"m": m, "k": k, "pattern": text, "in_dtype": "bf16", "out_dtype": scheme.name, "method": method}
+        row |= {"us_p50": f"{timing.p50:.2f}", "us_p20": f"{timing.p20:.2f}", "us_p80": f"{timing.p80:.2f}"}
+        yield row | {"floor_us": f"{floor:.2f}", "of_floor": f"{floor / timing.p50:.3f}", "correct": good}
+
+
+def main(out: str, commit: str) -> None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    rate = measure.copy_rate()
+    print(f"copy rate {rate / 1e6:.3f} TB/s")
+    head = {"date": datetime.date.today().isoformat(), "commit": commit, "gpu": torch.cuda.get_device_name(), "driver": driver}
+    head |= {"cuda": torch.version.cuda, "torch": torch.__version__}
+    with open(out, "w", newline="", encoding="utf-8") as file:
+        writer = None
+        for k in KS:
+            for m in MS:
+                for name in ("int8", "fp8", "bf16"):
+                    for row in cells(m, k, SCHEMES[name], rate):
+                        row = head | row
+                        writer = writer or csv.DictWriter(file, row, lineterminator="\n")
+                        if file.tell() == 0:
+                            writer.writeheader()
+                        writer.writerow(row)
+                        print(*list(row.values())[6:])
+                    torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
