@@ -14,6 +14,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - said in words here, before anyth
 import hashlib
 import importlib.metadata
 import importlib.util
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -31,7 +32,7 @@ EXTRAS = {"demo": "gguf,plot", "test": "dev"}
 TORCH_SIZE = "about 200 MB as a CPU build, 3 GB with the CUDA libraries that Linux's default build brings"
 SIZES = {
     "transformers": 12, "accelerate": 1, "gguf": 1, "matplotlib": 9, "numpy": 17, "safetensors": 1, "typer": 1, "rich": 1,
-    "pytest": 1, "hypothesis": 1, "ruff": 11, "import-linter": 4, "compressed-tensors": 1,
+    "pytest": 1, "hypothesis": 1, "ruff": 11, "import-linter": 4, "compressed-tensors": 1, "triton": 200,
 }  # fmt: skip
 """Rough megabytes of the larger direct dependencies' downloads."""
 INDIRECT = 25
@@ -124,7 +125,7 @@ def wanted_packages(target: str) -> list[str]:
                 for extra in requirement.partition("[")[2].rstrip("]").split(","):
                     add(project["optional-dependencies"][extra])
             else:
-                names[requirement.split(">")[0].split("=")[0].strip()] = None
+                names[re.match(r"[\w.-]+", requirement)[0]] = None
 
     add(project["dependencies"])
     add([f"slidesparse[{EXTRAS[target]}]"])

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import quantize
 from ..pack import restore
 from ..quant import dequantize_nvfp4
+from ..reference import quantize
 from .problem import Problem, Weights
 
 INT32_SAFE_K = 1 << 17
