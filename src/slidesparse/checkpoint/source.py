@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..format import MARKER, PackedConfig
+from ..format import DEFAULT_IGNORE, MARKER, PackedConfig
 from ..pattern import Pattern
 from .layers import Layer, find_layers, read_packed_config
 from .tensorfile import TensorInfo, read_header
@@ -66,17 +66,33 @@ class Checkpoint:
                 return place[MARKER]
         return None
 
+    @property
+    def marked_ignore(self) -> tuple[str, ...]:
+        """Layers the dense twin's marker makes no claim about: what is never converted by default where it does not say."""
+        return tuple((self.marker or {}).get("ignore", DEFAULT_IGNORE))
+
     def marked_pattern(self, layer: str) -> Pattern | None:
         """The pattern the dense twin's marker claims for a layer.
 
         Raises:
-            CheckpointError: the marker does not hold a pattern.
+            CheckpointError: see `marked_patterns`.
+        """
+        common, *_ = self.marked_patterns() or (None,)
+        override = ((self.marker or {}).get("overrides") or {}).get(layer)
+        return common if override is None else Pattern.parse(override)
+
+    def marked_patterns(self) -> tuple[Pattern, ...]:
+        """Every pattern the dense twin's marker claims, the common one first; none for other checkpoints.
+
+        Raises:
+            CheckpointError: the marker holds something else than patterns.
         """
         marker = self.marker
         if marker is None:
-            return None
+            return ()
         try:
-            return Pattern.parse((marker.get("overrides") or {}).get(layer, marker.get("pattern", "")))
+            texts = (marker.get("pattern", ""), *(marker.get("overrides") or {}).values())
+            return tuple(dict.fromkeys(Pattern.parse(text) for text in texts))
         except ValueError as error:
             raise CheckpointError(f"{self.path / 'config.json'}: {MARKER}: {error}") from error
 

@@ -91,8 +91,7 @@ def _claims(checkpoint: Checkpoint, pattern: Pattern | None) -> list[tuple[Layer
     """The layers that say they obey a pattern."""
     if checkpoint.packed:
         return [(layer, layer.pattern) for layer in checkpoint.layers.values() if layer.form is Form.PACKED]
-    ignore = tuple((checkpoint.marker or {}).get("ignore") or ())
-    layers = [layer for layer in checkpoint.layers.values() if not matches(layer.name, ignore)]
+    layers = [layer for layer in checkpoint.layers.values() if not matches(layer.name, checkpoint.marked_ignore)]
     claims = [(layer, pattern or checkpoint.marked_pattern(layer.name)) for layer in layers]
     claims = [(layer, claimed) for layer, claimed in claims if claimed is not None]
     if not claims:

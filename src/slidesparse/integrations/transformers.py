@@ -19,9 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, WeightError
-from ..format import DEFAULT_IGNORE, MARKER, QUANT_METHOD, PackedConfig
+from ..format import QUANT_METHOD, PackedConfig
 from ..nn import SlideSparseLinear, accelerate
-from ..pattern import Pattern
 from .transformers_files import StoredTensors, check_layer, check_rest, restore_scales
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -128,7 +127,7 @@ def load(
         CheckpointError: not a model directory, a damaged checkpoint, an architecture transformers does not know, no tokenizer.
     """
     path = Path(path)
-    config = Checkpoint.open(path).config
+    checkpoint = Checkpoint.open(path)
     if tokenizer and not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy the one of the original model there")
     try:
@@ -139,10 +138,8 @@ def load(
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(f"{path}: transformers cannot load it ({reason[0][:300] if reason else type(error).__name__})") from error
-    marker = _marker(path, config)
-    if marker is not None:
-        patterns, ignore = marker
-        accelerate(model, ignore=ignore, candidates=patterns)
+    if checkpoint.marker is not None:
+        accelerate(model, ignore=checkpoint.marked_ignore, candidates=checkpoint.marked_patterns())
         restore_scales(model, [str(file) for file in sorted(path.glob("*.safetensors"))])
     return model.to(device).eval(), words
 
@@ -170,17 +167,3 @@ def _empty_layer(config: PackedConfig, layer: str, linear: nn.Linear) -> SlideSp
         )
     except ValueError as error:
         raise CheckpointError(f"layer {layer}: {error}") from error
-
-
-def _marker(path: Path, config: dict[str, Any]) -> tuple[tuple[Pattern, ...], tuple[str, ...]] | None:
-    """Patterns, the commonest first, and ignored layers of a dense twin; None for other checkpoints."""
-    for place in (config, config.get("quantization_config") or {}):
-        marker = place.get(MARKER)
-        if not isinstance(marker, dict):
-            continue
-        try:
-            texts = (marker.get("pattern", ""), *(marker.get("overrides") or {}).values())
-            return tuple(dict.fromkeys(Pattern.parse(text) for text in texts)), tuple(marker.get("ignore", DEFAULT_IGNORE))
-        except ValueError as error:
-            raise CheckpointError(f"{path / 'config.json'}: {MARKER}: {error}") from error
-    return None
