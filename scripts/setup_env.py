@@ -29,6 +29,8 @@ PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/pytho
 TORCH = "2.13.0"
 TORCH_OLDEST = (2, 11)
 EXTRAS = {"demo": "gguf,plot", "test": "dev"}
+TOOLS = ("ruff", "import-linter")
+"""Packages whose commands the Makefile calls."""
 TORCH_SIZE = "about 200 MB as a CPU build, 3 GB with the CUDA libraries that Linux's default build brings"
 SIZES = {
     "transformers": 12, "accelerate": 1, "gguf": 1, "matplotlib": 9, "numpy": 17, "safetensors": 1, "typer": 1, "rich": 1,
@@ -56,6 +58,9 @@ def main() -> None:
     constraint = VENV / "constraints.txt"
     constraint.write_text(f"torch=={torch_of_venv()}\n")
     pip("install", "--editable", f"{ROOT}[{EXTRAS[target]}]", "--constraint", str(constraint), what="slidesparse and its dependencies")
+    if own_torch and target == "test":
+        # Shared packages bring no commands into .venv/bin.
+        pip("install", "--ignore-installed", "--no-deps", *TOOLS, what="the linters")
     stamp(target).write_text(fingerprint())
     print(f".venv is ready for make {target}", flush=True)
 
@@ -105,13 +110,16 @@ def usable_torch() -> str | None:
 def announce(target: str, own_torch: str | None) -> None:
     """Say what will be downloaded, and where to, before anything is."""
     print(f"Setting up {VENV.relative_to(ROOT)} for make {target} with Python {sys.version.split()[0]}.")
-    missing = [name for name in wanted_packages(target) if not (own_torch and has_package(name))]
+    missing = [name for name in wanted_packages(target) if not (own_torch and has_package(name)) or name in TOOLS]
     size = sum(SIZES.get(name, 1) for name in missing) + INDIRECT
     if own_torch:
         print(f"torch {own_torch} is here already and will be used.")
     else:
         print(f"To download: torch {TORCH} ({TORCH_SIZE}; a torch that {sys.executable} can import is used instead)")
-    print(f"To download: {', '.join(missing)} and what they need (about {size} MB). pip's cache is used where it has them.", flush=True)
+    print(
+        f"To download: {', '.join(missing) or 'nothing else that is large'}, and what they need (about {size} MB). pip's cache is used where it has them.",
+        flush=True,
+    )
 
 
 def wanted_packages(target: str) -> list[str]:
