@@ -116,10 +116,8 @@ def announce(target: str, own_torch: str | None) -> None:
         print(f"torch {own_torch} is here already and will be used.")
     else:
         print(f"To download: torch {TORCH} ({TORCH_SIZE}; a torch that {sys.executable} can import is used instead)")
-    print(
-        f"To download: {', '.join(missing) or 'nothing else that is large'}, and what they need (about {size} MB). pip's cache is used where it has them.",
-        flush=True,
-    )
+    names = ", ".join(missing) or "nothing else that is large"
+    print(f"To download: {names}, and what they need (about {size} MB). pip's cache is used where it has them.", flush=True)
 
 
 def wanted_packages(target: str) -> list[str]:
