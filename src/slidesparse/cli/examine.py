@@ -47,7 +47,8 @@ def inspect(
 def _layer_table(rows: list, every: bool) -> Table:
     table = Table(box=None, header_style="bold")
     for name in ("layer", "N", "K", "type", "pattern", "bytes", "of dense"):
-        table.add_column(name, justify="left" if name in ("layer", "type", "pattern") else "right", no_wrap=True)
+        side = "left" if name in ("layer", "type", "pattern") else "right"
+        table.add_column(name, justify=side, no_wrap=name != "layer", overflow="fold")
     kinds: dict[tuple, list] = {}
     for row in rows:
         kind = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
