@@ -10,25 +10,17 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from ..checkpoint.tensorfile import DTYPE_NAMES
 from ..errors import CheckpointError
 from ..format import PackedConfig, packed_tensors
 from ..nn import SlideSparseLinear
 
 _SUFFIXES = ("weight_values", "weight_keep", "weight_scale", "weight_global_scale")
-_DTYPES = {
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-}
 # Buffers that old checkpoints stored and models now compute.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 
@@ -96,7 +88,7 @@ def check_layer(stored: StoredTensors, config: PackedConfig, name: str, layer: S
         if found is None:
             dense = " (it is stored dense: list it under ignore in config.json)" if f"{name}.weight" in stored.tensors else ""
             raise CheckpointError(f"{stored.where}: layer {layer.name} has no {spec.suffix}{dense}")
-        wanted = _DTYPES[spec.dtype]
+        wanted = DTYPE_NAMES[spec.dtype]
         if found.dtype != wanted or found.shape != spec.shape:
             raise CheckpointError(
                 f"{stored.where}: layer {layer.name}: {spec.suffix} is {found.dtype} {list(found.shape or ())}; pattern {layer.pattern} in "
