@@ -6,8 +6,6 @@ the oracle itself does. ``width`` pads the output's columns with zeros, as libra
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
 from math import gcd
 
 import torch
@@ -17,14 +15,11 @@ from .. import reference
 from ..format import SCHEMES, Scheme
 from ..pattern import Pattern
 from .launch import CACHED_CHUNKS, Launch, row_launch
+from .library import define, runs_kernels
 
 _INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 _SCHEME_OF = {scheme.dtype: scheme for scheme in SCHEMES.values() if scheme.dynamic}
-_LIBRARY = torch.library.Library("slidesparse", "FRAGMENT")
-_LIBRARY.define("quantize(Tensor x, ScalarType dtype, int width) -> (Tensor, Tensor)")
-_LIBRARY.define("quantize_lift(Tensor x, str pattern, ScalarType dtype, int offset, int width) -> (Tensor, Tensor)")
-_LIBRARY.define("lift(Tensor x, str pattern, int offset, int width) -> Tensor")
 
 
 def quantize(x: Tensor, scheme: Scheme, *, width: int | None = None) -> tuple[Tensor, Tensor]:
@@ -107,37 +102,22 @@ def _empty(x: Tensor, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], width), dtype=dtype), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels can produce ``dtype`` on this device: e4m3 needs compute capability 8.9."""
-    if not _has_triton():
-        return False
-    return dtype != torch.float8_e4m3fn or torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 def _quantize_cuda(x: Tensor, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
     if not runs_kernels(x.device, dtype):
         return _quantize_oracle(x, dtype, width)
-    with torch.cuda.device(x.device):
-        return launch_quantize(x, dtype, width)
+    return launch_quantize(x, dtype, width)
 
 
 def _quantize_lift_cuda(x: Tensor, pattern: str, dtype: torch.dtype, offset: int, width: int) -> tuple[Tensor, Tensor]:
     if not runs_kernels(x.device, dtype):
         return _quantize_lift_oracle(x, pattern, dtype, offset, width)
-    with torch.cuda.device(x.device):
-        return launch_quantize_lift(x, Pattern.parse(pattern), dtype, offset, width)
+    return launch_quantize_lift(x, Pattern.parse(pattern), dtype, offset, width)
 
 
 def _lift_cuda(x: Tensor, pattern: str, offset: int, width: int) -> Tensor:
     if x.element_size() not in _INTEGERS or not runs_kernels(x.device, x.dtype):
         return _lift_oracle(x, pattern, offset, width)
-    with torch.cuda.device(x.device):
-        return launch_lift(x, Pattern.parse(pattern), offset, width)
+    return launch_lift(x, Pattern.parse(pattern), offset, width)
 
 
 def _arithmetic(dtype: torch.dtype, fused: bool) -> dict[str, object]:
@@ -217,25 +197,24 @@ def launch_lift(x: Tensor, pattern: Pattern, offset: int, width: int, launch: La
     return y
 
 
-for _name, _oracle, _cuda in (
-    ("quantize", _quantize_oracle, _quantize_cuda),
-    ("quantize_lift", _quantize_lift_oracle, _quantize_lift_cuda),
-    ("lift", _lift_oracle, _lift_cuda),
-):
-    _LIBRARY.impl(_name, _oracle, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _cuda, "CUDA")
-
-
-@torch.library.register_fake("slidesparse::quantize", lib=_LIBRARY)
 def _quantize_fake(x: Tensor, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
     return _empty(x, dtype, width)
 
 
-@torch.library.register_fake("slidesparse::quantize_lift", lib=_LIBRARY)
 def _quantize_lift_fake(x: Tensor, pattern: str, dtype: torch.dtype, offset: int, width: int) -> tuple[Tensor, Tensor]:
     return _empty(x, dtype, width)
 
 
-@torch.library.register_fake("slidesparse::lift", lib=_LIBRARY)
 def _lift_fake(x: Tensor, pattern: str, offset: int, width: int) -> Tensor:
     return x.new_empty((x.shape[0], width))
+
+
+define(
+    "quantize(Tensor x, ScalarType dtype, int width) -> (Tensor, Tensor)",
+    oracle=_quantize_oracle, cuda=_quantize_cuda, fake=_quantize_fake,
+)  # fmt: skip
+define(
+    "quantize_lift(Tensor x, str pattern, ScalarType dtype, int offset, int width) -> (Tensor, Tensor)",
+    oracle=_quantize_lift_oracle, cuda=_quantize_lift_cuda, fake=_quantize_lift_fake,
+)  # fmt: skip
+define("lift(Tensor x, str pattern, int offset, int width) -> Tensor", oracle=_lift_oracle, cuda=_lift_cuda, fake=_lift_fake)
