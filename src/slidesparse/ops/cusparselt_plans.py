@@ -134,7 +134,7 @@ class Sparse:
 
     def __init__(self, device: int, n: int, k: int, dtype: torch.dtype) -> None:
         bindings, self.handle = library(), handle(device)
-        with _refusals(f"a 2:4 matrix [{n}, {k}] of {dtype}"):
+        with refusals(f"a 2:4 matrix [{n}, {k}] of {dtype}"):
             arguments = (n, k, k, _ALIGNMENT, _TYPES[dtype], _ROW_ORDER, _HALF_THE_WEIGHTS)
             self.descriptor = bindings.structured_descriptor_init(self.handle, *arguments)
             finalize(self, bindings.mat_descriptor_destroy, self.descriptor).atexit = False
@@ -145,7 +145,7 @@ class Sparse:
         scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=slid.device)
         stream = torch.cuda.current_stream(slid.device).cuda_stream
         pointers = (slid.data_ptr(), compressed.data_ptr(), scratch.data_ptr(), stream)
-        with _refusals(f"compressing {list(slid.shape)} of {slid.dtype}"):
+        with refusals(f"compressing {list(slid.shape)} of {slid.dtype}"):
             library().sp_mma_compress2(self.handle, self.descriptor, 1, _NON_TRANSPOSE, *pointers)
 
 
@@ -158,12 +158,12 @@ class Plan:
         UnsupportedError: the library refuses the multiplication or the algorithm.
     """
 
-    __slots__ = ("__weakref__", "_bindings", "_plan", "_selection", "compressed_bytes", "handle", "workspace")
+    __slots__ = ("__weakref__", "_bindings", "_plan", "_selection", "_wanted", "compressed_bytes", "handle", "workspace")
 
     def __init__(self, wanted: Multiplication) -> None:
-        self._bindings = bindings = library()
-        self.handle = handle(wanted.device)
-        with _refusals(str(wanted)), ExitStack() as made:
+        self._wanted, self._bindings, self.handle = wanted, library(), handle(wanted.device)
+        bindings = self._bindings
+        with refusals(str(wanted)), ExitStack() as made:
             # The stack undoes in the opposite order, which is the one the library wants.
             description, self.compressed_bytes = _describe(made, self.handle, wanted)
             self._selection = bindings.matmul_alg_selection_init(self.handle, description, _DEFAULT_ALGORITHM)
@@ -220,7 +220,7 @@ class Plan:
                 0 if scratch is None else scratch.data_ptr(), addressof(stream), 1,
             )  # fmt: skip
         except self._bindings.cuSPARSELtError as error:
-            raise UnsupportedError(f"cuSPARSELt fails with algorithm {str(self.algorithm)!r}: {error}") from error
+            raise UnsupportedError(f"cuSPARSELt fails at {self._wanted}: {error}") from error
 
 
 class Plans:
@@ -267,7 +267,7 @@ class Plans:
 
 
 @contextmanager
-def _refusals(what: str) -> Iterator[None]:
+def refusals(what: str) -> Iterator[None]:
     """Turn the library's errors into `UnsupportedError`, naming what was asked."""
     try:
         yield

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .cusparselt_plans import CONFIG_MAX_ID, SEARCH_ITERATIONS, Algorithm, Multiplication, Plan
+from .cusparselt_plans import CONFIG_MAX_ID, SEARCH_ITERATIONS, Algorithm, Multiplication, Plan, refusals
 from .library import capability
 
 _LOG = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def search(q: Tensor, compressed: Tensor, alpha: Tensor | None, n: int, out_dtyp
     wanted = Multiplication(q.device.index, n, k, m, q.dtype, out_dtype, alpha is not None, "")
     trial = _Trial(wanted, q, compressed, alpha)
     picked, highest = trial.by_library()
-    times = trial.times([picked, *(Algorithm(number) for number in range(highest + 1))])
+    times = trial.times([*picked, *(Algorithm(number) for number in range(highest + 1))])
     tiles = -(-n // _TILE) * -(-m // _TILE)
     if tiles < _WAVES * torch.cuda.get_device_properties(q.device).multi_processor_count:
         fastest = sorted(times, key=times.__getitem__)[:_SPLIT]
@@ -84,17 +84,22 @@ class _Trial:
             equal |= (self._y - self._expected).abs_() <= self._allowed
         return equal.all()
 
-    def by_library(self) -> tuple[Algorithm, int]:
-        """What the library's own search selects, and its highest configuration number."""
+    def by_library(self) -> tuple[list[Algorithm], int]:
+        """What the library's own search selects, if it works, and its highest configuration number."""
         plan = Plan(self._wanted)
         highest = plan.get(CONFIG_MAX_ID)
-        plan.set(SEARCH_ITERATIONS, _RUNS)
-        plan.search(*self._operands, self._y, _SEARCH_WORKSPACE)
-        picked = plan.algorithm
+        try:
+            with refusals(f"to search for {self._wanted}"):
+                plan.set(SEARCH_ITERATIONS, _RUNS)
+                plan.search(*self._operands, self._y, _SEARCH_WORKSPACE)
+                picked = plan.algorithm
+        except UnsupportedError as error:
+            _LOG.debug("%s", error)
+            return [], highest
         if picked.split_k in (0, 1):
             later = capability(self._y.device) >= (10, 0)
             picked = Algorithm(picked.config_id, split_k_mode=picked.split_k_mode if later else 0)
-        return picked, highest
+        return [picked], highest
 
     def times(self, algorithms: Iterable[Algorithm]) -> dict[Algorithm, float]:
         """Milliseconds of `_RUNS` calls for each algorithm that runs and is right."""
