@@ -21,7 +21,10 @@ from slidesparse.testing import check_bitwise
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-PATTERNS = (("2:4", 0), ("4:6", 3), ("6:8", 0), ("6:8", 5), ("8:10", 1), ("16:18", 0), ("4:8@4:8", 0), ("2:3@1:2", 1))
+PATTERNS = (
+    *((f"{group - 2}:{group}", 0) for group in range(4, 20, 2)),
+    *(("4:6", 3), ("6:8", 5), ("8:10", 1), ("4:8@4:8", 0), ("2:3@1:2", 1)),
+)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The module: its name in the package is that of the function.
 kernels = import_module("slidesparse.ops.quantize")
@@ -54,26 +57,31 @@ def check_kernels(device: str, m: int, k: int, dtype: torch.dtype, patterns=PATT
     schemes = ("int8", "fp8") if fused else ("int8",)
     for scheme, launch in itertools.product((SCHEMES[name] for name in schemes), launches):
         q, scale = reference.quantize(x, scheme)
-        got, got_scale = kernels.launch_quantize(there, scheme.dtype, k + 5, launch, fused=fused)
+        got, got_scale = kernels.launch_quantize(there, scheme.dtype, k + 5, 1, launch, fused=fused)
         check_bitwise(got_scale.cpu(), scale)
         check_bitwise(got.cpu(), padded(q, k + 5))
-        twice = (("6:8", 0, False),) if ("6:8", 0) in patterns else ()
-        for text, offset, local in (*((text, offset, None) for text, offset in patterns), *twice):
+        twice = (("6:8", 0, True),) if ("6:8", 0) in patterns else ()
+        for text, offset, gather in (*((text, offset, False) for text, offset in patterns), *twice):
             pattern = Pattern.parse(text)
             width = -(-pattern.slid_k(k, offset) // 8) * 8 + 8
             expected = padded(reference.lift(q, pattern, offset), width)
-            got, got_scale = kernels.launch_quantize_lift(there, pattern, scheme.dtype, offset, width, launch, fused=fused, local=local)
+            got, got_scale = kernels.launch_quantize_lift(
+                there, pattern, scheme.dtype, offset, width, 16, launch, fused=fused, gather=gather
+            )
+            assert got.shape[0] == -(-m // 16) * 16
             check_bitwise(got_scale.cpu(), scale)
-            check_bitwise(got.cpu(), expected)
-            lifted = kernels.launch_lift(there, pattern, offset, width, launch)
+            check_bitwise(got[:m].cpu(), expected)
+            lifted = kernels.launch_lift(there, pattern, offset, width, 1, launch)
             check_bitwise(lifted.cpu(), padded(reference.lift(x, pattern, offset), width))
 
 
 def interpreted() -> None:
     """Everything the interpreter is asked for; runs in a process of its own, which Triton reads the choice from at import."""
     torch.manual_seed(int(sys.argv[1]))
-    check_kernels("cpu", 13, 61, torch.bfloat16, launches=(Launch(8, 64, 1),), fused=False)
-    check_kernels("cpu", 13, 256, torch.bfloat16, patterns=(("6:8", 0), ("8:10", 3)), launches=(Launch(8, 128, 1),), fused=False)
+    check_kernels("cpu", 13, 61, torch.bfloat16, launches=(Launch(8, 8, 1),), fused=False)
+    check_kernels("cpu", 13, 256, torch.bfloat16, patterns=(("6:8", 0), ("8:10", 3)), launches=(Launch(8, 16, 1),), fused=False)
+    # More chunks than stay in registers.
+    check_kernels("cpu", 13, 255, torch.bfloat16, patterns=(("6:8", 0), ("8:10", 0)), launches=(Launch(16, 1, 1),), fused=False)
     check_kernels("cpu", 63, 9, torch.float16, patterns=(("6:8", 1),), fused=False)
     check_kernels("cpu", 14, 30, torch.float32, patterns=(("6:8", 0),), fused=False)
 
@@ -106,9 +114,9 @@ def test_without_a_gpu_the_ops_are_the_oracle_and_compile(scheme):
 def test_schemas_and_fakes_hold():
     x = torch.randn(5, 16)
     namespace = torch.ops.slidesparse
-    torch.library.opcheck(namespace.quantize.default, (x, torch.int8, 32))
-    torch.library.opcheck(namespace.quantize_lift.default, (x, "6:8", torch.int8, 0, 32))
-    torch.library.opcheck(namespace.lift.default, (x, "6:8", 0, 32))
+    torch.library.opcheck(namespace.quantize.default, (x, torch.int8, 32, 16))
+    torch.library.opcheck(namespace.quantize_lift.default, (x, "6:8", torch.int8, 0, 32, 1))
+    torch.library.opcheck(namespace.lift.default, (x, "6:8", 0, 32, 16))
 
 
 def test_bad_requests_are_refused():
@@ -117,6 +125,7 @@ def test_bad_requests_are_refused():
         ("does not quantise", lambda: ops.quantize(x, SCHEMES["bf16"])),
         ("matrix", lambda: ops.quantize(x[0], scheme)),
         ("smaller than", lambda: ops.quantize(x, scheme, width=15)),
+        ("at least 1", lambda: ops.lift(x, Pattern.parse("6:8"), rows=0)),
         ("float64", lambda: ops.quantize(x.double(), scheme)),
         ("not of pairs", lambda: ops.quantize_lift(x, Pattern.parse("6:8x2"), scheme)),
         ("outside a group", lambda: ops.lift(x, Pattern.parse("6:8"), offset=8)),
@@ -182,7 +191,7 @@ def test_offsets_pass_2_to_the_31():
     pattern, scheme = Pattern.parse("6:8"), SCHEMES["int8"]
     x = torch.randn(70000, 18944 + 8, dtype=torch.bfloat16, device="cuda")
     q, scale = ops.quantize_lift(x, pattern, scheme, width=32768)
-    other, _ = kernels.launch_quantize_lift(x, pattern, scheme.dtype, 0, 32768, local=False)
+    other, _ = kernels.launch_quantize_lift(x, pattern, scheme.dtype, 0, 32768, gather=True)
     tail = x[-3:].cpu()
     expected, expected_scale = reference.quantize(tail, scheme)
     check_bitwise(scale[-3:].cpu(), expected_scale)

@@ -1,22 +1,34 @@
 """Triton kernels of per-token quantisation and of the lift, one program per block of rows.
 
-A chunk is ``BLOCK`` columns of a program's rows; ``CHUNKS`` of them cover a row and, if ``CACHED``, stay in registers between finding
-the largest magnitude and dividing. Only the layer's lifted form reads elements twice, and then the row is in the L1 cache.
+A program cuts its rows into chunks of ``SPAN`` groups of ``GROUP`` elements, and a group into parts of ``PART`` elements, one vector load
+each. The chunks of a row, if ``CACHED``, stay in registers between finding the largest magnitude and dividing, so every element is read
+and divided once; a thread holds whole groups and builds a lifted window from two neighbouring pairs of bytes.
 
-Division. A correctly rounded x / s is a sequence of ten instructions with a slow path. The fused form divides once per row, r = 1/s,
-and corrects x·r twice with exact residues, which gives the same float32 (Markstein's theorem: a faithful quotient, corrected with the
-correctly rounded reciprocal, is correctly rounded) as long as no residue underflows. Rows where one might take the plain division.
-Quotients under 2^-11 may still lose bits: both output types round them to zero, whose sign is restored.
+Division. A correctly rounded x / s is a sequence of ten instructions with a slow path. Here each row divides once, r = 1 / s, and each
+element multiplies. 16-bit elements multiply by r to 48 bits, kept as two floats: x · low is rounded, x · high is not (one fused
+multiply-add), and for every 16-bit x, and every largest x of which s is made, that gives the same byte; tests try them all. Float32
+elements correct x · r twice with exact residues, which gives the same float32 (Markstein's theorem: a faithful quotient, corrected with
+the correctly rounded reciprocal, is correctly rounded) as long as no residue underflows. Rows so small or so large that one might are
+first scaled by a power of two; quotients under 2^-11 may still lose bits, and both output types round them to zero.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _float32(x):
+def begin(PDL: tl.constexpr):
+    """Let the next kernel's programs be placed early, and wait for the kernel before: nothing is read or written until it is done."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def float32(x):
     """Exact widening; bfloat16 by its bits, because the interpreter's own conversion gets subnormals wrong (Triton 3.6)."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -24,88 +36,203 @@ def _float32(x):
 
 
 @triton.jit
-def _row_scale(largest, BOUND: tl.constexpr, FUSED: tl.constexpr):
-    """Magnitudes float32 ``[ROWS, BLOCK]`` → per row the scale, its reciprocal and the bound to clamp to (0 on a row with NaN or Inf),
-    and whether any row needs the plain division: NaN or Inf, zeros only, or values so extreme that residues may underflow."""
-    # Bits of magnitudes order as integers, NaN and Inf above every number.
-    bits = tl.max(largest.to(tl.int32, bitcast=True), 1)
-    finite = bits < 0x7F800000
-    scale = tl.div_rn(bits.to(tl.float32, bitcast=True), tl.full(bits.shape, BOUND, tl.float32))
-    scale = tl.where(scale == 0.0, 1.0, scale)
-    scale = tl.where(finite, scale, float("nan"))
-    inverse = tl.div_rn(tl.full(bits.shape, 1.0, tl.float32), scale)
-    # 2^-30 and 2^60 as bits.
-    plain = tl.max(((bits < 0x30800000) | (bits > 0x5D800000)).to(tl.int32), 0) > 0 if FUSED else True
-    return scale, inverse, tl.where(finite, BOUND, 0.0), plain
+def larger(largest, parts):
+    """Elementwise the larger of float32 magnitudes and those of the parts of a chunk; NaN is largest."""
+    for part in tl.static_range(len(parts)):
+        largest = tl.maximum(largest, tl.abs(float32(parts[part])), propagate_nan=tl.PropagateNan.ALL)
+    return largest
 
 
 @triton.jit
-def _quantise(x, scale, inverse, bound, plain, INT8: tl.constexpr):
-    """x of any float type → bytes (int8) of its quotient; the row's numbers broadcast against it."""
-    x32 = _float32(x)
-    if plain:
-        quotient = tl.div_rn(x32, scale + tl.zeros_like(x32))
-        # A poisoned row has the bound 0.
-        quotient = tl.where(bound > 0.0, tl.minimum(tl.maximum(quotient, -bound), bound), 0.0)
+def row_scale(largest, BOUND: tl.constexpr, WIDE: tl.constexpr):
+    """Magnitudes float32 ``[ROWS, SPAN, PART]`` → scale ``[ROWS]`` and what `_quantise` divides by, each ``[ROWS, 1, 1]``; ``WIDE`` says
+    that elements are float32."""
+    # Bits of magnitudes order as integers, NaN and Inf above every number.
+    bits = tl.max(tl.max(largest.to(tl.int32, bitcast=True), 2), 1)
+    finite = bits < 0x7F800000
+    scale = tl.div_rn(bits.to(tl.float32, bitcast=True), tl.full(bits.shape, BOUND, tl.float32))
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    # Below 2^-30 and above 2^60; 0 on a row with NaN or Inf.
+    factor = tl.where(bits < 0x30800000, 1.2379400392853803e27, tl.where(bits > 0x5D800000, 5.421010862427522e-20, 1.0))
+    divisor = tl.where(finite, scale * factor, 1.0)
+    limit = tl.where(finite, divisor * BOUND, 0.0)
+    extreme = tl.max((factor != 1.0).to(tl.int32), 0) > 0
+    high = tl.div_rn(tl.full(bits.shape, 1.0, tl.float32), divisor)
+    low = tl.fma(-high, divisor, 1.0)
+    if not WIDE:
+        # Rounded down, so that x · low has the sign of x, also of a zero.
+        high = tl.where(low < 0.0, (high.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True), high)
+        low = tl.fma(-high, divisor, 1.0) * high
+    high, low, divisor = high[:, None, None], low[:, None, None], divisor[:, None, None]
+    zero = (bits >> 31).to(tl.int16)[:, None, None]
+    by = (high, low, divisor, factor[:, None, None], limit[:, None, None], zero, extreme)
+    return tl.where(finite, scale, float("nan")), by
+
+
+@triton.jit
+def afresh(x, zero):
+    """x, so that the compiler forgets the float32 form that finding the largest took: kept for dividing, it fills twice the registers."""
+    return tl.inline_asm_elementwise("xor.b32 $0, $1, $2;", "=r,r,r", [x, zero.to(x.dtype, bitcast=True)], x.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
+def _quantise(x, by, INT8: tl.constexpr, FUSED: tl.constexpr):
+    """x of any float type ``[ROWS, …, …]`` → bytes (int8) of its quotient."""
+    high, low, divisor, factor, limit, zero, extreme = by
+    if FUSED and x.dtype != tl.float32:
+        x = afresh(x, zero)
+    x32 = float32(x)
+    if extreme:
+        # The limit is 0 on a poisoned row, and matters where the scale is subnormal and lost bits.
+        x32 = tl.where(limit > 0.0, tl.minimum(tl.maximum(x32 * factor, -limit), limit), 0.0)
+    if not FUSED:
+        quotient = tl.div_rn(x32, divisor + tl.zeros_like(x32))
+    elif x.dtype == tl.float32:
+        quotient = x32 * high
+        quotient = tl.fma(tl.fma(-quotient, divisor, x32), high, quotient)
+        quotient = tl.fma(tl.fma(-quotient, divisor, x32), high, quotient)
+        sign = x32.to(tl.int32, bitcast=True) & -0x80000000
+        quotient = (quotient.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     else:
-        # |x / s| exceeds the bound by a rounding error at most, which the conversions take.
-        quotient = x32 * inverse
-        quotient = tl.fma(tl.fma(-quotient, scale, x32), inverse, quotient)
-        quotient = tl.fma(tl.fma(-quotient, scale, x32), inverse, quotient)
-        if not INT8:
-            sign = x32.to(tl.int32, bitcast=True) & -0x80000000
-            quotient = (quotient.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        quotient = tl.fma(x32, high + tl.zeros_like(x32), x32 * low)
     if INT8:
-        # Adding 1.5 · 2^23 rounds to nearest even and leaves the integer in the low bits.
+        # |x / s| exceeds the bound by a rounding error at most. Adding 1.5 · 2^23 rounds to nearest even, the integer in the low bits.
         return (quotient + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
     return quotient.to(tl.float8e4nv).to(tl.int8, bitcast=True)
 
 
 @triton.jit
-def _load(x, rows, columns, m, k, stride):
-    inside = (rows < m)[:, None] & (columns < k)[None, :]
-    return tl.load(x + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+def columns(chunk, part, GROUP: tl.constexpr, PART: tl.constexpr, SPAN: tl.constexpr):
+    """Columns ``[1, SPAN, PART]`` of one part of a chunk's groups."""
+    group = chunk * SPAN + tl.arange(0, SPAN)
+    return ((group * GROUP + part * PART)[:, None] + tl.arange(0, PART)[None, :])[None, :, :]
 
 
 @triton.jit
-def _larger(largest, value):
-    return tl.maximum(largest, tl.abs(_float32(value)), propagate_nan=tl.PropagateNan.ALL)
+def load(x, rows, column, m, k, stride):
+    pointer = x + (rows * stride)[:, None, None] + column
+    return tl.load(pointer, mask=(rows < m)[:, None, None] & (column < k), other=0.0)
+
+
+@triton.jit
+def load_chunk(x, rows, chunk, m, k, stride, GROUP: tl.constexpr, PART: tl.constexpr, SPAN: tl.constexpr):
+    """The parts of a chunk, ``GROUP / PART`` tensors ``[ROWS, SPAN, PART]``; 0 outside x."""
+    parts = ()
+    for part in tl.static_range(GROUP // PART):
+        parts = parts + (load(x, rows, columns(chunk, part, GROUP, PART, SPAN), m, k, stride),)  # noqa: RUF005
+    return parts
+
+
+@triton.jit
+def _store_bytes(out, byte, rows, column, m, width):
+    pointer = out + (rows * width)[:, None, None] + column
+    tl.store(pointer, byte, mask=(rows < m)[:, None, None] & (column < width))
+
+
+@triton.jit
+def _pairs(byte):
+    """Bytes ``[ROWS, SPAN, PART]`` → PART / 2 tensors int32 ``[ROWS, SPAN]``, each two neighbours."""
+    ROWS: tl.constexpr = byte.shape[0]
+    SPAN: tl.constexpr = byte.shape[1]
+    PART: tl.constexpr = byte.shape[2]
+    even, odd = tl.split(byte.reshape(ROWS, SPAN, PART // 2, 2))
+    pair = (even.to(tl.int32) & 255) | ((odd.to(tl.int32) & 255) << 8)
+    if PART == 2:
+        pairs = (pair.reshape(ROWS, SPAN),)
+    elif PART == 4:
+        first, second = tl.split(pair)
+        pairs = (first, second)
+    else:
+        low, high = tl.split(pair.reshape(ROWS, SPAN, 2, 2))
+        first, third = tl.split(low)
+        second, fourth = tl.split(high)
+        pairs = (first, second, third, fourth)
+    return pairs
+
+
+@triton.jit
+def _store_windows(out, pairs, rows, chunk, m, k, width, GROUP: tl.constexpr, SPAN: tl.constexpr, WINDOWS: tl.constexpr):
+    """Store each group's windows, int32 words of two neighbouring pairs, in the widest vectors that groups are aligned to."""
+    group, groups = chunk * SPAN + tl.arange(0, SPAN), tl.cdiv(k, GROUP)
+    pointer = out + (rows * width)[:, None] + (group * WINDOWS)[None, :]
+    inside = (rows < m)[:, None] & (group < groups)[None, :]
+    VECTOR: tl.constexpr = 4 if WINDOWS % 4 == 0 else (2 if WINDOWS % 2 == 0 else 1)
+    for i in tl.static_range(0, WINDOWS, VECTOR):
+        word = pairs[i] | (pairs[i + 1] << 16)
+        if VECTOR == 1:
+            tl.store(pointer + i, word, mask=inside)
+        else:
+            lane = tl.arange(0, 2)
+            second = pairs[i + 1] | (pairs[i + 2] << 16)
+            if VECTOR == 2:
+                tl.store(pointer[:, :, None] + (i + lane), tl.join(word, second), mask=inside[:, :, None])
+            else:
+                third, fourth = pairs[i + 2] | (pairs[i + 3] << 16), pairs[i + 3] | (pairs[i + 4] << 16)
+                words = tl.join(tl.join(word, third), tl.join(second, fourth))
+                spot = pointer[:, :, None, None] + (i + 2 * lane[:, None] + lane[None, :])
+                tl.store(spot, words, mask=inside[:, :, None, None])
+
+
+@triton.jit
+def store_chunk(
+    q, parts, by, rows, chunk, m, k, width, INT8: tl.constexpr, FUSED: tl.constexpr,
+    GROUP: tl.constexpr, PART: tl.constexpr, SPAN: tl.constexpr, WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """Quantise a chunk, a tuple of parts of any float type ``[ROWS, SPAN, PART]``, and store it, lifted if there are ``WINDOWS``."""
+    pairs = ()
+    for part in tl.static_range(GROUP // PART):
+        byte = _quantise(parts[part], by, INT8, FUSED)
+        if WINDOWS == 0:
+            _store_bytes(q, byte, rows, columns(chunk, part, GROUP, PART, SPAN), m, width)
+        else:
+            pairs = pairs + _pairs(byte)
+    if WINDOWS > 0:
+        _store_windows(q, pairs, rows, chunk, m, k, width, GROUP, SPAN, WINDOWS)
+
+
+@triton.jit
+def store_padding(
+    out, rows, m, k, width, GROUP: tl.constexpr, WINDOWS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """Zero the words of lifted rows behind the last group."""
+    first = tl.cdiv(k, GROUP) * WINDOWS
+    for tile in range(TILES):
+        word = (first + tile * SPAN + tl.arange(0, SPAN))[None, :]
+        tl.store(out + (rows * width)[:, None] + word, tl.zeros([ROWS, SPAN], tl.int32), mask=(rows < m)[:, None] & (word < width))
 
 
 @triton.jit
 def quantize_kernel(
     x, q, scale_out, m, k, width, stride,
-    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
+    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
+    WINDOWS: tl.constexpr, PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
 ):  # fmt: skip
-    """x ``[m, k]`` of row stride ``stride`` → q int8 ``[m, width]``, scale_out ``[m]``; columns from k on become 0."""
+    """x ``[m, k]`` of row stride ``stride`` → q ``[m, width]`` and scale_out ``[m]``; columns past the row's become 0.
+
+    Without ``WINDOWS`` q is int8. With them (n:l is 2:4, no offset) it is int32, one window a word, and width counts words.
+    """
+    begin(PDL)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    lane = tl.arange(0, BLOCK)
-    largest = tl.zeros([ROWS, BLOCK], tl.float32)
+    largest = tl.zeros([ROWS, SPAN, PART], tl.float32)
     values = ()
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
-            values = values + (_load(x, rows, chunk * BLOCK + lane, m, k, stride),)  # noqa: RUF005
+            values = values + (load_chunk(x, rows, chunk, m, k, stride, GROUP, PART, SPAN),)  # noqa: RUF005
         for chunk in tl.static_range(CHUNKS):
-            largest = _larger(largest, values[chunk])
+            largest = larger(largest, values[chunk])
     else:
         for chunk in range(CHUNKS):
-            largest = _larger(largest, _load(x, rows, chunk * BLOCK + lane, m, k, stride))
-    scale, inverse, bound, plain = _row_scale(largest, BOUND, FUSED)
+            largest = larger(largest, load_chunk(x, rows, chunk, m, k, stride, GROUP, PART, SPAN))
+    scale, by = row_scale(largest, BOUND, x.dtype.element_ty == tl.float32)
     tl.store(scale_out + rows, scale, mask=rows < m)
-    scale, inverse, bound = scale[:, None], inverse[:, None], bound[:, None]
-    out = q + rows[:, None] * width
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
-            byte = _quantise(values[chunk], scale, inverse, bound, plain, INT8)
-            column = chunk * BLOCK + lane[None, :]
-            tl.store(out + column, byte, mask=(rows < m)[:, None] & (column < width))
+            store_chunk(q, values[chunk], by, rows, chunk, m, k, width, INT8, FUSED, GROUP, PART, SPAN, WINDOWS)
     else:
         for chunk in range(CHUNKS):
-            value = _load(x, rows, chunk * BLOCK + lane, m, k, stride)
-            byte = _quantise(value, scale, inverse, bound, plain, INT8)
-            column = chunk * BLOCK + lane[None, :]
-            tl.store(out + column, byte, mask=(rows < m)[:, None] & (column < width))
+            parts = load_chunk(x, rows, chunk, m, k, stride, GROUP, PART, SPAN)
+            store_chunk(q, parts, by, rows, chunk, m, k, width, INT8, FUSED, GROUP, PART, SPAN, WINDOWS)
+    store_padding(q, rows, m, k, width, GROUP, WINDOWS, ROWS, SPAN, PAD_TILES)
 
 
 @triton.jit
@@ -127,86 +254,38 @@ def _lifted(x, rows, word, m, k, slid, stride, GROUP: tl.constexpr, N: tl.conste
 @triton.jit
 def _store_lifted(out, value, rows, word, m, width, LANES: tl.constexpr):
     column = (word * LANES)[:, None] + tl.arange(0, LANES)[None, :]
-    pointer = out + (rows * width)[:, None, None] + column[None, :, :]
-    tl.store(pointer, value, mask=(rows < m)[:, None, None] & (column < width)[None, :, :])
+    _store_bytes(out, value, rows, column[None, :, :], m, width)
 
 
 @triton.jit
-def quantize_lift_kernel(
+def quantize_gather_kernel(
     x, q, scale_out, m, k, slid, width, stride,
-    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr,
+    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
     GROUP: tl.constexpr, N: tl.constexpr, L: tl.constexpr, WINDOWS: tl.constexpr, OFFSET: tl.constexpr, LANES: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, UNROLL: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """x ``[m, k]`` → q int8 ``[m, width]``: the quantised rows lifted to ``slid`` columns, 0 from there on; scale_out ``[m]``."""
+    """x ``[m, k]`` → q int8 ``[m, width]``, any pattern and offset: the row is read again, from cache, in lifted order."""
+    begin(PDL)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    lane = tl.arange(0, BLOCK)
-    largest = tl.zeros([ROWS, BLOCK], tl.float32)
-    if UNROLL:
-        values = ()
-        for chunk in tl.static_range(CHUNKS):
-            values = values + (_load(x, rows, chunk * BLOCK + lane, m, k, stride),)  # noqa: RUF005
-        for chunk in tl.static_range(CHUNKS):
-            largest = _larger(largest, values[chunk])
-    else:
-        for chunk in range(CHUNKS):
-            largest = _larger(largest, _load(x, rows, chunk * BLOCK + lane, m, k, stride))
-    scale, inverse, bound, plain = _row_scale(largest, BOUND, FUSED)
+    largest = tl.zeros([ROWS, SPAN, 8], tl.float32)
+    for chunk in range(CHUNKS):
+        largest = larger(largest, load_chunk(x, rows, chunk, m, k, stride, 8, 8, SPAN))
+    scale, by = row_scale(largest, BOUND, x.dtype.element_ty == tl.float32)
     tl.store(scale_out + rows, scale, mask=rows < m)
-    scale, inverse, bound = scale[:, None, None], inverse[:, None, None], bound[:, None, None]
     for tile in range(TILES):
         word = tile * WORDS + tl.arange(0, WORDS)
         value = _lifted(x, rows, word, m, k, slid, stride, GROUP, N, L, WINDOWS, OFFSET, LANES)
-        byte = _quantise(value, scale, inverse, bound, plain, INT8)
-        _store_lifted(q, byte, rows, word, m, width, LANES)
-
-
-@triton.jit
-def quantize_lift8_kernel(
-    x, q, scale_out, m, k, slid, width, stride,
-    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, PAD_TILES: tl.constexpr,
-):  # fmt: skip
-    """`quantize_lift_kernel` for 6:8 on 2:4 hardware, no offset: a thread holds whole groups, so every byte is divided once.
-
-    q is int32 ``[m, width / 4]``, one window a word; slid and width count words.
-    """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    lane = tl.arange(0, BLOCK)
-    largest = tl.zeros([ROWS, BLOCK], tl.float32)
-    values = ()
-    for chunk in tl.static_range(CHUNKS):
-        values = values + (_load(x, rows, chunk * BLOCK + lane, m, k, stride),)  # noqa: RUF005
-    for chunk in tl.static_range(CHUNKS):
-        largest = _larger(largest, values[chunk])
-    scale, inverse, bound, plain = _row_scale(largest, BOUND, FUSED)
-    tl.store(scale_out + rows, scale, mask=rows < m)
-    scale, inverse, bound = scale[:, None], inverse[:, None], bound[:, None]
-    out = q + rows[:, None] * width
-    for chunk in tl.static_range(CHUNKS):
-        byte = _quantise(values[chunk], scale, inverse, bound, plain, INT8)
-        even, odd = tl.split(byte.reshape(ROWS, BLOCK // 8, 4, 2))
-        pairs = (even.to(tl.int32) & 255) | ((odd.to(tl.int32) & 255) << 8)
-        low, high = tl.split(pairs.reshape(ROWS, BLOCK // 8, 2, 2))
-        first, third = tl.split(low)
-        second, fourth = tl.split(high)
-        word = 3 * (chunk * (BLOCK // 8) + tl.arange(0, BLOCK // 8))[None, :]
-        inside = (rows < m)[:, None] & (word < slid)
-        tl.store(out + word, first | (second << 16), mask=inside)
-        tl.store(out + word + 1, second | (third << 16), mask=inside)
-        tl.store(out + word + 2, third | (fourth << 16), mask=inside)
-    for tile in range(PAD_TILES):
-        pad = slid + tile * BLOCK + lane[None, :]
-        tl.store(out + pad, tl.zeros([ROWS, BLOCK], tl.int32), mask=(rows < m)[:, None] & (pad < width))
+        _store_lifted(q, _quantise(value, by, INT8, FUSED), rows, word, m, width, LANES)
 
 
 @triton.jit
 def lift_kernel(
-    x, y, m, k, slid, width, stride,
+    x, y, m, k, slid, width, stride, PDL: tl.constexpr,
     GROUP: tl.constexpr, N: tl.constexpr, L: tl.constexpr, WINDOWS: tl.constexpr, OFFSET: tl.constexpr, LANES: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """x ``[m, k]`` of any integer type → y ``[m, width]``: the lifted rows, 0 from ``slid`` on."""
+    begin(PDL)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for tile in range(TILES):
         word = tile * WORDS + tl.arange(0, WORDS)

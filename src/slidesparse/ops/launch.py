@@ -1,4 +1,4 @@
-"""Launch configurations of the row kernels, by row width; the numbers were measured on an H200."""
+"""Launch configurations of the row kernels, by rows and their width; the numbers were measured on an H200."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ CACHED_CHUNKS = 20
 
 @dataclass(frozen=True)
 class Launch:
-    """How one program works: ``rows`` rows, ``block`` elements of each at a time, by ``warps`` warps."""
+    """How one program works: ``rows`` rows, ``span`` groups of each at a time, by ``warps`` warps.
+
+    ``overlap`` lets programs be placed while the kernel before drains (programmatic dependent launch), where the card can.
+    """
 
     rows: int
-    block: int
+    span: int
     warps: int
+    overlap: bool = True
 
-    def chunks(self, width: int) -> int:
-        """Blocks that cover a row of ``width`` elements."""
-        return -(-width // self.block)
+    def chunks(self, groups: int) -> int:
+        """Chunks that cover a row of ``groups`` groups."""
+        return -(-groups // self.span)
 
 
-def row_launch(width: int, *, lifted: bool = False) -> Launch:
-    """The configuration for rows of ``width`` elements: 8 elements a thread and chunk, several rows a program where rows are short."""
-    if width <= 512:
-        block = max(16, 1 << max(width - 1, 0).bit_length())
-        return Launch(1024 // block, block, 4)
-    if width <= 4096:
-        return Launch(1, 1024, 4) if lifted else Launch(1, 512, 2)
-    return Launch(1, 2048, 8)
+def row_launch(m: int, groups: int) -> Launch:
+    """The configuration for ``m`` rows of ``groups`` groups (8 elements each where nothing is lifted): one group a thread and chunk."""
+    if groups <= 64:
+        span = max(2, 1 << max(groups - 1, 0).bit_length())
+        return Launch(128 // span, span, 4)
+    if groups <= 512:
+        return Launch(1, 64, 2)
+    return Launch(1, 256, 8)
