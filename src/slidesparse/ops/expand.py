@@ -1,0 +1,214 @@
+"""Packed weights expanded on the device, to dense or to slid rows, each a ``torch.library`` op.
+
+On CUDA a Triton kernel runs for every pattern up to 16:18 of single elements of 1 or 2 bytes on 2:4 hardware; for the rest, without
+Triton and on other devices the PyTorch of `slidesparse.pack` does. Both are bitwise the oracle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from math import gcd, lcm
+
+import torch
+from torch import Tensor
+
+from .. import pack
+from ..format import Packed
+from ..pattern import Pattern
+from .library import define, has_triton
+
+_INTEGERS = {1: torch.int8, 2: torch.int16}
+_PAIRS = {1: (torch.int16, torch.int32), 2: (torch.int32, torch.int64)}
+_GRID_AXIS = 65535
+# The kernels hold a group's bits, and those of the byte it begins in, in 32.
+_WIDEST = 18
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program works: ``warps`` warps side by side over ``rows`` rows, ``unroll`` times 16 output bytes a thread."""
+
+    rows: int = 4
+    warps: int = 4
+    unroll: int = 2
+
+    @property
+    def block(self) -> int:
+        """Threads along a row."""
+        return 32 * self.warps // self.rows
+
+    def grid(self, rows: int, nbytes: int) -> tuple[int, int, int]:
+        """Programs that write ``rows`` rows of ``nbytes`` bytes."""
+        blocks = -(-rows // self.rows)
+        across = max(1, min(blocks, _GRID_AXIS))
+        return -(-nbytes // (16 * self.block * self.unroll)), across, -(-blocks // across)
+
+
+_RESTORE, _SLIDE = Tile(), Tile()
+
+
+def restore(packed: Packed) -> Tensor:
+    """Packed → dense ``[N, K]`` of the values' dtype, bitwise `reference.restore`: +0.0 for every position without a value.
+
+    The keep-bits are trusted (`pack.check_packed`); wrong ones give wrong weights, never a read outside the tensors.
+
+    Raises:
+        ValueError: values or keep-bits do not have the shape that the pattern and K ask for.
+    """
+    _check(packed)
+    return torch.ops.slidesparse.restore(packed.values, packed.keep, _text(packed.pattern), packed.k)
+
+
+def slide(packed: Packed, *, width: int | None = None, rows: int = 1) -> Tensor:
+    """Packed → slid ``[N', width]``, bitwise `reference.slide` of the dense weights; zeros from column K' and from row N on.
+
+    ``width`` is K' by default; N' is N rounded up to a multiple of ``rows``.
+
+    Raises:
+        ValueError: as `restore`; ``width`` is smaller than K', or ``rows`` not positive.
+    """
+    _check(packed)
+    least = packed.pattern.slid_k(packed.k)
+    if width is not None and width < least:
+        raise ValueError(f"width {width} is smaller than the {least} columns of the slid rows")
+    if rows < 1:
+        raise ValueError(f"rows must be positive, got {rows}")
+    width = least if width is None else width
+    return torch.ops.slidesparse.slide(packed.values, packed.keep, _text(packed.pattern), packed.k, width, rows)
+
+
+# torch.compile turns a pattern's numbers into symbols once it has met two patterns, and cannot write those as text.
+@torch.compiler.assume_constant_result
+def _text(pattern: Pattern) -> str:
+    return str(pattern)
+
+
+def _check(packed: Packed) -> None:
+    values, keep, pattern, k = packed.values, packed.keep, packed.pattern, packed.k
+    wanted = (values.shape[0], pattern.packed_k(k)), (values.shape[0], pattern.keep_bytes(k))
+    if values.dim() != 2 or keep.dtype != torch.uint8 or (tuple(values.shape), tuple(keep.shape)) != wanted:
+        raise ValueError(
+            f"values {list(values.shape)} and keep-bits {keep.dtype} {list(keep.shape)} do not hold a matrix of pattern {pattern} "
+            f"with K = {k}: {list(wanted[0])} and torch.uint8 {list(wanted[1])} do"
+        )
+
+
+def _takes(values: Tensor, pattern: Pattern) -> bool:
+    able = (pattern.n, pattern.l, pattern.unit) == (2, 4, 1) and pattern.group <= _WIDEST
+    return able and values.element_size() in _INTEGERS and has_triton()
+
+
+def _restore_oracle(values: Tensor, keep: Tensor, pattern: str, k: int) -> Tensor:
+    return pack.restore(Packed(values, keep, Pattern.parse(pattern), k))
+
+
+def _slide_oracle(values: Tensor, keep: Tensor, pattern: str, k: int, width: int, rows: int) -> Tensor:
+    slid = pack.slide(Packed(values, keep, Pattern.parse(pattern), k))
+    n = -(-slid.shape[0] // rows) * rows
+    if slid.shape == (n, width):
+        return slid
+    codes = pack.integer_view(slid)
+    padded = codes.new_zeros(n, width)
+    padded[: slid.shape[0], : slid.shape[1]] = codes
+    return padded.view(values.dtype)
+
+
+def _restore_cuda(values: Tensor, keep: Tensor, pattern: str, k: int) -> Tensor:
+    parsed = Pattern.parse(pattern)
+    return launch_restore(values, keep, parsed, k) if _takes(values, parsed) else _restore_oracle(values, keep, pattern, k)
+
+
+def _slide_cuda(values: Tensor, keep: Tensor, pattern: str, k: int, width: int, rows: int) -> Tensor:
+    parsed = Pattern.parse(pattern)
+    if not _takes(values, parsed):
+        return _slide_oracle(values, keep, pattern, k, width, rows)
+    return launch_slide(values, keep, parsed, k, width, rows)
+
+
+def _aligned(values: Tensor) -> Tensor:
+    """Contiguous, and beginning at a whole word."""
+    values = values.contiguous()
+    return values.clone() if values.data_ptr() % 4 else values
+
+
+@cache
+def _chunk_shape(pattern: Pattern, size: int, stride: int) -> dict[str, int | bool]:
+    """What the restore kernel must know of 16 output bytes: how many keep bytes before theirs hold bits of their first group, how many
+    words their values may lie in, and whether those always begin at a whole word."""
+    positions, group = 16 // size, pattern.group
+    whole = positions % group == 0
+    history = max(-(-(start % group) // 8) for start in range(0, lcm(positions, group), positions))
+    nbytes, step = (positions // group * pattern.kept * size,) * 2 if whole else (16, size)
+    aligned = gcd(4, stride, step)
+    words = -(-(4 - aligned + nbytes) // 4)
+    return {"KEPT": pattern.kept, "GROUP": group, "SIZE": size, "HISTORY": history, "WORDS": words, "ALIGNED": aligned == 4}
+
+
+@cache
+def _window_shape(pattern: Pattern, size: int) -> dict[str, int]:
+    """What the slide kernel must know of the windows a thread writes: how many groups they may lie in, how many bytes a group's bits."""
+    each, windows, group = 4 // size, pattern.windows, pattern.group
+    groups = max(-(-(start % windows + each) // windows) for start in range(0, lcm(each, windows), each))
+    return {"GROUP": group, "WINDOWS": windows, "GROUPS": groups, "SIZE": size, "BYTES": -(-(8 - gcd(group, 8) + group) // 8)}
+
+
+def launch_restore(values: Tensor, keep: Tensor, pattern: Pattern, k: int, tile: Tile | None = None, *, inline: bool = True) -> Tensor:
+    """Run the restore kernel on the current device and stream; ``inline`` is False under the interpreter, which has no assembly."""
+    from . import kernels_expand as kernels
+
+    n, size, tile = values.shape[0], values.element_size(), tile or _RESTORE
+    dense = values.new_empty((n, k))
+    if not dense.numel():
+        return dense
+    values, keep = _aligned(values), keep.contiguous()
+    stride, chunked = values.shape[1] * size, k * size % 8 == 0
+    columns = k * size // 8 if chunked else k
+    step = gcd(columns, 2) if chunked else 1
+    kernels.restore_kernel[tile.grid(n, k * size)](
+        values.view(torch.int8), keep, dense.view(torch.int64 if chunked else _INTEGERS[size]), n, columns // step,
+        stride, keep.shape[1], **_chunk_shape(pattern, size, stride), CHUNKED=chunked, STEP=step, INLINE=inline,
+        ROWS=tile.rows, BLOCK=tile.block, UNROLL=tile.unroll, num_warps=tile.warps,
+    )  # fmt: skip
+    return dense
+
+
+def launch_slide(values: Tensor, keep: Tensor, pattern: Pattern, k: int, width: int, rows: int = 1, tile: Tile | None = None) -> Tensor:
+    """Run the slide kernel on the current device and stream."""
+    from . import kernels_expand as kernels
+
+    n, size, tile = values.shape[0], values.element_size(), tile or _SLIDE
+    n_out, windows_out = -(-n // rows) * rows, -(-width // 4)
+    slid = values.new_empty((n_out, windows_out * 4))
+    if not values.numel():
+        slid.view(torch.uint8).zero_()
+    elif slid.numel():
+        pair, window = _PAIRS[size]
+        values, keep = _aligned(values), keep.contiguous()
+        windows, each = values.shape[1] // 2, 4 // size
+        steps = gcd(windows, each), gcd(windows_out, each)
+        kernels.slide_kernel[tile.grid(n_out, windows_out * 4 * size)](
+            values.view(pair), keep, slid.view(window), n, n_out, windows // steps[0], windows_out // steps[1], keep.shape[1],
+            **_window_shape(pattern, size), WINDOWS_STEP=steps[0], WIDTH_STEP=steps[1],
+            ROWS=tile.rows, BLOCK=tile.block, UNROLL=tile.unroll, num_warps=tile.warps,
+        )  # fmt: skip
+    # A width that cuts a window is a test's wish, no library's: a copy may pay for it.
+    return slid if slid.shape[1] == width else slid[:, :width].contiguous()
+
+
+def _restore_fake(values: Tensor, keep: Tensor, pattern: str, k: int) -> Tensor:
+    return values.new_empty((values.shape[0], k))
+
+
+def _slide_fake(values: Tensor, keep: Tensor, pattern: str, k: int, width: int, rows: int) -> Tensor:
+    return values.new_empty((-(-values.shape[0] // rows) * rows, width))
+
+
+define(
+    "restore(Tensor values, Tensor keep, str pattern, SymInt k) -> Tensor",
+    oracle=_restore_oracle, cuda=_restore_cuda, fake=_restore_fake,
+)  # fmt: skip
+define(
+    "slide(Tensor values, Tensor keep, str pattern, SymInt k, SymInt width, int rows) -> Tensor",
+    oracle=_slide_oracle, cuda=_slide_cuda, fake=_slide_fake,
+)  # fmt: skip
