@@ -136,7 +136,7 @@ def test_no_plan_is_made_under_capture(recorder, monkeypatch):
 
 
 def test_a_call_passes_pointers_and_the_current_stream(recorder, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("", (), {"cuda_stream": 77}))
+    monkeypatch.setattr(cusparselt_plans, "current_stream", lambda device: 77)
     q, compressed, alpha = torch.zeros(16, 96, dtype=torch.int8), torch.zeros(3840, dtype=torch.uint8), torch.ones(64)
     y = torch.empty(16, 64, dtype=torch.bfloat16)
     for plan, vector in ((Plan(WANTED), alpha), (Plan(WANTED), None)):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from slidesparse import reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Accepted, Execution, Problem, Rejected, Weights, backend_names, choose, numerics, register, registry, verdicts
+from slidesparse.gemm import Accepted, Execution, Problem, Rejected, Weights, choose, named, numerics, register, registry, verdicts
 from slidesparse.pack import pack
 from slidesparse.pattern import Pattern
 from slidesparse.prune import prune
@@ -55,7 +57,7 @@ def plain_torch(x: torch.Tensor, weights: Weights, dense: torch.Tensor, bias: to
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
-@pytest.mark.parametrize("backend", backend_names())
+@pytest.mark.parametrize("backend", ["dense", "restore", "reference", "dense:exact"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_int8_is_bitwise_the_oracle(backend: str, dtype: torch.dtype, m: int, n: int, k: int) -> None:
@@ -128,7 +130,7 @@ def test_native_16_bit_rounds_once_with_its_bias(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "bf16", "nvfp4"])
-@pytest.mark.parametrize("backend", backend_names())
+@pytest.mark.parametrize("backend", ["dense", "restore", "reference", "dense:exact"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_row_that_is_not_finite_spoils_only_itself(scheme: str, backend: str, bad: float) -> None:
     weights, _ = layer(24, 64, scheme, "6:8x2" if scheme == "nvfp4" else "6:8")
@@ -179,28 +181,35 @@ def test_copies_made_in_inference_mode_serve_outside() -> None:
 
 def test_an_explicit_backend_that_cannot_run_says_why() -> None:
     problem = Problem(8, numerics.INT32_SAFE_K + 8, Pattern(6, 8), SCHEMES["int8"], "cpu", torch.bfloat16)
-    with pytest.raises(UnsupportedError, match="overflow"):
-        choose(problem, 4, backend="dense")
-    with pytest.raises(UnsupportedError, match=r"nothing.*dense, restore, reference"):
-        choose(problem, 4, backend="nothing")
-    assert isinstance(verdicts(problem, 4)["dense"], Rejected)
-    assert isinstance(verdicts(problem, 4)["reference"], Accepted)
+    for name, message in (
+        ("dense", "overflow"),
+        ("dense:triton", "int8 on CUDA"),
+        ("restore:quick", "no route 'quick'"),
+        ("cusparselt", "CUDA"),
+        ("nothing", r"nothing.*dense, restore, cusparselt, reference"),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            named(name, problem, 4)
+        with pytest.raises(UnsupportedError, match=message):
+            Execution(layer(8, problem.k, "int8")[0], backend=name)(torch.zeros(1, problem.k))
+    assert isinstance(verdicts(problem)["dense"], Rejected)
+    assert isinstance(verdicts(problem)["reference"], Accepted)
     chosen = choose(problem, 4)
-    assert chosen.backend.name == "reference" and [name for name, _ in chosen.refused] == ["dense", "restore"]
+    assert chosen.backend.name == "reference" and [name for name, _ in chosen.refused] == ["dense", "restore", "cusparselt"]
 
 
 def test_a_registered_backend_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     class Picky(type(registry._BACKENDS[0])):
         name = "picky"
 
-        def refuses(self, problem: Problem, m: int) -> str | None:
-            return None if m == 3 else "m must be 3"
+        def refuses(self, problem: Problem, variant: str | None = None) -> str | None:
+            return None if problem.n == 8 else "N must be 8"
 
     monkeypatch.setattr(registry, "_BACKENDS", list(registry._BACKENDS))
     register(Picky())
     problem = Problem(8, 16, Pattern(6, 8), SCHEMES["bf16"], "cpu", torch.bfloat16)
     assert choose(problem, 3).backend.name == "picky"
-    assert choose(problem, 4).backend.name == "dense"
+    assert choose(dataclasses.replace(problem, n=9), 3).backend.name == "dense"
 
 
 def test_the_policy_itself_can_fail() -> None:

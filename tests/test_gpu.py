@@ -8,8 +8,11 @@ import torch
 import models
 from slidesparse import pack, prune, reference, testing
 from slidesparse.checkpoint import Recipe, convert
-from slidesparse.format import SCHEMES
-from slidesparse.nn import SlideSparseLinear
+from slidesparse.errors import UnsupportedError
+from slidesparse.format import SCHEMES, Packed
+from slidesparse.gemm import Plan, key_of, use_plan
+from slidesparse.gemm.tuning import Layer, tune
+from slidesparse.nn import SlideSparseLinear, place
 from slidesparse.pattern import KNOWN, Pattern
 from slidesparse.quant import quantize_weight
 
@@ -50,24 +53,184 @@ def test_conversion_is_bitwise_the_cpus(tmp_path, scheme):
     assert cpu.keys() == gpu.keys() and all(same(cpu[name], gpu[name]) for name in cpu)
 
 
-@pytest.mark.parametrize("m", [0, 1, 7, 16, 63, 1000])
-@pytest.mark.parametrize("scheme", ["int8", "fp8", "bf16", "fp16"])
-def test_layers_keep_the_tolerance_policy(scheme, m):
-    pattern, k, n = Pattern.parse("6:8"), 516, 264
+CUDA_ROUTES = [
+    *(("int8", route) for route in ("dense:triton", "dense:cublaslt", "dense:exact", "restore:triton", "cusparselt:exact", "cusparselt")),
+    *(("fp8", route) for route in ("dense:rowwise", "dense:tensorwise", "dense:exact", "restore", "cusparselt:exact", "cusparselt")),
+    *((scheme, route) for scheme in ("bf16", "fp16") for route in ("dense:native", "restore", "cusparselt")),
+    ("nvfp4", "dense"),
+]
+
+
+def layer_on_gpu(scheme: str, n: int, k: int, pattern: str = "6:8", bias: bool = True) -> SlideSparseLinear:
     dtype = torch.float16 if scheme == "fp16" else torch.bfloat16
-    weight = prune.prune(torch.randn(n, k) * 0.05, pattern).to(dtype)
-    bias = (torch.randn(n) * 3).to(dtype)
-    layer = SlideSparseLinear.from_dense(weight, bias, pattern=pattern, scheme=scheme)
-    x = torch.randn(m, k).mul(torch.logspace(-2, 2, m).unsqueeze(-1) if m else 1.0).to(dtype)
-    scales, values, x_scale, q = None, weight, None, x
-    if SCHEMES[scheme].dynamic:
-        values, scales = quantize_weight(weight, SCHEMES[scheme])
-        q, x_scale = reference.quantize(x, SCHEMES[scheme])
-    exact = reference.linear(q, x_scale, values, scales, bias, torch.float64)
-    got = layer.cuda()(x.cuda()).cpu()
-    if scheme == "int8":
-        testing.check_bitwise(got, exact.to(dtype))
-        return
-    plain = q.float() @ values.float().t()
-    plain = plain if scales is None else plain * scales.view(1, -1) * x_scale
-    testing.check_close(got, exact, (plain + bias.float()).to(dtype))
+    pattern += "x2" if scheme == "nvfp4" else ""
+    weight = prune.prune(torch.randn(n, k) * 0.05, Pattern.parse(pattern)).to(dtype)
+    shift = (torch.randn(n) * 3).to(dtype) if bias else None
+    return SlideSparseLinear.from_dense(weight, shift, pattern=pattern, scheme=scheme).cuda()
+
+
+def tokens(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of very different scales."""
+    return torch.randn(m, k).mul(torch.logspace(-2, 2, m).unsqueeze(-1) if m else 1.0).to(dtype).cuda()
+
+
+def run_or_skip(layer: SlideSparseLinear, x: torch.Tensor) -> torch.Tensor:
+    try:
+        return layer(x)
+    except UnsupportedError as error:
+        if "cusparselt" in str(layer.backend) and "nvmath" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def check_layer(layer: SlideSparseLinear, x: torch.Tensor, y: torch.Tensor, *, fused: bool = False) -> None:
+    """Hold outputs to the policy: one rounding bitwise for int8, the others against float64 and torch's own float32 sums.
+
+    Where a compiler fused the epilogue it may have contracted a product and a sum: not bitwise, but no worse.
+    """
+    scheme, bias = layer.scheme, layer.bias
+    if scheme.dynamic:
+        values = pack.restore(Packed(*(t.cuda() for t in (layer.packed.values, layer.packed.keep)), layer.packed.pattern, layer.packed.k))
+        scales = layer.weight_scale
+        q, x_scale = reference.quantize(x, scheme)
+    else:
+        values, scales, q, x_scale = layer.dense_weight(), None, x, None
+    exact = q.double() @ values.double().t()
+    if x_scale is not None:
+        exact = exact * scales.double().view(1, -1) * x_scale.double()
+    plain = exact.float() if scheme.name != "fp8" else q.float() @ values.float().t() * scales.view(1, -1) * x_scale
+    if bias is not None:
+        exact, plain = exact + bias.double(), plain + bias.float()
+    route = layer.backend or ""
+    twice = route in ("cusparselt", "dense:tensorwise", "restore") or (route.startswith("cusparselt") and not scheme.dynamic)
+    if scheme.name == "int8" and route != "cusparselt" and not fused:
+        testing.check_bitwise(y, reference.linear(q, x_scale, values, scales, bias, x.dtype))
+    elif scheme.name == "fp8" and y.shape[0]:
+        # Fast accumulation keeps fewer bits than float32: torch's own row-wise product sets the measure where it takes the shape.
+        plain8 = plain
+        if layer.out_features % 16 == 0 and layer.in_features % 16 == 0:
+            plain8 = torch._scaled_mm(q, values.t(), x_scale, scales.view(1, -1), bias, out_dtype=x.dtype, use_fast_accum=True)
+        testing.check_close(y, exact, plain8.to(x.dtype), roundings=2 if twice else 1)
+    else:
+        testing.check_close(y, exact, plain.to(x.dtype), roundings=2 if twice else 1)
+
+
+@pytest.mark.parametrize("m", [0, 1, 7, 16, 63, 1000])
+@pytest.mark.parametrize(("scheme", "route"), CUDA_ROUTES, ids=lambda value: value)
+def test_every_route_keeps_the_tolerance_policy(scheme, route, m):
+    layer = layer_on_gpu(scheme, 272, 528)
+    layer.backend = route
+    x = tokens(m, 528, layer.bias.dtype)
+    check_layer(layer, x, run_or_skip(layer, x))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:6", "8:10", "14:16"])
+@pytest.mark.parametrize(
+    ("scheme", "route"), [("int8", "dense"), ("int8", "cusparselt:exact"), ("fp8", "cusparselt"), ("bf16", "cusparselt")]
+)
+def test_routes_take_ragged_layers_of_every_pattern(scheme, route, pattern):
+    layer = layer_on_gpu(scheme, 264, 508, pattern, bias=False)
+    layer.backend = route
+    x = tokens(33, 508, torch.bfloat16)
+    check_layer(layer, x, run_or_skip(layer, x))
+
+
+@pytest.mark.parametrize(("scheme", "route"), CUDA_ROUTES[:-1], ids=lambda value: value)
+def test_routes_compile_whole_and_replay_in_graphs_and_on_streams(scheme, route):
+    layer = layer_on_gpu(scheme, 256, 512)
+    layer.backend = route
+    wide = tokens(96, 600, layer.bias.dtype)
+    x = wide[:, 40:552]
+    eager = run_or_skip(layer, x)
+    check_layer(layer, x, eager)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for part in (x, x[:40], x[:17]):
+        check_layer(layer, part, compiled(part), fused=True)
+    static, graph = torch.zeros_like(x), torch.cuda.CUDAGraph()
+    layer(static)
+    with torch.cuda.graph(graph):
+        captured = layer(static)
+    static.copy_(x)
+    captured.fill_(float("nan"))
+    graph.replay()
+    testing.check_bitwise(captured, eager)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    inputs = [x.clone(), x.flip(0).contiguous()]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(5):
+        for stream, one in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(layer(one))
+    torch.cuda.synchronize()
+    for number, result in enumerate(results):
+        testing.check_bitwise(result, eager if number % 2 == 0 else eager.flip(0))
+
+
+def test_a_row_that_is_not_finite_spoils_only_itself():
+    for scheme, route in CUDA_ROUTES:
+        layer = layer_on_gpu(scheme, 256, 512)
+        layer.backend = route
+        x = tokens(20, 512, layer.bias.dtype)
+        x[3, 7], x[5, 9] = float("nan"), float("inf")
+        try:
+            y = layer(x)
+        except UnsupportedError:
+            continue
+        bad = ~y.isfinite().all(-1)
+        assert bad.nonzero().flatten().tolist() == [3, 5], (scheme, route)
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_memory_policies_hold_what_they_say(memory):
+    layer = layer_on_gpu("int8", 1024, 1024)
+    packed = layer.packed.nbytes
+    placed = place(layer, "cuda", dtype=torch.bfloat16, memory=memory)
+    x = tokens(5, 1024, torch.bfloat16)
+    check_layer(layer, x, layer(x))
+    assert layer.resident_bytes == placed.resident == (1024 * 1024 if memory == "fast" else 0)
+    assert (placed.host, placed.packed) == ((packed, 0) if memory == "fast" else (0, packed))
+    assert layer.weight_values.device.type == ("cpu" if memory == "fast" else "cuda")
+    assert layer.weight.device.type == "cuda" and f"memory policy {memory}" in str(placed)
+    saved = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    other = layer_on_gpu("int8", 1024, 1024)
+    other.load_state_dict(saved)
+    testing.check_bitwise(other(x), layer(x))
+    testing.check_bitwise(layer.cpu()(x.cpu()), other(x).cpu())
+
+
+def test_capture_before_the_first_call_is_refused():
+    layer = layer_on_gpu("int8", 64, 64)
+    x = tokens(4, 64, torch.bfloat16)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with pytest.raises(UnsupportedError, match="once before capturing"):
+            layer(x)
+        x.add_(1)
+
+
+def test_tuning_measures_checks_and_resumes(tmp_path):
+    layers = [Layer(512, 768, Pattern.parse(pattern), SCHEMES[scheme]) for pattern, scheme in (("6:8", "int8"), ("2:4", "fp8"))]
+    path, seen = tmp_path / "plan.json", []
+    plan = tune(layers, path, ms=(1, 16, 100), progress=lambda done, total, what: seen.append((done, total)))
+    assert seen[-1] == (6, 6)
+    for layer in layers:
+        for m in (1, 16, 100):
+            cell = plan.cells[key_of(layer.problem)][m]
+            assert cell.best("dense") and cell.best("restore") and all(t.p20 <= t.p50 <= t.p80 for t in cell.timings.values())
+            assert not any(reason.startswith("max error") for reason in cell.dropped.values()), cell.dropped
+    seen.clear()
+    assert tune(layers, path, ms=(1, 16, 100), progress=lambda done, total, what: seen.append((done, total))) == Plan.load(path)
+    assert seen == [(0, 0)]
+    use_plan(path)
+    try:
+        chosen = layer_on_gpu("int8", 512, 768, bias=False)
+        x = tokens(100, 768, torch.bfloat16)
+        y = chosen(x)
+        measured = plan.cells[key_of(layers[0].problem)]
+        assert [str(choice) for _, choice in chosen.routes][-1] == measured[100].pick("fast")
+        chosen.backend = str(chosen.routes[-1][1])
+        check_layer(chosen, x, y)
+    finally:
+        use_plan(None)

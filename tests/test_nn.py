@@ -312,4 +312,4 @@ def test_quantised_linears_that_mean_something_else_stay_dense() -> None:
 
 
 def test_public_names() -> None:
-    assert set(packed_nn.__all__) == {"AccelerationReport", "SlideSparseLinear", "accelerate", "acceleration_report"}
+    assert set(packed_nn.__all__) == {"AccelerationReport", "Placement", "SlideSparseLinear", "accelerate", "acceleration_report", "place"}

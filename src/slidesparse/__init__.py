@@ -20,6 +20,9 @@ _HOMES = {
     "convert": "checkpoint",
     "inspect": "checkpoint",
     "load": "integrations.transformers",
+    "place": "nn",
+    "tune": "gemm.tuning",
+    "use_plan": "gemm",
     "verify": "checkpoint",
 }
 _ROOMS = ("pack", "prune", "quant")  # pure functions on tensors, reached as slidesparse.pack.pack and so on
@@ -35,8 +38,11 @@ __all__ = [
     "inspect",
     "load",
     "pack",
+    "place",
     "prune",
     "quant",
+    "tune",
+    "use_plan",
     "verify",
 ]
 
@@ -45,8 +51,10 @@ if TYPE_CHECKING:
     from .checkpoint import Recipe, convert, inspect, verify
     from .errors import SlideSparseError
     from .format import Packed
+    from .gemm import use_plan
+    from .gemm.tuning import tune
     from .integrations.transformers import load
-    from .nn import SlideSparseLinear, accelerate
+    from .nn import SlideSparseLinear, accelerate, place
     from .pattern import Pattern
 
 

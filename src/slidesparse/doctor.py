@@ -10,10 +10,12 @@ import torch
 
 from . import __version__
 from .format import scheme_named
-from .gemm import Problem, Rejected, verdicts
+from .gemm import Problem, Rejected, active_plan, verdicts
 from .pattern import Pattern
 
 _OPTIONAL = (
+    ("triton", "run our kernels on a GPU", "pip install triton"),
+    ("nvmath-python", "run 2:4 sparse GEMMs on a GPU", "pip install 'slidesparse[cuda]'"),
     ("transformers", "load, generate and eval", "pip install 'slidesparse[hf]'"),
     ("gguf", "import GGUF files", "pip install 'slidesparse[gguf]'"),
     ("compressed-tensors", "run dense W8A8 twins in transformers", "pip install compressed-tensors"),
@@ -44,7 +46,7 @@ def diagnose() -> list[Finding]:
             findings.append(Finding(package, True, metadata.version(package), purpose))
         except metadata.PackageNotFoundError:
             findings.append(Finding(package, False, "not installed", f"needed to {purpose}: {remedy}"))
-    return findings + _backends()
+    return findings + _backends() + _plans()
 
 
 def _backends() -> list[Finding]:
@@ -52,10 +54,19 @@ def _backends() -> list[Finding]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     problem = Problem(4096, 4096, Pattern(6, 8), scheme_named("int8"), device, torch.bfloat16)
     findings = []
-    for name, verdict in verdicts(problem, 16).items():
+    for name, verdict in verdicts(problem).items():
         reason = verdict.reason if isinstance(verdict, Rejected) else ""
         findings.append(Finding(f"backend {name}", not reason, "cannot run" if reason else f"runs on {device}", reason))
     return findings
+
+
+def _plans() -> list[Finding]:
+    """What the choice between backends rests on."""
+    if not torch.cuda.is_available():
+        return []
+    active = active_plan()
+    means = "decides who runs" if active.plan else "dense runs; measure with `slidesparse tune`"
+    return [Finding("plan", active.plan is not None, "; ".join(active.sources), means)]
 
 
 def _gpu() -> Finding:
@@ -67,4 +78,6 @@ def _gpu() -> Finding:
         )
     major, minor = torch.cuda.get_device_capability()
     found = f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}"
-    return Finding("gpu", True, found, "layers run as restored dense weights; sparse kernels are not part of this version")
+    if (major, minor) < (8, 0):
+        return Finding("gpu", True, found, "no 2:4 sparse tensor cores: layers run as restored dense weights")
+    return Finding("gpu", True, found, "layers run as plan and backends allow" + ("" if (major, minor) == (9, 0) else "; unverified card"))

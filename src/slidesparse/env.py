@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def debug() -> bool:
     """``SLIDESPARSE_DEBUG=1``: the command line shows tracebacks instead of one-line errors."""
     return os.environ.get("SLIDESPARSE_DEBUG", "") not in ("", "0")
+
+
+def cache_folder() -> Path:
+    """Where measured plans are kept: ``SLIDESPARSE_CACHE``, or ``slidesparse`` in the user's cache folder."""
+    chosen = os.environ.get("SLIDESPARSE_CACHE", "")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slidesparse"

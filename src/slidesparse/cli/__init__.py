@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from .. import __version__, env
 from ..errors import SlideSparseError
-from . import examine, produce, run
+from . import examine, produce, run, tuning
 
 app = typer.Typer(
     name="slidesparse",
@@ -41,6 +41,7 @@ for command in (produce.prune, produce.quantize, produce.pack, produce.convert):
 app.command(name="import")(produce.import_)
 app.command()(examine.inspect)
 app.command()(examine.verify)
+app.command()(tuning.tune)
 app.command()(run.generate)
 app.command(name="eval")(run.eval_)
 app.command()(examine.doctor)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..pattern import Pattern
-from . import screen
+from . import screen, tuning
 from .produce import Json, Model, _pattern
 
 _SHOWN = 12
@@ -21,11 +21,16 @@ def inspect(
     model: Model,
     quick: Annotated[bool, typer.Option("--quick", help="Headers only: do not read the weights.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="List every layer instead of one line per kind.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Show instead who runs which layer, and from how many tokens it pays.")] = False,
+    plan_file: Annotated[Path | None, typer.Option(help="Show this plan instead of the one in force.", show_default=False)] = None,
     json: Json = False,
 ) -> None:
     """Pattern, scheme, per-layer shapes, bytes against dense, and what violates the pattern."""
     from ..checkpoint import inspect as api_inspect
 
+    if plan or plan_file is not None:
+        _inspect_plan(model, plan_file, json)
+        return
     with screen.progress("inspecting") as progress:
         found = api_inspect(model, scan=not quick, progress=progress)
     if json:
@@ -42,6 +47,24 @@ def inspect(
             screen.out.print(f"[red]violated[/] {escape(row.name)}: {escape(row.problem or '')}")
     if found.problems:
         raise typer.Exit(3)
+
+
+def _inspect_plan(model: Path, file: Path | None, json: bool) -> None:
+    from ..gemm import Plan, active_plan
+
+    active = active_plan()
+    plan, sources = (active.plan, active.sources) if file is None else (Plan.load(file), (str(file),))
+    layers = tuning.model_layers(model, True, None, None)
+    if json:
+        screen.print_json({"sources": sources, "layers": [] if plan is None else tuning.plan_rows(plan, layers)})
+        return
+    for source in sources:
+        screen.say(source)
+    if plan is None:
+        screen.say("nothing measured is in force here: dense runs; name a plan with --plan-file, or run `slidesparse tune` on a GPU")
+    else:
+        screen.say(f"measured on {plan.machine.gpu}, {plan.date}")
+        tuning.print_plan(plan, layers)
 
 
 def _layer_table(rows: list, every: bool) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,17 @@ from . import screen
 from .produce import Json, Model
 
 
+class Memory(StrEnum):
+    """Names of `slidesparse.gemm.MEMORY`, here so that --help needs no torch."""
+
+    fast = "fast"
+    lean = "lean"
+
+
+DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
+MemoryOption = Annotated[Memory, typer.Option(help="fast keeps the weights in the layouts that run best, lean only the packed ones.")]
+
+
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
@@ -20,6 +32,8 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    device: DeviceOption = "auto",
+    memory: MemoryOption = Memory.fast,
     json: Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -29,7 +43,7 @@ def generate(
     hide_progress_bars()  # the status line is ours
 
     with screen.err.status(f"loading {escape(str(model))}"):
-        network, tokenizer = load(model)
+        network, tokenizer = load(model, device=_device(device), memory=memory)
     with screen.err.status("generating"):
         text = complete(network, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed)
     if json:
@@ -44,6 +58,8 @@ def eval_(
     context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
     stride: Annotated[int, typer.Option(min=1, help="Tokens by which the window moves; each token is scored once.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Use only the first tokens of the text.", show_default=False)] = None,
+    device: DeviceOption = "auto",
+    memory: MemoryOption = Memory.fast,
     json: Json = False,
 ) -> None:
     """Perplexity on a text, with context and stride stated."""
@@ -56,7 +72,7 @@ def eval_(
         raise typer.BadParameter(f"--stride {stride} is larger than --context {context}: tokens between windows would not be scored")
     read_text(text)  # before the model, which takes longer
     with screen.err.status(f"loading {escape(str(model))}"):
-        network, tokenizer = load(model)
+        network, tokenizer = load(model, device=_device(device), memory=memory)
     tokens = tokenize_file(tokenizer, text, max_tokens=max_tokens)
     check_fits(network, tokens, min(context, tokens.numel()))
     with screen.progress("evaluating", count=True) as progress:
@@ -67,3 +83,15 @@ def eval_(
         screen.out.print(
             f"perplexity {result.perplexity:.4f}  ({result.tokens} tokens scored, context {result.context}, stride {result.stride})"
         )
+
+
+def _device(name: str) -> str:
+    """The name itself, if there is such a device here."""
+    import torch
+
+    if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return name

@@ -1,17 +1,45 @@
-"""One layer's weights made ready to run: resident tensors derived once, a backend chosen for every call."""
+"""One layer's weights made ready to run: routes by number of tokens, and the resident tensors they read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from sys import maxsize
 
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
+from .active import active_plan
+from .plan import MEMORY, Plan, key_of
 from .problem import Problem, Weights
-from .registry import Backend, choose
+from .registry import Choice, choose, named
 
-MEMORY = ("fast", "lean")
-"""``fast`` keeps a resident copy in the layout that runs best; ``lean`` keeps the packed weights only and expands them in every call."""
+_UNTUNED_EDGE = 64
+"""Routes of an untuned layer are asked for up to so many tokens, and beyond."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What one kind of input needs: ``steps`` are pairs (most tokens, choice) in rising order; ``resident`` is by layout."""
+
+    problem: Problem
+    device: torch.device
+    steps: tuple[tuple[int, Choice], ...]
+    resident: dict[str, Mapping[str, Tensor]]
+
+    def fits(self, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether it was made for such inputs."""
+        wanted = None if bias is None else bias.dtype
+        return x.dtype == self.problem.dtype and wanted == self.problem.bias and x.device == self.device
+
+    def choice(self, m: int) -> Choice:
+        """Who runs ``m`` tokens."""
+        for most, choice in self.steps:
+            if m <= most:
+                return choice
+        raise AssertionError("the last step takes any number of tokens")
 
 
 class Execution:
@@ -19,7 +47,7 @@ class Execution:
 
     Args:
         memory: one of `MEMORY`.
-        backend: a backend that must run; None lets the registry choose.
+        backend: a backend that must run, ``NAME`` or ``NAME:VARIANT``; None lets the plan choose, and dense where nothing was measured.
 
     Raises:
         ValueError: unknown memory policy.
@@ -29,40 +57,123 @@ class Execution:
         if memory not in MEMORY:
             raise ValueError(f"unknown memory policy {memory!r}: choose one of {', '.join(MEMORY)}")
         self.weights, self.memory, self.backend = weights, memory, backend
-        # One copy per layout; the problem it was made for tells whether it still fits (activations may change type).
-        self._resident: dict[str, tuple[Problem, Mapping[str, Tensor]]] = {}
+        self._ready: Ready | None = None
 
-    def problem(self, x: Tensor, bias: Tensor | None) -> Problem:
-        """The problem that activations ``[M, K]`` and a bias ``[N]`` pose."""
+    def problem(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None) -> Problem:
+        """The problem that activations and a bias of these types pose."""
         packed = self.weights.packed
-        bias_dtype = None if bias is None else bias.dtype
-        return Problem(packed.n, self.weights.k, packed.pattern, self.weights.scheme, x.device.type, x.dtype, bias_dtype)
+        return Problem(packed.n, self.weights.k, packed.pattern, self.weights.scheme, device.type, dtype, bias)
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of the resident copies, the stored tensors not counted."""
+        if self._ready is None:
+            return 0
         stored = {id(tensor) for tensor in self.weights.tensors().values()}
-        tensors = [tensor for _, resident in self._resident.values() for tensor in resident.values() if id(tensor) not in stored]
+        tensors = [tensor for held in self._ready.resident.values() for tensor in held.values() if id(tensor) not in stored]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def steps(self) -> tuple[tuple[int, Choice], ...]:
+        """Pairs (most tokens, who runs them) in rising order; empty before the first call."""
+        return () if self._ready is None else self._ready.steps
+
+    @property
+    def device(self) -> torch.device:
+        """Where it last ran; until then where its weights are."""
+        return self.weights.packed.values.device if self._ready is None else self._ready.device
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [M, K]`` bfloat16, float16 or float32, ``bias [N]`` → ``[M, N]`` of x's dtype.
 
         Raises:
-            UnsupportedError: the backend asked for cannot run this.
+            UnsupportedError: the backend asked for cannot run this, or a CUDA graph is captured before the layer has run once.
         """
-        problem = self.problem(x, bias)
-        backend = choose(problem, x.shape[0], memory=self.memory, backend=self.backend).backend
+        m, ready = x.shape[0], self._ready
+        if ready is None or not ready.fits(x, bias):
+            ready = self.prepare(x.dtype, x.device, None if bias is None else bias.dtype)
+        if isinstance(m, int) and m == 0:
+            return x.new_empty((0, ready.problem.n))
         # Autocast would narrow the fp32 sums that exactness rests on.
-        with torch.autocast(problem.device, enabled=False):
-            return backend.run(problem, x, self._prepared(backend, problem), self.weights.channel_scale, bias)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._run(ready, m, x, bias)
+        return self._run(ready, m, x, bias)
 
-    def _prepared(self, backend: Backend, problem: Problem) -> Mapping[str, Tensor]:
-        made = self._resident.get(backend.layout)
-        if made is not None and made[0] == problem:
-            return made[1]
-        # Outside inference mode: the copy outlives the call that happens to make it.
-        with torch.inference_mode(False), torch.no_grad():
-            resident = backend.prepare(problem, self.weights)
-        self._resident[backend.layout] = (problem, resident)
-        return resident
+    def _run(self, ready: Ready, m: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        choice = ready.choice(m)
+        resident = ready.resident[choice.backend.layout]
+        return choice.backend.run(ready.problem, x, resident, self.weights.channel_scale, bias, choice.variant)
+
+    @torch.compiler.disable
+    def prepare(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None = None) -> Ready:
+        """Resolve the plan for inputs of these types and derive the resident tensors that it needs; the first call does it.
+
+        Raises:
+            UnsupportedError: as a call.
+        """
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError("run the layer once before capturing a CUDA graph: its resident weights are made then")
+        problem = self.problem(dtype, device, bias)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            steps = self._steps(problem)
+            resident: dict[str, Mapping[str, Tensor]] = {}
+            weights = _moved(self.weights, device)
+            # Outside inference mode: the copies outlive the call that happens to make them.
+            with torch.inference_mode(False), torch.no_grad():
+                for _, choice in steps:
+                    if choice.backend.layout not in resident:
+                        resident[choice.backend.layout] = choice.backend.prepare(problem, weights)
+        self._ready = Ready(problem, device, steps, resident)
+        return self._ready
+
+    def release(self) -> Weights | None:
+        """Move packed weights that no route reads to host memory, so that a GPU holds at most two layouts; None if nothing moves."""
+        packed = self.weights.packed
+        if self._ready is None or "packed" in self._ready.resident or packed.values.device.type == "cpu":
+            return None
+        stored = replace(packed, values=packed.values.cpu(), keep=packed.keep.cpu())
+        self.weights = replace(self.weights, packed=stored)
+        return self.weights
+
+    def _steps(self, problem: Problem) -> tuple[tuple[int, Choice], ...]:
+        if self.backend is not None:
+            few, many = (named(self.backend, problem, m) for m in (_UNTUNED_EDGE, _UNTUNED_EDGE + 1))
+            return _merged([(_UNTUNED_EDGE, few), (maxsize, many)])
+        plan = active_plan().plan if problem.device == "cuda" else None
+        if plan is None or not plan.cells.get(key_of(problem)):
+            few, many = (choose(problem, m, memory=self.memory) for m in (_UNTUNED_EDGE, _UNTUNED_EDGE + 1))
+            return _merged([(_UNTUNED_EDGE, few), (maxsize, many)])
+        edges = sorted({edge for m in plan.cells[key_of(problem)] for edge in (m - 1, m) if edge})
+        choices = [_planned(plan, problem, edge, self.memory) for edge in edges]
+        return _merged(list(zip([*edges[:-1], maxsize], choices, strict=True)))
+
+
+def _planned(plan: Plan, problem: Problem, m: int, memory: str) -> Choice:
+    """The plan's route where it can run this very problem, else what an untuned layer would run."""
+    route = plan.route(key_of(problem), m, memory)
+    if route is not None:
+        try:
+            return named(route, problem, m)
+        except UnsupportedError:
+            pass
+    return choose(problem, m, memory=memory)
+
+
+def _merged(steps: list[tuple[int, Choice]]) -> tuple[tuple[int, Choice], ...]:
+    """One step instead of neighbours with the same choice."""
+    merged: list[tuple[int, Choice]] = []
+    for most, choice in steps:
+        if merged and (merged[-1][1].backend, merged[-1][1].variant) == (choice.backend, choice.variant):
+            merged.pop()
+        merged.append((most, choice))
+    return tuple(merged)
+
+
+def _moved(weights: Weights, device: torch.device) -> Weights:
+    packed = weights.packed
+    if packed.values.device == device:
+        return weights
+    packed = replace(packed, values=packed.values.to(device), keep=packed.keep.to(device))
+    scale, factor = (None if tensor is None else tensor.to(device) for tensor in (weights.scale, weights.global_scale))
+    return replace(weights, packed=packed, scale=scale, global_scale=factor)

@@ -1,14 +1,12 @@
-"""The arithmetic that backends on dense weights share: restoring, exact integer sums, and the epilogue."""
+"""The arithmetic that routes and backends share: dense weights, exact integer sums, and the epilogue."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..pack import restore
+from .. import ops
 from ..quant import dequantize_nvfp4
-from ..reference import quantize
 from .problem import Problem, Weights
 
 INT32_SAFE_K = 1 << 17
@@ -27,24 +25,38 @@ def int32_overflow(problem: Problem) -> str | None:
 
 def dense_weights(problem: Problem, weights: Weights) -> Tensor:
     """Dense weights ``[N, K]`` in the problem's compute dtype."""
-    dense = restore(weights.packed)
+    dense = ops.restore(weights.packed)
     if weights.scheme.pair:
         dense = dequantize_nvfp4(dense, weights.scale, weights.global_scale)
     return dense.to(problem.compute_dtype)
 
 
-def dense_linear(problem: Problem, x: Tensor, dense: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The whole linear on dense weights: quantise, multiply, scale, add the bias, round once; ``[M, K]`` → ``[M, N]``."""
+def exact_linear(problem: Problem, x: Tensor, dense: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The whole linear on any device, ``[M, K]`` → ``[M, N]``: integer sums exact, others in float32, one rounding to the output."""
+    x_scale = None
     if problem.scheme.dynamic:
-        q, x_scale = quantize(x, problem.scheme)
-        y = int_matmul(q, dense).to(torch.float32) if q.dtype == torch.int8 else q.to(dense.dtype) @ dense.t()
-        y.mul_(scale.view(1, -1)).mul_(x_scale)
-    elif problem.native:
-        # The library adds the bias to its fp32 sums. There is no scale for it to come before.
-        return F.linear(x, dense, bias)
+        q, x_scale = ops.quantize(x, problem.scheme)
+        y = int_matmul(q, dense) if q.dtype == torch.int8 else q.to(torch.float32) @ dense.to(torch.float32).t()
     else:
         y = x.to(dense.dtype) @ dense.t()
-    return (y if bias is None else y.add_(bias.to(torch.float32))).to(problem.dtype)
+    return finish(problem, y, x_scale, scale, bias)
+
+
+def finish(problem: Problem, sums: Tensor, x_scale: Tensor | None, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Sums ``[M, N]`` → outputs: weight scale ``[N, 1]``, token scale ``[M, 1]`` and bias in float32, one rounding.
+
+    One pass by a kernel in eager mode; plain torch under torch.compile, which fuses it with whatever consumes the output.
+    """
+    if sums.device.type == "cuda" and not torch.compiler.is_compiling():
+        return ops.rescale(sums, x_scale, scale, bias, problem.dtype)
+    y = sums.to(torch.float32)
+    if scale is not None:
+        y = y * scale.view(1, -1)
+    if x_scale is not None:
+        y = y * x_scale
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(problem.dtype)
 
 
 def int_matmul(q: Tensor, weight: Tensor) -> Tensor:

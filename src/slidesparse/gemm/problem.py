@@ -34,12 +34,14 @@ class Problem:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Type of the dense weights as multiplied: the narrowest that holds them exactly and whose products sum exactly enough.
+        """Type of resident dense weights: the narrowest that holds them exactly and whose products sum exactly enough.
 
-        int8 stays int8 (int32 sums). fp8 products are exact in float32. 16-bit weights stay as they are unless activations or bias
-        have another type, when all are widened to float32; nvfp4 weights are e2m1 · e4m3 / fp32, which only float32 holds.
+        int8 stays int8 (int32 sums), fp8 stays fp8 on CUDA; elsewhere its products are exact in float32. 16-bit weights stay as they
+        are unless activations or bias have another type, when all are widened to float32; nvfp4 weights are e2m1 · e4m3 / fp32, which
+        only float32 holds.
         """
-        if self.scheme.dtype == torch.int8 or self.native:
+        kept = self.scheme.dtype == torch.int8 or self.native or (self.scheme.dynamic and self.device == "cuda")
+        if kept:
             return self.scheme.dtype
         return torch.float32
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .backends import dense, reference, restore
+from .backends import cusparselt, dense, reference, restore
 from .problem import Problem, Weights
 
 _LOG = logging.getLogger(__name__)
@@ -33,34 +33,44 @@ Verdict = Accepted | Rejected
 
 
 class Backend(Protocol):
-    """One way to run a whole linear.
+    """One way to run a whole linear, in one or several variants.
 
-    ``layout`` names the resident tensors it reads: backends of one layout share one copy. ``refuses`` gives the reason why a problem
-    with ``m`` tokens cannot run, None if it can; ``prepare`` derives the resident tensors; ``run`` computes ``y [M, N]`` from
-    ``x [M, K]``, quantising it itself where the scheme asks for it. ``resident_copy`` is False where ``prepare`` copies nothing.
+    ``layout`` names the resident tensors it reads: backends of one layout share one copy; ``packed`` are the stored tensors
+    themselves. ``refuses`` gives the reason why a problem, or a variant of it, cannot run, None if it can; ``variants`` names the ways
+    to run ``m`` tokens, the likely fastest first; ``search`` those worth timing for the tokens at hand. ``prepare`` derives the
+    resident tensors; ``run`` computes ``y [M, N]`` from ``x [M, K]``, quantising it itself where the scheme asks for it.
     """
 
     name: str
     layout: str
-    resident_copy: bool
 
-    def refuses(self, problem: Problem, m: int) -> str | None: ...
+    def refuses(self, problem: Problem, variant: str | None = None) -> str | None: ...
+
+    def variants(self, problem: Problem, m: int) -> tuple[str, ...]: ...
+
+    def search(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None) -> tuple[str, ...]: ...
 
     def prepare(self, problem: Problem, weights: Weights) -> Mapping[str, Tensor]: ...
 
-    def run(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None) -> Tensor: ...
+    def run(
+        self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None, variant: str
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that runs, and why: every backend that was asked before it said no for the reason given."""
+    """The backend that runs, in which variant, and why no other: what those that were asked before it said."""
 
     backend: Backend
+    variant: str
     refused: tuple[tuple[str, str], ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.backend.name}:{self.variant}"
 
-# In order of preference; a measured plan may only choose among those that accept.
-_BACKENDS: list[Backend] = [dense.Dense(), restore.Restore(), reference.Reference()]
+
+# In order of preference where nothing was measured; only a plan chooses another.
+_BACKENDS: list[Backend] = [dense.Dense(), restore.Restore(), cusparselt.CuSparseLt(), reference.Reference()]
 
 
 def register(backend: Backend) -> None:
@@ -73,46 +83,55 @@ def backend_names() -> tuple[str, ...]:
     return tuple(backend.name for backend in _BACKENDS)
 
 
-def verdicts(problem: Problem, m: int) -> dict[str, Verdict]:
-    """What every backend says to the problem with ``m`` tokens."""
-    return {backend.name: _verdict(backend, problem, m) for backend in _BACKENDS}
+def backends() -> tuple[Backend, ...]:
+    """The backends, in order of preference."""
+    return tuple(_BACKENDS)
 
 
-def choose(problem: Problem, m: int, *, memory: str = "fast", backend: str | None = None) -> Choice:
-    """The backend for ``m`` tokens: the one named, or the first that accepts; ``lean`` memory takes only those without a copy.
+def verdicts(problem: Problem) -> dict[str, Verdict]:
+    """What every backend says to the problem."""
+    return {backend.name: _verdict(backend, problem) for backend in _BACKENDS}
+
+
+def choose(problem: Problem, m: int, *, memory: str = "fast") -> Choice:
+    """The first backend that accepts, in its likely fastest variant for ``m`` tokens; ``lean`` takes only those without a copy.
 
     Raises:
-        UnsupportedError: the backend named does not exist or cannot run this; the message says why.
+        UnsupportedError: none accepts; the message says why.
     """
-    if backend is not None:
-        return Choice(_explicit(backend, problem, m))
     refused = []
     for candidate in _BACKENDS:
-        if memory == "lean" and candidate.resident_copy:
+        if memory == "lean" and candidate.layout != "packed":
             continue
-        match _verdict(candidate, problem, m):
+        match _verdict(candidate, problem):
             case Accepted():
                 if refused:
                     _report_fallback(candidate.name, tuple(refused))
-                return Choice(candidate, tuple(refused))
+                return Choice(candidate, candidate.variants(problem, m)[0], tuple(refused))
             case Rejected(reason):
                 refused.append((candidate.name, reason))
     raise UnsupportedError(f"no backend runs {problem}: " + "; ".join(f"{name}: {reason}" for name, reason in refused))
 
 
-def _verdict(backend: Backend, problem: Problem, m: int) -> Verdict:
-    reason = backend.refuses(problem, m)
-    return Accepted() if reason is None else Rejected(reason)
+def named(name: str, problem: Problem, m: int) -> Choice:
+    """The backend asked for, ``NAME`` or ``NAME:VARIANT``.
 
-
-def _explicit(name: str, problem: Problem, m: int) -> Backend:
-    found = next((backend for backend in _BACKENDS if backend.name == name), None)
+    Raises:
+        UnsupportedError: it does not exist or cannot run this; the message says why.
+    """
+    head, _, variant = name.partition(":")
+    found = next((backend for backend in _BACKENDS if backend.name == head), None)
     if found is None:
-        raise UnsupportedError(f"unknown backend {name!r}: choose one of {', '.join(backend_names())}")
-    match _verdict(found, problem, m):
-        case Rejected(reason):
-            raise UnsupportedError(f"backend {name} cannot run {problem.n} × {problem.k} {problem.scheme.name} with {m} tokens: {reason}")
-    return found
+        raise UnsupportedError(f"unknown backend {head!r}: choose one of {', '.join(backend_names())}")
+    reason = found.refuses(problem, variant or None)
+    if reason is not None:
+        raise UnsupportedError(f"backend {name} cannot run {problem.n} × {problem.k} {problem.scheme.name}: {reason}")
+    return Choice(found, variant or found.variants(problem, m)[0])
+
+
+def _verdict(backend: Backend, problem: Problem) -> Verdict:
+    reason = backend.refuses(problem)
+    return Accepted() if reason is None else Rejected(reason)
 
 
 @lru_cache(maxsize=64)

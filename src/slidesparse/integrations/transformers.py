@@ -5,6 +5,7 @@ Importing it registers the quantisation method ``slidesparse`` with transformers
 
 from __future__ import annotations
 
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, WeightError
 from ..format import QUANT_METHOD, PackedConfig
-from ..nn import SlideSparseLinear, accelerate
+from ..nn import SlideSparseLinear, accelerate, place
 from .transformers_files import StoredTensors, check_layer, check_rest, restore_scales
 
+_LOG = getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -115,18 +117,27 @@ register()
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu", tokenizer: bool = True
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "auto",
+    memory: str = "fast",
+    tokenizer: bool = True,
 ) -> tuple[Any, Any]:
     """A causal language model and its tokenizer from a directory: packed, a dense twin (packed on the way), or plain dense.
 
     Args:
         dtype: type of everything that is not packed; ``auto`` takes that of config.json.
+        device: where it is to run; ``auto`` takes a GPU if there is one.
+        memory: how packed layers use the device's memory, see `slidesparse.nn.place`.
         tokenizer: False gives None in its place.
 
     Raises:
         CheckpointError: not a model directory, a damaged checkpoint, an architecture transformers does not know, no tokenizer.
     """
     path = Path(path)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoint = Checkpoint.open(path)
     if tokenizer and not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy the one of the original model there")
@@ -141,7 +152,8 @@ def load(
     if checkpoint.marker is not None:
         accelerate(model, ignore=checkpoint.marked_ignore, candidates=checkpoint.marked_patterns())
         restore_scales(model, [str(file) for file in sorted(path.glob("*.safetensors"))])
-    return model.to(device).eval(), words
+    _LOG.info("%s", place(model.eval(), device, memory=memory))
+    return model, words
 
 
 def hide_progress_bars() -> None:

@@ -2,5 +2,6 @@
 
 from .accelerate import AccelerationReport, accelerate, acceleration_report
 from .linear import SlideSparseLinear
+from .placement import Placement, place
 
-__all__ = ["AccelerationReport", "SlideSparseLinear", "accelerate", "acceleration_report"]
+__all__ = ["AccelerationReport", "Placement", "SlideSparseLinear", "accelerate", "acceleration_report", "place"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import WeightError
 from ..format import BLOCK, Packed, Scheme, packed_tensors, scheme_named
-from ..gemm import MEMORY, Execution, Weights
+from ..gemm import MEMORY, Choice, Execution, Weights
 from ..pack import check_packed, pack, restore
 from ..pack.checks import check_scale
 from ..pattern import Pattern
@@ -35,7 +35,8 @@ class SlideSparseLinear(nn.Module):
         pattern: kept:group of the weights.
         scheme: how they are stored.
         dtype: type of the bias, the default dtype if not given.
-        memory: ``fast`` keeps a resident copy in the layout that runs best, ``lean`` only the packed weights.
+        memory: ``fast`` keeps resident copies in the layouts that run best (on a GPU the packed weights then move to host memory),
+            ``lean`` only the packed weights.
 
     Raises:
         ValueError: unknown scheme or memory policy, or K that pattern or scheme cannot hold.
@@ -157,12 +158,20 @@ class SlideSparseLinear(nn.Module):
         """Bytes kept besides the stored tensors."""
         return 0 if self._execution is None else self._execution.resident_bytes
 
+    @property
+    def routes(self) -> tuple[tuple[int, Choice], ...]:
+        """Who runs how many tokens at most, in rising order; empty before the first call."""
+        return () if self._execution is None else self._execution.steps
+
     def dense_weight(self) -> Tensor:
-        """The masked weights ``[N, K]`` with their scales applied: float32, or the 16-bit scheme's own type."""
-        dense = restore(self.packed)
+        """The masked weights ``[N, K]`` with their scales applied, on the device that runs: float32, or the 16-bit scheme's own type."""
+        device = self.packed.values.device if self._execution is None else self._execution.device
+        held = self.packed
+        dense = restore(replace(held, values=held.values.to(device), keep=held.keep.to(device)))
+        scale = self._buffers.get("weight_scale")
         if self.scheme.pair:
-            return dequantize_nvfp4(dense, self._buffers["weight_scale"], self._buffers["weight_global_scale"])
-        return dense.to(torch.float32) * self._buffers["weight_scale"] if self.scheme.dynamic else dense
+            return dequantize_nvfp4(dense, scale.to(device), self._buffers["weight_global_scale"].to(device))
+        return dense.to(torch.float32) * scale.to(device) if self.scheme.dynamic else dense
 
     @property
     def weight(self) -> Tensor:
@@ -203,8 +212,23 @@ class SlideSparseLinear(nn.Module):
             raise ValueError(f"{self._label}: input has {x.shape[-1]} features, the layer takes {self.in_features}")
         if x.dtype not in _ACTIVATIONS:
             raise ValueError(f"{self._label}: input is {x.dtype}; bfloat16, float16 and float32 are taken")
-        y = self._ready()(x.reshape(-1, self.in_features), self.bias)
+        execution = self._ready()
+        y = execution(x.reshape(-1, self.in_features), self.bias)
+        if not torch.compiler.is_compiling():
+            self._release(execution)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def prepare(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Make what the first call with activations of this type on this device would make: routes and resident copies.
+
+        Raises:
+            WeightError: the packed tensors are damaged or were never loaded.
+            UnsupportedError: the backend asked for cannot run this.
+        """
+        bias = None if self.bias is None else self.bias.dtype
+        execution = self._ready()
+        execution.prepare(dtype, torch.empty(0, device=device).device, bias)
+        self._release(execution)
 
     def extra_repr(self) -> str:
         """in_features, out_features, bias, pattern, scheme."""
@@ -232,6 +256,12 @@ class SlideSparseLinear(nn.Module):
             weights = Weights(packed, self.scheme, self._buffers.get("weight_scale"), self._buffers.get("weight_global_scale"))
             execution = self._execution = Execution(weights, memory=self.memory, backend=self.backend)
         return execution
+
+    def _release(self, execution: Execution) -> None:
+        """Let the packed weights go to host memory once resident copies on a GPU serve every call."""
+        moved = execution.release()
+        if moved is not None:
+            self._buffers["weight_values"], self._buffers["weight_keep"] = moved.packed.values, moved.packed.keep
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlideSparseLinear:
         """Move, but never cast, the stored tensors."""

@@ -1,5 +1,22 @@
 """Fused kernels as torch.library ops: exact, usable under torch.compile and CUDA graphs, with the oracle where no kernel runs."""
 
+from .expand import restore, slide
+from .fused import rms_norm_quantize, silu_mul_quantize
+from .library import capability, has_triton
 from .quantize import lift, quantize, quantize_lift
+from .rescale import rescale
+from .w8a8 import w8a8
 
-__all__ = ["lift", "quantize", "quantize_lift"]
+__all__ = [
+    "capability",
+    "has_triton",
+    "lift",
+    "quantize",
+    "quantize_lift",
+    "rescale",
+    "restore",
+    "rms_norm_quantize",
+    "silu_mul_quantize",
+    "slide",
+    "w8a8",
+]

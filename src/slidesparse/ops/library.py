@@ -23,6 +23,8 @@ def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | No
         _LIBRARY.impl(name, oracle, "CompositeExplicitAutograd")
 
     def on_its_device(first: Tensor, *arguments: object) -> object:
+        if first.device.index == torch.cuda.current_device():  # switching costs host time in every call
+            return cuda(first, *arguments)
         with torch.cuda.device(first.device):
             return cuda(first, *arguments)
 
@@ -36,10 +38,22 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def capability(device: torch.device | None = None) -> tuple[int, int]:
+    """Compute capability of a CUDA device, by default the current one; (0, 0) where there is none."""
+    if not torch.cuda.is_available():
+        return 0, 0
+    index = None if device is None else device.index
+    return _capability(torch.cuda.current_device() if index is None else index)
+
+
 @cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device."""
-    return torch.cuda.get_device_capability(device)
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def current_stream(device: int) -> int:
+    """The current stream of a CUDA device as a number: what ``torch.cuda.current_stream`` gives, in a tenth of its host time."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:

@@ -6,25 +6,36 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..numerics import dense_linear, dense_weights, int32_overflow
+from ..numerics import dense_weights, int32_overflow
 from ..problem import Problem, Weights
+from ..routes import route_refuses, routes, run_route
 
 
 class Dense:
-    """Multiplies by restored weights ``[N, K]`` that stay in memory."""
+    """Multiplies by restored weights ``[N, K]`` that stay in memory; its variants are the routes."""
 
     name = "dense"
     layout = "dense"
-    resident_copy = True
 
-    def refuses(self, problem: Problem, m: int) -> str | None:
-        """int32 sums must not overflow."""
-        return int32_overflow(problem)
+    def refuses(self, problem: Problem, variant: str | None = None) -> str | None:
+        """int32 sums must not overflow; a route may ask for more."""
+        return int32_overflow(problem) if variant is None else route_refuses(variant, problem)
+
+    def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
+        """The routes that take the problem."""
+        return routes(problem, m)
+
+    def search(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None) -> tuple[str, ...]:
+        """Every route is worth timing but the slow exact one, unless it is alone."""
+        names = routes(problem, x.shape[0])
+        return tuple(name for name in names if name != "exact") or names
 
     def prepare(self, problem: Problem, weights: Weights) -> Mapping[str, Tensor]:
         """The dense weights."""
         return {"weight": dense_weights(problem, weights)}
 
-    def run(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    def run(
+        self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None, variant: str
+    ) -> Tensor:
         """``[M, K]`` → ``[M, N]``."""
-        return dense_linear(problem, x, resident["weight"], scale, bias)
+        return run_route(variant, problem, x, resident["weight"], scale, bias)

@@ -17,17 +17,26 @@ class Reference:
 
     name = "reference"
     layout = "packed"
-    resident_copy = False
 
-    def refuses(self, problem: Problem, m: int) -> str | None:
+    def refuses(self, problem: Problem, variant: str | None = None) -> str | None:
         """Runs everything."""
         return None
+
+    def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
+        """One way."""
+        return ("float64",)
+
+    def search(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None) -> tuple[str, ...]:
+        """Never worth timing."""
+        return ()
 
     def prepare(self, problem: Problem, weights: Weights) -> Mapping[str, Tensor]:
         """The stored tensors themselves."""
         return weights.tensors()
 
-    def run(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    def run(
+        self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None, variant: str
+    ) -> Tensor:
         """``[M, K]`` → ``[M, N]``."""
         weights = Weights.from_tensors(problem, resident)
         weight, x_scale = reference.restore(weights.packed), None

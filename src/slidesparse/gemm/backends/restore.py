@@ -6,25 +6,36 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..numerics import dense_linear, dense_weights, int32_overflow
+from ..numerics import dense_weights, int32_overflow
 from ..problem import Problem, Weights
+from ..routes import route_refuses, routes, run_route
 
 
 class Restore:
-    """Expands the stored tensors, multiplies, and forgets the expansion."""
+    """Expands the stored tensors into scratch that the allocator reuses per stream, multiplies, and forgets the expansion."""
 
     name = "restore"
     layout = "packed"
-    resident_copy = False
 
-    def refuses(self, problem: Problem, m: int) -> str | None:
-        """int32 sums must not overflow."""
-        return int32_overflow(problem)
+    def refuses(self, problem: Problem, variant: str | None = None) -> str | None:
+        """int32 sums must not overflow; a route may ask for more."""
+        return int32_overflow(problem) if variant is None else route_refuses(variant, problem)
+
+    def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
+        """The dense routes that take the problem."""
+        return routes(problem, m)
+
+    def search(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None) -> tuple[str, ...]:
+        """Every dense route but the slow exact one, unless it is alone."""
+        names = routes(problem, x.shape[0])
+        return tuple(name for name in names if name != "exact") or names
 
     def prepare(self, problem: Problem, weights: Weights) -> Mapping[str, Tensor]:
         """The stored tensors themselves."""
         return weights.tensors()
 
-    def run(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    def run(
+        self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None, variant: str
+    ) -> Tensor:
         """``[M, K]`` → ``[M, N]``."""
-        return dense_linear(problem, x, dense_weights(problem, Weights.from_tensors(problem, resident)), scale, bias)
+        return run_route(variant, problem, x, dense_weights(problem, Weights.from_tensors(problem, resident)), scale, bias)

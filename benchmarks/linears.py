@@ -1,0 +1,117 @@
+"""Whole linears of a model on this GPU: what the plan runs, and every other route, against the fastest dense one in the same run.
+
+    python benchmarks/linears.py OUT.csv COMMIT [--model Qwen2.5-7B] [--schemes int8 fp8 bf16] [--patterns 6:8] [--tokens 16 1024]
+
+A route that is not correct is dropped. The last table sums the model's layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from slidesparse.format import SCHEMES
+from slidesparse.gemm import Cell, Plan, active_plan, use_plan
+from slidesparse.gemm.machine import this_machine
+from slidesparse.gemm.tuning import Bench, Layer
+from slidesparse.pattern import Pattern
+
+MODELS = {
+    "Qwen2.5-7B": {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},
+    "Llama-3.2-3B": {"qkv": (5120, 3072), "o": (3072, 3072), "gate_up": (16384, 3072), "down": (3072, 8192)},
+    "Qwen3-8B": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)},
+}
+
+
+def rows(name: str, layer: Layer, cell: Cell, plan: Plan | None, key: tuple) -> Iterator[dict[str, object]]:
+    """One row per route, and which of them the plan runs."""
+    dense = cell.best("dense")
+    runs = {memory: plan.route(key, cell.m, memory) if plan else None for memory in ("fast", "lean")}
+    # Untuned means dense; a route that was not measured here cannot be claimed.
+    runs = {memory: route if route in cell.timings else cell.best(fallback) for (memory, route), fallback in
+            zip(runs.items(), ("dense", "restore"), strict=True)}  # fmt: skip
+    for route, timing in cell.timings.items():
+        yield {
+            "layer": name, "m": cell.m, "n": layer.n, "k": layer.k, "pattern": str(layer.pattern), "scheme": layer.scheme.name,
+            "route": route, "plan": "+".join(memory for memory, run in runs.items() if run == route),
+            "us_p50": f"{timing.p50:.2f}", "us_p20": f"{timing.p20:.2f}", "us_p80": f"{timing.p80:.2f}",
+            "tflops": f"{2e-6 * cell.m * layer.n * layer.k / timing.p50:.1f}",
+            "x_dense": f"{cell.timings[dense].p50 / timing.p50:.3f}" if dense else "", "correct": True,
+        }  # fmt: skip
+
+
+def measured(model: str, layer_name: str, layer: Layer, ms: list[int], plan: Plan | None) -> Iterator[dict[str, object]]:
+    bench = Bench(layer)
+    for m in ms:
+        cell = bench.cell(m)
+        for row in rows(layer_name, layer, cell, plan, bench.key):
+            yield {"model": model} | row
+        torch.cuda.empty_cache()
+
+
+def summary(table: list[dict[str, object]]) -> None:
+    """Sums over the layers: best dense, and the ratios that a user gets."""
+    cells: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    grouped: dict[tuple, list[dict[str, object]]] = defaultdict(list)
+    for row in table:
+        grouped[row["scheme"], row["pattern"], row["m"], row["layer"]].append(row)
+    for (scheme, pattern, m, _), routes in grouped.items():
+        into = cells[scheme, pattern, m]
+        for kind in ("dense", "restore", "cusparselt"):
+            times = [float(row["us_p50"]) for row in routes if str(row["route"]).startswith(kind + ":")]
+            into[kind].append(min(times, default=float("nan")))
+        for memory in ("fast", "lean"):
+            into[memory] += [float(row["us_p50"]) for row in routes if memory in str(row["plan"]).split("+")]
+        into["library"] += [float(row["us_p50"]) for row in routes if row["route"] in ("dense:cublaslt", "dense:rowwise", "dense:native")]
+        into["sparse runs"].append(float(any("fast" in str(r["plan"]) and not str(r["route"]).startswith("dense") for r in routes)))
+    print("scheme pattern M | dense us | fast x (sparse layers) | lean x | sparse x | sparse against library dense x")
+    for (scheme, pattern, m), times in sorted(cells.items(), key=lambda item: (item[0][0], item[0][1], item[0][2])):
+        total = {kind: sum(values) for kind, values in times.items()}
+        ratios = [total["dense"] / total[kind] for kind in ("fast", "lean", "cusparselt")]
+        ratios.append(total["library"] / total["cusparselt"])
+        print(f"{scheme:5} {pattern:5} {m:6} | {total['dense']:9.1f} | {ratios[0]:.3f} ({total['sparse runs']:.0f}) | "
+              f"{ratios[1]:.3f} | {ratios[2]:.3f} | {ratios[3]:.3f}")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("commit")
+    parser.add_argument("--model", choices=MODELS, default="Qwen2.5-7B")
+    parser.add_argument("--schemes", nargs="+", choices=["int8", "fp8", "bf16", "fp16"], default=["int8", "fp8", "bf16"])
+    parser.add_argument("--patterns", nargs="+", default=["6:8"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256, 1024, 4096, 16384])
+    parser.add_argument("--plan", type=Path, help="instead of the plan in force")
+    arguments = parser.parse_args()
+    if arguments.plan:
+        use_plan(arguments.plan)
+    plan, here = active_plan().plan, this_machine()
+    head = {"date": datetime.date.today().isoformat(), "commit": arguments.commit, "gpu": here.gpu, "driver": here.driver}
+    head |= {"cuda": here.cuda, "torch": here.torch, "cusparselt": here.cusparselt}
+    table: list[dict[str, object]] = []
+    with arguments.out.open("w", newline="", encoding="utf-8") as file:
+        writer = None
+        for scheme in arguments.schemes:
+            for pattern in arguments.patterns:
+                for name, (n, k) in MODELS[arguments.model].items():
+                    layer = Layer(n, k, Pattern.parse(pattern), SCHEMES[scheme])
+                    for row in measured(arguments.model, name, layer, arguments.tokens, plan):
+                        row = head | row
+                        if writer is None:
+                            writer = csv.DictWriter(file, row, lineterminator="\n")
+                            writer.writeheader()
+                        writer.writerow(row)
+                        file.flush()
+                        table.append(row)
+                    torch.cuda.empty_cache()
+    summary(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""tune, and the tables of a plan that inspect shows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from . import screen
+from .produce import Json
+
+if TYPE_CHECKING:
+    from ..gemm import Plan
+    from ..gemm.tuning import Layer
+
+_SHAPE = re.compile(r"(\d+)[x×,](\d+)")
+
+
+def tune(
+    model: Annotated[Path | None, typer.Argument(help="Checkpoint whose linear layers are measured.", show_default=False)] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="NxK of one more layer; may be repeated.", show_default=False)] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Also q, k, v and gate, up as one layer each, as serving engines run.")] = False,
+    pattern: Annotated[str | None, typer.Option(help="For layers that are dense yet.", show_default="6:8")] = None,
+    scheme: Annotated[str | None, typer.Option(help="For layers that are dense yet.", show_default="int8")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, as 16,256,4096.", show_default="1 … 65536")] = None,
+    out: Annotated[Path | None, typer.Option(help="Plan to write or to continue.", show_default="your plan for this GPU")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what the plan has already, too.")] = False,
+    json: Json = False,
+) -> None:
+    """Measure which route runs each layer fastest on this GPU; dense wins every tie. Goes on where it was interrupted."""
+    import torch
+
+    from ..gemm import user_plan_path
+    from ..gemm.tuning import tune as api_tune
+
+    layers = _layers(model, shape or [], merged, pattern, scheme)
+    ms = None if tokens is None else _tokens(tokens)
+    if not torch.cuda.is_available():
+        raise ValueError("tune measures on a GPU, and torch finds none here: see `slidesparse doctor`")
+    path = out or user_plan_path()
+    with screen.progress("tuning", count=True) as progress:
+        plan = api_tune(layers, path, ms=ms, again=again, progress=progress)
+    if json:
+        screen.print_json({"plan": path, "layers": plan_rows(plan, layers)})
+        return
+    print_plan(plan, layers)
+    screen.say(f"plan written to {path}")
+
+
+def print_plan(plan: Plan, layers: list[Layer]) -> None:
+    """A table per layer shape: who runs how many tokens, against the best dense route."""
+    from ..gemm import key_of
+
+    for layer in dict.fromkeys(layers):
+        key = key_of(layer.problem)
+        first = plan.pays_from(key)
+        verdict = "not measured: dense runs" if key not in plan.cells else "dense runs" if first is None else f"pays from M = {first}"
+        screen.out.print(f"[bold]{layer.n} × {layer.k}[/]  {layer.pattern} {layer.scheme.name}: {verdict}")
+        rows = plan_rows(plan, [layer])
+        if not rows:
+            continue
+        table = Table(box=None, header_style="bold")
+        for name in ("M", "best dense", "µs", "fast runs", "µs", "of dense", "best other", "µs", "lean runs", "µs", "of dense"):
+            table.add_column(name, justify="left" if name in ("best dense", "fast runs", "best other", "lean runs") else "right")
+        for row in rows:
+            cells = [str(row["m"])]
+            for part in ("dense", "fast", "other", "lean"):
+                cells += [escape(row[part] or "-"), _time(row[f"{part}_us"])]
+                if part in ("fast", "lean"):
+                    cells.append("-" if row[f"{part}_us"] is None else f"{row['dense_us'] / row[f'{part}_us']:.2f}×")
+            table.add_row(*cells)
+        screen.out.print(table)
+
+
+def plan_rows(plan: Plan, layers: list[Layer]) -> list[dict]:
+    """What `print_plan` shows, one entry per layer shape and number of tokens; ``other`` is the best route that is not dense."""
+    from ..gemm import key_of
+
+    rows = []
+    for layer in dict.fromkeys(layers):
+        table = plan.cells.get(key_of(layer.problem), {})
+        for m in sorted(table):
+            cell = table[m]
+            others = [name for name in cell.timings if name.partition(":")[0] not in ("dense", "restore")]
+            other = min(others, key=lambda name: cell.timings[name].p50, default=None)
+            picked = {"dense": cell.best("dense"), "fast": cell.pick("fast"), "other": other, "lean": cell.pick("lean")}
+            row = {"n": layer.n, "k": layer.k, "pattern": str(layer.pattern), "scheme": layer.scheme.name, "m": m}
+            for part, name in picked.items():
+                row |= {part: name, f"{part}_us": None if name is None else cell.timings[name].p50}
+            rows.append(row)
+    return [row for row in rows if row["dense_us"] is not None]
+
+
+def model_layers(model: Path, merged: bool, pattern: str | None, scheme: str | None) -> list[Layer]:
+    """The distinct linear layers of a checkpoint; pattern and scheme where it does not say."""
+    from ..checkpoint import inspect as api_inspect
+    from ..format import SCHEMES, scheme_named
+    from ..gemm.tuning import Layer, merged_layers
+    from ..pattern import Pattern
+
+    found: dict[str, Layer] = {}
+    for layer in api_inspect(model, scan=False).layers:
+        stored = layer.form == "packed"
+        told = layer.scheme in SCHEMES and (stored or (scheme is None and SCHEMES[layer.scheme].dynamic))
+        own = layer.scheme if told else scheme or "int8"
+        text = layer.pattern if stored and layer.pattern else pattern or layer.pattern or "6:8"
+        found[layer.name] = Layer(layer.n, layer.k, Pattern.parse(text), scheme_named(own))
+    distinct = list(dict.fromkeys(found.values()))
+    return distinct + [layer for layer in merged_layers(found) if layer not in distinct] if merged else distinct
+
+
+def _layers(model: Path | None, shapes: list[str], merged: bool, pattern: str | None, scheme: str | None) -> list[Layer]:
+    from ..format import scheme_named
+    from ..gemm.tuning import Layer
+    from ..pattern import Pattern
+
+    layers = [] if model is None else model_layers(model, merged, pattern, scheme)
+    for text in shapes:
+        match = _SHAPE.fullmatch(text.strip())
+        if match is None:
+            raise typer.BadParameter(f"--shape {text!r}: write NxK, for example 4096x14336")
+        layers.append(Layer(int(match[1]), int(match[2]), Pattern.parse(pattern or "6:8"), scheme_named(scheme or "int8")))
+    if not layers:
+        raise typer.BadParameter("nothing to measure: name a model or give --shape NxK")
+    return layers
+
+
+def _tokens(text: str) -> list[int]:
+    try:
+        ms = [int(part) for part in text.split(",")]
+    except ValueError:
+        ms = [0]
+    if any(m < 1 for m in ms):
+        raise typer.BadParameter(f"--tokens {text!r}: write positive numbers, for example 16,256,4096")
+    return sorted(set(ms))
+
+
+def _time(us: float | None) -> str:
+    return "-" if us is None else f"{us:.1f}"

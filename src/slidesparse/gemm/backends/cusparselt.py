@@ -1,0 +1,101 @@
+"""Slid weights on 2:4 sparse tensor cores, through cuSPARSELt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import ops
+from ...ops import cusparselt
+from ..numerics import finish, int32_overflow
+from ..problem import Problem, Weights
+
+_TOKENS = 16
+_EXACT = "exact"
+
+
+class CuSparseLt:
+    """Lifts the activations while quantising them and multiplies by compressed slid weights.
+
+    A variant is the library's algorithm in text form, empty for its own choice. The library applies the weight scales where it can and
+    rounds to bfloat16, then one pass applies the other scales and the bias (two roundings); with ``exact`` in front of the algorithm it
+    returns int32 or float32 sums and everything else happens in that pass (one rounding).
+    """
+
+    name = "cusparselt"
+    layout = "slid"
+
+    def refuses(self, problem: Problem, variant: str | None = None) -> str | None:
+        """Needs the library, 2:4 hardware patterns of single weights, and types that it multiplies."""
+        if problem.device != "cuda":
+            return "runs on CUDA"
+        if problem.scheme.pair:
+            return "4-bit weights have no sparse route yet"
+        pattern = problem.pattern
+        if (pattern.n, pattern.l, pattern.unit) != (2, 4, 1):
+            return f"pattern {pattern} is not one of 2:4 hardware and single weights"
+        if not problem.scheme.dynamic and not problem.native:
+            return "weights, activations and bias are not of one 16-bit type"
+        if variant:
+            try:
+                cusparselt.Algorithm.parse(variant.removeprefix(_EXACT).strip())
+            except ValueError as error:
+                return str(error)
+        return cusparselt.unavailable("cuda", problem.scheme.dtype) or int32_overflow(problem)
+
+    def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
+        """The library's own choice, rounded once where bfloat16 would lose too much."""
+        return (_EXACT, "") if problem.dtype == torch.float32 else ("", _EXACT)
+
+    def search(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None) -> tuple[str, ...]:
+        """The algorithms that the library's search and ours found for this number of tokens."""
+        q, _ = self._activations(problem, x)
+        n, sums = _padded(problem)[0], self._sums(problem, False)
+        return tuple(str(found) for found in cusparselt.search(q, resident["compressed"], resident.get("alpha"), n, sums))
+
+    def prepare(self, problem: Problem, weights: Weights) -> Mapping[str, Tensor]:
+        """The compressed slid weights, and the weight scales, both padded to what the library takes."""
+        rows, width = _padded(problem)
+        slid = ops.slide(weights.packed, width=width, rows=cusparselt.alignment(problem.scheme.dtype))
+        resident = {"compressed": cusparselt.compress(slid)}
+        if cusparselt.scales_rows(problem.scheme.dtype, torch.bfloat16):
+            resident["alpha"] = F.pad(weights.channel_scale.view(-1), (0, rows - problem.n), value=1.0)
+        return resident
+
+    def run(
+        self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None, variant: str
+    ) -> Tensor:
+        """``[M, K]`` → ``[M, N]``."""
+        q, x_scale = self._activations(problem, x)
+        exact = variant.startswith(_EXACT)
+        algorithm = variant.removeprefix(_EXACT).strip()
+        alpha = None if exact else resident.get("alpha")
+        sums = cusparselt.sparse_mm(q, resident["compressed"], alpha, _padded(problem)[0], self._sums(problem, exact), algorithm)
+        sums = sums[: x.shape[0], : problem.n]
+        if not problem.scheme.dynamic:
+            return sums if bias is None else sums + bias
+        return finish(problem, sums, x_scale, scale if alpha is None else None, bias)
+
+    @staticmethod
+    def _activations(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        width = _padded(problem)[1]
+        if problem.scheme.dynamic:
+            return ops.quantize_lift(x, problem.pattern, problem.scheme, width=width, rows=_TOKENS)
+        return ops.lift(x, problem.pattern, width=width, rows=_TOKENS), None
+
+    @staticmethod
+    def _sums(problem: Problem, exact: bool) -> torch.dtype:
+        """What the library returns. Never fp16 before the token scale: it could overflow."""
+        if not problem.scheme.dynamic:
+            return problem.dtype
+        return torch.bfloat16 if not exact else torch.int32 if problem.scheme.dtype == torch.int8 else torch.float32
+
+
+def _padded(problem: Problem) -> tuple[int, int]:
+    """N and K' of the resident weights: rounded up to what the library takes."""
+    align = cusparselt.alignment(problem.scheme.dtype)
+    slid = problem.pattern.slid_k(problem.k)
+    return -(-problem.n // align) * align, -(-slid // align) * align

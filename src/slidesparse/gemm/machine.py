@@ -1,0 +1,69 @@
+"""What a measured plan depends on: the card, its software, and the sources of our own kernels."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata, resources
+
+import torch
+
+from ..ops import cusparselt
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A card and the software that times depend on."""
+
+    gpu: str
+    driver: str
+    cuda: str
+    torch: str
+    triton: str
+    cusparselt: str
+    kernels: str
+
+    def differences(self, other: Machine) -> dict[str, tuple[str, str]]:
+        """Fields that differ: mine and the other's."""
+        mine, others = asdict(self), asdict(other)
+        return {name: (mine[name], others[name]) for name in mine if mine[name] != others[name]}
+
+
+@cache
+def this_machine() -> Machine:
+    """The current CUDA device and the software here."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    library = "" if cusparselt.unavailable(device) else cusparselt.version()
+    triton = metadata.version("triton") if importlib.util.find_spec("triton") else ""
+    name = torch.cuda.get_device_name(device)
+    return Machine(name, _driver(), torch.version.cuda or "", torch.__version__, triton, library, kernels_hash())
+
+
+@cache
+def kernels_hash() -> str:
+    """A hash of the ops' sources, blind to comments, docstrings and layout."""
+    digest = hashlib.sha256()
+    for file in sorted(resources.files("slidesparse.ops").iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".py"):
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+                    node.value.value = ""
+            digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:12]
+
+
+def _driver() -> str:
+    """The driver's version; empty where the management library does not tell."""
+    try:
+        from cuda.bindings import nvml
+    except ImportError:
+        return ""
+    try:
+        nvml.init_v2()
+        return str(nvml.system_get_driver_version())
+    except (RuntimeError, OSError, AttributeError):
+        return ""

@@ -1,0 +1,184 @@
+"""Plans: measured whole linears by layer shape and number of tokens, and the choice that follows from them.
+
+A plan keeps timings, not decisions. Dense is an ordinary candidate; another backend is chosen only where even its slow runs (80th
+percentile) beat dense's quick ones (20th). Between two measured numbers of tokens a backend other than dense runs only if both chose
+it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..format import SCHEMES
+from ..measure import Timing
+from ..pattern import Pattern
+from .machine import Machine
+from .problem import Problem
+
+VERSION = 1
+MEMORY = ("fast", "lean")
+"""``fast`` keeps resident copies in the layouts that run best; ``lean`` keeps the packed weights only and expands them in every call."""
+
+Key = tuple[int, int, str, str]
+"""N, K, pattern, scheme."""
+
+
+def key_of(problem: Problem) -> Key:
+    """What a plan files a problem under: types of activations and bias are left out, they hardly change the times."""
+    return problem.n, problem.k, str(problem.pattern), problem.scheme.name
+
+
+@dataclass
+class Cell:
+    """One number of tokens: microseconds of every route ``backend:variant``, and the routes that were dropped, with the reason."""
+
+    m: int
+    timings: dict[str, Timing]
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    def best(self, backend: str) -> str | None:
+        """The quickest route of a backend, by its median."""
+        names = [name for name in self.timings if name.partition(":")[0] == backend]
+        return min(names, key=lambda name: self.timings[name].p50, default=None)
+
+    def pick(self, memory: str) -> str | None:
+        """The route that runs: the one to beat, unless another beats it by more than the spread; None where nothing was measured."""
+        base = self.best("dense" if memory == "fast" else "restore")
+        if base is None or memory == "lean":
+            return base
+        bar = self.timings[base].p20
+        better = [name for name, timing in self.timings.items() if name.partition(":")[0] != "dense" and timing.p80 < bar]
+        return min(better, key=lambda name: self.timings[name].p50, default=base)
+
+
+@dataclass
+class Plan:
+    """Cells by layer shape, and the machine on which they were measured."""
+
+    machine: Machine
+    cells: dict[Key, dict[int, Cell]] = field(default_factory=dict)
+    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+
+    def add(self, key: Key, cell: Cell) -> None:
+        """Put a cell in; one of the same number of tokens is replaced."""
+        self.cells.setdefault(key, {})[cell.m] = cell
+
+    def has(self, key: Key, m: int) -> bool:
+        """Whether that cell was measured."""
+        return m in self.cells.get(key, {})
+
+    def route(self, key: Key, m: int, memory: str) -> str | None:
+        """The route for ``m`` tokens; None for a layer that was not measured."""
+        table = self.cells.get(key)
+        if not table:
+            return None
+        ms = sorted(table)
+        at = bisect_left(ms, m)
+        above = table[ms[min(at, len(ms) - 1)]]
+        if above.m == m or at == len(ms):
+            return above.pick(memory)
+        below = table[ms[at - 1]] if at else None
+        high, low = above.pick(memory), below.pick(memory) if below else None
+        if high is None or _backend(high) == _backend(low):
+            return high
+        return above.best("dense" if memory == "fast" else "restore")
+
+    def pays_from(self, key: Key) -> int | None:
+        """The fewest measured tokens from which every larger measured number runs on another backend than dense; None if none does."""
+        first = None
+        for m in sorted(self.cells.get(key, {}), reverse=True):
+            if _backend(self.cells[key][m].pick("fast")) in (None, "dense"):
+                break
+            first = m
+        return first
+
+    def merge(self, other: Plan) -> None:
+        """Take over the other plan's cells; they win."""
+        for key, table in other.cells.items():
+            self.cells.setdefault(key, {}).update(table)
+
+    def save(self, path: Path) -> None:
+        """Write JSON, whole or not at all."""
+        layers = [
+            {"n": n, "k": k, "pattern": pattern, "scheme": scheme, "cells": [_cell_json(table[m]) for m in sorted(table)]}
+            for (n, k, pattern, scheme), table in sorted(self.cells.items())
+        ]
+        data = {"version": VERSION, "date": self.date, "machine": asdict(self.machine), "layers": layers}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(_compact(data) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read and check a plan.
+
+        Raises:
+            CheckpointError: not a plan, a newer version, or a value that makes no sense; names file and place.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a plan: {error}") from error
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            found = data.get("version") if isinstance(data, dict) else data
+            raise CheckpointError(f"{path}: plan version {found!r}, this slidesparse reads {VERSION}: run tune again")
+        try:
+            plan = cls(Machine(**data["machine"]), date=str(data["date"]))
+            for layer in data["layers"]:
+                key = _checked_key(layer)
+                for cell in layer["cells"]:
+                    plan.add(key, _checked_cell(cell))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}): run tune again") from error
+        return plan
+
+
+def _backend(route: str | None) -> str | None:
+    return None if route is None else route.partition(":")[0]
+
+
+def _cell_json(cell: Cell) -> dict[str, Any]:
+    timings = {name: [round(value, 2) for value in (t.p50, t.p20, t.p80)] for name, t in cell.timings.items()}
+    return {"m": cell.m, "us": timings} | ({"dropped": cell.dropped} if cell.dropped else {})
+
+
+def _compact(data: dict[str, Any]) -> str:
+    """One line per cell: a plan is read by people, and its changes by version control."""
+    layers = []
+    for layer in data["layers"]:
+        head = json.dumps({name: value for name, value in layer.items() if name != "cells"}, ensure_ascii=False)[:-1]
+        cells = ",\n".join("  " + json.dumps(cell, ensure_ascii=False) for cell in layer["cells"])
+        layers.append(f'{head}, "cells": [\n{cells}\n ]}}')
+    head = json.dumps({name: value for name, value in data.items() if name != "layers"}, ensure_ascii=False)[:-1]
+    return f'{head},\n"layers": [\n' + ",\n".join(layers) + "\n]}"
+
+
+def _checked_key(layer: dict[str, Any]) -> Key:
+    n, k = layer["n"], layer["k"]
+    if type(n) is not int or type(k) is not int or n < 1 or k < 1 or layer["scheme"] not in SCHEMES:
+        raise ValueError(f"no layer: {n!r} × {k!r} {layer['scheme']!r}")
+    return n, k, str(Pattern.parse(layer["pattern"])), layer["scheme"]
+
+
+def _checked_cell(cell: dict[str, Any]) -> Cell:
+    m = cell["m"]
+    if type(m) is not int or m < 1:
+        raise ValueError(f"{m!r} tokens")
+    timings = {name: Timing(*_checked_times(name, times)) for name, times in cell["us"].items()}
+    dropped = cell.get("dropped", {})
+    return Cell(m, timings, {str(name): str(reason) for name, reason in dropped.items()})
+
+
+def _checked_times(name: str, times: Iterable[Any]) -> tuple[float, float, float]:
+    p50, p20, p80 = (float(value) for value in times)
+    if not 0 < p20 <= p50 <= p80 < float("inf"):
+        raise ValueError(f"times of {name}: {p50}, {p20}, {p80}")
+    return p50, p20, p80

@@ -1,0 +1,123 @@
+"""The ways to multiply by dense weights, each a whole linear: quantise, GEMM, scales, bias, one rounding to the output's type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from .numerics import exact_linear, finish, int32_overflow
+from .problem import Problem
+
+_FEW_TOKENS = 64
+"""Up to here row-wise fp8 lost to tensor-wise with a second pass on an H200, beyond it won: the order in which untuned layers ask."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way: ``refuses(problem)`` says why it cannot run; ``run(problem, x, weight, scale, bias)`` takes ``[M, K]`` to ``[M, N]``."""
+
+    refuses: Callable[[Problem], str | None]
+    run: Callable[[Problem, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+def routes(problem: Problem, m: int) -> tuple[str, ...]:
+    """Names of the routes that can run the problem with ``m`` tokens, the likely fastest first."""
+    names = [name for name, route in _ROUTES.items() if route.refuses(problem) is None]
+    if m <= _FEW_TOKENS and "tensorwise" in names:
+        names.sort(key=lambda name: name != "tensorwise")
+    return tuple(names)
+
+
+def route_refuses(name: str, problem: Problem) -> str | None:
+    """Why the route of that name cannot run the problem, None if it can."""
+    if name not in _ROUTES:
+        return f"there is no route {name!r}: {', '.join(_ROUTES)}"
+    return _ROUTES[name].refuses(problem)
+
+
+def run_route(name: str, problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Run the route of that name on dense weights ``[N, K]``."""
+    return _ROUTES[name].run(problem, x, weight, scale, bias)
+
+
+def _native(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    # The library adds the bias to its fp32 sums. There is no scale for it to come before.
+    return F.linear(x, weight, bias)
+
+
+def _not_native(problem: Problem) -> str | None:
+    return None if problem.native else "weights, activations and bias are not of one 16-bit type"
+
+
+def _rowwise(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    q, x_scale = ops.quantize(x, problem.scheme)
+    return torch._scaled_mm(q, weight.t(), x_scale, scale.view(1, -1), bias, out_dtype=problem.dtype, use_fast_accum=True)
+
+
+def _not_rowwise(problem: Problem) -> str | None:
+    if problem.dtype != torch.bfloat16 or problem.bias not in (None, torch.bfloat16):
+        return "row-wise scales need a bfloat16 output and bias"
+    return _not_scaled_mm(problem)
+
+
+def _tensorwise(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    q, x_scale = ops.quantize(x, problem.scheme)
+    one = torch.ones((), dtype=torch.float32, device=x.device)
+    # fp16 could overflow before the scales are applied.
+    between = torch.bfloat16 if problem.dtype == torch.bfloat16 else torch.float32
+    sums = torch._scaled_mm(q, weight.t(), one, one, out_dtype=between, use_fast_accum=True)
+    return finish(problem, sums, x_scale, scale, bias)
+
+
+def _not_scaled_mm(problem: Problem) -> str | None:
+    if problem.scheme.name != "fp8" or problem.device != "cuda":
+        return "multiplies fp8 on CUDA"
+    if ops.capability() < (8, 9):
+        return "fp8 needs compute capability 8.9"
+    if problem.n % 16 or problem.k % 16:
+        return f"N = {problem.n} and K = {problem.k} must be multiples of 16"
+    return None
+
+
+def _triton(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    q, x_scale = ops.quantize(x, problem.scheme)
+    return ops.w8a8(q, weight, x_scale, scale, bias, problem.dtype)
+
+
+def _not_triton(problem: Problem) -> str | None:
+    if problem.scheme.name != "int8" or problem.device != "cuda":
+        return "multiplies int8 on CUDA"
+    return int32_overflow(problem) if ops.has_triton() else "triton is not installed"
+
+
+def _cublaslt(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    # The library wants more than 16 rows.
+    q, x_scale = ops.quantize(x, problem.scheme, rows=32)
+    return finish(problem, torch._int_mm(q, weight.t())[: x.shape[0]], x_scale, scale, bias)
+
+
+def _not_cublaslt(problem: Problem) -> str | None:
+    if problem.scheme.name != "int8" or problem.device != "cuda":
+        return "multiplies int8 on CUDA"
+    if problem.n % 8 or problem.k % 8:
+        return f"N = {problem.n} and K = {problem.k} must be multiples of 8"
+    return int32_overflow(problem)
+
+
+def _takes_all(problem: Problem) -> str | None:
+    return int32_overflow(problem)
+
+
+_ROUTES = {
+    "native": Route(_not_native, _native),
+    "rowwise": Route(_not_rowwise, _rowwise),
+    "tensorwise": Route(_not_scaled_mm, _tensorwise),
+    "triton": Route(_not_triton, _triton),
+    "cublaslt": Route(_not_cublaslt, _cublaslt),
+    "exact": Route(_takes_all, exact_linear),
+}

@@ -1,0 +1,217 @@
+"""Measure whole linears on this GPU: every route of every backend, checked and timed side by side, into a plan."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import measure, ops, reference
+from ..format import Scheme
+from ..pack import pack
+from ..pattern import Pattern
+from ..prune import prune
+from ..quant import quantize_weight
+from ..testing import deviation
+from .machine import this_machine
+from .plan import Cell, Key, Plan, key_of
+from .problem import Problem, Weights
+from .registry import Backend, backends
+
+_LOG = logging.getLogger(__name__)
+BUCKETS = tuple(1 << power for power in range(17))
+"""Numbers of tokens for 6:8."""
+FEW_BUCKETS = (16, 256, 1024, 4096, 16384)
+"""Numbers of tokens for other patterns."""
+_CHECKED_ROWS = 32
+_MOST_COPIES = 12
+_BLOCK_ROWS = 4096
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A shape to measure."""
+
+    n: int
+    k: int
+    pattern: Pattern
+    scheme: Scheme
+
+    @property
+    def problem(self) -> Problem:
+        """With activations of the type that the scheme is used with, no bias."""
+        dtype = torch.bfloat16 if self.scheme.dynamic else self.scheme.dtype
+        return Problem(self.n, self.k, self.pattern, self.scheme, "cuda", dtype)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Numbers of tokens worth measuring."""
+        return BUCKETS if str(self.pattern) == "6:8" else FEW_BUCKETS
+
+
+_MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def merged_layers(layers: Mapping[str, Layer]) -> list[Layer]:
+    """The distinct layers that serving engines make of projections standing side by side: q, k and v as one, gate and up as one."""
+    found: dict[Layer, None] = {}
+    for name, first in layers.items():
+        head, _, tail = name.rpartition(".")
+        for parts in _MERGED:
+            whole = [layers.get(f"{head}.{part}") for part in parts]
+            if tail == parts[0] and all(part is not None and replace(part, n=first.n) == first for part in whole):
+                found[replace(first, n=sum(part.n for part in whole if part is not None))] = None
+    return list(found)
+
+
+def tune(
+    layers: Iterable[Layer], path: Path, *, ms: Sequence[int] | None = None, again: bool = False, progress: Progress | None = None
+) -> Plan:
+    """Measure what the plan at ``path`` lacks, on the current CUDA device, writing it after every cell.
+
+    Args:
+        ms: numbers of tokens; by default `Layer.buckets`.
+        again: measure cells that are there, too.
+
+    Raises:
+        CheckpointError: ``path`` is there and is no plan.
+        ValueError: the plan there was measured on another machine or with other software.
+        KeyboardInterrupt: what was measured until then is kept.
+    """
+    plan = _opened(path)
+    tasks = [(layer, m) for layer in dict.fromkeys(layers) for m in (ms or layer.buckets)]
+    tasks = [(layer, m) for layer, m in tasks if again or not plan.has(key_of(layer.problem), m)]
+    bench: Bench | None = None
+    for done, (layer, m) in enumerate(tasks):
+        if progress:
+            progress(done, len(tasks), f"{layer.n}×{layer.k} {layer.pattern} {layer.scheme.name} M={m}")
+        if bench is None or bench.layer != layer:
+            del bench
+            torch.cuda.empty_cache()
+            bench = Bench(layer)
+        plan.add(key_of(layer.problem), bench.cell(m))
+        plan.save(path)
+    if progress:
+        progress(len(tasks), len(tasks), "")
+    return plan
+
+
+def _opened(path: Path) -> Plan:
+    here = this_machine()
+    if not path.exists():
+        return Plan(here)
+    plan = Plan.load(path)
+    differs = here.differences(plan.machine)
+    if differs:
+        told = "; ".join(f"{name} is {mine!r} here, {theirs!r} there" for name, (mine, theirs) in differs.items())
+        raise ValueError(f"{path} was measured on another machine ({told}): give another file, or delete this one")
+    return plan
+
+
+class Bench:
+    """Random weights of one layer in every layout, and the timing of all routes on them."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer, self.problem = layer, layer.problem
+        self.weights = random_weights(layer)
+        self.dense = ops.restore(self.weights.packed)
+        self._resident: dict[str, list[Mapping[str, Tensor]]] = {}
+
+    @property
+    def key(self) -> Key:
+        """What a plan calls the layer."""
+        return key_of(self.problem)
+
+    def cell(self, m: int, *, rounds: int | None = None, routes: Sequence[str] | None = None) -> Cell:
+        """Check and time ``m`` tokens; ``routes`` limits it to some."""
+        copies = self._copies(m)
+        inputs = [_tokens(m, self.problem) for _ in range(copies)]
+        expected, same_dtype = self._expected(inputs[0])
+        variants, dropped = {}, {}
+        for backend in backends():
+            reason = backend.refuses(self.problem)
+            if reason is not None:
+                dropped[backend.name] = reason
+                continue
+            resident = self._layout(backend, copies)
+            for variant in backend.search(self.problem, inputs[0], resident[0], self.weights.channel_scale):
+                name = f"{backend.name}:{variant}"
+                if routes is not None and name not in routes:
+                    continue
+                calls = [self._call(backend, variant, x, held) for x, held in zip(inputs, resident, strict=False)]
+                reason = self._fault(backend, calls[0], m, expected, same_dtype)
+                if reason is None:
+                    variants[name] = calls
+                else:
+                    dropped[name] = reason
+                    _LOG.warning("%s, M = %d: %s dropped: %s", self.key, m, name, reason)
+        timings = measure.interleaved(variants, rounds=rounds or _rounds(m, self.problem)) if variants else {}
+        return Cell(m, timings, dropped)
+
+    def _call(self, backend: Backend, variant: str, x: Tensor, resident: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+        scale = self.weights.channel_scale
+        return lambda: backend.run(self.problem, x, resident, scale, None, variant)
+
+    def _copies(self, m: int) -> int:
+        """Sets of buffers that keep the L2 cache cold."""
+        weight = self.dense.numel() * self.dense.element_size()
+        return min(_MOST_COPIES, measure.slots(weight + m * (self.layer.k + self.layer.n) * 2, least=2))
+
+    def _layout(self, backend: Backend, copies: int) -> list[Mapping[str, Tensor]]:
+        held = self._resident.setdefault(backend.layout, [backend.prepare(self.problem, self.weights)])
+        while len(held) < copies:
+            held.append({name: tensor.clone() for name, tensor in held[0].items()})
+        return held[:copies]
+
+    def _expected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The oracle in float64 for the first and the last rows, and the same with float32 sums rounded once to the output's type."""
+        rows, scheme, w_scale = _ends(x), self.layer.scheme, self.weights.channel_scale
+        q, x_scale = reference.quantize(rows, scheme) if scheme.dynamic else (rows, None)
+        y = torch.cat([q.double() @ part.double().t() for part in self.dense.split(_BLOCK_ROWS)], dim=1)
+        if x_scale is not None:
+            y = y * w_scale.double().view(1, -1) * x_scale.double()
+        if scheme.name == "fp8":
+            # The library's own row-wise product is what fp8 users get.
+            plain = torch._scaled_mm(q, self.dense.t(), x_scale, w_scale.view(1, -1), out_dtype=self.problem.dtype, use_fast_accum=True)
+            return y, plain
+        return y, y.to(self.problem.dtype)
+
+    def _fault(self, backend: Backend, call: Callable[[], Tensor], m: int, expected: Tensor, same_dtype: Tensor) -> str | None:
+        out = call()
+        if tuple(out.shape) != (m, self.layer.n):
+            return f"returned {list(out.shape)}"
+        measured = deviation(_ends(out), expected, same_dtype, roundings=2 if backend.layout == "slid" else 1)
+        return None if measured.within else str(measured)
+
+
+def random_weights(layer: Layer) -> Weights:
+    """Weights that obey the pattern, quantised and packed on the current CUDA device."""
+    values, scales, keeps = [], [], []
+    for start in range(0, layer.n, _BLOCK_ROWS):
+        block = torch.randn(min(_BLOCK_ROWS, layer.n - start), layer.k, device="cuda") * 0.02
+        quantised, scale = quantize_weight(prune(block, layer.pattern), layer.scheme)
+        packed = pack(quantised, layer.pattern)
+        values.append(packed.values)
+        keeps.append(packed.keep)
+        scales.append(scale)
+    whole = replace(packed, values=torch.cat(values), keep=torch.cat(keeps))
+    return Weights(whole, layer.scheme, torch.cat(scales) if layer.scheme.dynamic else None)
+
+
+def _tokens(m: int, problem: Problem) -> Tensor:
+    return torch.randn(m, problem.k, device="cuda", dtype=problem.dtype)
+
+
+def _ends(x: Tensor) -> Tensor:
+    return x if x.shape[0] <= 2 * _CHECKED_ROWS else torch.cat([x[:_CHECKED_ROWS], x[-_CHECKED_ROWS:]])
+
+
+def _rounds(m: int, problem: Problem) -> int:
+    """More rounds where one takes little time."""
+    return 21 if m * problem.n * problem.k < 1 << 40 else 9

@@ -1,0 +1,169 @@
+"""Plans: the choice never loses to dense, files are checked, and layers follow the plan in force."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidesparse import gemm
+from slidesparse.errors import CheckpointError
+from slidesparse.format import SCHEMES
+from slidesparse.gemm import Cell, Execution, Plan, Problem, active, execution, key_of
+from slidesparse.gemm.machine import Machine, kernels_hash
+from slidesparse.gemm.tuning import BUCKETS, Layer, merged_layers
+from slidesparse.measure import Timing
+from slidesparse.pattern import Pattern
+from test_gemm import layer
+
+KEY = (24, 64, "6:8", "int8")
+HERE = Machine("NVIDIA H200", "580", "13.0", "2.11.0", "3.6.0", "0.8.0", kernels_hash())
+
+
+def at(us: float, spread: float = 0.0) -> Timing:
+    return Timing(us, us - spread, us + spread)
+
+
+def cell(m: int, dense: float = 10.0, sparse: float = 20.0, spread: float = 0.0) -> Cell:
+    times = {"dense:triton": at(dense, spread), "dense:cublaslt": at(dense * 2), "restore:triton": at(dense + 5)}
+    return Cell(m, times | {"cusparselt:": at(sparse, spread)})
+
+
+@given(st.floats(1, 1e6), st.floats(1, 1e6), st.floats(0, 0.3))
+def test_another_backend_runs_only_where_it_beats_dense_by_more_than_the_spread(dense, sparse, spread):
+    measured = cell(16, dense, sparse, spread * min(dense, sparse))
+    picked = measured.pick("fast")
+    assert picked in ("dense:triton", "cusparselt:")
+    if picked != "dense:triton":
+        assert measured.timings[picked].p80 < measured.timings["dense:triton"].p20
+    else:
+        assert measured.timings["cusparselt:"].p80 >= measured.timings["dense:triton"].p20
+    assert measured.pick("lean") == "restore:triton"
+
+
+def test_between_measured_numbers_both_neighbours_must_agree():
+    plan = Plan(HERE)
+    assert plan.route(KEY, 5, "fast") is None
+    for one in (cell(16), cell(256, sparse=5), cell(1024, sparse=4), cell(4096)):
+        plan.add(KEY, one)
+    routes = {m: plan.route(KEY, m, "fast") for m in (1, 16, 17, 255, 256, 300, 1024, 1025, 4095, 4096, 90000)}
+    sparse = {m for m, route in routes.items() if route == "cusparselt:"}
+    assert sparse == {256, 300, 1024} and set(routes.values()) == {"dense:triton", "cusparselt:"}
+    assert {plan.route(KEY, m, "lean") for m in routes} == {"restore:triton"}
+    assert plan.pays_from(KEY) is None
+    plan.add(KEY, cell(4096, sparse=3))
+    assert plan.pays_from(KEY) == 256 and plan.route(KEY, 90000, "fast") == "cusparselt:"
+
+
+def test_a_plan_comes_back_from_its_file(tmp_path):
+    plan, path = Plan(HERE), tmp_path / "deep" / "plan.json"
+    plan.add(KEY, Cell(16, {"dense:triton": at(10.5, 0.25)}, {"cusparselt:": "max error 3 (allowed 1)"}))
+    plan.add(KEY, cell(1))
+    plan.save(path)
+    again = Plan.load(path)
+    assert again == plan and [file.name for file in path.parent.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data.update(version=2), "version 2"),
+        (lambda data: data.pop("machine"), "machine"),
+        (lambda data: data["machine"].update(colour="red"), "colour"),
+        (lambda data: data["layers"][0].update(pattern="6:9"), "6:9"),
+        (lambda data: data["layers"][0].update(n=-1), "-1"),
+        (lambda data: data["layers"][0].update(scheme="int3"), "int3"),
+        (lambda data: data["layers"][0]["cells"][0].update(m=0), "0 tokens"),
+        (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [1, 2, 3]}), "dense:triton"),
+        (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [float("nan")] * 3}), "nan"),
+        (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [1, 1]}), "unpack"),
+    ],
+)
+def test_a_damaged_plan_is_refused(tmp_path, damage, message):
+    plan, path = Plan(HERE), tmp_path / "plan.json"
+    plan.add(KEY, cell(16))
+    plan.save(path)
+    data = json.loads(path.read_text())
+    damage(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=message):
+        Plan.load(path)
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match="is not a plan"):
+        Plan.load(path)
+
+
+def test_a_layer_follows_the_plan_by_number_of_tokens(monkeypatch):
+    weights, _ = layer(24, 64, "int8")
+    problem = Problem(24, 64, Pattern(6, 8), SCHEMES["int8"], "cpu", torch.bfloat16)
+    assert key_of(problem) == KEY
+    plan = Plan(HERE)
+    for m, other in ((1, "restore:exact"), (16, "restore:exact"), (64, "cusparselt:"), (128, "restore:rowwise")):
+        plan.add(KEY, Cell(m, {"dense:exact": at(10), other: at(5)}))
+    monkeypatch.setattr(execution, "active_plan", lambda: active.Active(plan, ()))
+    run = Execution(weights)
+    steps = run._steps(replace(problem, device="cuda"))
+    monkeypatch.undo()
+    chosen = [(most, str(choice)) for most, choice in steps]
+    # Routes that cannot run here, or that neighbours do not share, give way to dense.
+    assert chosen[0] == (16, "restore:exact") and all(name.startswith("dense:") for _, name in chosen[1:])
+    assert [str(choice) for _, choice in run._steps(problem)] == ["dense:exact"], "a CPU has no plan"
+
+
+def test_plans_of_other_machines_stay_unused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIDESPARSE_CACHE", str(tmp_path))
+    shipped = tmp_path / "shipped.json"
+    monkeypatch.setattr(active, "this_machine", lambda: HERE)
+    monkeypatch.setattr(active, "_shipped", lambda gpu: shipped)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: HERE.gpu)
+
+    def gathered(mine: Machine | None, theirs: Machine | None) -> active.Active:
+        for machine, path, sparse in ((mine, active.user_plan_path(), 1.0), (theirs, shipped, 2.0)):
+            path.unlink(missing_ok=True)
+            if machine is not None:
+                plan = Plan(machine)
+                plan.add(KEY, cell(16, sparse=sparse))
+                plan.save(path)
+        active._gather.cache_clear()
+        return active._gather(0)
+
+    assert gathered(None, None).plan is None
+    assert gathered(None, HERE).plan.cells[KEY][16].timings["cusparselt:"].p50 == 2.0
+    assert gathered(HERE, HERE).plan.cells[KEY][16].timings["cusparselt:"].p50 == 1.0
+    other = gathered(replace(HERE, driver="600"), replace(HERE, driver="600"))
+    assert other.plan.cells[KEY][16].timings["cusparselt:"].p50 == 2.0, "shipped plans survive another driver, the user's do not"
+    assert any("unverified here (driver" in line for line in other.sources) and any("'580' here" in line for line in other.sources)
+    assert gathered(None, replace(HERE, kernels="0")).plan is None
+    user = active.user_plan_path()
+    user.write_text("broken")
+    active._gather.cache_clear()
+    assert "is not a plan" in active._gather(0).sources[1]
+    active._gather.cache_clear()
+
+
+def test_a_plan_chosen_by_the_program_holds(tmp_path):
+    plan, path = Plan(HERE), tmp_path / "plan.json"
+    plan.add(KEY, cell(16))
+    plan.save(path)
+    gemm.use_plan(path)
+    try:
+        assert gemm.active_plan().plan == plan
+    finally:
+        gemm.use_plan(None)
+    with pytest.raises(CheckpointError):
+        gemm.use_plan(tmp_path / "missing.json")
+
+
+def test_merged_layers_are_those_of_serving_engines():
+    def one(n: int, scheme: str = "int8") -> Layer:
+        return Layer(n, 64, Pattern(6, 8), SCHEMES[scheme])
+
+    layers = {f"layers.{i}.attn.{name}": one(n) for i in range(2) for name, n in (("q_proj", 64), ("k_proj", 16), ("v_proj", 16))}
+    layers |= {"layers.0.mlp.gate_proj": one(96), "layers.0.mlp.up_proj": one(96), "layers.1.mlp.gate_proj": one(96)}
+    layers |= {"layers.1.mlp.up_proj": one(96, "fp8"), "layers.0.mlp.down_proj": one(64)}
+    assert merged_layers(layers) == [one(96), one(192)]
+    assert one(8).buckets == BUCKETS and len(replace(one(8), pattern=Pattern(2, 4)).buckets) == 5
