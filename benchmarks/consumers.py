@@ -1,0 +1,151 @@
+"""A sparse linear together with what consumes it, fused and not, against the fastest dense linear with the same fusion.
+
+    python benchmarks/consumers.py OUT.csv COMMIT
+
+``gate_up`` ends in SiLU·mul and the next layer's quantise + lift, ``down`` in the residual add, RMSNorm and the next quantise + lift.
+``separate`` is the usual pipeline: the GEMM's output is scaled in a pass of its own, then consumed by one kernel, then quantised;
+``fused`` leaves the scale to one kernel that does all of it; ``compiled`` is plain torch under torch.compile; ``dense`` is the fastest
+dense route followed by the same fused kernel.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slidesparse import measure, ops
+from slidesparse.format import SCHEMES
+from slidesparse.gemm.backends.cusparselt import CuSparseLt
+from slidesparse.gemm.backends.dense import Dense
+from slidesparse.gemm.machine import this_machine
+from slidesparse.gemm.numerics import finish
+from slidesparse.gemm.tuning import Bench, Layer
+from slidesparse.ops import cusparselt
+from slidesparse.pattern import Pattern
+
+LAYERS = {"gate_up": (37888, 3584), "down": (3584, 18944)}
+EPS = 1e-6
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = residual + x
+    wide = total.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight, total
+
+
+class Case:
+    """One layer, scheme and number of tokens, and the ways to run it with its consumer."""
+
+    def __init__(self, name: str, bench: Bench, m: int) -> None:
+        self.name, self.bench, self.problem = name, bench, bench.problem
+        self.scheme, self.pattern = bench.layer.scheme, bench.layer.pattern
+        self.sparse, self.dense = CuSparseLt(), Dense()
+        self.slid = self.sparse.prepare(self.problem, bench.weights)
+        self.plain = self.dense.prepare(self.problem, bench.weights)
+        self.x = [torch.randn(m, self.problem.k, device="cuda").to(torch.bfloat16) for _ in range(2)]
+        self.residual = torch.randn(m, self.problem.n, device="cuda").to(torch.bfloat16) if name == "down" else None
+        self.weight = torch.ones(self.problem.n, device="cuda", dtype=torch.bfloat16)
+        self.algorithm = self.sparse.search(self.problem, self.x[0], self.slid, bench.weights.channel_scale)[0]
+        cell = bench.cell(m, rounds=5)
+        self.route = cell.best("dense")
+        self.compiled_consumer = torch.compile(silu_mul if name == "gate_up" else add_norm)
+        self.compiled = torch.compile(self._whole, fullgraph=True)
+
+    def sums(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """GEMM output without the token scale, that scale, and the weight scale that is still to be applied."""
+        q, x_scale = ops.quantize_lift(x, self.pattern, self.scheme, rows=16)
+        alpha = self.slid.get("alpha")
+        y = cusparselt.sparse_mm(q, self.slid["compressed"], alpha, self.problem.n, torch.bfloat16, self.algorithm)
+        return y[: x.shape[0]], x_scale, None if alpha is not None else self.bench.weights.channel_scale
+
+    def separate(self, x: Tensor) -> tuple[Tensor, ...]:
+        y, x_scale, w_scale = self.sums(x)
+        y = ops.rescale(y, x_scale, w_scale, None, torch.bfloat16)
+        if self.name == "gate_up":
+            return ops.quantize_lift(self.compiled_consumer(y), self.pattern, self.scheme)
+        h, total = self.compiled_consumer(y, self.residual, self.weight)
+        return *ops.quantize_lift(h, self.pattern, self.scheme), total
+
+    def fused(self, x: Tensor) -> tuple[Tensor, ...]:
+        y, x_scale, w_scale = self.sums(x)
+        if w_scale is not None:
+            return self.compiled(x)
+        return self._consume(y, x_scale)
+
+    def _consume(self, y: Tensor, x_scale: Tensor | None) -> tuple[Tensor, ...]:
+        if self.name == "gate_up":
+            return ops.silu_mul_quantize(y, self.scheme, pattern=self.pattern, scale=x_scale)
+        return ops.rms_norm_quantize(y, self.weight, EPS, self.scheme, pattern=self.pattern, residual=self.residual, scale=x_scale)
+
+    def _whole(self, x: Tensor) -> tuple[Tensor, ...]:
+        y, x_scale, w_scale = self.sums(x)
+        y = finish(self.problem, y, x_scale, w_scale, None)
+        if self.name == "gate_up":
+            return ops.quantize_lift(silu_mul(y), self.pattern, self.scheme)
+        h, total = add_norm(y, self.residual, self.weight)
+        return *ops.quantize_lift(h, self.pattern, self.scheme), total
+
+    def best_dense(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.dense.run(self.problem, x, self.plain, self.bench.weights.channel_scale, None, self.route.partition(":")[2])
+        if self.name == "gate_up":
+            return ops.silu_mul_quantize(y, self.scheme)
+        return ops.rms_norm_quantize(y, self.weight, EPS, self.scheme, residual=self.residual)
+
+
+def agree(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    """Whether quantised values differ by a step at most, and rarely, and the scales hardly."""
+    close = (a[0].float() - b[0].float()).abs() <= (1 if a[0].dtype == torch.int8 else b[0].float().abs() / 8 + 2**-6)
+    return bool(close.float().mean() > 0.999) and torch.allclose(a[1], b[1], rtol=0.02)
+
+
+def rows(scheme: str, name: str, m: int) -> Iterator[dict[str, object]]:
+    layer = Layer(*LAYERS[name], Pattern.parse("6:8"), SCHEMES[scheme])
+    case = Case(name, Bench(layer), m)
+    ways: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {"separate": case.separate, "compiled": case.compiled, "dense": case.best_dense}
+    if case.slid.get("alpha") is not None:
+        ways["fused"] = case.fused
+    expected = case.separate(case.x[0])
+    right = {way: agree(call(case.x[0]), expected) if way != "dense" else True for way, call in ways.items()}
+    timings = measure.interleaved({way: [lambda x=x, call=call: call(x) for x in case.x] for way, call in ways.items()}, rounds=11)
+    for way, timing in timings.items():
+        row = {"layer": name, "m": m, "n": layer.n, "k": layer.k, "pattern": "6:8", "scheme": scheme, "method": way}
+        row |= {"algorithm": case.route if way == "dense" else case.algorithm}
+        row |= {"us_p50": f"{timing.p50:.2f}", "us_p20": f"{timing.p20:.2f}", "us_p80": f"{timing.p80:.2f}"}
+        row |= {"x_separate": f"{timings['separate'].p50 / timing.p50:.3f}", "x_dense": f"{timings['dense'].p50 / timing.p50:.3f}"}
+        yield row | {"correct": right[way]}
+
+
+def main(out: str, commit: str) -> None:
+    here = this_machine()
+    head = {"date": datetime.date.today().isoformat(), "commit": commit, "gpu": here.gpu, "driver": here.driver, "torch": here.torch}
+    head |= {"cusparselt": here.cusparselt}
+    with open(out, "w", newline="", encoding="utf-8") as file:
+        writer = None
+        for scheme in ("int8", "fp8"):
+            for name in LAYERS:
+                for m in (1024, 4096, 16384):
+                    for row in rows(scheme, name, m):
+                        row = head | row
+                        if writer is None:
+                            writer = csv.DictWriter(file, row, lineterminator="\n")
+                            writer.writeheader()
+                        writer.writerow(row)
+                        file.flush()
+                        print(*list(row.values())[6:], flush=True)
+                    torch._dynamo.reset()
+                    torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
