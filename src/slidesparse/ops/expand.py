@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import pack
 from ..format import Packed
 from ..pattern import Pattern
+from .launching import launch
 from .library import define, has_triton
 
 _INTEGERS = {1: torch.int8, 2: torch.int16}
@@ -37,6 +38,11 @@ class Tile:
     def block(self) -> int:
         """Threads along a row."""
         return 32 * self.warps // self.rows
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What a kernel compiles in."""
+        return {"ROWS": self.rows, "BLOCK": self.block, "UNROLL": self.unroll, "num_warps": self.warps}
 
     def grid(self, rows: int, nbytes: int) -> tuple[int, int, int]:
         """Programs that write ``rows`` rows of ``nbytes`` bytes."""
@@ -167,11 +173,10 @@ def launch_restore(values: Tensor, keep: Tensor, pattern: Pattern, k: int, tile:
     stride, chunked = values.shape[1] * size, k * size % 8 == 0
     columns = k * size // 8 if chunked else k
     step = gcd(columns, 2) if chunked else 1
-    kernels.restore_kernel[tile.grid(n, k * size)](
-        values.view(torch.int8), keep, dense.view(torch.int64 if chunked else _INTEGERS[size]), n, columns // step,
-        stride, keep.shape[1], **_chunk_shape(pattern, size, stride), CHUNKED=chunked, STEP=step, INLINE=inline,
-        ROWS=tile.rows, BLOCK=tile.block, UNROLL=tile.unroll, num_warps=tile.warps,
-    )  # fmt: skip
+    out = dense.view(torch.int64 if chunked else _INTEGERS[size])
+    arguments = (values.view(torch.int8), keep, out, n, columns // step, stride, keep.shape[1])
+    shape = _chunk_shape(pattern, size, stride) | {"CHUNKED": chunked, "STEP": step, "INLINE": inline}
+    launch(kernels.restore_kernel, tile.grid(n, k * size), arguments, shape | tile.constants)
     return dense
 
 
@@ -189,11 +194,10 @@ def launch_slide(values: Tensor, keep: Tensor, pattern: Pattern, k: int, width: 
         values, keep = _aligned(values), keep.contiguous()
         windows, each = values.shape[1] // 2, 4 // size
         steps = gcd(windows, each), gcd(windows_out, each)
-        kernels.slide_kernel[tile.grid(n_out, windows_out * 4 * size)](
-            values.view(pair), keep, slid.view(window), n, n_out, windows // steps[0], windows_out // steps[1], keep.shape[1],
-            **_window_shape(pattern, size), WINDOWS_STEP=steps[0], WIDTH_STEP=steps[1],
-            ROWS=tile.rows, BLOCK=tile.block, UNROLL=tile.unroll, num_warps=tile.warps,
-        )  # fmt: skip
+        counts = (n, n_out, windows // steps[0], windows_out // steps[1], keep.shape[1])
+        shape = _window_shape(pattern, size) | {"WINDOWS_STEP": steps[0], "WIDTH_STEP": steps[1]}
+        arguments = (values.view(pair), keep, slid.view(window), *counts)
+        launch(kernels.slide_kernel, tile.grid(n_out, windows_out * 4 * size), arguments, shape | tile.constants)
     # A width that cuts a window is a test's wish, no library's: a copy may pay for it.
     return slid if slid.shape[1] == width else slid[:, :width].contiguous()
 
