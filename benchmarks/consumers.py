@@ -78,12 +78,7 @@ class Case:
         return *ops.quantize_lift(h, self.pattern, self.scheme), total
 
     def fused(self, x: Tensor) -> tuple[Tensor, ...]:
-        y, x_scale, w_scale = self.sums(x)
-        if w_scale is not None:
-            return self.compiled(x)
-        return self._consume(y, x_scale)
-
-    def _consume(self, y: Tensor, x_scale: Tensor | None) -> tuple[Tensor, ...]:
+        y, x_scale, _ = self.sums(x)
         if self.name == "gate_up":
             return ops.silu_mul_quantize(y, self.scheme, pattern=self.pattern, scale=x_scale)
         return ops.rms_norm_quantize(y, self.weight, EPS, self.scheme, pattern=self.pattern, residual=self.residual, scale=x_scale)
@@ -112,7 +107,8 @@ def agree(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 def rows(scheme: str, name: str, m: int) -> Iterator[dict[str, object]]:
     layer = Layer(*LAYERS[name], Pattern.parse("6:8"), SCHEMES[scheme])
     case = Case(name, Bench(layer), m)
-    ways: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {"separate": case.separate, "compiled": case.compiled, "dense": case.best_dense}
+    ways: dict[str, Callable[[Tensor], tuple[Tensor, ...]]]
+    ways = {"separate": case.separate, "compiled": case.compiled, "dense": case.best_dense}
     if case.slid.get("alpha") is not None:
         ways["fused"] = case.fused
     expected = case.separate(case.x[0])

@@ -63,20 +63,20 @@ def summary(table: list[dict[str, object]]) -> None:
         grouped[row["scheme"], row["pattern"], row["m"], row["layer"]].append(row)
     for (scheme, pattern, m, _), routes in grouped.items():
         into = cells[scheme, pattern, m]
-        for kind in ("dense", "restore", "cusparselt"):
+        for kind in ("dense", "restore", "cusparselt", "torchao"):
             times = [float(row["us_p50"]) for row in routes if str(row["route"]).startswith(kind + ":")]
             into[kind].append(min(times, default=float("nan")))
         for memory in ("fast", "lean"):
             into[memory] += [float(row["us_p50"]) for row in routes if memory in str(row["plan"]).split("+")]
         into["library"] += [float(row["us_p50"]) for row in routes if row["route"] in ("dense:cublaslt", "dense:rowwise", "dense:native")]
         into["sparse runs"].append(float(any("fast" in str(r["plan"]) and not str(r["route"]).startswith("dense") for r in routes)))
-    print("scheme pattern M | dense us | fast x (sparse layers) | lean x | sparse x | sparse against library dense x")
+    print("scheme pattern M | dense us | fast x (sparse layers) | lean x | cusparselt x | against library dense x | torchao x")
     for (scheme, pattern, m), times in sorted(cells.items(), key=lambda item: (item[0][0], item[0][1], item[0][2])):
         total = {kind: sum(values) for kind, values in times.items()}
         ratios = [total["dense"] / total[kind] for kind in ("fast", "lean", "cusparselt")]
-        ratios.append(total["library"] / total["cusparselt"])
+        ratios += [total["library"] / total["cusparselt"], total["dense"] / total["torchao"]]
         print(f"{scheme:5} {pattern:5} {m:6} | {total['dense']:9.1f} | {ratios[0]:.3f} ({total['sparse runs']:.0f}) | "
-              f"{ratios[1]:.3f} | {ratios[2]:.3f} | {ratios[3]:.3f}")  # fmt: skip
+              f"{ratios[1]:.3f} | {ratios[2]:.3f} | {ratios[3]:.3f} | {ratios[4]:.3f}")  # fmt: skip
 
 
 def main() -> None:
