@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import linears
 import torch
 import torchao
 from torch import Tensor
 
+import linears
 from slidesparse import ops
 from slidesparse.gemm import Problem, Weights, register
 
