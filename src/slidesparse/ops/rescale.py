@@ -1,0 +1,111 @@
+"""The scale-and-bias pass as a ``torch.library`` op, for libraries that give sums and cannot apply both scales themselves.
+
+On CUDA a Triton kernel runs, bitwise equal to the plain torch composition; elsewhere that composition itself does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .library import define, runs_kernels
+
+_SUMS = (torch.int32, torch.bfloat16, torch.float16, torch.float32)
+_OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def rescale(
+    acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype, *,
+    m: int | None = None, n: int | None = None,
+) -> Tensor:  # fmt: skip
+    """y = float32(acc) · w_scale · x_scale + bias: ``acc [M', N']`` → ``[M, N]``, each operation rounded, then once to ``out_dtype``.
+
+    acc is int32, bfloat16, float16 or float32, its rows contiguous, M' ≥ M and N' ≥ N where padded; x_scale float32 ``[M, 1]`` or None,
+    w_scale float32 ``[N, 1]`` or None, bias ``[N]`` of any float type or None; M is ``m``, else that of x_scale, else M'; N is ``n``,
+    else that of w_scale or bias, else N'. The output has memory of its own: writing in place would move as many bytes.
+
+    Raises:
+        ValueError: a dtype, or a shape that does not fit.
+    """
+    if acc.dim() != 2 or acc.dtype not in _SUMS:
+        raise ValueError(f"sums must be a matrix of int32, bfloat16, float16 or float32, got {acc.dtype} {list(acc.shape)}")
+    if out_dtype not in _OUTPUTS:
+        raise ValueError(f"the output must be bfloat16, float16 or float32, not {out_dtype}")
+    if m is None:
+        m = acc.shape[0] if x_scale is None else x_scale.numel()
+    if n is None:
+        columns = w_scale if w_scale is not None else bias
+        n = acc.shape[1] if columns is None else columns.numel()
+    if m > acc.shape[0] or n > acc.shape[1]:
+        raise ValueError(f"sums {list(acc.shape)} do not hold [{m}, {n}]")
+    for name, scale, count in (("x_scale", x_scale, m), ("w_scale", w_scale, n)):
+        if scale is not None and (scale.dtype != torch.float32 or scale.numel() != count):
+            raise ValueError(f"{name} must be float32 of {count} elements, got {scale.dtype} {list(scale.shape)}")
+    if bias is not None and (not bias.dtype.is_floating_point or bias.numel() != n):
+        raise ValueError(f"bias must hold {n} floats, got {bias.dtype} {list(bias.shape)}")
+    return torch.ops.slidesparse.rescale(acc, x_scale, w_scale, bias, out_dtype, m, n)
+
+
+def _rescale_oracle(
+    acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype, m: int, n: int
+) -> Tensor:
+    y = acc[:m, :n].to(torch.float32)
+    if w_scale is not None:
+        y = y * w_scale.view(1, -1)
+    if x_scale is not None:
+        y = y * x_scale.view(-1, 1)
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    # Nothing of the input may be in the output.
+    return y.to(dtype, copy=y.data_ptr() == acc.data_ptr()).contiguous()
+
+
+def _rescale_cuda(
+    acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype, m: int, n: int
+) -> Tensor:
+    if not runs_kernels(acc.device, acc.dtype):
+        return _rescale_oracle(acc, x_scale, w_scale, bias, dtype, m, n)
+    return launch_rescale(acc, x_scale, w_scale, bias, dtype, m, n)
+
+
+def launch_rescale(
+    acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype, m: int, n: int,
+    tile: tuple[int, int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Run the kernel on the current device and stream; ``tile`` is rows and columns a program, and warps."""
+    from . import kernels_rescale as kernels
+
+    acc = acc if acc.stride(1) == 1 else acc.contiguous()
+    y = acc.new_empty((m, n), dtype=dtype)
+    if not y.numel():
+        return y
+    rows, block, warps = tile or _tile(m, n)
+    tiles = -(-n // block)
+    kernels.rescale_kernel[(tiles * -(-m // rows),)](
+        acc, y, _flat(x_scale), _flat(w_scale), _flat(bias), m, n, acc.stride(0), tiles,
+        X=x_scale is not None, W=w_scale is not None, BIAS=bias is not None,
+        ROWS=rows, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return y
+
+
+def _flat(vector: Tensor | None) -> Tensor | None:
+    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
+
+
+def _tile(m: int, n: int) -> tuple[int, int, int]:
+    """Rows and columns of a program, and warps: 8 elements a thread and row; few rows where the work is small."""
+    block = 1024 if n > 512 else max(64, 1 << (n - 1).bit_length())
+    return (4 if m >= 512 else 1), block, max(1, block // 256)
+
+
+def _rescale_fake(
+    acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype, m: int, n: int
+) -> Tensor:
+    return acc.new_empty((m, n), dtype=dtype)
+
+
+define(
+    "rescale(Tensor acc, Tensor? x_scale, Tensor? w_scale, Tensor? bias, ScalarType dtype, SymInt m, SymInt n) -> Tensor",
+    oracle=_rescale_oracle, cuda=_rescale_cuda, fake=_rescale_fake,
+)  # fmt: skip
