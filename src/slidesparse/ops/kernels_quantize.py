@@ -1,8 +1,9 @@
 """Triton kernels of per-token quantisation and of the lift, one program per block of rows.
 
-A program cuts its rows into chunks of ``SPAN`` groups of ``GROUP`` elements, and a group into parts of ``PART`` elements, one vector load
-each. The chunks of a row, if ``CACHED``, stay in registers between finding the largest magnitude and dividing, so every element is read
-and divided once; a thread holds whole groups and builds a lifted window from two neighbouring pairs of bytes.
+A program cuts its rows into chunks of ``SPAN`` times eight elements, eight a thread, one vector load. The chunks of a row, if ``CACHED``,
+stay in registers between finding the largest magnitude and dividing, so every element is read and divided once. A lifted window of 2:4
+hardware is two neighbouring pairs of bytes: pair p starts window p - p // (group / 2), the last pair of a group none. Threads whose last
+pair may start one read the pair behind it too.
 
 Division. A correctly rounded x / s is a sequence of ten instructions with a slow path. Here each row divides once, r = 1 / s, and each
 element multiplies. 16-bit elements multiply by r to 48 bits, kept as two floats: x · low is rounded, x · high is not (one fused
@@ -36,16 +37,14 @@ def float32(x):
 
 
 @triton.jit
-def larger(largest, parts):
-    """Elementwise the larger of float32 magnitudes and those of the parts of a chunk; NaN is largest."""
-    for part in tl.static_range(len(parts)):
-        largest = tl.maximum(largest, tl.abs(float32(parts[part])), propagate_nan=tl.PropagateNan.ALL)
-    return largest
+def larger(largest, value):
+    """Elementwise the larger of float32 magnitudes and those of a chunk; NaN is largest."""
+    return tl.maximum(largest, tl.abs(float32(value)), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def row_scale(largest, BOUND: tl.constexpr, WIDE: tl.constexpr):
-    """Magnitudes float32 ``[ROWS, SPAN, PART]`` → scale ``[ROWS]`` and what `_quantise` divides by, each ``[ROWS, 1, 1]``; ``WIDE`` says
+    """Magnitudes float32 ``[ROWS, SPAN, 8]`` → scale ``[ROWS]`` and what `_quantise` divides by, each ``[ROWS, 1, 1]``; ``WIDE`` says
     that elements are float32."""
     # Bits of magnitudes order as integers, NaN and Inf above every number.
     bits = tl.max(tl.max(largest.to(tl.int32, bitcast=True), 2), 1)
@@ -102,24 +101,29 @@ def _quantise(x, by, INT8: tl.constexpr, FUSED: tl.constexpr):
 
 
 @triton.jit
-def columns(chunk, part, GROUP: tl.constexpr, PART: tl.constexpr, SPAN: tl.constexpr):
-    """Columns ``[1, SPAN, PART]`` of one part of a chunk's groups."""
-    group = chunk * SPAN + tl.arange(0, SPAN)
-    return ((group * GROUP + part * PART)[:, None] + tl.arange(0, PART)[None, :])[None, :, :]
+def columns(chunk, part, SPAN: tl.constexpr):
+    """Columns ``[1, SPAN, 8]`` of a chunk; of part 1 ``[1, SPAN, 2]``, the pair behind each eight."""
+    first = (chunk * SPAN + tl.arange(0, SPAN)) * 8
+    lane = tl.arange(0, 8) if part == 0 else tl.arange(0, 2) + 8
+    return (first[:, None] + lane[None, :])[None, :, :]
 
 
 @triton.jit
-def load(x, rows, column, m, k, stride):
+def load(x, rows, column, m, k, stride, ONCE: tl.constexpr = False):
     pointer = x + (rows * stride)[:, None, None] + column
-    return tl.load(pointer, mask=(rows < m)[:, None, None] & (column < k), other=0.0)
+    if ONCE:
+        value = tl.load(pointer, mask=(rows < m)[:, None, None] & (column < k), other=0.0, eviction_policy="evict_first")
+    else:
+        value = tl.load(pointer, mask=(rows < m)[:, None, None] & (column < k), other=0.0)
+    return value
 
 
 @triton.jit
-def load_chunk(x, rows, chunk, m, k, stride, GROUP: tl.constexpr, PART: tl.constexpr, SPAN: tl.constexpr):
-    """The parts of a chunk, ``GROUP / PART`` tensors ``[ROWS, SPAN, PART]``; 0 outside x."""
+def load_chunk(x, rows, chunk, m, k, stride, SPAN: tl.constexpr, PARTS: tl.constexpr, ONCE: tl.constexpr = False):
+    """The parts of a chunk; 0 outside x."""
     parts = ()
-    for part in tl.static_range(GROUP // PART):
-        parts = parts + (load(x, rows, columns(chunk, part, GROUP, PART, SPAN), m, k, stride),)  # noqa: RUF005
+    for part in tl.static_range(PARTS):
+        parts = parts + (load(x, rows, columns(chunk, part, SPAN), m, k, stride, ONCE),)  # noqa: RUF005
     return parts
 
 
@@ -130,109 +134,96 @@ def _store_bytes(out, byte, rows, column, m, width):
 
 
 @triton.jit
-def _pairs(byte):
-    """Bytes ``[ROWS, SPAN, PART]`` → PART / 2 tensors int32 ``[ROWS, SPAN]``, each two neighbours."""
-    ROWS: tl.constexpr = byte.shape[0]
-    SPAN: tl.constexpr = byte.shape[1]
-    PART: tl.constexpr = byte.shape[2]
-    even, odd = tl.split(byte.reshape(ROWS, SPAN, PART // 2, 2))
-    pair = (even.to(tl.int32) & 255) | ((odd.to(tl.int32) & 255) << 8)
-    if PART == 2:
-        pairs = (pair.reshape(ROWS, SPAN),)
-    elif PART == 4:
-        first, second = tl.split(pair)
-        pairs = (first, second)
-    else:
-        low, high = tl.split(pair.reshape(ROWS, SPAN, 2, 2))
-        first, third = tl.split(low)
-        second, fourth = tl.split(high)
-        pairs = (first, second, third, fourth)
-    return pairs
+def _neighbours(byte):
+    """Bytes ``[ROWS, SPAN, n]`` → int32 ``[ROWS, SPAN, n / 2]``, each two neighbours."""
+    even, odd = tl.split(byte.reshape(byte.shape[0], byte.shape[1], byte.shape[2] // 2, 2))
+    return (even.to(tl.int32) & 255) | ((odd.to(tl.int32) & 255) << 8)
 
 
 @triton.jit
-def _store_windows(out, pairs, rows, chunk, m, k, width, GROUP: tl.constexpr, SPAN: tl.constexpr, WINDOWS: tl.constexpr):
-    """Store each group's windows, int32 words of two neighbouring pairs, in the widest vectors that groups are aligned to."""
-    group, groups = chunk * SPAN + tl.arange(0, SPAN), tl.cdiv(k, GROUP)
-    pointer = out + (rows * width)[:, None] + (group * WINDOWS)[None, :]
-    inside = (rows < m)[:, None] & (group < groups)[None, :]
-    VECTOR: tl.constexpr = 4 if WINDOWS % 4 == 0 else (2 if WINDOWS % 2 == 0 else 1)
-    for i in tl.static_range(0, WINDOWS, VECTOR):
-        word = pairs[i] | (pairs[i + 1] << 16)
-        if VECTOR == 1:
-            tl.store(pointer + i, word, mask=inside)
-        else:
-            lane = tl.arange(0, 2)
-            second = pairs[i + 1] | (pairs[i + 2] << 16)
-            if VECTOR == 2:
-                tl.store(pointer[:, :, None] + (i + lane), tl.join(word, second), mask=inside[:, :, None])
-            else:
-                third, fourth = pairs[i + 2] | (pairs[i + 3] << 16), pairs[i + 3] | (pairs[i + 4] << 16)
-                words = tl.join(tl.join(word, third), tl.join(second, fourth))
-                spot = pointer[:, :, None, None] + (i + 2 * lane[:, None] + lane[None, :])
-                tl.store(spot, words, mask=inside[:, :, None, None])
+def _store_windows(out, byte, behind, rows, chunk, m, k, width, SPAN: tl.constexpr, GROUP: tl.constexpr, COALESCED: tl.constexpr):
+    """Store the windows of a chunk's bytes, and of the pairs behind each eight: words of two pairs side by side, in one group."""
+    ROWS: tl.constexpr = byte.shape[0]
+    HALF: tl.constexpr = GROUP // 2
+    low, high = tl.split(_neighbours(byte).reshape(ROWS, SPAN, 2, 2))
+    first, third = tl.split(low)
+    second, fourth = tl.split(high)
+    words = (first | (second << 16), second | (third << 16), third | (fourth << 16))
+    if GROUP != 8:
+        words = words + (fourth | (_neighbours(behind).reshape(ROWS, SPAN) << 16),)  # noqa: RUF005
+    pair = (tl.arange(0, SPAN) + chunk * SPAN) * 4
+    bound = tl.cdiv(k, GROUP) * HALF
+    line = out + (rows * width)[:, None]
+    if COALESCED:
+        words = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3] if GROUP != 8 else words[2]))
+        pair = chunk * SPAN * 4 + tl.arange(0, SPAN * 4)
+        inside = (pair < bound) & (pair % HALF != HALF - 1)
+        tl.store(line + (pair - pair // HALF)[None, :], words.reshape(ROWS, SPAN * 4), mask=(rows < m)[:, None] & inside[None, :])
+    else:
+        for i in tl.static_range(len(words)):
+            inside = (pair + i < bound) & ((pair + i) % HALF != HALF - 1)
+            tl.store(line + (pair + i - (pair + i) // HALF)[None, :], words[i], mask=(rows < m)[:, None] & inside[None, :])
 
 
 @triton.jit
 def store_chunk(
-    q, parts, by, rows, chunk, m, k, width, INT8: tl.constexpr, FUSED: tl.constexpr,
-    GROUP: tl.constexpr, PART: tl.constexpr, SPAN: tl.constexpr, WINDOWS: tl.constexpr,
+    q, parts, by, rows, chunk, m, k, width, INT8: tl.constexpr, FUSED: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+    COALESCED: tl.constexpr,
 ):  # fmt: skip
-    """Quantise a chunk, a tuple of parts of any float type ``[ROWS, SPAN, PART]``, and store it, lifted if there are ``WINDOWS``."""
-    pairs = ()
-    for part in tl.static_range(GROUP // PART):
-        byte = _quantise(parts[part], by, INT8, FUSED)
-        if WINDOWS == 0:
-            _store_bytes(q, byte, rows, columns(chunk, part, GROUP, PART, SPAN), m, width)
-        else:
-            pairs = pairs + _pairs(byte)
-    if WINDOWS > 0:
-        _store_windows(q, pairs, rows, chunk, m, k, width, GROUP, SPAN, WINDOWS)
+    """Quantise a chunk, a tuple of parts of any float type, and store it: its bytes, or if there is a ``GROUP`` its windows."""
+    byte = _quantise(parts[0], by, INT8, FUSED)
+    if GROUP == 0:
+        _store_bytes(q, byte, rows, columns(chunk, 0, SPAN), m, width)
+    else:
+        behind = _quantise(parts[1], by, INT8, FUSED) if len(parts) > 1 else byte
+        _store_windows(q, byte, behind, rows, chunk, m, k, width, SPAN, GROUP, COALESCED)
 
 
 @triton.jit
 def store_padding(
-    out, rows, m, k, width, GROUP: tl.constexpr, WINDOWS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, TILES: tl.constexpr
+    out, rows, m, k, width, GROUP: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
-    """Zero the words of lifted rows behind the last group."""
-    first = tl.cdiv(k, GROUP) * WINDOWS
+    """Zero the words of lifted rows behind the last group, and those of its end that no chunk reached."""
     for tile in range(TILES):
-        word = (first + tile * SPAN + tl.arange(0, SPAN))[None, :]
+        done = tl.minimum(tl.cdiv(k, GROUP) * (GROUP // 2), CHUNKS * SPAN * 4)
+        word = (done - done // (GROUP // 2) + tile * SPAN + tl.arange(0, SPAN))[None, :]
         tl.store(out + (rows * width)[:, None] + word, tl.zeros([ROWS, SPAN], tl.int32), mask=(rows < m)[:, None] & (word < width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def quantize_kernel(
     x, q, scale_out, m, k, width, stride,
-    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
-    WINDOWS: tl.constexpr, PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
+    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
+    COALESCED: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """x ``[m, k]`` of row stride ``stride`` → q ``[m, width]`` and scale_out ``[m]``; columns past the row's become 0.
 
-    Without ``WINDOWS`` q is int8. With them (n:l is 2:4, no offset) it is int32, one window a word, and width counts words.
+    Without ``GROUP`` bytes are stored, with it (n:l is 2:4, no offset) words, one window each, and width counts them.
     """
     begin(PDL)
+    q = q.to(tl.pointer_type(tl.int32 if GROUP else tl.int8), bitcast=True)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    largest = tl.zeros([ROWS, SPAN, PART], tl.float32)
+    largest = tl.zeros([ROWS, SPAN, 8], tl.float32)
     values = ()
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
-            values = values + (load_chunk(x, rows, chunk, m, k, stride, GROUP, PART, SPAN),)  # noqa: RUF005
+            values = values + (load_chunk(x, rows, chunk, m, k, stride, SPAN, PARTS, ONCE),)  # noqa: RUF005
         for chunk in tl.static_range(CHUNKS):
-            largest = larger(largest, values[chunk])
+            largest = larger(largest, values[chunk][0])
     else:
         for chunk in range(CHUNKS):
-            largest = larger(largest, load_chunk(x, rows, chunk, m, k, stride, GROUP, PART, SPAN))
+            largest = larger(largest, load(x, rows, columns(chunk, 0, SPAN), m, k, stride))
     scale, by = row_scale(largest, BOUND, x.dtype.element_ty == tl.float32)
     tl.store(scale_out + rows, scale, mask=rows < m)
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
-            store_chunk(q, values[chunk], by, rows, chunk, m, k, width, INT8, FUSED, GROUP, PART, SPAN, WINDOWS)
+            store_chunk(q, values[chunk], by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     else:
         for chunk in range(CHUNKS):
-            parts = load_chunk(x, rows, chunk, m, k, stride, GROUP, PART, SPAN)
-            store_chunk(q, parts, by, rows, chunk, m, k, width, INT8, FUSED, GROUP, PART, SPAN, WINDOWS)
-    store_padding(q, rows, m, k, width, GROUP, WINDOWS, ROWS, SPAN, PAD_TILES)
+            parts = load_chunk(x, rows, chunk, m, k, stride, SPAN, PARTS)
+            store_chunk(q, parts, by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
+    store_padding(q, rows, m, k, width, GROUP, ROWS, SPAN, CHUNKS, PAD_TILES)
 
 
 @triton.jit
@@ -257,19 +248,20 @@ def _store_lifted(out, value, rows, word, m, width, LANES: tl.constexpr):
     _store_bytes(out, value, rows, column[None, :, :], m, width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def quantize_gather_kernel(
     x, q, scale_out, m, k, slid, width, stride,
     BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
     GROUP: tl.constexpr, N: tl.constexpr, L: tl.constexpr, WINDOWS: tl.constexpr, OFFSET: tl.constexpr, LANES: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """x ``[m, k]`` → q int8 ``[m, width]``, any pattern and offset: the row is read again, from cache, in lifted order."""
+    """x ``[m, k]`` → q ``[m, width]``, any pattern and offset: the row is read again, from cache, in lifted order."""
     begin(PDL)
+    q = q.to(tl.pointer_type(tl.int8), bitcast=True)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     largest = tl.zeros([ROWS, SPAN, 8], tl.float32)
     for chunk in range(CHUNKS):
-        largest = larger(largest, load_chunk(x, rows, chunk, m, k, stride, 8, 8, SPAN))
+        largest = larger(largest, load(x, rows, columns(chunk, 0, SPAN), m, k, stride))
     scale, by = row_scale(largest, BOUND, x.dtype.element_ty == tl.float32)
     tl.store(scale_out + rows, scale, mask=rows < m)
     for tile in range(TILES):
@@ -278,7 +270,7 @@ def quantize_gather_kernel(
         _store_lifted(q, _quantise(value, by, INT8, FUSED), rows, word, m, width, LANES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def lift_kernel(
     x, y, m, k, slid, width, stride, PDL: tl.constexpr,
     GROUP: tl.constexpr, N: tl.constexpr, L: tl.constexpr, WINDOWS: tl.constexpr, OFFSET: tl.constexpr, LANES: tl.constexpr,

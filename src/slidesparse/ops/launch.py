@@ -2,34 +2,80 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+
+from ..format import SCHEMES
+from ..pattern import Pattern
+from .library import capability
 
 CACHED_CHUNKS = 20
 """Chunks of a row that stay in registers; a wider row is read twice, the second time mostly from cache."""
 
+BOUNDS = {scheme.dtype: scheme.bound for scheme in SCHEMES.values() if scheme.dynamic}
 
-@dataclass(frozen=True)
-class Launch:
-    """How one program works: ``rows`` rows, ``span`` groups of each at a time, by ``warps`` warps.
+
+class Launch(NamedTuple):
+    """How one program works: ``rows`` rows, ``span`` times eight elements of each at a time, by ``warps`` warps.
 
     ``overlap`` lets programs be placed while the kernel before drains (programmatic dependent launch), where the card can.
+    ``coalesced`` passes lifted words through shared memory, so that neighbouring threads store neighbouring words.
     """
 
     rows: int
     span: int
     warps: int
     overlap: bool = True
-
-    def chunks(self, groups: int) -> int:
-        """Chunks that cover a row of ``groups`` groups."""
-        return -(-groups // self.span)
+    coalesced: bool = True
+    once: bool = False
 
 
-def row_launch(m: int, groups: int) -> Launch:
-    """The configuration for ``m`` rows of ``groups`` groups (8 elements each where nothing is lifted): one group a thread and chunk."""
-    if groups <= 64:
-        span = max(2, 1 << max(groups - 1, 0).bit_length())
-        return Launch(128 // span, span, 4)
-    if groups <= 512:
-        return Launch(1, 64, 2)
+def row_launch(m: int, k: int) -> Launch:
+    """The configuration for ``m`` rows of ``k`` elements."""
+    if k <= 512:
+        span = max(2, 1 << max(-(-k // 8) - 1, 0).bit_length())
+        return Launch(128 // span, span, 4, coalesced=False)
+    if k <= 4096:
+        return Launch(1, 256, 8) if m <= 2048 else Launch(1, 64, 2)
     return Launch(1, 256, 8)
+
+
+def overlaps(launch: Launch, device: torch.device) -> bool:
+    """Whether programs may be placed while the kernel before drains."""
+    return launch.overlap and device.type == "cuda" and capability(device) >= (9, 0)
+
+
+@lru_cache(maxsize=4096)
+def row_constants(
+    launch: Launch, k: int, width: int, group: int, dtype: torch.dtype, fused: bool, overlap: bool
+) -> MappingProxyType[str, object]:
+    """Compile-time parameters of kernels that hold rows of ``k`` elements; ``group`` is 0 if nothing is lifted.
+
+    ``fused`` is False under the interpreter, whose fused multiply-add rounds twice.
+    """
+    chunks = -(-(k if group else max(k, width)) // (8 * launch.span))
+    padding = 0
+    if group:
+        pairs = min(-(-k // group) * (group // 2), chunks * launch.span * 4)
+        padding = width // 4 - (pairs - pairs // (group // 2))
+    return MappingProxyType({
+        "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": fused, "PDL": overlap, "launch_pdl": overlap,
+        "GROUP": group, "PARTS": 2 if group not in (0, 8) else 1, "PAD_TILES": -(-padding // launch.span),
+        "ROWS": launch.rows, "SPAN": launch.span, "CHUNKS": chunks, "CACHED": chunks <= CACHED_CHUNKS,
+        "COALESCED": launch.coalesced, "ONCE": launch.once, "num_warps": launch.warps,
+    })  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def gather_constants(launch: Launch, pattern: Pattern, offset: int, width: int, overlap: bool) -> MappingProxyType[str, object]:
+    """Compile-time parameters of the lift of any pattern and offset, words of ``LANES`` at a time."""
+    lanes, words = gcd(pattern.l, 4), launch.span * 2
+    return MappingProxyType({
+        "PDL": overlap, "launch_pdl": overlap, "GROUP": pattern.group, "N": pattern.n, "L": pattern.l, "WINDOWS": pattern.windows,
+        "OFFSET": offset, "LANES": lanes, "ROWS": launch.rows, "WORDS": words, "TILES": -(-width // (words * lanes)),
+        "num_warps": launch.warps,
+    })  # fmt: skip

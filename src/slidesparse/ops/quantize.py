@@ -7,7 +7,6 @@ the oracle itself does. ``width`` pads the output's columns with zeros and ``row
 from __future__ import annotations
 
 from functools import lru_cache
-from math import gcd
 
 import torch
 from torch import Tensor
@@ -15,13 +14,14 @@ from torch import Tensor
 from .. import reference
 from ..format import SCHEMES, Scheme
 from ..pattern import Pattern
-from .launch import CACHED_CHUNKS, Launch, row_launch
-from .library import capability, define, runs_kernels
+from . import launching
+from .launch import BOUNDS, Launch, gather_constants, overlaps, row_constants, row_launch
+from .library import define, runs_kernels
 
 _INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 _SCHEME_OF = {scheme.dtype: scheme for scheme in SCHEMES.values() if scheme.dynamic}
-_parsed = lru_cache(Pattern.parse)
+parsed = lru_cache(Pattern.parse)
 
 
 def quantize(x: Tensor, scheme: Scheme, *, width: int | None = None, rows: int = 1) -> tuple[Tensor, Tensor]:
@@ -117,11 +117,11 @@ def quantize_oracle(x: Tensor, dtype: torch.dtype, width: int, rows: int) -> tup
 def quantize_lift_oracle(x: Tensor, pattern: str, dtype: torch.dtype, offset: int, width: int, rows: int) -> tuple[Tensor, Tensor]:
     """`quantize_lift` by plain torch."""
     q, scale = reference.quantize(x, _SCHEME_OF[dtype])
-    return _padded(reference.lift(q, _parsed(pattern), offset), width, rows), scale
+    return _padded(reference.lift(q, parsed(pattern), offset), width, rows), scale
 
 
 def _lift_oracle(x: Tensor, pattern: str, offset: int, width: int, rows: int) -> Tensor:
-    return _padded(reference.lift(x.contiguous(), _parsed(pattern), offset), width, rows)
+    return _padded(reference.lift(x.contiguous(), parsed(pattern), offset), width, rows)
 
 
 def empty_rows(x: Tensor, dtype: torch.dtype, width: int, rows: int) -> Tensor:
@@ -130,7 +130,8 @@ def empty_rows(x: Tensor, dtype: torch.dtype, width: int, rows: int) -> Tensor:
     return x.new_empty((m if rows == 1 else (m + rows - 1) // rows * rows, width), dtype=dtype)
 
 
-def _empty(x: Tensor, dtype: torch.dtype, width: int, rows: int) -> tuple[Tensor, Tensor]:
+def empty(x: Tensor, dtype: torch.dtype, width: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Memory for what `quantize` gives."""
     return empty_rows(x, dtype, width, rows), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
@@ -143,13 +144,13 @@ def _quantize_cuda(x: Tensor, dtype: torch.dtype, width: int, rows: int) -> tupl
 def _quantize_lift_cuda(x: Tensor, pattern: str, dtype: torch.dtype, offset: int, width: int, rows: int) -> tuple[Tensor, Tensor]:
     if not runs_kernels(x.device, dtype):
         return quantize_lift_oracle(x, pattern, dtype, offset, width, rows)
-    return launch_quantize_lift(x, _parsed(pattern), dtype, offset, width, rows)
+    return launch_quantize_lift(x, parsed(pattern), dtype, offset, width, rows)
 
 
 def _lift_cuda(x: Tensor, pattern: str, offset: int, width: int, rows: int) -> Tensor:
     if x.element_size() not in _INTEGERS or not runs_kernels(x.device, x.dtype):
         return _lift_oracle(x, pattern, offset, width, rows)
-    return launch_lift(x, _parsed(pattern), offset, width, rows)
+    return launch_lift(x, parsed(pattern), offset, width, rows)
 
 
 def in_rows(x: Tensor) -> Tensor:
@@ -157,62 +158,31 @@ def in_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def overlaps(x: Tensor, launch: Launch) -> bool:
-    """Whether this launch may begin before the kernel ahead of it has drained."""
-    return launch.overlap and x.is_cuda and capability(x.device) >= (9, 0)
-
-
-def arithmetic(dtype: torch.dtype, fused: bool) -> dict[str, object]:
-    """What a kernel divides by and converts to; ``fused`` is False under the interpreter, whose fma rounds twice."""
-    return {"BOUND": _SCHEME_OF[dtype].bound, "INT8": dtype == torch.int8, "FUSED": fused}
-
-
-def can_hold_groups(pattern: Pattern, offset: int, width: int) -> bool:
-    """Whether threads can hold whole groups and store their windows as words: 2:4 hardware, groups not split by an offset."""
-    return (pattern.n, pattern.l) == (2, 4) and pattern.group <= 16 and not offset and width % 4 == 0
-
-
-@lru_cache(maxsize=4096)
-def tile(launch: Launch, k: int, width: int, group: int, windows: int) -> dict[str, object]:
-    """How a kernel cuts rows of ``k`` elements into chunks, groups and vector loads; ``windows`` is 0 if nothing is lifted."""
-    chunks = launch.chunks(-(-(k if windows else max(k, width)) // group))
-    padding = width // 4 - -(-k // group) * windows if windows else 0
-    return {
-        "GROUP": group, "PART": gcd(group, 8), "WINDOWS": windows, "PAD_TILES": -(-padding // launch.span), "ROWS": launch.rows,
-        "SPAN": launch.span, "CHUNKS": chunks, "CACHED": chunks * group <= CACHED_CHUNKS * 8, "num_warps": launch.warps,
-    }  # fmt: skip
-
-
-def _window_words(pattern: Pattern, offset: int, launch: Launch, width: int) -> dict[str, object]:
-    lanes, words = gcd(pattern.l, 4), launch.span * 2
-    return {
-        "GROUP": pattern.group, "N": pattern.n, "L": pattern.l, "WINDOWS": pattern.windows, "OFFSET": offset, "LANES": lanes,
-        "ROWS": launch.rows, "WORDS": words, "TILES": -(-width // (words * lanes)), "num_warps": launch.warps,
-    }  # fmt: skip
+def can_pair(pattern: Pattern, offset: int, width: int) -> bool:
+    """Whether windows are words of two pairs that start where loads do: 2:4 hardware, no offset."""
+    return (pattern.n, pattern.l) == (2, 4) and not offset and width % 4 == 0
 
 
 def launch_quantize(
     x: Tensor, dtype: torch.dtype, width: int, rows: int = 1, launch: Launch | None = None, *, fused: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the quantise kernel on the current device and stream."""
-    return _launch_groups(x, dtype, width, rows, launch, fused, 8, 0)
+    return _launch_groups(x, dtype, width, rows, launch, fused, 0)
 
 
 def _launch_groups(
-    x: Tensor, dtype: torch.dtype, width: int, rows: int, launch: Launch | None, fused: bool, group: int, windows: int
+    x: Tensor, dtype: torch.dtype, width: int, rows: int, launch: Launch | None, fused: bool, group: int
 ) -> tuple[Tensor, Tensor]:
     from . import kernels_quantize as kernels
 
     x = in_rows(x)
-    q, scale = _empty(x, dtype, width, rows)
+    q, scale = empty(x, dtype, width, rows)
     m, k = x.shape
-    launch = launch or row_launch(m, -(-k // group))
-    overlap = overlaps(x, launch)
+    launch = launch or row_launch(m, k)
     if m:
-        kernels.quantize_kernel[(-(-m // launch.rows),)](
-            x, q.view(torch.int32 if windows else torch.int8), scale, m, k, width // 4 if windows else width, x.stride(0),
-            **arithmetic(dtype, fused), PDL=overlap, launch_pdl=overlap, **tile(launch, k, width, group, windows),
-        )  # fmt: skip
+        constants = row_constants(launch, k, width, group, dtype, fused, overlaps(launch, x.device))
+        arguments = (x, q, scale, m, k, width // 4 if group else width, x.stride(0))
+        launching.launch(kernels.quantize_kernel, (-(-m // launch.rows),), arguments, constants)
     return q, scale
 
 
@@ -223,19 +193,18 @@ def launch_quantize_lift(
     """Run a quantise-and-lift kernel on the current device and stream; ``gather`` asks for the one that takes every pattern."""
     from . import kernels_quantize as kernels
 
-    if can_hold_groups(pattern, offset, width) and not gather:
-        return _launch_groups(x, dtype, width, rows, launch, fused, pattern.group, pattern.windows)
+    if can_pair(pattern, offset, width) and not gather:
+        return _launch_groups(x, dtype, width, rows, launch, fused, pattern.group)
     x = in_rows(x)
-    q, scale = _empty(x, dtype, width, rows)
+    q, scale = empty(x, dtype, width, rows)
     m, k = x.shape
-    launch = launch or row_launch(m, -(-k // 8))
-    overlap = overlaps(x, launch)
+    launch = launch or row_launch(m, k)
     if m:
-        kernels.quantize_gather_kernel[(-(-m // launch.rows),)](
-            x, q.view(torch.int8), scale, m, k, pattern.slid_k(k, offset), width, x.stride(0), **arithmetic(dtype, fused),
-            SPAN=launch.span, CHUNKS=launch.chunks(-(-k // 8)), **_window_words(pattern, offset, launch, width),
-            PDL=overlap, launch_pdl=overlap,
-        )  # fmt: skip
+        constants = gather_constants(launch, pattern, offset, width, overlaps(launch, x.device)) | {
+            "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": fused, "SPAN": launch.span, "CHUNKS": -(-k // (8 * launch.span)),
+        }  # fmt: skip
+        arguments = (x, q, scale, m, k, pattern.slid_k(k, offset), width, x.stride(0))
+        launching.launch(kernels.quantize_gather_kernel, (-(-m // launch.rows),), arguments, constants)
     return q, scale
 
 
@@ -251,22 +220,20 @@ def launch_lift(x: Tensor, pattern: Pattern, offset: int, width: int, rows: int 
         y.view(integer)[:m, k:] = 0
         return y
     x = in_rows(x)
-    launch = launch or row_launch(m, -(-k // 8))
-    overlap = overlaps(x, launch)
+    launch = launch or row_launch(m, k)
     if m:
-        kernels.lift_kernel[(-(-m // launch.rows),)](
-            x.view(integer), y.view(integer), m, k, pattern.slid_k(k, offset), width, x.stride(0),
-            **_window_words(pattern, offset, launch, width), PDL=overlap, launch_pdl=overlap,
-        )  # fmt: skip
+        constants = gather_constants(launch, pattern, offset, width, overlaps(launch, x.device))
+        arguments = (x.view(integer), y.view(integer), m, k, pattern.slid_k(k, offset), width, x.stride(0))
+        launching.launch(kernels.lift_kernel, (-(-m // launch.rows),), arguments, constants)
     return y
 
 
 def _quantize_fake(x: Tensor, dtype: torch.dtype, width: int, rows: int) -> tuple[Tensor, Tensor]:
-    return _empty(x, dtype, width, rows)
+    return empty(x, dtype, width, rows)
 
 
 def _quantize_lift_fake(x: Tensor, pattern: str, dtype: torch.dtype, offset: int, width: int, rows: int) -> tuple[Tensor, Tensor]:
-    return _empty(x, dtype, width, rows)
+    return empty(x, dtype, width, rows)
 
 
 def _lift_fake(x: Tensor, pattern: str, offset: int, width: int, rows: int) -> Tensor:

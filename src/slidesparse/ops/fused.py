@@ -1,0 +1,234 @@
+"""RMSNorm or SwiGLU, quantised and if asked lifted in the same pass: what stands between two quantised linears of a Llama-like block.
+
+The arithmetic, roundings included, is that of the eager layers of transformers followed by `quantize_lift`. On CUDA one Triton kernel
+runs; it may sum squares in another order and has its own exponential, nothing else differs. Elsewhere, and for patterns that its threads
+cannot hold, the composition itself does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..format import Scheme
+from ..pattern import Pattern
+from . import launching
+from .launch import Launch, overlaps, row_constants, row_launch
+from .library import define, runs_kernels
+from .quantize import can_pair, checked, checked_width, empty, in_rows, moves_nothing, parsed, slid_width
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, scheme: Scheme, *, pattern: Pattern | None = None, residual: Tensor | None = None,
+    scale: Tensor | None = None, bias: Tensor | None = None, width: int | None = None, rows: int = 1,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """RMSNorm of each row, quantised and lifted: ``x [M, K]`` → q ``[M', width]``, its scale float32 ``[M, 1]``, and with a residual h.
+
+    h = x; with ``scale`` float32 ``[M, 1]`` h = x · scale + ``bias [K]``, rounded once to x's type; with ``residual [M, K]`` (x's type)
+    then h = h + residual, rounded, and returned ``[M, K]``. The norm: h · rsqrt(mean(h²) + ``eps``) in float32, rounded, times
+    ``weight [K]`` (x's type), rounded. Without ``pattern`` nothing is lifted; ``width`` and ``rows`` as in `quantize_lift`.
+
+    Raises:
+        ValueError: as `quantize_lift`; a shape or type does not fit, or there is a bias without a scale.
+    """
+    m, k = x.shape if x.dim() == 2 else (0, 0)
+    dtype, text, width = _request(x, k, scheme, pattern, width, rows)
+    _check_scale(scale, bias, m, k)
+    _check("weight", weight, (k,), (x.dtype,))
+    if residual is None:
+        return torch.ops.slidesparse.rms_norm_quantize(x, weight, eps, dtype, text, scale, bias, width, rows)
+    _check("residual", residual, (m, k), (x.dtype,))
+    return torch.ops.slidesparse.add_rms_norm_quantize(x, weight, residual, eps, dtype, text, scale, bias, width, rows)
+
+
+def silu_mul_quantize(
+    gate_up: Tensor, scheme: Scheme, *, pattern: Pattern | None = None, scale: Tensor | None = None, bias: Tensor | None = None,
+    width: int | None = None, rows: int = 1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """silu(gate) · up, quantised and lifted: ``gate_up [M, 2K]``, gates first → q ``[M', width]``, its scale float32 ``[M, 1]``.
+
+    With ``scale`` float32 ``[M, 1]``, gate_up · scale + ``bias [2K]``, rounded once to gate_up's type, stands for gate_up. silu in
+    float32, rounded, times up, rounded. Without ``pattern`` nothing is lifted; ``width`` and ``rows`` as in `quantize_lift`.
+
+    Raises:
+        ValueError: as `quantize_lift`; a shape or type does not fit, or there is a bias without a scale.
+    """
+    m, double = gate_up.shape if gate_up.dim() == 2 else (0, 0)
+    if double % 2:
+        raise ValueError(f"gate_up must hold gates and as many ups, got {double} columns")
+    dtype, text, width = _request(gate_up, double // 2, scheme, pattern, width, rows)
+    _check_scale(scale, bias, m, double)
+    return torch.ops.slidesparse.silu_mul_quantize(gate_up, dtype, text, scale, bias, width, rows)
+
+
+def _request(x: Tensor, k: int, scheme: Scheme, pattern: Pattern | None, width: int | None, rows: int) -> tuple[torch.dtype, str, int]:
+    """Output type, pattern as text (empty if nothing moves) and width."""
+    dtype = checked(x, scheme)
+    if pattern is None:
+        return dtype, "", checked_width(x, k, width, rows)
+    width = checked_width(x, slid_width(k, pattern), width, rows)
+    return dtype, "" if moves_nothing(pattern, 0) else str(pattern), width
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name} must be {wanted} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+
+
+def _check_scale(scale: Tensor | None, bias: Tensor | None, m: int, n: int) -> None:
+    if scale is not None:
+        _check("scale", scale, (m, 1), (torch.float32,))
+    if bias is not None:
+        if scale is None:
+            raise ValueError("a bias acts after the token scale: give both")
+        _check("bias", bias, (n,), (torch.bfloat16, torch.float16, torch.float32))
+
+
+def _scaled(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    if scale is None:
+        return x
+    y = x.float() * scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _normed(h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    h32 = h.float()
+    return weight * (h32 * torch.rsqrt(h32.square().mean(-1, keepdim=True) + eps)).to(h.dtype)
+
+
+def _quantised(h: Tensor, dtype: torch.dtype, pattern: str, width: int, rows: int) -> tuple[Tensor, Tensor]:
+    """By whatever runs on the device of h."""
+    if pattern:
+        return torch.ops.slidesparse.quantize_lift(h, pattern, dtype, 0, width, rows)
+    return torch.ops.slidesparse.quantize(h, dtype, width, rows)
+
+
+def _norm_oracle(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None, width: int,
+    rows: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _quantised(_normed(_scaled(x, scale, bias), weight, eps), dtype, pattern, width, rows)
+
+
+def _add_norm_oracle(
+    x: Tensor, weight: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None,
+    width: int, rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    total = (_scaled(x, scale, bias) + residual).contiguous()
+    return *_quantised(_normed(total, weight, eps), dtype, pattern, width, rows), total
+
+
+def _silu_oracle(
+    x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None, width: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    gate, up = _scaled(x, scale, bias).chunk(2, -1)
+    return _quantised((gate.float() * torch.sigmoid(gate.float())).to(x.dtype) * up, dtype, pattern, width, rows)
+
+
+def _runs(x: Tensor, dtype: torch.dtype, pattern: str, width: int) -> bool:
+    held = not pattern or can_pair(parsed(pattern), 0, width)
+    return held and runs_kernels(x.device, dtype)
+
+
+def _norm_cuda(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None, width: int,
+    rows: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if not _runs(x, dtype, pattern, width):
+        return _norm_oracle(x, weight, eps, dtype, pattern, scale, bias, width, rows)
+    return launch_norm(x, weight, None, eps, dtype, pattern, scale, bias, width, rows)[:2]
+
+
+def _add_norm_cuda(
+    x: Tensor, weight: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None,
+    width: int, rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if not _runs(x, dtype, pattern, width):
+        return _add_norm_oracle(x, weight, residual, eps, dtype, pattern, scale, bias, width, rows)
+    return launch_norm(x, weight, residual, eps, dtype, pattern, scale, bias, width, rows)
+
+
+def _silu_cuda(
+    x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None, width: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    if not _runs(x, dtype, pattern, width):
+        return _silu_oracle(x, dtype, pattern, scale, bias, width, rows)
+    return launch_silu(x, dtype, pattern, scale, bias, width, rows)
+
+
+def _launch(kernel: object, tensors: tuple[Tensor, ...], numbers: tuple, flags: dict[str, bool], constants: tuple) -> None:
+    """Start a kernel on rows of its first tensor; ``constants`` are those of `row_constants` up to ``fused``."""
+    x, (launch, k, width, group, *_) = tensors[0], constants
+    m = x.shape[0]
+    given = (*tensors, m, k, width // 4 if group else width, *numbers)
+    # Unlike torch's eager layers, a fused multiply-add does not round the product.
+    options = {**flags, **row_constants(*constants, overlaps(launch, x.device)), "enable_fp_fusion": False}
+    launching.launch(kernel, (-(-m // launch.rows),), given, options)
+
+
+def launch_norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None,
+    bias: Tensor | None, width: int, rows: int = 1, launch: Launch | None = None, *, fused: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run the RMSNorm kernel on the current device and stream; the third result means something only with a residual."""
+    from .kernels_fused import rms_norm_quantize_kernel as kernel
+
+    x, (m, k) = in_rows(x), x.shape
+    q, out_scale = empty(x, dtype, width, rows)
+    # Absent tensors are stood in for by ones that the kernel then does not touch.
+    total, added = (q, x) if residual is None else (x.new_empty((m, k)), in_rows(residual))
+    if m:
+        token, shift = out_scale if scale is None else scale.contiguous(), out_scale if bias is None else bias.contiguous()
+        constants = (launch or row_launch(m, k), k, width, parsed(pattern).group if pattern else 0, dtype, fused)
+        flags = {"SCALED": scale is not None, "BIASED": bias is not None, "SUMMED": residual is not None}
+        tensors = (x, weight.contiguous(), added, token, shift, total, q, out_scale)
+        _launch(kernel, tensors, (x.stride(0), added.stride(0), float(eps)), flags, constants)
+    return q, out_scale, total
+
+
+def launch_silu(
+    x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None, width: int, rows: int = 1,
+    launch: Launch | None = None, *, fused: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run the SwiGLU kernel on the current device and stream."""
+    from .kernels_fused import silu_mul_quantize_kernel as kernel
+
+    x, (m, k) = in_rows(x), (x.shape[0], x.shape[1] // 2)
+    q, out_scale = empty(x, dtype, width, rows)
+    if m:
+        token, shift = out_scale if scale is None else scale.contiguous(), out_scale if bias is None else bias.contiguous()
+        constants = (launch or row_launch(m, k), k, width, parsed(pattern).group if pattern else 0, dtype, fused)
+        _launch(
+            kernel, (x, token, shift, q, out_scale), (x.stride(0),), {"SCALED": scale is not None, "BIASED": bias is not None}, constants
+        )
+    return q, out_scale
+
+
+def _norm_fake(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None,
+               width: int, rows: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return empty(x, dtype, width, rows)
+
+
+def _add_norm_fake(x: Tensor, weight: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None,
+                   bias: Tensor | None, width: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return *empty(x, dtype, width, rows), x.new_empty(x.shape)
+
+
+def _silu_fake(x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None, width: int,
+               rows: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return empty(x, dtype, width, rows)
+
+
+_TAIL = "ScalarType dtype, str pattern, Tensor? scale, Tensor? bias, SymInt width, int rows"
+define(
+    f"rms_norm_quantize(Tensor x, Tensor weight, float eps, {_TAIL}) -> (Tensor, Tensor)",
+    oracle=_norm_oracle, cuda=_norm_cuda, fake=_norm_fake,
+)  # fmt: skip
+define(
+    f"add_rms_norm_quantize(Tensor x, Tensor weight, Tensor residual, float eps, {_TAIL}) -> (Tensor, Tensor, Tensor)",
+    oracle=_add_norm_oracle, cuda=_add_norm_cuda, fake=_add_norm_fake,
+)  # fmt: skip
+define(
+    f"silu_mul_quantize(Tensor x, {_TAIL}) -> (Tensor, Tensor)", oracle=_silu_oracle, cuda=_silu_cuda, fake=_silu_fake,
+)  # fmt: skip

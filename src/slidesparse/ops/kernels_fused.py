@@ -1,0 +1,205 @@
+"""Triton kernels that quantise, and lift, what RMSNorm or SwiGLU make of a row, without writing it in between.
+
+Rows are cut as in `kernels_quantize`. Every rounding to the type of x that the unfused layers make is made here too, so only sums and
+the exponential can differ from them. Compile without fusing multiplications and additions: that would skip roundings.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernels_quantize import afresh, begin, columns, float32, larger, load, row_scale, store_chunk, store_padding
+
+
+@triton.jit
+def _rounded(x32, like, FUSED: tl.constexpr):
+    """Round float32 to the type of ``like``; the interpreter's own conversion to bfloat16 cuts bits off (Triton 3.6)."""
+    if FUSED or like.dtype != tl.bfloat16:
+        return x32.to(like.dtype)
+    else:
+        bits = x32.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return tl.where(x32 == x32, nearest, tl.full(x32.shape, 0x7FC0, tl.int16).to(tl.bfloat16, bitcast=True))
+
+
+@triton.jit
+def _vector(pointer, column, k):
+    return float32(tl.load(pointer + column, mask=column < k, other=0.0))
+
+
+@triton.jit
+def _input(x, scale, bias, rows, column, m, k, stride, SCALED: tl.constexpr, BIASED: tl.constexpr, FUSED: tl.constexpr):
+    """Elements of x; if ``SCALED``, times their row's scale plus bias, rounded once."""
+    value = load(x, rows, column, m, k, stride)
+    if SCALED:
+        scaled = float32(value) * scale
+        if BIASED:
+            scaled += _vector(bias, column, k)
+        value = _rounded(scaled, value, FUSED)
+    return value
+
+
+@triton.jit
+def _forgotten(parts, statistic, FUSED: tl.constexpr):
+    """A chunk in its own type, its float32 form forgotten, see `afresh`; ``statistic`` is a sum of squares of the row."""
+    result = ()
+    for part in tl.static_range(len(parts)):
+        value = parts[part]
+        if FUSED and value.dtype != tl.float32:
+            # A sum of squares has no sign, and where it is NaN the row is poisoned anyway.
+            value = afresh(value, (statistic.to(tl.int32, bitcast=True) >> 31).to(tl.int16)[:, None, None])
+        result = result + (value,)  # noqa: RUF005
+    return result
+
+
+@triton.jit
+def _norm_inputs(
+    x, scale, bias, residual, total, rows, chunk, m, k, stride, residual_stride, PARTS: tl.constexpr,
+    SPAN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr, STORE: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """The parts of a chunk of h = x, scaled, plus the residual; the sum is stored if ``STORE``."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        column = columns(chunk, part, SPAN)
+        value = _input(x, scale, bias, rows, column, m, k, stride, SCALED, BIASED, FUSED)
+        if SUMMED:
+            value = _rounded(float32(value) + float32(load(residual, rows, column, m, k, residual_stride)), value, FUSED)
+            if STORE and part == 0:
+                inside = (rows < m)[:, None, None] & (column < k)
+                tl.store(total + (rows * k)[:, None, None] + column, value, mask=inside)
+        parts = parts + (value,)  # noqa: RUF005
+    return parts
+
+
+@triton.jit
+def _more_squares(squares, value):
+    value = float32(value)
+    return tl.fma(value, value, squares)
+
+
+@triton.jit
+def _normed(parts, inverse, weight, chunk, k, SPAN: tl.constexpr, FUSED: tl.constexpr):
+    """A chunk times the row's inverse root mean square, rounded, times the weight, rounded."""
+    result = ()
+    for part in tl.static_range(len(parts)):
+        value = parts[part]
+        normed = _rounded(float32(value) * inverse, value, FUSED)
+        column = columns(chunk, part, SPAN)
+        result = result + (_rounded(float32(normed) * _vector(weight, column, k), value, FUSED),)  # noqa: RUF005
+    return result
+
+
+@triton.jit(do_not_specialize=["m"])
+def rms_norm_quantize_kernel(
+    x, weight, residual, scale_in, bias, total, q, scale_out, m, k, width, stride, residual_stride, eps,
+    SCALED: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr,
+    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
+    COALESCED: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """x, residual ``[m, k]`` (scale_in ``[m]``, weight and bias ``[k]``) → total ``[m, k]``; q and scale_out as in `quantize_kernel`."""
+    begin(PDL)
+    q = q.to(tl.pointer_type(tl.int32 if GROUP else tl.int8), bitcast=True)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = tl.load(scale_in + rows, mask=rows < m, other=1.0)[:, None, None] if SCALED else 1.0
+    squares = tl.zeros([ROWS, SPAN, 8], tl.float32)
+    largest = tl.zeros([ROWS, SPAN, 8], tl.float32)
+    values = ()
+    if CACHED:
+        for chunk in tl.static_range(CHUNKS):
+            parts = _norm_inputs(x, token, bias, residual, total, rows, chunk, m, k, stride, residual_stride,
+                                 PARTS, SPAN, SCALED, BIASED, SUMMED, True, FUSED)  # fmt: skip
+            squares = _more_squares(squares, parts[0])
+            values = values + (parts,)  # noqa: RUF005
+    else:
+        for chunk in range(CHUNKS):
+            parts = _norm_inputs(x, token, bias, residual, total, rows, chunk, m, k, stride, residual_stride,
+                                 1, SPAN, SCALED, BIASED, SUMMED, True, FUSED)  # fmt: skip
+            squares = _more_squares(squares, parts[0])
+    square = tl.sum(tl.sum(squares, 2), 1)
+    inverse = tl.rsqrt(square / k + eps)[:, None, None]
+    normed = ()
+    if CACHED:
+        for chunk in tl.static_range(CHUNKS):
+            parts = _normed(_forgotten(values[chunk], square, FUSED), inverse, weight, chunk, k, SPAN, FUSED)
+            largest = larger(largest, parts[0])
+            normed = normed + (parts,)  # noqa: RUF005
+    else:
+        for chunk in range(CHUNKS):
+            parts = _norm_inputs(x, token, bias, residual, total, rows, chunk, m, k, stride, residual_stride,
+                                 1, SPAN, SCALED, BIASED, SUMMED, False, FUSED)  # fmt: skip
+            largest = larger(largest, _normed(parts, inverse, weight, chunk, k, SPAN, FUSED)[0])
+    scale, by = row_scale(largest, BOUND, x.dtype.element_ty == tl.float32)
+    tl.store(scale_out + rows, scale, mask=rows < m)
+    if CACHED:
+        for chunk in tl.static_range(CHUNKS):
+            store_chunk(q, normed[chunk], by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
+    else:
+        for chunk in range(CHUNKS):
+            parts = _norm_inputs(x, token, bias, residual, total, rows, chunk, m, k, stride, residual_stride,
+                                 PARTS, SPAN, SCALED, BIASED, SUMMED, False, FUSED)  # fmt: skip
+            parts = _normed(parts, inverse, weight, chunk, k, SPAN, FUSED)
+            store_chunk(q, parts, by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
+    store_padding(q, rows, m, k, width, GROUP, ROWS, SPAN, CHUNKS, PAD_TILES)
+
+
+@triton.jit
+def _sigmoid(x, FUSED: tl.constexpr):
+    """1 / (1 + exp(-x)) to about two units in the last place; ``FUSED`` skips the steps that would keep subnormal results."""
+    if FUSED:
+        power = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _gated(
+    x, scale, bias, rows, chunk, m, k, stride, PARTS: tl.constexpr, SPAN: tl.constexpr,
+    SCALED: tl.constexpr, BIASED: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """The parts of a chunk of silu(gate), rounded, times up, rounded; x holds the gates, k elements a row, then the ups."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        column = columns(chunk, part, SPAN)
+        value = _input(x, scale, bias, rows, column, m, k, stride, SCALED, BIASED, FUSED)
+        up = float32(_input(x + k, scale, bias + k if BIASED else bias, rows, column, m, k, stride, SCALED, BIASED, FUSED))
+        gate = float32(value)
+        gate = float32(_rounded(gate * _sigmoid(gate, FUSED), value, FUSED))
+        parts = parts + (_rounded(gate * up, value, FUSED),)  # noqa: RUF005
+    return parts
+
+
+@triton.jit(do_not_specialize=["m"])
+def silu_mul_quantize_kernel(
+    x, scale_in, bias, q, scale_out, m, k, width, stride, SCALED: tl.constexpr, BIASED: tl.constexpr,
+    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
+    COALESCED: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """x ``[m, 2k]``, gates first (scale_in ``[m]``, bias ``[2k]``) → q and scale_out as in `quantize_kernel`."""
+    begin(PDL)
+    q = q.to(tl.pointer_type(tl.int32 if GROUP else tl.int8), bitcast=True)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = tl.load(scale_in + rows, mask=rows < m, other=1.0)[:, None, None] if SCALED else 1.0
+    largest = tl.zeros([ROWS, SPAN, 8], tl.float32)
+    values = ()
+    if CACHED:
+        for chunk in tl.static_range(CHUNKS):
+            parts = _gated(x, token, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, BIASED, FUSED)
+            largest = larger(largest, parts[0])
+            values = values + (parts,)  # noqa: RUF005
+    else:
+        for chunk in range(CHUNKS):
+            largest = larger(largest, _gated(x, token, bias, rows, chunk, m, k, stride, 1, SPAN, SCALED, BIASED, FUSED)[0])
+    scale, by = row_scale(largest, BOUND, x.dtype.element_ty == tl.float32)
+    tl.store(scale_out + rows, scale, mask=rows < m)
+    if CACHED:
+        for chunk in tl.static_range(CHUNKS):
+            store_chunk(q, values[chunk], by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
+    else:
+        for chunk in range(CHUNKS):
+            parts = _gated(x, token, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, BIASED, FUSED)
+            store_chunk(q, parts, by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
+    store_padding(q, rows, m, k, width, GROUP, ROWS, SPAN, CHUNKS, PAD_TILES)

@@ -1,0 +1,223 @@
+"""RMSNorm and SwiGLU quantised in one pass: against the layers one after the other, on the CPU by Triton's interpreter, and on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from slidesparse import ops, reference
+from slidesparse.format import SCHEMES, Scheme
+from slidesparse.ops import fused as kernels
+from slidesparse.ops.launch import Launch
+from slidesparse.pattern import Pattern
+from slidesparse.testing import check_bitwise
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+EPS = 1e-6
+PATTERNS = (None, "2:4", "4:6", "6:8", "8:10", "14:16", "16:18", "4:8@4:8")
+STEP = {"int8": 1.0, "fp8": 32.0}
+"""The largest step between neighbouring quantised values."""
+
+
+def inputs(m: int, k: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Rows of different scales; among 5 and more also zeros, NaN, Inf, and values whose squares overflow."""
+    x, residual = (torch.randn(m, k).mul(torch.logspace(-1, 1, m).unsqueeze(-1) if m else 1).to(dtype) for _ in range(2))
+    if m >= 5:
+        x[1], x[2, 0], x[3, -1], x[4] = 0, torch.nan, torch.inf, 3e4
+    scale = torch.rand(m, 1) + 0.5
+    made = {"x": x, "residual": residual, "scale": scale, "weight": torch.randn(k).to(dtype), "bias": torch.randn(k)}
+    return {name: tensor.to(device) for name, tensor in made.items()}
+
+
+def eager_norm(x, weight, residual=None, scale=None, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What transformers' layers compute: the sum and its norm."""
+    h = x if scale is None else (x.float() * scale + (0 if bias is None else bias.float())).to(x.dtype)
+    h = h if residual is None else h + residual
+    variance = h.float().pow(2).mean(-1, keepdim=True)
+    return h, weight * (h.float() * torch.rsqrt(variance + EPS)).to(h.dtype)
+
+
+def eager_silu(x, scale=None, bias=None) -> torch.Tensor:
+    h = x if scale is None else (x.float() * scale + (0 if bias is None else bias.float())).to(x.dtype)
+    gate, up = h.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def check_rows(got: tuple[torch.Tensor, ...], h: torch.Tensor, scheme: Scheme, pattern: str | None, width: int) -> None:
+    """Scales within two units in the last place of h, values within one step; nearly all are the very same."""
+    q, scale = (t.cpu() for t in got[:2])
+    expected, expected_scale = reference.quantize(h.cpu(), scheme)
+    expected = reference.lift(expected, Pattern.parse(pattern)) if pattern else expected
+    m, k = expected.shape
+    q = q[:m]
+    assert q.dtype == scheme.dtype and q.shape == (m, width) and not q[:, k:].float().any()
+    assert scale.shape == expected_scale.shape and torch.equal(scale.isnan(), expected_scale.isnan())
+    off = (scale - expected_scale).abs().nan_to_num() > 2 * torch.finfo(h.dtype).eps * expected_scale.nan_to_num()
+    assert not off.any(), f"scales differ: {scale[off]} and {expected_scale[off]}"
+    real = ~scale.isnan()
+    step = STEP[scheme.name] * torch.where(real, torch.maximum(scale, expected_scale), 0)
+    error = (q[:, :k].float() * scale - expected.float() * expected_scale).where(real, 0).abs()
+    assert (error <= 1.02 * step).all(), f"{(error - step).max()} more than a step"
+    assert not q[:, :k].float().where(~real, 0).any()
+    same = (scale == expected_scale) | ~real
+    assert same.float().mean() > 0.99 or same.numel() - same.sum() <= 1
+    equal = (q[:, :k].float() == expected.float()).where(same, True)
+    assert equal.float().mean() > 0.999 or equal.numel() - equal.sum() <= 2
+
+
+def check_fused(device: str, m: int, k: int, dtype: torch.dtype, pattern: str | None, scheme: str, launch=None, compiled=True) -> None:
+    made = inputs(m, k, dtype, device)
+    twin = {name: tensor.cpu() for name, tensor in made.items()}
+    parsed, chosen = (Pattern.parse(pattern) if pattern else None), SCHEMES[scheme]
+    width = (parsed.slid_k(k) if parsed else k) + 3
+    width += -width % 16
+    text = pattern if pattern and not ops.quantize.__globals__["moves_nothing"](parsed, 0) else ""
+    for names in ((), ("residual",), ("scale", "residual"), ("scale", "bias")):
+        extra = {name: made[name] for name in names}
+        h, normed = eager_norm(twin["x"], twin["weight"], **{name: twin[name] for name in names})
+        if compiled:
+            got = ops.rms_norm_quantize(made["x"], made["weight"], EPS, chosen, pattern=parsed, width=width, rows=16, **extra)
+            assert got[0].shape[0] == -(-m // 16) * 16 and len(got) == 2 + ("residual" in names)
+        else:
+            given = [extra.get(name) for name in ("residual", "scale", "bias")]
+            got = kernels.launch_norm(
+                made["x"], made["weight"], given[0], EPS, chosen.dtype, text, *given[1:], width, 1, launch, fused=False
+            )
+        check_rows(got, normed, chosen, pattern, width)
+        if "residual" in names:
+            # One NaN is as good as another.
+            check_bitwise(got[2].cpu().nan_to_num(7.0), h.nan_to_num(7.0))
+    both = torch.cat((made["x"], made["residual"]), -1)
+    bias = torch.cat((made["bias"], -made["bias"]))
+    for scale, added in ((None, None), (made["scale"], None), (made["scale"], bias)):
+        expected = eager_silu(both.cpu(), *(None if t is None else t.cpu() for t in (scale, added)))
+        if compiled:
+            got = ops.silu_mul_quantize(both, chosen, pattern=parsed, scale=scale, bias=added, width=width, rows=16)
+        else:
+            got = kernels.launch_silu(both, chosen.dtype, text, scale, added, width, 1, launch, fused=False)
+        check_rows(got, expected, chosen, pattern, width)
+
+
+def interpreted() -> None:
+    """Everything the interpreter is asked for; runs in a process of its own, which Triton reads the choice from at import."""
+    torch.manual_seed(int(sys.argv[1]))
+    for pattern, k, launch in (("6:8", 60, Launch(2, 8, 1)), (None, 61, Launch(8, 4, 1)), ("8:10", 175, Launch(8, 1, 1))):
+        check_fused("cpu", 7, k, torch.bfloat16, pattern, "int8", launch, compiled=False)
+    check_fused("cpu", 5, 33, torch.float32, "4:6", "int8", Launch(8, 8, 1), compiled=False)
+
+
+@needs_triton
+def test_kernels_are_the_layers_under_the_interpreter(request):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "import test_fused; test_fused.interpreted()", str(request.config.option.seed)],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent, env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_without_a_gpu_the_ops_are_the_layers(pattern, scheme):
+    for m, k, dtype in ((7, 61, torch.bfloat16), (0, 32, torch.float16), (1, 9, torch.float32)):
+        check_fused("cpu", m, k, dtype, pattern, scheme)
+
+
+def run(x, weight, residual, scale, bias):
+    pattern, scheme = Pattern.parse("6:8"), SCHEMES["int8"]
+    normed = ops.rms_norm_quantize(x, weight, EPS, scheme, pattern=pattern, residual=residual, scale=scale, rows=16)
+    both = torch.cat((x, residual), -1)
+    return *normed, *ops.rms_norm_quantize(x, weight, EPS, scheme, scale=scale, bias=bias), *ops.silu_mul_quantize(both, scheme, rows=16)
+
+
+def check_same(got, expected, m: int) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape
+        check_bitwise(a[:m], b[:m])
+
+
+def test_schemas_hold_and_rows_may_change_under_compilation():
+    made = inputs(7, 32, torch.bfloat16)
+    x, weight, residual, scale, bias = (made[name] for name in ("x", "weight", "residual", "scale", "bias"))
+    x[2, 0] = x[3, -1] = 1
+    namespace, tail = torch.ops.slidesparse, (torch.int8, "6:8", scale, bias, 48, 1)
+    torch.library.opcheck(namespace.rms_norm_quantize.default, (x, weight, EPS, *tail))
+    torch.library.opcheck(namespace.add_rms_norm_quantize.default, (x, weight, residual, EPS, *tail))
+    torch.library.opcheck(namespace.silu_mul_quantize.default, (x, torch.int8, "", None, None, 16, 1))
+    torch._dynamo.reset()
+    function = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+    for m in (7, 16, 21):
+        arguments = list(inputs(m, 32, torch.bfloat16).values())
+        x, residual, scale, weight, bias = arguments
+        check_same(function(x, weight, residual, scale, bias), run(x, weight, residual, scale, bias), m)
+
+
+def test_bad_requests_are_refused():
+    x, weight, scheme = torch.randn(2, 16), torch.ones(16), SCHEMES["int8"]
+    scale = torch.ones(2, 1)
+    for message, call in (
+        ("does not quantise", lambda: ops.rms_norm_quantize(x, weight, EPS, SCHEMES["bf16"])),
+        ("matrix", lambda: ops.rms_norm_quantize(x[0], weight, EPS, scheme)),
+        ("smaller than", lambda: ops.silu_mul_quantize(x, scheme, width=7)),
+        ("at least 1", lambda: ops.silu_mul_quantize(x, scheme, rows=0)),
+        ("as many ups", lambda: ops.silu_mul_quantize(x[:, 1:], scheme)),
+        ("weight must be", lambda: ops.rms_norm_quantize(x, weight.half(), EPS, scheme)),
+        ("residual must be", lambda: ops.rms_norm_quantize(x, weight, EPS, scheme, residual=x[:, 1:])),
+        ("scale must be", lambda: ops.rms_norm_quantize(x, weight, EPS, scheme, scale=scale[:, 0])),
+        ("bias must be", lambda: ops.silu_mul_quantize(x, scheme, scale=scale, bias=weight[1:])),
+        ("give both", lambda: ops.silu_mul_quantize(x, scheme, bias=weight)),
+        ("not of pairs", lambda: ops.silu_mul_quantize(x, scheme, pattern=Pattern.parse("6:8x2"))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.needs_gpu
+@gpu_only
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("m", [0, 1, 7, 16, 63, 1000])
+def test_kernels_are_the_layers_on_a_gpu(m, scheme):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        check_fused("cuda", m, 515, dtype, "8:10", scheme)
+    for pattern in PATTERNS:
+        check_fused("cuda", m, 576, torch.bfloat16, pattern, scheme)
+    check_fused("cuda", m, 3584, torch.bfloat16, "6:8", scheme)
+    if m < 100:
+        check_fused("cuda", m, 18944, torch.bfloat16, "6:8", scheme)
+        check_fused("cuda", m, 70001, torch.bfloat16, None, scheme)
+
+
+@pytest.mark.needs_gpu
+@gpu_only
+def test_ops_take_strides_graphs_compilation_and_streams():
+    made = inputs(100, 800, torch.bfloat16, "cuda")
+    x, residual, scale, weight, bias = made.values()
+    expected = run(x, weight, residual, scale, bias)
+    wide = torch.cat((x, residual), -1)
+    check_same(run(wide[:, :800], weight, wide[:, 800:], scale, bias), expected, 100)
+    check_same(run(x.t().contiguous().t(), weight, residual, scale, bias), expected, 100)
+    torch._dynamo.reset()
+    function = torch.compile(run, fullgraph=True, dynamic=True)
+    for m in (100, 37):
+        some = [t[:m] for t in (x, residual, scale)]
+        check_same(function(some[0], weight, some[1], some[2], bias), run(some[0], weight, some[1], some[2], bias), m)
+    static, graph = torch.zeros_like(x), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(static, weight, residual, scale, bias)
+    static.copy_(x)
+    graph.replay()
+    check_same(captured, expected, 100)
+    streams, results = [torch.cuda.Stream() for _ in range(2)], []
+    torch.cuda.synchronize()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            results.append(run(x, weight, residual, scale, bias))
+    torch.cuda.synchronize()
+    for got in results:
+        check_same(got, expected, 100)
