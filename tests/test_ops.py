@@ -98,6 +98,23 @@ def test_kernels_are_bitwise_the_oracle_under_the_interpreter(request):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_two_multiplications_divide_every_16_bit_element(dtype, scheme):
+    """The arithmetic of the kernels, every significand of the largest element by every one of a smaller, in float64, which holds it."""
+    size, scheme = round(1 / torch.finfo(dtype).eps), SCHEMES[scheme]
+    significands = torch.arange(size, 2 * size)
+    scale = (significands.float() / scheme.bound).unsqueeze(-1)
+    high = 1 / scale
+    high = torch.where(1 - high.double() * scale.double() < 0, high.nextafter(torch.zeros(())), high)
+    low = (1 - high.double() * scale.double()).float() * high
+    for exponent in range(21 if dtype == torch.bfloat16 else 12):
+        x = significands.float() * 2.0**-exponent
+        quotient = (x.double() * high.double() + (x * low).double()).float()
+        possible = x <= significands.unsqueeze(-1)
+        assert torch.equal(quotient[possible], (x / scale)[possible])
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_without_a_gpu_the_ops_are_the_oracle_and_compile(scheme):
     x, pattern, scheme = rows(13, 61, torch.bfloat16), Pattern.parse("6:8"), SCHEMES[scheme]
 
@@ -145,6 +162,20 @@ def test_kernels_are_bitwise_the_oracle_on_a_gpu(m, dtype):
     if m < 1000:
         check_kernels("cuda", m, 18944, dtype, few[:1])
         check_kernels("cuda", m, 70001, dtype, few[:1])
+
+
+@pytest.mark.needs_gpu
+@gpu_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_element_is_divided_exactly(dtype):
+    every = torch.arange(-(1 << 15), 1 << 15, device="cuda").to(torch.int16).view(dtype).float()
+    size = round(1 / torch.finfo(dtype).eps)
+    for largest in (torch.arange(size, 2 * size, device="cuda") / size).split(128):
+        x = torch.where(every.abs() <= largest[:, None], every, 0).to(dtype)
+        x[:, 0] = largest.to(dtype)
+        for scheme in (SCHEMES["int8"], SCHEMES["fp8"]):
+            for got, expected in zip(ops.quantize(x, scheme), reference.quantize(x, scheme), strict=True):
+                check_bitwise(got, expected)
 
 
 @pytest.mark.needs_gpu

@@ -53,6 +53,10 @@ class Pattern:
             )
         if (self.group - self.l) % self.n:
             raise ValueError(f"{head}: group must be {self.l} plus a multiple of the stride {self.n}, got {self.group}")
+        unit = f"x{self.unit}" if self.unit != 1 else ""
+        hardware = f"@{self.n}:{self.l}" if (self.n, self.l) != (2, 4) else ""
+        # Written once: torch.compile may turn numbers into symbols, which it cannot write.
+        object.__setattr__(self, "text", f"{self.kept}:{self.group}{unit}{hardware}")
 
     @classmethod
     def parse(cls, text: str | Pattern) -> Pattern:
@@ -70,9 +74,7 @@ class Pattern:
         return cls(int(kept), int(group), int(n or 2), int(l or 4), int(unit or 1))
 
     def __str__(self) -> str:
-        unit = f"x{self.unit}" if self.unit != 1 else ""
-        hardware = f"@{self.n}:{self.l}" if (self.n, self.l) != (2, 4) else ""
-        return f"{self.kept}:{self.group}{unit}{hardware}"
+        return self.text
 
     @property
     def windows(self) -> int:

@@ -65,7 +65,7 @@ def restore(packed: Packed) -> Tensor:
         ValueError: values or keep-bits do not have the shape that the pattern and K ask for.
     """
     _check(packed)
-    return torch.ops.slidesparse.restore(packed.values, packed.keep, _text(packed.pattern), packed.k)
+    return torch.ops.slidesparse.restore(packed.values, packed.keep, packed.pattern.text, packed.k)
 
 
 def slide(packed: Packed, *, width: int | None = None, rows: int = 1) -> Tensor:
@@ -83,13 +83,7 @@ def slide(packed: Packed, *, width: int | None = None, rows: int = 1) -> Tensor:
     if rows < 1:
         raise ValueError(f"rows must be positive, got {rows}")
     width = least if width is None else width
-    return torch.ops.slidesparse.slide(packed.values, packed.keep, _text(packed.pattern), packed.k, width, rows)
-
-
-# torch.compile turns a pattern's numbers into symbols once it has met two patterns, and cannot write those as text.
-@torch.compiler.assume_constant_result
-def _text(pattern: Pattern) -> str:
-    return str(pattern)
+    return torch.ops.slidesparse.slide(packed.values, packed.keep, packed.pattern.text, packed.k, width, rows)
 
 
 def _check(packed: Packed) -> None:

@@ -67,7 +67,7 @@ def _request(x: Tensor, k: int, scheme: Scheme, pattern: Pattern | None, width: 
     if pattern is None:
         return dtype, "", checked_width(x, k, width, rows)
     width = checked_width(x, slid_width(k, pattern), width, rows)
-    return dtype, "" if moves_nothing(pattern, 0) else str(pattern), width
+    return dtype, "" if moves_nothing(pattern, 0) else pattern.text, width
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:

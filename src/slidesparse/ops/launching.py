@@ -6,6 +6,7 @@ properties that Triton specialises on and called directly.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,13 +14,14 @@ from torch import Tensor
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any]) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: Mapping[str, Any]) -> None:
     """Run ``kernel[grid](*arguments, **constants)`` on the current stream of the current device, which must be the tensors'.
 
-    ``arguments`` are the kernel's first parameters, a tensor before all: tensors, numbers, None; ``constants`` its compile-time
+    ``arguments`` are the kernel's first parameters: tensors, descriptors of tensors, numbers, None; ``constants`` its compile-time
     parameters and launch options.
     """
-    key = (kernel, arguments[0].device.index, *map(_property, arguments), *constants.values())
+    device = next(argument.device.index for argument in arguments if isinstance(argument, Tensor))
+    key = (kernel, device, *map(_property, arguments), *constants.values())
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[grid](*arguments, **constants)
@@ -37,4 +39,5 @@ def _property(argument: Any) -> object:
         return argument.dtype, argument.data_ptr() % 16 == 0
     if type(argument) is int:
         return 1 if argument == 1 else (argument % 16 == 0, argument.bit_length() > 31)
-    return type(argument)
+    described = getattr(argument, "base", None)
+    return type(argument) if described is None else (described.dtype, *argument.block_shape)

@@ -52,7 +52,7 @@ def quantize_lift(
     width = checked_width(x, slid_width(x.shape[-1], pattern, offset), width, rows)
     if moves_nothing(pattern, offset):
         return torch.ops.slidesparse.quantize(x, dtype, width, rows)
-    return torch.ops.slidesparse.quantize_lift(x, str(pattern), dtype, offset, width, rows)
+    return torch.ops.slidesparse.quantize_lift(x, pattern.text, dtype, offset, width, rows)
 
 
 def lift(x: Tensor, pattern: Pattern, *, offset: int = 0, width: int | None = None, rows: int = 1) -> Tensor:
@@ -63,7 +63,7 @@ def lift(x: Tensor, pattern: Pattern, *, offset: int = 0, width: int | None = No
             ``rows`` than 1.
     """
     return torch.ops.slidesparse.lift(
-        x, str(pattern), offset, checked_width(x, slid_width(x.shape[-1], pattern, offset), width, rows), rows
+        x, pattern.text, offset, checked_width(x, slid_width(x.shape[-1], pattern, offset), width, rows), rows
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import launching
 from .library import define, runs_kernels
 
 _SUMS = (torch.int32, torch.bfloat16, torch.float16, torch.float32)
@@ -80,10 +81,9 @@ def launch_rescale(
     if not y.numel():
         return y
     block, warps = tile or _tile(n)
-    kernels.rescale_kernel[(-(-n // block) * m,)](
-        acc, y, _flat(x_scale), _flat(w_scale), _flat(bias), n, acc.stride(0),
-        X=x_scale is not None, W=w_scale is not None, BIAS=bias is not None, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-    )  # fmt: skip
+    arguments = (acc, y, _flat(x_scale), _flat(w_scale), _flat(bias), n, acc.stride(0))
+    constants = {"X": x_scale is not None, "W": w_scale is not None, "BIAS": bias is not None, "BLOCK": block, "num_warps": warps}
+    launching.launch(kernels.rescale_kernel, (-(-n // block) * m,), arguments, constants | {"enable_fp_fusion": False})
     return y
 
 

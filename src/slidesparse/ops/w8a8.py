@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from . import launching
 from .library import capability, define, has_triton
 
 WIDEST_K = 1 << 17
@@ -177,17 +178,17 @@ def launch_w8a8(
     out = y if tile.split == 1 else q.new_empty((tile.split, m, n), dtype=torch.int32)
     tiles = -(-m // tile.m) * -(-n // tile.n)
     steps = -(-k // (tile.k * tile.split))
-    kernels.tile_kernel[(tiles * tile.split,)](
-        a, b, out, x_scale, w_scale, bias, q.shape[0], m, n, k, steps if q.is_cuda else constexpr(steps),
-        BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, SPLIT=tile.split, SWAP=tile.swap,
-        EVEN=descriptors or k == steps * tile.k * tile.split, DESCRIPTOR=descriptors, BIAS=bias is not None, PIECES=tile.pieces,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
-    )  # fmt: skip
+    constants = {
+        "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "SPLIT": tile.split, "SWAP": tile.swap,
+        "EVEN": descriptors or k == steps * tile.k * tile.split, "DESCRIPTOR": descriptors, "BIAS": bias is not None,
+        "PIECES": tile.pieces, "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False,
+    }  # fmt: skip
+    arguments = (a, b, out, x_scale, w_scale, bias, q.shape[0], m, n, k, steps if q.is_cuda else constexpr(steps))
+    launching.launch(kernels.tile_kernel, (tiles * tile.split,), arguments, constants)
     if tile.split > 1:
         block = 256
-        kernels.sum_kernel[(-(-n // block) * m,)](
-            out, y, x_scale, w_scale, bias, m, n, SPLIT=tile.split, BLOCK=block, BIAS=bias is not None, num_warps=2, enable_fp_fusion=False
-        )
+        constants = {"SPLIT": tile.split, "BLOCK": block, "BIAS": bias is not None, "num_warps": 2, "enable_fp_fusion": False}
+        launching.launch(kernels.sum_kernel, (-(-n // block) * m,), (out, y, x_scale, w_scale, bias, m, n), constants)
     return y
 
 
