@@ -1,4 +1,7 @@
-"""Time quantise, quantise + lift and lift against their byte floor on this GPU: ``python benchmarks/quantize_lift.py OUT.csv COMMIT``."""
+"""Time quantise, quantise + lift and lift against their byte floor on this GPU: ``python benchmarks/quantize_lift.py OUT.csv COMMIT``.
+
+Fused with the norm or SwiGLU before them, they are timed beside the same work layer by layer; of that, the floor counts fused bytes too.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,12 @@ from slidesparse.pattern import Pattern
 from slidesparse.testing import check_bitwise
 
 MS = (1024, 4096, 8192, 16384, 32768)
+FUSED_MS = (64, *MS)
 KS = (3584, 18944)
 PATTERNS = ("2:4", "4:6", "6:8", "8:10")
+EPS = 1e-6
 Op = Callable[[torch.Tensor], object]
+Inputs = tuple[torch.Tensor, ...]
 
 
 def methods(scheme: Scheme) -> Iterator[tuple[str, str, Op, Op]]:
@@ -73,6 +79,58 @@ def cells(m: int, k: int, scheme: Scheme, rate: float) -> Iterator[dict[str, obj
         yield row | {"floor_us": f"{floor:.2f}", "of_floor": f"{floor / timing.p50:.3f}", "correct": good}
 
 
+def norm_ops(pattern: Pattern, scheme: Scheme) -> dict[str, Callable[[Inputs], Inputs]]:
+    """The residual's sum, RMSNorm, quantise + lift: at once, one after the other, and as transformers' eager layer rounds."""
+
+    def eager(given: Inputs) -> Inputs:
+        x, residual, weight = given
+        total = x + residual
+        normed = total.float() * torch.rsqrt(total.float().square().mean(-1, keepdim=True) + EPS)
+        return *ops.quantize_lift(weight * normed.to(x.dtype), pattern, scheme), total
+
+    def apart(given: Inputs) -> Inputs:
+        x, residual, weight = given
+        total = x + residual
+        normed = torch.nn.functional.rms_norm(total, weight.shape, weight, EPS)
+        return *ops.quantize_lift(normed, pattern, scheme), total
+
+    def fused(given: Inputs) -> Inputs:
+        x, residual, weight = given
+        return ops.rms_norm_quantize(x, weight, EPS, scheme, pattern=pattern, residual=residual)
+
+    return {"add_rms_norm_quantize_lift": fused, "add_rms_norm_quantize_lift apart": apart, "": eager}
+
+
+def silu_ops(pattern: Pattern, scheme: Scheme) -> dict[str, Callable[[Inputs], Inputs]]:
+    """SwiGLU, quantise + lift: at once and one after the other."""
+
+    def apart(given: Inputs) -> Inputs:
+        gate, up = given[0].chunk(2, -1)
+        return ops.quantize_lift(torch.nn.functional.silu(gate) * up, pattern, scheme)
+
+    def fused(given: Inputs) -> Inputs:
+        return ops.silu_mul_quantize(given[0], scheme, pattern=pattern)
+
+    return {"silu_mul_quantize_lift": fused, "silu_mul_quantize_lift apart": apart, "": apart}
+
+
+def fused_cells(m: int, scheme: Scheme, rate: float) -> Iterator[dict[str, object]]:
+    pattern = Pattern.parse("6:8")
+    for k, shapes, made in ((KS[0], ((m, KS[0]), (m, KS[0]), (KS[0],)), norm_ops), (KS[1], ((m, 2 * KS[1]),), silu_ops)):
+        copies = range(measure.slots(4 * m * k))
+        inputs = [tuple(torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in shapes) for _ in copies]
+        methods = made(pattern, scheme)
+        expected, got = methods.pop("")(inputs[0]), next(iter(methods.values()))(inputs[0])
+        # Sums of squares and exponentials may differ in a last place, and with it a rounding or a row's scale.
+        same = [(a.view(torch.int8) == b.view(torch.int8)).float().mean().item() for a, b in zip(got, expected, strict=True)]
+        floor = sum(t.numel() * t.element_size() for t in (*inputs[0], *got)) / rate
+        variants = {name: [lambda given=given, op=op: op(given) for given in inputs] for name, op in methods.items()}
+        for name, timing in measure.interleaved(variants, rounds=11).items():
+            row = {"m": m, "k": k, "pattern": str(pattern), "in_dtype": "bf16", "out_dtype": scheme.name, "method": name}
+            row |= {"us_p50": f"{timing.p50:.2f}", "us_p20": f"{timing.p20:.2f}", "us_p80": f"{timing.p80:.2f}"}
+            yield row | {"floor_us": f"{floor:.2f}", "of_floor": f"{floor / timing.p50:.3f}", "correct": min(same) > 0.99}
+
+
 def main(out: str, commit: str) -> None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
@@ -82,17 +140,18 @@ def main(out: str, commit: str) -> None:
     head |= {"cuda": torch.version.cuda, "torch": torch.__version__}
     with open(out, "w", newline="", encoding="utf-8") as file:
         writer = None
-        for k in KS:
-            for m in MS:
-                for name in ("int8", "fp8", "bf16"):
-                    for row in cells(m, k, SCHEMES[name], rate):
-                        row = head | row
-                        writer = writer or csv.DictWriter(file, row, lineterminator="\n")
-                        if file.tell() == 0:
-                            writer.writeheader()
-                        writer.writerow(row)
-                        print(*list(row.values())[6:])
-                    torch.cuda.empty_cache()
+        shapes = [(k, m) for k in KS for m in MS]
+        cases = [cells(m, k, SCHEMES[name], rate) for k, m in shapes for name in ("int8", "fp8", "bf16")]
+        cases += [fused_cells(m, SCHEMES[name], rate) for m in FUSED_MS for name in ("int8", "fp8")]
+        for case in cases:
+            for row in case:
+                row = head | row
+                writer = writer or csv.DictWriter(file, row, lineterminator="\n")
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerow(row)
+                print(*list(row.values())[6:])
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -97,21 +97,42 @@ def test_kernels_are_bitwise_the_oracle_under_the_interpreter(request):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_two_multiplications_divide_every_16_bit_element(dtype, scheme):
-    """The arithmetic of the kernels, every significand of the largest element by every one of a smaller, in float64, which holds it."""
-    size, scheme = round(1 / torch.finfo(dtype).eps), SCHEMES[scheme]
-    significands = torch.arange(size, 2 * size)
-    scale = (significands.float() / scheme.bound).unsqueeze(-1)
+def two_multiplications(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """What kernels make of 16-bit elements; float64 holds the product that a fused multiply-add does not round."""
     high = 1 / scale
     high = torch.where(1 - high.double() * scale.double() < 0, high.nextafter(torch.zeros(())), high)
     low = (1 - high.double() * scale.double()).float() * high
+    return (x.double() * high.double() + (x * low).double()).float()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_two_multiplications_divide_every_16_bit_element(dtype, scheme):
+    """Every significand of the largest element by every one of a smaller."""
+    size = round(1 / torch.finfo(dtype).eps)
+    significands = torch.arange(size, 2 * size)
+    scale = (significands.float() / SCHEMES[scheme].bound).unsqueeze(-1)
     for exponent in range(21 if dtype == torch.bfloat16 else 12):
         x = significands.float() * 2.0**-exponent
-        quotient = (x.double() * high.double() + (x * low).double()).float()
         possible = x <= significands.unsqueeze(-1)
-        assert torch.equal(quotient[possible], (x / scale)[possible])
+        assert torch.equal(two_multiplications(x, scale)[possible], (x / scale)[possible])
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_two_multiplications_divide_where_the_scale_is_subnormal(scheme):
+    """Every bfloat16 under 2^-118 by the scale of every one as large: there scales have lost bits, and rows are first scaled up."""
+    scheme, factor = SCHEMES[scheme], 2.0**90
+    every = torch.arange(1, (127 - 118) << 7).to(torch.int16).view(torch.bfloat16).float()
+    for largest in every.split(128):
+        scale = largest.unsqueeze(-1) / scheme.bound
+        scale = torch.where(scale == 0, 1.0, scale)
+        limit = scheme.bound * (scale * factor)
+        got = two_multiplications((every * factor).clamp(max=limit), scale * factor)
+        expected = (every / scale).clamp(max=scheme.bound)
+        possible = every <= largest.unsqueeze(-1)
+        if scheme.dtype == torch.int8:
+            got, expected = got.round(), expected.round()
+        assert torch.equal(got[possible].to(scheme.dtype).float(), expected[possible].to(scheme.dtype).float())
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
