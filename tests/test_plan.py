@@ -102,7 +102,7 @@ def test_a_layer_follows_the_plan_by_number_of_tokens(monkeypatch):
     problem = Problem(24, 64, Pattern(6, 8), SCHEMES["int8"], "cpu", torch.bfloat16)
     assert key_of(problem) == KEY
     plan = Plan(HERE)
-    for m, other in ((1, "restore:exact"), (16, "restore:exact"), (64, "cusparselt:"), (128, "restore:rowwise")):
+    for m, other in ((1, "restore:exact"), (16, "restore:exact"), (64, "cusparselt:quick"), (128, "restore:rowwise")):
         plan.add(KEY, Cell(m, {"dense:exact": at(10), other: at(5)}))
     monkeypatch.setattr(execution, "active_plan", lambda: active.Active(plan, ()))
     run = Execution(weights)

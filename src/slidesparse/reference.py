@@ -174,6 +174,8 @@ def linear(
     The sum is exact for integers (float64 holds it) and rounded once to float32; scales and bias act in float32.
     """
     y = (q.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.float32)
+    if q.dtype == torch.int8:
+        y = y + 0.0  # an integer has no negative zero
     if w_scale is not None:
         y = y * w_scale.to(torch.float32).view(1, -1)
     if x_scale is not None:

@@ -112,8 +112,7 @@ class Execution:
         Raises:
             UnsupportedError: as a call.
         """
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise UnsupportedError("run the layer once before capturing a CUDA graph: its resident weights are made then")
+        refuse_capture()
         problem = self.problem(dtype, device, bias)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             steps = self._steps(problem)
@@ -147,6 +146,16 @@ class Execution:
         edges = sorted({edge for m in plan.cells[key_of(problem)] for edge in (m - 1, m) if edge})
         choices = [_planned(plan, problem, edge, self.memory) for edge in edges]
         return _merged(list(zip([*edges[:-1], maxsize], choices, strict=True)))
+
+
+def refuse_capture() -> None:
+    """Nothing may be checked or made ready while a CUDA graph is captured.
+
+    Raises:
+        UnsupportedError: one is.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError("run the layer once before capturing a CUDA graph: its resident weights are made then")
 
 
 def _planned(plan: Plan, problem: Problem, m: int, memory: str) -> Choice:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import WeightError
 from ..format import BLOCK, Packed, Scheme, packed_tensors, scheme_named
-from ..gemm import MEMORY, Choice, Execution, Weights
+from ..gemm import MEMORY, Choice, Execution, Weights, refuse_capture
 from ..pack import check_packed, pack, restore
 from ..pack.checks import check_scale
 from ..pattern import Pattern
@@ -252,6 +252,7 @@ class SlideSparseLinear(nn.Module):
             or execution.weights.global_scale is not self._buffers.get("weight_global_scale")
             or (execution.backend, execution.memory) != (self.backend, self.memory)
         ):
+            refuse_capture()
             self.check()
             weights = Weights(packed, self.scheme, self._buffers.get("weight_scale"), self._buffers.get("weight_global_scale"))
             execution = self._execution = Execution(weights, memory=self.memory, backend=self.backend)

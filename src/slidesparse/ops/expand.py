@@ -129,9 +129,13 @@ def _slide_cuda(values: Tensor, keep: Tensor, pattern: str, k: int, width: int, 
 
 
 def _aligned(values: Tensor) -> Tensor:
-    """Contiguous, and beginning at a whole word."""
+    """Contiguous, and made of whole words, which are what kernels read; real layers always are."""
     values = values.contiguous()
-    return values.clone() if values.data_ptr() % 4 else values
+    nbytes = values.numel() * values.element_size()
+    if values.data_ptr() % 4 == 0 and nbytes % 4 == 0:
+        return values
+    whole = torch.empty(-(-nbytes // 4) * 4, dtype=torch.uint8, device=values.device)[:nbytes].view(values.dtype).view(values.shape)
+    return whole.copy_(values)
 
 
 @cache
