@@ -13,7 +13,7 @@ from torch import Tensor
 from ..format import Scheme
 from ..pattern import Pattern
 from . import launching
-from .launch import Launch, overlaps, row_constants, row_launch
+from .launch import Launch, is_hopper, norm_launch, row_constants, silu_launch
 from .library import define, runs_kernels
 from .quantize import can_pair, checked, checked_width, empty, in_rows, moves_nothing, parsed, slid_width
 
@@ -163,7 +163,7 @@ def _launch(kernel: object, tensors: tuple[Tensor, ...], numbers: tuple, flags: 
     m = x.shape[0]
     given = (*tensors, m, k, width // 4 if group else width, *numbers)
     # Unlike torch's eager layers, a fused multiply-add does not round the product.
-    options = {**flags, **row_constants(*constants, overlaps(launch, x.device)), "enable_fp_fusion": False}
+    options = {**flags, **row_constants(*constants, is_hopper(x.device)), "enable_fp_fusion": False}
     launching.launch(kernel, (-(-m // launch.rows),), given, options)
 
 
@@ -180,7 +180,7 @@ def launch_norm(
     total, added = (q, x) if residual is None else (x.new_empty((m, k)), in_rows(residual))
     if m:
         token, shift = out_scale if scale is None else scale.contiguous(), out_scale if bias is None else bias.contiguous()
-        constants = (launch or row_launch(m, k), k, width, parsed(pattern).group if pattern else 0, dtype, fused)
+        constants = (launch or norm_launch(m, k), k, width, parsed(pattern).group if pattern else 0, dtype, fused)
         flags = {"SCALED": scale is not None, "BIASED": bias is not None, "SUMMED": residual is not None}
         tensors = (x, weight.contiguous(), added, token, shift, total, q, out_scale)
         _launch(kernel, tensors, (x.stride(0), added.stride(0), float(eps)), flags, constants)
@@ -198,7 +198,7 @@ def launch_silu(
     q, out_scale = empty(x, dtype, width, rows)
     if m:
         token, shift = out_scale if scale is None else scale.contiguous(), out_scale if bias is None else bias.contiguous()
-        constants = (launch or row_launch(m, k), k, width, parsed(pattern).group if pattern else 0, dtype, fused)
+        constants = (launch or silu_launch(m, k), k, width, parsed(pattern).group if pattern else 0, dtype, fused)
         _launch(
             kernel, (x, token, shift, q, out_scale), (x.stride(0),), {"SCALED": scale is not None, "BIASED": bias is not None}, constants
         )

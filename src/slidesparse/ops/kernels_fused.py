@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels_quantize import afresh, begin, columns, float32, larger, load, row_scale, store_chunk, store_padding
+from .kernels_quantize import begin, columns, float32, larger, load, no_magnitude, row_scale, store_chunk, store_padding
 
 
 @triton.jit
@@ -24,8 +24,25 @@ def _rounded(x32, like, FUSED: tl.constexpr):
 
 
 @triton.jit
-def _vector(pointer, column, k):
-    return float32(tl.load(pointer + column, mask=column < k, other=0.0))
+def _sum(a, b, FUSED: tl.constexpr, HOPPER: tl.constexpr):
+    """a + b in their type. To round to float32 first, as torch does, changes nothing: that sum is exact, or b far too small to matter."""
+    if HOPPER and a.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("add.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], a.dtype, is_pure=True, pack=2)
+    elif HOPPER and a.dtype == tl.float16:
+        return tl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], a.dtype, is_pure=True, pack=2)
+    else:
+        return _rounded(float32(a) + float32(b), a, FUSED)
+
+
+@triton.jit
+def _product(a, b, FUSED: tl.constexpr, HOPPER: tl.constexpr):
+    """a · b in their type; float32 holds the product of 16-bit elements exactly, so it is rounded once either way."""
+    if HOPPER and a.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], a.dtype, is_pure=True, pack=2)
+    elif HOPPER and a.dtype == tl.float16:
+        return tl.inline_asm_elementwise("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], a.dtype, is_pure=True, pack=2)
+    else:
+        return _rounded(float32(a) * float32(b), a, FUSED)
 
 
 @triton.jit
@@ -35,41 +52,31 @@ def _input(x, scale, bias, rows, column, m, k, stride, SCALED: tl.constexpr, BIA
     if SCALED:
         scaled = float32(value) * scale
         if BIASED:
-            scaled += _vector(bias, column, k)
+            scaled += float32(tl.load(bias + column, mask=column < k, other=0.0))
         value = _rounded(scaled, value, FUSED)
     return value
 
 
 @triton.jit
-def _forgotten(parts, statistic, FUSED: tl.constexpr):
-    """A chunk in its own type, its float32 form forgotten, see `afresh`; ``statistic`` is a sum of squares of the row."""
-    result = ()
-    for part in tl.static_range(len(parts)):
-        value = parts[part]
-        if FUSED and value.dtype != tl.float32:
-            # A sum of squares has no sign, and where it is NaN the row is poisoned anyway.
-            value = afresh(value, (statistic.to(tl.int32, bitcast=True) >> 31).to(tl.int16)[:, None, None])
-        result = result + (value,)  # noqa: RUF005
-    return result
-
-
-@triton.jit
 def _norm_inputs(
-    x, scale, bias, residual, total, rows, chunk, m, k, stride, residual_stride, PARTS: tl.constexpr,
-    SPAN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr, STORE: tl.constexpr, FUSED: tl.constexpr,
+    x, scale, bias, residual, rows, chunk, m, k, stride, residual_stride, PARTS: tl.constexpr, SPAN: tl.constexpr,
+    SCALED: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
-    """The parts of a chunk of h = x, scaled, plus the residual; the sum is stored if ``STORE``."""
+    """The parts of a chunk of h = x, scaled, plus the residual."""
     parts = ()
     for part in tl.static_range(PARTS):
         column = columns(chunk, part, SPAN)
         value = _input(x, scale, bias, rows, column, m, k, stride, SCALED, BIASED, FUSED)
         if SUMMED:
-            value = _rounded(float32(value) + float32(load(residual, rows, column, m, k, residual_stride)), value, FUSED)
-            if STORE and part == 0:
-                inside = (rows < m)[:, None, None] & (column < k)
-                tl.store(total + (rows * k)[:, None, None] + column, value, mask=inside)
+            value = _sum(value, load(residual, rows, column, m, k, residual_stride), FUSED, HOPPER)
         parts = parts + (value,)  # noqa: RUF005
     return parts
+
+
+@triton.jit
+def _store_total(total, value, rows, chunk, m, k, SPAN: tl.constexpr):
+    column = columns(chunk, 0, SPAN)
+    tl.store(total + (rows * k)[:, None, None] + column, value, mask=(rows < m)[:, None, None] & (column < k))
 
 
 @triton.jit
@@ -79,14 +86,27 @@ def _more_squares(squares, value):
 
 
 @triton.jit
-def _normed(parts, inverse, weight, chunk, k, SPAN: tl.constexpr, FUSED: tl.constexpr):
-    """A chunk times the row's inverse root mean square, rounded, times the weight, rounded."""
+def _weights(weight, chunk, k, PARTS: tl.constexpr, SPAN: tl.constexpr):
+    parts = ()
+    for part in tl.static_range(PARTS):
+        column = columns(chunk, part, SPAN)
+        parts = parts + (tl.load(weight + column, mask=column < k, other=0.0),)  # noqa: RUF005
+    return parts
+
+
+@triton.jit
+def _normed(parts, weights, square, inverse, FUSED: tl.constexpr, HOPPER: tl.constexpr):
+    """A chunk times the row's inverse root mean square, rounded, times the weight, rounded; ``square`` is the row's sum of squares."""
     result = ()
     for part in tl.static_range(len(parts)):
         value = parts[part]
+        if FUSED and value.dtype != tl.float32:
+            # The float32 form that was squared is to be forgotten: kept, it fills twice the registers. A sum of squares has no sign, and
+            # where it is NaN the row is poisoned anyway.
+            zero = (square.to(tl.int32, bitcast=True) >> 31).to(tl.int16).to(value.dtype, bitcast=True)[:, None, None]
+            value = tl.inline_asm_elementwise("xor.b32 $0, $1, $2;", "=r,r,r", [value, zero], value.dtype, is_pure=True, pack=2)
         normed = _rounded(float32(value) * inverse, value, FUSED)
-        column = columns(chunk, part, SPAN)
-        result = result + (_rounded(float32(normed) * _vector(weight, column, k), value, FUSED),)  # noqa: RUF005
+        result = result + (_product(normed, weights[part], FUSED, HOPPER),)  # noqa: RUF005
     return result
 
 
@@ -94,52 +114,60 @@ def _normed(parts, inverse, weight, chunk, k, SPAN: tl.constexpr, FUSED: tl.cons
 def rms_norm_quantize_kernel(
     x, weight, residual, scale_in, bias, total, q, scale_out, m, k, width, stride, residual_stride, eps,
     SCALED: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr,
-    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
-    COALESCED: tl.constexpr, ONCE: tl.constexpr,
+    COALESCED: tl.constexpr,
 ):  # fmt: skip
     """x, residual ``[m, k]`` (scale_in ``[m]``, weight and bias ``[k]``) → total ``[m, k]``; q and scale_out as in `quantize_kernel`."""
-    begin(PDL)
+    begin(HOPPER)
     q = q.to(tl.pointer_type(tl.int32 if GROUP else tl.int8), bitcast=True)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = tl.load(scale_in + rows, mask=rows < m, other=1.0)[:, None, None] if SCALED else 1.0
     squares = tl.zeros([ROWS, SPAN, 8], tl.float32)
-    largest = tl.zeros([ROWS, SPAN, 8], tl.float32)
-    values = ()
+    largest = no_magnitude(ROWS, SPAN, x.dtype.element_ty)
+    values, weights = (), ()
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
-            parts = _norm_inputs(x, token, bias, residual, total, rows, chunk, m, k, stride, residual_stride,
-                                 PARTS, SPAN, SCALED, BIASED, SUMMED, True, FUSED)  # fmt: skip
-            squares = _more_squares(squares, parts[0])
+            parts = _norm_inputs(x, token, bias, residual, rows, chunk, m, k, stride, residual_stride,
+                                 PARTS, SPAN, SCALED, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
             values = values + (parts,)  # noqa: RUF005
+            weights = weights + (_weights(weight, chunk, k, PARTS, SPAN),)  # noqa: RUF005
+        for chunk in tl.static_range(CHUNKS):
+            squares = _more_squares(squares, values[chunk][0])
+            # Not before: no load passes a store that may be to the same place.
+            if SUMMED:
+                _store_total(total, values[chunk][0], rows, chunk, m, k, SPAN)
     else:
         for chunk in range(CHUNKS):
-            parts = _norm_inputs(x, token, bias, residual, total, rows, chunk, m, k, stride, residual_stride,
-                                 1, SPAN, SCALED, BIASED, SUMMED, True, FUSED)  # fmt: skip
+            parts = _norm_inputs(x, token, bias, residual, rows, chunk, m, k, stride, residual_stride,
+                                 1, SPAN, SCALED, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
             squares = _more_squares(squares, parts[0])
+            if SUMMED:
+                _store_total(total, parts[0], rows, chunk, m, k, SPAN)
     square = tl.sum(tl.sum(squares, 2), 1)
     inverse = tl.rsqrt(square / k + eps)[:, None, None]
     normed = ()
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
-            parts = _normed(_forgotten(values[chunk], square, FUSED), inverse, weight, chunk, k, SPAN, FUSED)
-            largest = larger(largest, parts[0])
+            parts = _normed(values[chunk], weights[chunk], square, inverse, FUSED, HOPPER)
+            largest = larger(largest, parts[0], HOPPER)
             normed = normed + (parts,)  # noqa: RUF005
     else:
         for chunk in range(CHUNKS):
-            parts = _norm_inputs(x, token, bias, residual, total, rows, chunk, m, k, stride, residual_stride,
-                                 1, SPAN, SCALED, BIASED, SUMMED, False, FUSED)  # fmt: skip
-            largest = larger(largest, _normed(parts, inverse, weight, chunk, k, SPAN, FUSED)[0])
-    scale, by = row_scale(largest, BOUND, x.dtype.element_ty == tl.float32)
+            parts = _norm_inputs(x, token, bias, residual, rows, chunk, m, k, stride, residual_stride,
+                                 1, SPAN, SCALED, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
+            parts = _normed(parts, _weights(weight, chunk, k, 1, SPAN), square, inverse, FUSED, HOPPER)
+            largest = larger(largest, parts[0], HOPPER)
+    scale, by = row_scale(largest, BOUND, x.dtype.element_ty)
     tl.store(scale_out + rows, scale, mask=rows < m)
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
             store_chunk(q, normed[chunk], by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     else:
         for chunk in range(CHUNKS):
-            parts = _norm_inputs(x, token, bias, residual, total, rows, chunk, m, k, stride, residual_stride,
-                                 PARTS, SPAN, SCALED, BIASED, SUMMED, False, FUSED)  # fmt: skip
-            parts = _normed(parts, inverse, weight, chunk, k, SPAN, FUSED)
+            parts = _norm_inputs(x, token, bias, residual, rows, chunk, m, k, stride, residual_stride,
+                                 PARTS, SPAN, SCALED, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
+            parts = _normed(parts, _weights(weight, chunk, k, PARTS, SPAN), square, inverse, FUSED, HOPPER)
             store_chunk(q, parts, by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     store_padding(q, rows, m, k, width, GROUP, ROWS, SPAN, CHUNKS, PAD_TILES)
 
@@ -157,49 +185,49 @@ def _sigmoid(x, FUSED: tl.constexpr):
 @triton.jit
 def _gated(
     x, scale, bias, rows, chunk, m, k, stride, PARTS: tl.constexpr, SPAN: tl.constexpr,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, FUSED: tl.constexpr,
+    SCALED: tl.constexpr, BIASED: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     """The parts of a chunk of silu(gate), rounded, times up, rounded; x holds the gates, k elements a row, then the ups."""
     parts = ()
     for part in tl.static_range(PARTS):
         column = columns(chunk, part, SPAN)
         value = _input(x, scale, bias, rows, column, m, k, stride, SCALED, BIASED, FUSED)
-        up = float32(_input(x + k, scale, bias + k if BIASED else bias, rows, column, m, k, stride, SCALED, BIASED, FUSED))
+        up = _input(x + k, scale, bias + k if BIASED else bias, rows, column, m, k, stride, SCALED, BIASED, FUSED)
         gate = float32(value)
-        gate = float32(_rounded(gate * _sigmoid(gate, FUSED), value, FUSED))
-        parts = parts + (_rounded(gate * up, value, FUSED),)  # noqa: RUF005
+        gate = _rounded(gate * _sigmoid(gate, FUSED), value, FUSED)
+        parts = parts + (_product(gate, up, FUSED, HOPPER),)  # noqa: RUF005
     return parts
 
 
 @triton.jit(do_not_specialize=["m"])
 def silu_mul_quantize_kernel(
     x, scale_in, bias, q, scale_out, m, k, width, stride, SCALED: tl.constexpr, BIASED: tl.constexpr,
-    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
-    COALESCED: tl.constexpr, ONCE: tl.constexpr,
+    COALESCED: tl.constexpr,
 ):  # fmt: skip
     """x ``[m, 2k]``, gates first (scale_in ``[m]``, bias ``[2k]``) → q and scale_out as in `quantize_kernel`."""
-    begin(PDL)
+    begin(HOPPER)
     q = q.to(tl.pointer_type(tl.int32 if GROUP else tl.int8), bitcast=True)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = tl.load(scale_in + rows, mask=rows < m, other=1.0)[:, None, None] if SCALED else 1.0
-    largest = tl.zeros([ROWS, SPAN, 8], tl.float32)
+    largest = no_magnitude(ROWS, SPAN, x.dtype.element_ty)
     values = ()
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
-            parts = _gated(x, token, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, BIASED, FUSED)
-            largest = larger(largest, parts[0])
+            parts = _gated(x, token, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, BIASED, FUSED, HOPPER)
+            largest = larger(largest, parts[0], HOPPER)
             values = values + (parts,)  # noqa: RUF005
     else:
         for chunk in range(CHUNKS):
-            largest = larger(largest, _gated(x, token, bias, rows, chunk, m, k, stride, 1, SPAN, SCALED, BIASED, FUSED)[0])
-    scale, by = row_scale(largest, BOUND, x.dtype.element_ty == tl.float32)
+            largest = larger(largest, _gated(x, token, bias, rows, chunk, m, k, stride, 1, SPAN, SCALED, BIASED, FUSED, HOPPER)[0], HOPPER)
+    scale, by = row_scale(largest, BOUND, x.dtype.element_ty)
     tl.store(scale_out + rows, scale, mask=rows < m)
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
             store_chunk(q, values[chunk], by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     else:
         for chunk in range(CHUNKS):
-            parts = _gated(x, token, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, BIASED, FUSED)
+            parts = _gated(x, token, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, BIASED, FUSED, HOPPER)
             store_chunk(q, parts, by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     store_padding(q, rows, m, k, width, GROUP, ROWS, SPAN, CHUNKS, PAD_TILES)

@@ -21,9 +21,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def begin(PDL: tl.constexpr):
+def begin(HOPPER: tl.constexpr):
     """Let the next kernel's programs be placed early, and wait for the kernel before: nothing is read or written until it is done."""
-    if PDL:
+    if HOPPER:
         gdc_launch_dependents()
         gdc_wait()
 
@@ -37,17 +37,34 @@ def float32(x):
 
 
 @triton.jit
-def larger(largest, value):
-    """Elementwise the larger of float32 magnitudes and those of a chunk; NaN is largest."""
-    return tl.maximum(largest, tl.abs(float32(value)), propagate_nan=tl.PropagateNan.ALL)
+def no_magnitude(ROWS: tl.constexpr, SPAN: tl.constexpr, TYPE: tl.constexpr):
+    """What `larger` begins with."""
+    return tl.zeros([ROWS, SPAN, 8], tl.int32 if tl.float32 == TYPE else tl.int16)
 
 
 @triton.jit
-def row_scale(largest, BOUND: tl.constexpr, WIDE: tl.constexpr):
-    """Magnitudes float32 ``[ROWS, SPAN, 8]`` → scale ``[ROWS]`` and what `_quantise` divides by, each ``[ROWS, 1, 1]``; ``WIDE`` says
-    that elements are float32."""
-    # Bits of magnitudes order as integers, NaN and Inf above every number.
-    bits = tl.max(tl.max(largest.to(tl.int32, bitcast=True), 2), 1)
+def larger(largest, value, HOPPER: tl.constexpr):
+    """Elementwise the larger of magnitudes, as integers, and those of value: their bits order so, NaN and Inf above every number."""
+    if value.dtype == tl.float32:
+        return tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    elif HOPPER:
+        # Two at a time, and in the type of value: its float32 form, if found here, would be kept and fill twice the registers.
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 magnitude; and.b32 magnitude, $2, 0x7fff7fff; max.u16x2 $0, $1, magnitude; }", "=r,r,r",
+            [largest, value.to(tl.int16, bitcast=True)], tl.int16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return tl.maximum(largest, value.to(tl.int16, bitcast=True) & 0x7FFF)
+
+
+@triton.jit
+def row_scale(largest, BOUND: tl.constexpr, TYPE: tl.constexpr):
+    """Magnitudes `larger` of ``TYPE`` → scale ``[ROWS]`` and what `_quantise` divides by, each ``[ROWS, 1, 1]``."""
+    bits = tl.max(tl.max(largest.to(tl.int32), 2), 1)
+    if tl.bfloat16 == TYPE:
+        bits = bits << 16
+    elif tl.float16 == TYPE:
+        bits = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
     finite = bits < 0x7F800000
     scale = tl.div_rn(bits.to(tl.float32, bitcast=True), tl.full(bits.shape, BOUND, tl.float32))
     scale = tl.where(scale == 0.0, 1.0, scale)
@@ -58,28 +75,19 @@ def row_scale(largest, BOUND: tl.constexpr, WIDE: tl.constexpr):
     extreme = tl.max((factor != 1.0).to(tl.int32), 0) > 0
     high = tl.div_rn(tl.full(bits.shape, 1.0, tl.float32), divisor)
     low = tl.fma(-high, divisor, 1.0)
-    if not WIDE:
+    if tl.float32 != TYPE:
         # Rounded down, so that x · low has the sign of x, also of a zero.
         high = tl.where(low < 0.0, (high.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True), high)
         low = tl.fma(-high, divisor, 1.0) * high
     high, low, divisor = high[:, None, None], low[:, None, None], divisor[:, None, None]
-    zero = (bits >> 31).to(tl.int16)[:, None, None]
-    by = (high, low, divisor, factor[:, None, None], limit[:, None, None], zero, extreme)
+    by = (high, low, divisor, factor[:, None, None], limit[:, None, None], extreme)
     return tl.where(finite, scale, float("nan")), by
-
-
-@triton.jit
-def afresh(x, zero):
-    """x, so that the compiler forgets the float32 form that finding the largest took: kept for dividing, it fills twice the registers."""
-    return tl.inline_asm_elementwise("xor.b32 $0, $1, $2;", "=r,r,r", [x, zero.to(x.dtype, bitcast=True)], x.dtype, is_pure=True, pack=2)
 
 
 @triton.jit
 def _quantise(x, by, INT8: tl.constexpr, FUSED: tl.constexpr):
     """x of any float type ``[ROWS, …, …]`` → bytes (int8) of its quotient."""
-    high, low, divisor, factor, limit, zero, extreme = by
-    if FUSED and x.dtype != tl.float32:
-        x = afresh(x, zero)
+    high, low, divisor, factor, limit, extreme = by
     x32 = float32(x)
     if extreme:
         # The limit is 0 on a poisoned row, and matters where the scale is subnormal and lost bits.
@@ -109,21 +117,17 @@ def columns(chunk, part, SPAN: tl.constexpr):
 
 
 @triton.jit
-def load(x, rows, column, m, k, stride, ONCE: tl.constexpr = False):
+def load(x, rows, column, m, k, stride):
     pointer = x + (rows * stride)[:, None, None] + column
-    if ONCE:
-        value = tl.load(pointer, mask=(rows < m)[:, None, None] & (column < k), other=0.0, eviction_policy="evict_first")
-    else:
-        value = tl.load(pointer, mask=(rows < m)[:, None, None] & (column < k), other=0.0)
-    return value
+    return tl.load(pointer, mask=(rows < m)[:, None, None] & (column < k), other=0.0)
 
 
 @triton.jit
-def load_chunk(x, rows, chunk, m, k, stride, SPAN: tl.constexpr, PARTS: tl.constexpr, ONCE: tl.constexpr = False):
+def load_chunk(x, rows, chunk, m, k, stride, SPAN: tl.constexpr, PARTS: tl.constexpr):
     """The parts of a chunk; 0 outside x."""
     parts = ()
     for part in tl.static_range(PARTS):
-        parts = parts + (load(x, rows, columns(chunk, part, SPAN), m, k, stride, ONCE),)  # noqa: RUF005
+        parts = parts + (load(x, rows, columns(chunk, part, SPAN), m, k, stride),)  # noqa: RUF005
     return parts
 
 
@@ -151,18 +155,16 @@ def _store_windows(out, byte, behind, rows, chunk, m, k, width, SPAN: tl.constex
     words = (first | (second << 16), second | (third << 16), third | (fourth << 16))
     if GROUP != 8:
         words = words + (fourth | (_neighbours(behind).reshape(ROWS, SPAN) << 16),)  # noqa: RUF005
-    pair = (tl.arange(0, SPAN) + chunk * SPAN) * 4
-    bound = tl.cdiv(k, GROUP) * HALF
-    line = out + (rows * width)[:, None]
-    if COALESCED:
-        words = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3] if GROUP != 8 else words[2]))
+    line, bound = out + (rows * width)[:, None], tl.cdiv(k, GROUP) * HALF
+    if GROUP == 8 and not COALESCED:
+        group = chunk * SPAN + tl.arange(0, SPAN)
+        for i in tl.static_range(3):
+            tl.store(line + (group * 3 + i)[None, :], words[i], mask=(rows < m)[:, None] & (group * 4 < bound)[None, :])
+    else:
+        words = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[len(words) - 1]))
         pair = chunk * SPAN * 4 + tl.arange(0, SPAN * 4)
         inside = (pair < bound) & (pair % HALF != HALF - 1)
         tl.store(line + (pair - pair // HALF)[None, :], words.reshape(ROWS, SPAN * 4), mask=(rows < m)[:, None] & inside[None, :])
-    else:
-        for i in tl.static_range(len(words)):
-            inside = (pair + i < bound) & ((pair + i) % HALF != HALF - 1)
-            tl.store(line + (pair + i - (pair + i) // HALF)[None, :], words[i], mask=(rows < m)[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -193,28 +195,28 @@ def store_padding(
 @triton.jit(do_not_specialize=["m"])
 def quantize_kernel(
     x, q, scale_out, m, k, width, stride,
-    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
-    COALESCED: tl.constexpr, ONCE: tl.constexpr,
+    COALESCED: tl.constexpr,
 ):  # fmt: skip
     """x ``[m, k]`` of row stride ``stride`` → q ``[m, width]`` and scale_out ``[m]``; columns past the row's become 0.
 
     Without ``GROUP`` bytes are stored, with it (n:l is 2:4, no offset) words, one window each, and width counts them.
     """
-    begin(PDL)
+    begin(HOPPER)
     q = q.to(tl.pointer_type(tl.int32 if GROUP else tl.int8), bitcast=True)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    largest = tl.zeros([ROWS, SPAN, 8], tl.float32)
+    largest = no_magnitude(ROWS, SPAN, x.dtype.element_ty)
     values = ()
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
-            values = values + (load_chunk(x, rows, chunk, m, k, stride, SPAN, PARTS, ONCE),)  # noqa: RUF005
+            values = values + (load_chunk(x, rows, chunk, m, k, stride, SPAN, PARTS),)  # noqa: RUF005
         for chunk in tl.static_range(CHUNKS):
-            largest = larger(largest, values[chunk][0])
+            largest = larger(largest, values[chunk][0], HOPPER)
     else:
         for chunk in range(CHUNKS):
-            largest = larger(largest, load(x, rows, columns(chunk, 0, SPAN), m, k, stride))
-    scale, by = row_scale(largest, BOUND, x.dtype.element_ty == tl.float32)
+            largest = larger(largest, load(x, rows, columns(chunk, 0, SPAN), m, k, stride), HOPPER)
+    scale, by = row_scale(largest, BOUND, x.dtype.element_ty)
     tl.store(scale_out + rows, scale, mask=rows < m)
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
@@ -251,18 +253,18 @@ def _store_lifted(out, value, rows, word, m, width, LANES: tl.constexpr):
 @triton.jit(do_not_specialize=["m"])
 def quantize_gather_kernel(
     x, q, scale_out, m, k, slid, width, stride,
-    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
+    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr,
     GROUP: tl.constexpr, N: tl.constexpr, L: tl.constexpr, WINDOWS: tl.constexpr, OFFSET: tl.constexpr, LANES: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """x ``[m, k]`` → q ``[m, width]``, any pattern and offset: the row is read again, from cache, in lifted order."""
-    begin(PDL)
+    begin(HOPPER)
     q = q.to(tl.pointer_type(tl.int8), bitcast=True)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    largest = tl.zeros([ROWS, SPAN, 8], tl.float32)
+    largest = no_magnitude(ROWS, SPAN, x.dtype.element_ty)
     for chunk in range(CHUNKS):
-        largest = larger(largest, load(x, rows, columns(chunk, 0, SPAN), m, k, stride))
-    scale, by = row_scale(largest, BOUND, x.dtype.element_ty == tl.float32)
+        largest = larger(largest, load(x, rows, columns(chunk, 0, SPAN), m, k, stride), HOPPER)
+    scale, by = row_scale(largest, BOUND, x.dtype.element_ty)
     tl.store(scale_out + rows, scale, mask=rows < m)
     for tile in range(TILES):
         word = tile * WORDS + tl.arange(0, WORDS)
@@ -272,12 +274,12 @@ def quantize_gather_kernel(
 
 @triton.jit(do_not_specialize=["m"])
 def lift_kernel(
-    x, y, m, k, slid, width, stride, PDL: tl.constexpr,
+    x, y, m, k, slid, width, stride, HOPPER: tl.constexpr,
     GROUP: tl.constexpr, N: tl.constexpr, L: tl.constexpr, WINDOWS: tl.constexpr, OFFSET: tl.constexpr, LANES: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """x ``[m, k]`` of any integer type → y ``[m, width]``: the lifted rows, 0 from ``slid`` on."""
-    begin(PDL)
+    begin(HOPPER)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for tile in range(TILES):
         word = tile * WORDS + tl.arange(0, WORDS)

@@ -22,36 +22,48 @@ BOUNDS = {scheme.dtype: scheme.bound for scheme in SCHEMES.values() if scheme.dy
 class Launch(NamedTuple):
     """How one program works: ``rows`` rows, ``span`` times eight elements of each at a time, by ``warps`` warps.
 
-    ``overlap`` lets programs be placed while the kernel before drains (programmatic dependent launch), where the card can.
-    ``coalesced`` passes lifted words through shared memory, so that neighbouring threads store neighbouring words.
+    ``coalesced`` passes lifted words of 6:8 through shared memory too, so that neighbouring threads store neighbouring words.
     """
 
     rows: int
     span: int
     warps: int
-    overlap: bool = True
     coalesced: bool = True
-    once: bool = False
 
 
-def row_launch(m: int, k: int) -> Launch:
-    """The configuration for ``m`` rows of ``k`` elements."""
+def row_launch(m: int, k: int, group: int = 0) -> Launch:
+    """The configuration that quantises ``m`` rows of ``k`` elements, and lifts them if there is a ``group``."""
     if k <= 512:
         span = max(2, 1 << max(-(-k // 8) - 1, 0).bit_length())
         return Launch(128 // span, span, 4, coalesced=False)
-    if k <= 4096:
-        return Launch(1, 256, 8) if m <= 2048 else Launch(1, 64, 2)
-    return Launch(1, 256, 8)
+    if m <= 2048 or k > 12288:
+        # Few rows, or long ones: many threads a row.
+        return Launch(1, 256, 8, coalesced=k > 4096)
+    if group == 8 or k > 4096:
+        return Launch(1, 128, 4, coalesced=k > 4096)
+    return Launch(1, 64, 2)
 
 
-def overlaps(launch: Launch, device: torch.device) -> bool:
-    """Whether programs may be placed while the kernel before drains."""
-    return launch.overlap and device.type == "cuda" and capability(device) >= (9, 0)
+def norm_launch(m: int, k: int) -> Launch:
+    """The configuration for RMSNorm: `row_launch`, with many threads a row whatever the number of rows."""
+    return row_launch(0, k)
+
+
+def silu_launch(m: int, k: int) -> Launch:
+    """The configuration for SwiGLU, whose rows are two of ``k`` elements."""
+    if k <= 512:
+        return row_launch(m, k)
+    return Launch(1, 512, 16) if m <= 256 and k > 4096 else Launch(1, 128, 4)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels may use what compute capability 9.0 brought: programmatic dependent launch, integer maxima of two 16-bit lanes."""
+    return device.type == "cuda" and capability(device) >= (9, 0)
 
 
 @lru_cache(maxsize=4096)
 def row_constants(
-    launch: Launch, k: int, width: int, group: int, dtype: torch.dtype, fused: bool, overlap: bool
+    launch: Launch, k: int, width: int, group: int, dtype: torch.dtype, fused: bool, hopper: bool
 ) -> MappingProxyType[str, object]:
     """Compile-time parameters of kernels that hold rows of ``k`` elements; ``group`` is 0 if nothing is lifted.
 
@@ -63,19 +75,19 @@ def row_constants(
         pairs = min(-(-k // group) * (group // 2), chunks * launch.span * 4)
         padding = width // 4 - (pairs - pairs // (group // 2))
     return MappingProxyType({
-        "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": fused, "PDL": overlap, "launch_pdl": overlap,
+        "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": fused, "HOPPER": hopper, "launch_pdl": hopper,
         "GROUP": group, "PARTS": 2 if group not in (0, 8) else 1, "PAD_TILES": -(-padding // launch.span),
         "ROWS": launch.rows, "SPAN": launch.span, "CHUNKS": chunks, "CACHED": chunks <= CACHED_CHUNKS,
-        "COALESCED": launch.coalesced, "ONCE": launch.once, "num_warps": launch.warps,
+        "COALESCED": launch.coalesced, "num_warps": launch.warps,
     })  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
-def gather_constants(launch: Launch, pattern: Pattern, offset: int, width: int, overlap: bool) -> MappingProxyType[str, object]:
+def gather_constants(launch: Launch, pattern: Pattern, offset: int, width: int, hopper: bool) -> MappingProxyType[str, object]:
     """Compile-time parameters of the lift of any pattern and offset, words of ``LANES`` at a time."""
     lanes, words = gcd(pattern.l, 4), launch.span * 2
     return MappingProxyType({
-        "PDL": overlap, "launch_pdl": overlap, "GROUP": pattern.group, "N": pattern.n, "L": pattern.l, "WINDOWS": pattern.windows,
+        "HOPPER": hopper, "launch_pdl": hopper, "GROUP": pattern.group, "N": pattern.n, "L": pattern.l, "WINDOWS": pattern.windows,
         "OFFSET": offset, "LANES": lanes, "ROWS": launch.rows, "WORDS": words, "TILES": -(-width // (words * lanes)),
         "num_warps": launch.warps,
     })  # fmt: skip

@@ -15,7 +15,7 @@ from .. import reference
 from ..format import SCHEMES, Scheme
 from ..pattern import Pattern
 from . import launching
-from .launch import BOUNDS, Launch, gather_constants, overlaps, row_constants, row_launch
+from .launch import BOUNDS, Launch, gather_constants, is_hopper, row_constants, row_launch
 from .library import define, runs_kernels
 
 _INPUTS = (torch.bfloat16, torch.float16, torch.float32)
@@ -178,9 +178,9 @@ def _launch_groups(
     x = in_rows(x)
     q, scale = empty(x, dtype, width, rows)
     m, k = x.shape
-    launch = launch or row_launch(m, k)
+    launch = launch or row_launch(m, k, group)
     if m:
-        constants = row_constants(launch, k, width, group, dtype, fused, overlaps(launch, x.device))
+        constants = row_constants(launch, k, width, group, dtype, fused, is_hopper(x.device))
         arguments = (x, q, scale, m, k, width // 4 if group else width, x.stride(0))
         launching.launch(kernels.quantize_kernel, (-(-m // launch.rows),), arguments, constants)
     return q, scale
@@ -200,7 +200,7 @@ def launch_quantize_lift(
     m, k = x.shape
     launch = launch or row_launch(m, k)
     if m:
-        constants = gather_constants(launch, pattern, offset, width, overlaps(launch, x.device)) | {
+        constants = gather_constants(launch, pattern, offset, width, is_hopper(x.device)) | {
             "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": fused, "SPAN": launch.span, "CHUNKS": -(-k // (8 * launch.span)),
         }  # fmt: skip
         arguments = (x, q, scale, m, k, pattern.slid_k(k, offset), width, x.stride(0))
@@ -222,7 +222,7 @@ def launch_lift(x: Tensor, pattern: Pattern, offset: int, width: int, rows: int 
     x = in_rows(x)
     launch = launch or row_launch(m, k)
     if m:
-        constants = gather_constants(launch, pattern, offset, width, overlaps(launch, x.device))
+        constants = gather_constants(launch, pattern, offset, width, is_hopper(x.device))
         arguments = (x.view(integer), y.view(integer), m, k, pattern.slid_k(k, offset), width, x.stride(0))
         launching.launch(kernels.lift_kernel, (-(-m // launch.rows),), arguments, constants)
     return y
