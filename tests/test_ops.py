@@ -135,6 +135,22 @@ def test_two_multiplications_divide_where_the_scale_is_subnormal(scheme):
         assert torch.equal(got[possible].to(scheme.dtype).float(), expected[possible].to(scheme.dtype).float())
 
 
+@needs_triton
+def test_int8_compiles_for_cards_without_e4m3():
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from slidesparse.ops.kernels_quantize import quantize_kernel as kernel
+    from slidesparse.ops.launch import row_constants
+
+    constants = row_constants(Launch(1, 32, 1), 256, 256, 0, torch.int8, True, False)
+    types = {"x": "*bf16", "q": "*i8", "scale_out": "*fp32", "m": "i32", "k": "i32", "width": "i32", "stride": "i32"}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): constants[name] for name in signature if name not in types})
+    assert ".target sm_80" in compile_kernel(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
+
+
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_without_a_gpu_the_ops_are_the_oracle_and_compile(scheme):
     x, pattern, scheme = rows(13, 61, torch.bfloat16), Pattern.parse("6:8"), SCHEMES[scheme]

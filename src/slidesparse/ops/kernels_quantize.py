@@ -105,7 +105,8 @@ def _quantise(x, by, INT8: tl.constexpr, FUSED: tl.constexpr):
     if INT8:
         # |x / s| exceeds the bound by a rounding error at most. Adding 1.5 · 2^23 rounds to nearest even, the integer in the low bits.
         return (quotient + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-    return quotient.to(tl.float8e4nv).to(tl.int8, bitcast=True)
+    else:
+        return quotient.to(tl.float8e4nv).to(tl.int8, bitcast=True)
 
 
 @triton.jit
