@@ -29,8 +29,8 @@ _STREAM_K = 6
 def search(q: Tensor, compressed: Tensor, alpha: Tensor | None, n: int, out_dtype: torch.dtype) -> list[Algorithm]:
     """See `slidesparse.ops.cusparselt.search`; the operands' device must be the current one, and their check is left to it.
 
-    float16 gets what the library picks itself: among its other configurations some stop the device with an illegal instruction (0.8.0
-    on compute capability 9.0).
+    float16 gets the library's default: among its other configurations some stop the device with an illegal instruction, in the library's
+    own search too (0.8.0 on compute capability 9.0).
     """
     m, k = q.shape
     if not m:
