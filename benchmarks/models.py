@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--schemes", nargs="+", default=["int8", "fp8"])
     parser.add_argument("--prefill", nargs="+", type=int, default=[512, 4096])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64])
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 16, 64])
     arguments = parser.parse_args()
     here = this_machine()
     head = {"date": datetime.date.today().isoformat(), "commit": arguments.commit, "gpu": here.gpu, "driver": here.driver}
