@@ -69,7 +69,8 @@ def _window(model: Callable[[Tensor], Any], ids: Tensor, seen: int) -> tuple[flo
     targets = ids[first:].long()
     if targets.numel() == 0:
         return 0.0, 0
-    logits = model(ids.long().unsqueeze(0)).logits[0, first - 1 : -1]
+    there = ids.long().to(getattr(model, "device", ids.device))
+    logits = model(there.unsqueeze(0)).logits[0, first - 1 : -1]
     losses = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
     return float(losses.double().sum()), targets.numel()
 
