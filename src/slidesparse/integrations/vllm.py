@@ -348,7 +348,7 @@ class MaskedCompressedTensorsConfig(_Chosen, CompressedTensorsConfig):
             arguments = self.get_scheme_dict(layer, prefix)
             scheme = _w8a8(arguments)
             if scheme is not None:
-                return DenseLinearMethod(scheme, self.claims, prefix, parts, per_part=str(arguments["weights"].strategy.value) == "tensor")
+                return DenseLinearMethod(scheme, self.claims, prefix, parts, per_part=_text(arguments["weights"].strategy) == "tensor")
             if arguments is not None:
                 _report_other(prefix.rpartition(".")[2])
         return super().get_quant_method(layer, prefix)
@@ -359,12 +359,16 @@ def _w8a8(arguments: dict[str, Any] | None) -> Scheme | None:
     weights, inputs = (arguments or {}).get("weights"), (arguments or {}).get("input_activations")
     if weights is None or inputs is None or arguments.get("output_activations") is not None:
         return None
-    kind = str(weights.type.value)
+    kind = _text(weights.type)
     asked = (weights.num_bits, weights.symmetric, weights.dynamic, inputs.num_bits, inputs.symmetric, inputs.dynamic)
-    same = kind == str(inputs.type.value) and str(inputs.strategy.value) == "token" and str(weights.strategy.value) in ("channel", "tensor")
+    same = kind == _text(inputs.type) and _text(inputs.strategy) == "token" and _text(weights.strategy) in ("channel", "tensor")
     if asked != (8, True, False, 8, True, True) or not same:
         return None
     return scheme_named({"int": "int8", "float": "fp8"}[kind])
+
+
+def _text(value: Any) -> str:
+    return str(getattr(value, "value", value))
 
 
 def register() -> None:
