@@ -6,16 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import models
 import pytest
 import torch
 from torch import Tensor, nn
 
 vllm = pytest.importorskip("vllm", reason="vllm is not installed: pip install 'slidesparse[vllm]'")
 
+from vllm.config import DeviceConfig, LoadConfig, VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.model_executor.layers import linear as layers  # noqa: E402
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config  # noqa: E402
 
 from slidesparse import reference  # noqa: E402
+from slidesparse.checkpoint import Recipe, convert  # noqa: E402
 from slidesparse.errors import CheckpointError, PatternError, UnsupportedError, WeightError  # noqa: E402
 from slidesparse.format import MARKER, SCHEMES, PackedConfig, Scheme  # noqa: E402
 from slidesparse.gemm import prepared  # noqa: E402
@@ -274,7 +278,9 @@ def test_random_weights_without_a_checkpoint(rank: Callable, monkeypatch: pytest
     monkeypatch.setattr(adapter.Settings, "current", classmethod(lambda cls: settings))
     for form, name in FORMS:
         rank(1, 2)
-        layer = layers.RowParallelLinear(56, 8, bias=False, reduce_results=False, quant_config=config_of(form, name, "4:6"), prefix="m.o_proj")
+        layer = layers.RowParallelLinear(
+            56, 8, bias=False, reduce_results=False, quant_config=config_of(form, name, "4:6"), prefix="m.o_proj"
+        )
         layer.quant_method.process_weights_after_loading(layer)
         y = layer(torch.randn(3, 28))[0]
         assert torch.isfinite(y).all() and float(y.abs().mean()) > 0.05
@@ -289,6 +295,59 @@ def test_registration_is_idempotent_and_chosen_as_documented() -> None:
     assert choose(marked, None, hf_config=None) == "slidesparse" and choose(plain, None) is None
     assert choose(plain, "slidesparse") == "slidesparse" and choose(marked, "compressed-tensors") is None
     assert choose({"quant_method": "gptq", MARKER: {}}, "slidesparse") is None
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small model in every form."""
+    folder = tmp_path_factory.mktemp("served")
+    models.write(folder / "dense")
+    for form in ("packed", "dense"):
+        for scheme in ("int8", "fp8", "bf16"):
+            convert(folder / "dense", folder / f"{form}-{scheme}", Recipe(Pattern.parse("6:8"), "magnitude", scheme, form=form))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "chosen", "kind"),
+    [
+        ("packed-int8", None, "slidesparse", "SlideSparseConfig"),
+        ("packed-fp8", None, "slidesparse", "SlideSparseConfig"),
+        ("packed-bf16", "slidesparse", "slidesparse", "SlideSparseConfig"),
+        ("dense-int8", None, "slidesparse", "MaskedCompressedTensorsConfig"),
+        ("dense-fp8", "slidesparse", "slidesparse", "MaskedCompressedTensorsConfig"),
+        ("dense-int8", "compressed-tensors", "compressed-tensors", "CompressedTensorsConfig"),
+        ("dense-bf16", "slidesparse", "slidesparse", "SlideSparseConfig"),
+        ("dense-bf16", None, None, "NoneType"),
+    ],
+)
+def test_vllm_chooses_the_method_from_config_json(name: str, asked: str | None, chosen: str | None, kind: str, checkpoints: Path) -> None:
+    adapter.register()
+    folder = str(checkpoints / name)
+    model = EngineArgs(model=folder, quantization=asked, skip_tokenizer_init=True, enforce_eager=True).create_model_config()
+    config = VllmConfig(model_config=model, device_config=DeviceConfig(device="cpu"), load_config=LoadConfig())
+    assert (model.quantization, type(config.quant_config).__name__) == (chosen, kind)
+    if chosen == "slidesparse":
+        assert str(config.quant_config.claims.pattern) == "6:8" and "lm_head" in config.quant_config.claims.ignore
+
+
+def test_settings_come_from_additional_config(checkpoints: Path) -> None:
+    adapter.register()
+    model = EngineArgs(model=str(checkpoints / "packed-int8"), skip_tokenizer_init=True, enforce_eager=True).create_model_config()
+    for chosen, loaded in (({"memory": "lean", "backend": "reference"}, "auto"), ({}, "dummy")):
+        config = VllmConfig(
+            model_config=model,
+            device_config=DeviceConfig(device="cpu"),
+            load_config=LoadConfig(load_format=loaded),
+            additional_config={"slidesparse": chosen},
+        )
+        with set_current_vllm_config(config):
+            found = adapter.Settings.current()
+        assert (found.memory, found.backend) == (chosen.get("memory", "fast"), chosen.get("backend"))
+        assert found.random == (loaded == "dummy")
+    config.additional_config = {"slidesparse": {"backends": "dense"}}
+    with set_current_vllm_config(config), pytest.raises(UnsupportedError, match="not backends"):
+        adapter.Settings.current()
 
 
 def test_one_graph_for_any_number_of_tokens(rank: Callable) -> None:

@@ -61,7 +61,9 @@ class Claims:
         if not isinstance(overrides, dict) or not all(isinstance(entry, str) for entry in ignore):
             raise CheckpointError("config.json: slidesparse.overrides must map layers to patterns, slidesparse.ignore list layers")
         try:
-            return cls(Pattern.parse(marker.get("pattern", "")), {name: Pattern.parse(text) for name, text in overrides.items()}, tuple(ignore))
+            return cls(
+                Pattern.parse(marker.get("pattern", "")), {name: Pattern.parse(text) for name, text in overrides.items()}, tuple(ignore)
+            )
         except ValueError as error:
             raise CheckpointError(f"config.json: slidesparse: {error}") from error
 
@@ -93,7 +95,7 @@ class Claims:
         if dense and len(dense) < len(parts):
             packed = ", ".join(part for part in parts if part not in dense)
             raise CheckpointError(
-                f"layer {layer} is merged of {', '.join(dense)}, which stays dense, and {packed}, which does not: convert all or none of them"
+                f"layer {layer} is merged of {', '.join(dense)}, which stays dense, and {packed}, which does not: convert all or none"
             )
         return bool(dense)
 
@@ -113,7 +115,9 @@ class Claims:
         found = self.patterns(parts)
         if len(found) > 1:
             told = ", ".join(f"{part} ({self.overrides.get(part, self.pattern)})" for part in parts)
-            raise CheckpointError(f"layer {layer} is merged of {told}: parts packed in different patterns cannot be merged; convert them to one")
+            raise CheckpointError(
+                f"layer {layer} is merged of {told}: parts packed in different patterns cannot be merged; convert them to one"
+            )
         return found[0]
 
     def check_width(self, layer: str, parts: Sequence[str], k: int) -> None:
@@ -124,4 +128,6 @@ class Claims:
         """
         for part in parts:
             if self.in_features.get(part, k) != k:
-                raise CheckpointError(f"layer {layer}: config.json says K = {self.in_features[part]} for {part} (in_features), the model has {k}")
+                raise CheckpointError(
+                    f"layer {layer}: config.json says K = {self.in_features[part]} for {part} (in_features), the model has {k}"
+                )
