@@ -79,19 +79,21 @@ def test_shards_that_cannot_be_are_refused() -> None:
         Shard(Pattern.parse("6:8x2"), 32, 1, 17)
 
 
-def test_one_wrong_bit_or_value_is_noticed() -> None:
-    """Mutations: a shard that begins one group or one bit late would go unnoticed if neighbours were alike."""
+def test_a_late_start_or_one_wrong_bit_is_noticed() -> None:
+    """Mutations of what a rank takes: one column late, one group late, one keep-bit flipped."""
     pattern = Pattern.parse("4:6")
-    weight, _ = masked(4, 84, pattern)
-    whole, shard = pack_rows(weight, pattern), Shard.even(pattern, 84, 1, 2)
-    part = taken(whole, shard)
-    own = weight[:, 42:]
-    late = Shard(pattern, 84, 48, 84)
-    assert not torch.equal(restore(cut(part, None, shard))[:, :36], restore(taken(whole, late)))
-    broken = Packed(part.values, part.keep ^ torch.tensor([1] + [0] * (part.keep.shape[1] - 1), dtype=torch.uint8), pattern, part.k)
+    weight, _ = masked(4, 88, pattern)
+    whole, shard = pack_rows(weight, pattern), Shard.even(pattern, 88, 1, 2)
+    part, left = taken(whole, shard), shard.offset
+    assert (shard.start, left) == (44, 2)
+    good = restore(cut(part, None, shard))[:, left : left + 44]
+    check_bitwise(good, weight[:, 44:])
+    assert not torch.equal(restore(cut(part, None, shard))[:, left + 1 : left + 45], weight[:, 44:])
+    late = Shard(pattern, 88, 48, 88)
+    assert not torch.equal(restore(cut(taken(whole, late), None, late))[:, :40], weight[:, 44:84])
+    flip = torch.tensor([1] + [0] * (part.keep.shape[1] - 1), dtype=torch.uint8)
     with pytest.raises(WeightError, match="row 0, group 0"):
-        cut(broken, None, shard)
-    assert torch.equal(restore(cut(part, None, shard))[:, : own.shape[1]], own)
+        cut(Packed(part.values, part.keep ^ flip, pattern, part.k), None, shard)
 
 
 def test_what_was_not_loaded_is_named() -> None:

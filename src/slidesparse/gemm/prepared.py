@@ -71,8 +71,8 @@ def prepare(
     number = next(_NUMBERS)
     _PREPARED[number] = Prepared(execution, ready.problem, ready.device, *margins)
     weakref.finalize(owner, _PREPARED.pop, number, None)
-    # On the host: read in every call, which must not wait for a device.
-    return torch.tensor([number], dtype=torch.int64)
+    # On the host, whatever the default device is: it is read in every call, which must not wait for a GPU.
+    return torch.tensor([number], dtype=torch.int64, device="cpu")
 
 
 def warm(name: Tensor, tokens: Iterable[int]) -> None:

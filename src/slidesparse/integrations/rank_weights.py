@@ -80,7 +80,7 @@ def made_up(n: int, shard: Shard, scheme: Scheme, device: torch.device) -> tuple
     """Random weights of the shape and pattern, with their scales, for measurements without a checkpoint."""
     blocks, scales = [], []
     for first in range(0, n, rows := max(1, _BLOCK // shard.columns)):
-        weight = torch.randn(min(rows, n - first), shard.columns, device=device) * shard.k**-0.5
+        weight = torch.randn(min(rows, n - first), shard.columns, dtype=torch.float32, device=device) * shard.k**-0.5
         values, scale = quantize_weight(prune(weight, shard.pattern, offset=shard.offset // shard.pattern.unit), scheme)
         blocks.append(shard.pack(values))
         scales.append(scale)
