@@ -111,7 +111,7 @@ def _run(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
             f"a layer prepared for {wanted.dtype} activations and a bias of {wanted.bias} was given {x.dtype} and "
             f"{None if bias is None else bias.dtype}"
         )
-    return prepared(x, bias)
+    return prepared(x, bias).contiguous()  # as `_fake` promises: libraries may have padded N
 
 
 def _fake(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
