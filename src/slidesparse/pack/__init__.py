@@ -3,8 +3,10 @@
 from .checks import check_packed, check_scale, detect, find_violation
 from .codes import integer_view
 from .packing import pack, restore, slid_mask, slide, unpack_keep
+from .sharding import Shard
 
 __all__ = [
+    "Shard",
     "check_packed",
     "check_scale",
     "detect",

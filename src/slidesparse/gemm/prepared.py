@@ -1,0 +1,121 @@
+"""Layers behind one opaque op, ``slidesparse::linear``: for engines that compile a model once for every number of tokens.
+
+The route is chosen inside the op by the number of tokens at hand. What the compiled graph holds of a layer is a tensor that names it,
+an input like any weight, so that the graphs of equal layers are equal and compiled once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from ..ops.library import define
+from .execution import Execution
+from .problem import Problem
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A layer ready to run on inputs of one kind; ``left`` and ``right`` zeros widen its activations first."""
+
+    execution: Execution
+    problem: Problem
+    device: torch.device
+    left: int = 0
+    right: int = 0
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x [M, K - left - right]`` → ``[M, N]``."""
+        if self.left or self.right:
+            x = F.pad(x, (self.left, self.right))
+        if bias is None and self.problem.bias is not None:
+            bias = x.new_zeros(self.problem.n, dtype=self.problem.bias)
+        return self.execution(x, bias)
+
+
+_PREPARED: dict[int, Prepared] = {}
+_NUMBERS = itertools.count(1)
+_warmed: set[tuple[Problem, int, torch.device]] = set()
+
+
+def prepare(
+    owner: nn.Module,
+    execution: Execution,
+    dtype: torch.dtype,
+    device: torch.device,
+    bias: torch.dtype | None,
+    *,
+    margins: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """Make a layer ready for activations and a bias of these types, and return the tensor that names it to `linear`.
+
+    Its resident copies live as long as ``owner``. The packed weights are given up unless a route reads them, so no other kind of input
+    can be run afterwards. ``margins`` are zeros put to the left and right of the activations, see `slidesparse.pack.Shard`.
+
+    Raises:
+        UnsupportedError: the backend asked for cannot run this.
+    """
+    ready = execution.prepare(dtype, device, bias)
+    weights = execution.weights
+    if "packed" not in ready.resident:
+        packed = replace(weights.packed, values=weights.packed.values.to("meta"), keep=weights.packed.keep.to("meta"))
+        scale = None if weights.scale is None else weights.scale.to(device)
+        execution.weights = replace(weights, packed=packed, scale=scale)
+    number = next(_NUMBERS)
+    _PREPARED[number] = Prepared(execution, ready.problem, ready.device, *margins)
+    weakref.finalize(owner, _PREPARED.pop, number, None)
+    # On the host, whatever the default device is: it is read in every call, which must not wait for a GPU.
+    return torch.tensor([number], dtype=torch.int64, device="cpu")
+
+
+def warm(name: Tensor, tokens: Iterable[int]) -> None:
+    """Run a prepared layer once for each number of tokens, unless one of the same shape was: CUDA graphs may capture it afterwards."""
+    prepared = _named(name)
+    for m in tokens:
+        key = (prepared.problem, m, prepared.device)
+        if key in _warmed:
+            continue
+        _warmed.add(key)
+        x = torch.zeros(m, prepared.problem.k - prepared.left - prepared.right, dtype=prepared.problem.dtype, device=prepared.device)
+        prepared(x, None)
+
+
+def linear(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    """Run the prepared layer that `prepare` named: ``x [M, K]`` → ``[M, n]``; one op to torch.compile, with any number of tokens.
+
+    Raises:
+        UnsupportedError: the layer is gone, or was prepared for other types.
+    """
+    return torch.ops.slidesparse.linear(x, name, bias, n)
+
+
+def _named(name: Tensor) -> Prepared:
+    prepared = _PREPARED.get(int(name))
+    if prepared is None:
+        raise UnsupportedError(f"there is no prepared layer {int(name)}: its model was deleted, or it belongs to another process")
+    return prepared
+
+
+def _run(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    prepared = _named(name)
+    wanted = prepared.problem
+    if x.dtype != wanted.dtype or (bias is not None and bias.dtype != wanted.bias):
+        raise UnsupportedError(
+            f"a layer prepared for {wanted.dtype} activations and a bias of {wanted.bias} was given {x.dtype} and "
+            f"{None if bias is None else bias.dtype}"
+        )
+    return prepared(x, bias).contiguous()  # as `_fake` promises: libraries may have padded N
+
+
+def _fake(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    return x.new_empty((x.shape[0], n))
+
+
+define("linear(Tensor x, Tensor name, Tensor? bias, SymInt n) -> Tensor", oracle=_run, cuda=_run, fake=_fake)
