@@ -49,7 +49,8 @@ def rows(name: str, layer: Layer, cell: Cell, plan: Plan | None, key: tuple) -> 
 def measured(model: str, layer_name: str, layer: Layer, ms: list[int], plan: Plan | None) -> Iterator[dict[str, object]]:
     bench = Bench(layer)
     for m in ms:
-        cell = bench.cell(m)
+        planned = [plan.route(bench.key, m, memory) for memory in ("fast", "lean")] if plan else []
+        cell = bench.cell(m, also=[route for route in planned if route])
         for row in rows(layer_name, layer, cell, plan, bench.key):
             yield {"model": model} | row
         torch.cuda.empty_cache()

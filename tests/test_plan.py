@@ -167,3 +167,12 @@ def test_merged_layers_are_those_of_serving_engines():
     layers |= {"layers.1.mlp.up_proj": one(96, "fp8"), "layers.0.mlp.down_proj": one(64)}
     assert merged_layers(layers) == [one(96), one(192)]
     assert one(8).buckets == BUCKETS and len(replace(one(8), pattern=Pattern(2, 4)).buckets) == 5
+
+
+def test_the_shipped_plan_is_of_these_kernels():
+    """Whoever changes what linears run measures again, or takes the plan away: layers then run dense."""
+    plan = Plan.load(active._shipped("NVIDIA H200"))
+    assert plan.machine.gpu == "NVIDIA H200" and plan.machine.kernels == kernels_hash()
+    for key, table in plan.cells.items():
+        for m, measured in table.items():
+            assert measured.best("dense") and measured.best("restore"), (key, m)

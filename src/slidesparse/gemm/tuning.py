@@ -128,8 +128,8 @@ class Bench:
         """What a plan calls the layer."""
         return key_of(self.problem)
 
-    def cell(self, m: int, *, rounds: int | None = None, routes: Sequence[str] | None = None) -> Cell:
-        """Check and time ``m`` tokens; ``routes`` limits it to some."""
+    def cell(self, m: int, *, rounds: int | None = None, also: Sequence[str] = ()) -> Cell:
+        """Check and time ``m`` tokens: the routes that the backends find worth it, and those named in ``also``."""
         copies = self._copies(m)
         inputs = [_tokens(m, self.problem) for _ in range(copies)]
         expected, same_dtype = self._expected(inputs[0])
@@ -140,10 +140,10 @@ class Bench:
                 dropped[backend.name] = reason
                 continue
             resident = self._layout(backend, copies)
-            for variant in backend.search(self.problem, inputs[0], resident[0], self.weights.channel_scale):
+            found = backend.search(self.problem, inputs[0], resident[0], self.weights.channel_scale)
+            asked = [route.partition(":")[2] for route in also if route.partition(":")[0] == backend.name]
+            for variant in dict.fromkeys([*found, *asked]):
                 name = f"{backend.name}:{variant}"
-                if routes is not None and name not in routes:
-                    continue
                 calls = [self._call(backend, variant, x, held) for x, held in zip(inputs, resident, strict=False)]
                 reason = self._fault(backend, calls[0], m, expected, same_dtype)
                 if reason is None:

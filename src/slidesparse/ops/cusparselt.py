@@ -102,9 +102,9 @@ def sparse_mm(q: Tensor, compressed: Tensor, alpha: Tensor | None, n: int, out_d
     """Multiply: ``q [M, K']`` by what `compress` made of ``[N, K']`` → ``y [M, N]`` of ``out_dtype``, rows scaled by ``alpha [N]``.
 
     ``q`` is contiguous with M a multiple of 16, ``alpha`` float32 per row of the weights or None. Outputs: bfloat16, float16 and int32
-    sums of int8, these rounded once to float32 on the way; bfloat16, float16 and float32 of e4m3; their own type of 16-bit inputs. ``algorithm`` is the text form of an
-    `Algorithm`, empty for the library's choice. The first call of a shape, type and algorithm makes a plan, which cannot happen while a
-    CUDA graph is captured.
+    sums of int8, these rounded once to float32 on the way; bfloat16, float16 and float32 of e4m3; their own type of 16-bit inputs.
+    ``algorithm`` is the text form of an `Algorithm`, empty for the library's choice. The first call of a shape, type and algorithm makes
+    a plan, which cannot happen while a CUDA graph is captured.
 
     Raises:
         ValueError: shapes or types do not fit, or ``algorithm`` cannot be read.
