@@ -11,6 +11,7 @@ from slidesparse import reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Accepted, Execution, Problem, Rejected, Weights, choose, named, numerics, register, registry, verdicts
+from slidesparse.gemm.backends import cusparselt
 from slidesparse.pack import pack
 from slidesparse.pattern import Pattern
 from slidesparse.prune import prune
@@ -228,3 +229,14 @@ def test_the_policy_itself_can_fail() -> None:
         check_close(torchs, exact, torchs.float())
     with pytest.raises(AssertionError, match=r"first at \(3, 4\)"):
         check_bitwise(off, torchs)
+
+
+def test_outputs_finer_than_bfloat16_never_pass_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cusparselt.cusparselt, "unavailable", lambda *_: None)
+    sparse = cusparselt.CuSparseLt()
+    for dtype, variants in ((torch.bfloat16, ("", "exact")), (torch.float16, ("exact",)), (torch.float32, ("exact",))):
+        problem = Problem(32, 64, Pattern(6, 8), SCHEMES["int8"], "cuda", dtype)
+        assert sparse.variants(problem, 16) == variants
+        assert sparse.refuses(problem, "exact alg=3") is None
+        assert (sparse.refuses(problem, "alg=3") is None) == (dtype == torch.bfloat16)
+    assert "not an algorithm" in sparse.refuses(problem, "exact quick")

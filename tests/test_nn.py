@@ -311,5 +311,19 @@ def test_quantised_linears_that_mean_something_else_stay_dense() -> None:
         accelerate(quantised(weight_scale=torch.ones(24).index_fill(0, torch.tensor(3), float("nan"))))
 
 
+def test_moving_to_where_it_is_keeps_what_was_made() -> None:
+    layer = SlideSparseLinear.from_dense(masked(8, 32), torch.randn(8), pattern="6:8", scheme="int8")
+    x = torch.randn(4, 32)
+    expected = layer(x)
+    made = layer._execution._ready
+    layer.to("cpu")
+    assert layer._execution._ready is made
+    layer.half()
+    assert layer.bias.dtype == torch.float16 and layer.weight_scale.dtype == torch.float32
+    assert torch.allclose(layer.float()(x), expected, atol=0.01)
+    layer.to("meta")
+    assert layer._execution is None
+
+
 def test_public_names() -> None:
     assert set(packed_nn.__all__) == {"AccelerationReport", "Placement", "SlideSparseLinear", "accelerate", "acceleration_report", "place"}

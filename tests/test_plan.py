@@ -29,8 +29,8 @@ def at(us: float, spread: float = 0.0) -> Timing:
 
 
 def cell(m: int, dense: float = 10.0, sparse: float = 20.0, spread: float = 0.0) -> Cell:
-    times = {"dense:triton": at(dense, spread), "dense:cublaslt": at(dense * 2), "restore:triton": at(dense + 5)}
-    return Cell(m, times | {"cusparselt:": at(sparse, spread)})
+    times = {"dense:triton": at(dense, spread), "dense:cublaslt": at(dense * 2), "restore:triton": at(dense + 5), "restore:exact": at(0.01)}
+    return Cell(m, times | {"cusparselt:": at(sparse, spread), "cusparselt:alg=7": at(1e7)})
 
 
 @given(st.floats(1, 1e6), st.floats(1, 1e6), st.floats(0, 0.3))
@@ -42,7 +42,7 @@ def test_another_backend_runs_only_where_it_beats_dense_by_more_than_the_spread(
         assert measured.timings[picked].p80 < measured.timings["dense:triton"].p20
     else:
         assert measured.timings["cusparselt:"].p80 >= measured.timings["dense:triton"].p20
-    assert measured.pick("lean") == "restore:triton"
+    assert measured.pick("lean") == "restore:exact"
 
 
 def test_between_measured_numbers_both_neighbours_must_agree():
@@ -53,7 +53,7 @@ def test_between_measured_numbers_both_neighbours_must_agree():
     routes = {m: plan.route(KEY, m, "fast") for m in (1, 16, 17, 255, 256, 300, 1024, 1025, 4095, 4096, 90000)}
     sparse = {m for m, route in routes.items() if route == "cusparselt:"}
     assert sparse == {256, 300, 1024} and set(routes.values()) == {"dense:triton", "cusparselt:"}
-    assert {plan.route(KEY, m, "lean") for m in routes} == {"restore:triton"}
+    assert {plan.route(KEY, m, "lean") for m in routes} == {"restore:exact"}
     assert plan.pays_from(KEY) is None
     plan.add(KEY, cell(4096, sparse=3))
     assert plan.pays_from(KEY) == 256 and plan.route(KEY, 90000, "fast") == "cusparselt:"
@@ -102,7 +102,7 @@ def test_a_layer_follows_the_plan_by_number_of_tokens(monkeypatch):
     problem = Problem(24, 64, Pattern(6, 8), SCHEMES["int8"], "cpu", torch.bfloat16)
     assert key_of(problem) == KEY
     plan = Plan(HERE)
-    for m, other in ((1, "restore:exact"), (16, "restore:exact"), (64, "cusparselt:quick"), (128, "restore:rowwise")):
+    for m, other in ((1, "reference:float64"), (16, "reference:float64"), (64, "cusparselt:quick"), (128, "restore:rowwise")):
         plan.add(KEY, Cell(m, {"dense:exact": at(10), other: at(5)}))
     monkeypatch.setattr(execution, "active_plan", lambda: active.Active(plan, ()))
     run = Execution(weights)
@@ -110,7 +110,7 @@ def test_a_layer_follows_the_plan_by_number_of_tokens(monkeypatch):
     monkeypatch.undo()
     chosen = [(most, str(choice)) for most, choice in steps]
     # Routes that cannot run here, or that neighbours do not share, give way to dense.
-    assert chosen[0] == (16, "restore:exact") and all(name.startswith("dense:") for _, name in chosen[1:])
+    assert chosen[0] == (16, "reference:float64") and all(name.startswith("dense:") for _, name in chosen[1:])
     assert [str(choice) for _, choice in run._steps(problem)] == ["dense:exact"], "a CPU has no plan"
 
 
@@ -137,6 +137,9 @@ def test_plans_of_other_machines_stay_unused(tmp_path, monkeypatch):
     other = gathered(replace(HERE, driver="600"), replace(HERE, driver="600"))
     assert other.plan.cells[KEY][16].timings["cusparselt:"].p50 == 2.0, "shipped plans survive another driver, the user's do not"
     assert any("unverified here (driver" in line for line in other.sources) and any("'580' here" in line for line in other.sources)
+    library = gathered(None, replace(HERE, cusparselt="0.9.0"))
+    assert "cusparselt:alg=7" not in library.plan.cells[KEY][16].timings, "another version numbers its algorithms anew"
+    assert "cusparselt:alg=7" in gathered(None, HERE).plan.cells[KEY][16].timings
     assert gathered(None, replace(HERE, kernels="0")).plan is None
     user = active.user_plan_path()
     user.write_text("broken")

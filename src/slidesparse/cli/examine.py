@@ -52,8 +52,11 @@ def inspect(
 def _inspect_plan(model: Path, file: Path | None, json: bool) -> None:
     from ..gemm import Plan, active_plan
 
-    active = active_plan()
-    plan, sources = (active.plan, active.sources) if file is None else (Plan.load(file), (str(file),))
+    if file is None:
+        active = active_plan()
+        plan, sources = active.plan, active.sources
+    else:
+        plan, sources = Plan.load(file), (str(file),)
     layers = tuning.model_layers(model, True, None, None)
     if json:
         screen.print_json({"sources": sources, "layers": [] if plan is None else tuning.plan_rows(plan, layers)})

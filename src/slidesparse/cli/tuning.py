@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +11,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..pattern import Pattern
 from . import screen
-from .produce import Json
+from .produce import Json, _pattern
 
 if TYPE_CHECKING:
     from ..gemm import Plan
@@ -20,12 +22,23 @@ if TYPE_CHECKING:
 _SHAPE = re.compile(r"(\d+)[x×,](\d+)")
 
 
+class Tuned(StrEnum):
+    """Schemes whose linears are measured."""
+
+    int8 = "int8"
+    fp8 = "fp8"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 def tune(
     model: Annotated[Path | None, typer.Argument(help="Checkpoint whose linear layers are measured.", show_default=False)] = None,
     shape: Annotated[list[str] | None, typer.Option(help="NxK of one more layer; may be repeated.", show_default=False)] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Also q, k, v and gate, up as one layer each, as serving engines run.")] = False,
-    pattern: Annotated[str | None, typer.Option(help="For layers that are dense yet.", show_default="6:8")] = None,
-    scheme: Annotated[str | None, typer.Option(help="For layers that are dense yet.", show_default="int8")] = None,
+    pattern: Annotated[
+        Pattern | None, typer.Option(parser=_pattern, metavar="KEPT:GROUP", help="For layers that are dense yet.", show_default="6:8")
+    ] = None,
+    scheme: Annotated[Tuned | None, typer.Option(help="For layers that are dense yet.", show_default="int8")] = None,
     tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, as 16,256,4096.", show_default="1 … 65536")] = None,
     out: Annotated[Path | None, typer.Option(help="Plan to write or to continue.", show_default="your plan for this GPU")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure what the plan has already, too.")] = False,
@@ -37,13 +50,13 @@ def tune(
     from ..gemm import user_plan_path
     from ..gemm.tuning import tune as api_tune
 
-    layers = _layers(model, shape or [], merged, pattern, scheme)
+    layers = _layers(model, shape or [], merged, pattern, None if scheme is None else scheme.value)
     ms = None if tokens is None else _tokens(tokens)
     if not torch.cuda.is_available():
         raise ValueError("tune measures on a GPU, and torch finds none here: see `slidesparse doctor`")
-    path = out or user_plan_path()
     with screen.progress("tuning", count=True) as progress:
-        plan = api_tune(layers, path, ms=ms, again=again, progress=progress)
+        plan = api_tune(layers, out, ms=ms, again=again, progress=progress)
+    path = out or user_plan_path()
     if json:
         screen.print_json({"plan": path, "layers": plan_rows(plan, layers)})
         return
@@ -64,7 +77,7 @@ def print_plan(plan: Plan, layers: list[Layer]) -> None:
         if not rows:
             continue
         table = Table(box=None, header_style="bold")
-        for name in ("M", "best dense", "µs", "fast runs", "µs", "of dense", "best other", "µs", "lean runs", "µs", "of dense"):
+        for name in ("M", "best dense", "µs", "fast runs", "µs", "× dense", "best other", "µs", "lean runs", "µs", "× dense"):
             table.add_column(name, justify="left" if name in ("best dense", "fast runs", "best other", "lean runs") else "right")
         for row in rows:
             cells = [str(row["m"])]
@@ -95,8 +108,8 @@ def plan_rows(plan: Plan, layers: list[Layer]) -> list[dict]:
     return [row for row in rows if row["dense_us"] is not None]
 
 
-def model_layers(model: Path, merged: bool, pattern: str | None, scheme: str | None) -> list[Layer]:
-    """The distinct linear layers of a checkpoint; pattern and scheme where it does not say."""
+def model_layers(model: Path, merged: bool, pattern: Pattern | None, scheme: str | None) -> list[Layer]:
+    """The distinct linear layers of a checkpoint that plans know (not nvfp4); pattern and scheme where it does not say."""
     from ..checkpoint import inspect as api_inspect
     from ..format import SCHEMES, scheme_named
     from ..gemm.tuning import Layer, merged_layers
@@ -105,15 +118,17 @@ def model_layers(model: Path, merged: bool, pattern: str | None, scheme: str | N
     found: dict[str, Layer] = {}
     for layer in api_inspect(model, scan=False).layers:
         stored = layer.form == "packed"
+        if stored and layer.scheme not in list(Tuned):
+            continue
         told = layer.scheme in SCHEMES and (stored or (scheme is None and SCHEMES[layer.scheme].dynamic))
         own = layer.scheme if told else scheme or "int8"
-        text = layer.pattern if stored and layer.pattern else pattern or layer.pattern or "6:8"
+        text = layer.pattern if stored and layer.pattern else str(pattern or layer.pattern or "6:8")
         found[layer.name] = Layer(layer.n, layer.k, Pattern.parse(text), scheme_named(own))
     distinct = list(dict.fromkeys(found.values()))
     return distinct + [layer for layer in merged_layers(found) if layer not in distinct] if merged else distinct
 
 
-def _layers(model: Path | None, shapes: list[str], merged: bool, pattern: str | None, scheme: str | None) -> list[Layer]:
+def _layers(model: Path | None, shapes: list[str], merged: bool, pattern: Pattern | None, scheme: str | None) -> list[Layer]:
     from ..format import scheme_named
     from ..gemm.tuning import Layer
     from ..pattern import Pattern
@@ -121,7 +136,7 @@ def _layers(model: Path | None, shapes: list[str], merged: bool, pattern: str | 
     layers = [] if model is None else model_layers(model, merged, pattern, scheme)
     for text in shapes:
         match = _SHAPE.fullmatch(text.strip())
-        if match is None:
+        if match is None or "0" in match.groups():
             raise typer.BadParameter(f"--shape {text!r}: write NxK, for example 4096x14336")
         layers.append(Layer(int(match[1]), int(match[2]), Pattern.parse(pattern or "6:8"), scheme_named(scheme or "int8")))
     if not layers:

@@ -55,18 +55,24 @@ def active_plan() -> Active:
     return _gather(torch.cuda.current_device())
 
 
+def forget_plans() -> None:
+    """Read the plans again at the next question: one was written."""
+    _gather.cache_clear()
+
+
 @cache
 def _gather(device: int) -> Active:
     here, sources, plan = this_machine(), [], None
-    for what, path in (("shipped plan", _shipped(here.gpu)), ("your plan", user_plan_path())):
-        if path is None or not path.is_file():
-            sources.append(f"{what}: none for {here.gpu}")
-            continue
+    for what, place in (("shipped plan", lambda: _shipped(here.gpu)), ("your plan", user_plan_path)):
         try:
-            found = Plan.load(path)
-        except CheckpointError as error:
-            _LOG.warning("%s", error)
-            sources.append(str(error))
+            path = place()
+            found = Plan.load(path) if path.is_file() else None
+        except (CheckpointError, OSError, RuntimeError) as error:  # a cache folder may be unreadable, or there is no home
+            _LOG.warning("%s: %s", what, error)
+            sources.append(f"{what}: {error}")
+            continue
+        if found is None:
+            sources.append(f"{what}: none for {here.gpu}")
             continue
         differs = here.differences(found.machine)
         needed = _SHIPPED_NEEDS if what == "shipped plan" else tuple(differs)
@@ -75,6 +81,8 @@ def _gather(device: int) -> Active:
             _LOG.warning("%s %s is not used: %s; run `slidesparse tune`", what, path, "; ".join(stale))
             sources.append(f"{what}: not used, {'; '.join(stale)}")
             continue
+        if "cusparselt" in differs:
+            found.forget_algorithms()
         other = ", ".join(differs)
         sources.append(f"{what}: measured {found.date}" + (f", unverified here ({other} differ)" if other else ""))
         if plan is None:
@@ -84,7 +92,7 @@ def _gather(device: int) -> Active:
     return Active(plan, tuple(sources))
 
 
-def _shipped(gpu: str) -> Path | None:
+def _shipped(gpu: str) -> Path:
     folder = resources.files("slidesparse.gemm") / "tuned"
     return Path(str(folder)) / f"{_slug(gpu)}.json"
 

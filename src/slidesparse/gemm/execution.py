@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from sys import maxsize
 
 import torch
@@ -15,9 +17,9 @@ from .active import active_plan
 from .plan import MEMORY, Plan, key_of
 from .problem import Problem, Weights
 from .registry import Choice, choose, named
+from .routes import FEW_TOKENS
 
-_UNTUNED_EDGE = 64
-"""Routes of an untuned layer are asked for up to so many tokens, and beyond."""
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Ready:
     device: torch.device
     steps: tuple[tuple[int, Choice], ...]
     resident: dict[str, Mapping[str, Tensor]]
+    scale: Tensor | None
 
     def fits(self, x: Tensor, bias: Tensor | None) -> bool:
         """Whether it was made for such inputs."""
@@ -83,6 +86,10 @@ class Execution:
         """Where it last ran; until then where its weights are."""
         return self.weights.packed.values.device if self._ready is None else self._ready.device
 
+    def route(self, m: int) -> str:
+        """The route that ``m`` tokens take, as ``backend:variant``; empty before the first call."""
+        return "" if self._ready is None else str(self._ready.choice(m))
+
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [M, K]`` bfloat16, float16 or float32, ``bias [N]`` → ``[M, N]`` of x's dtype.
 
@@ -103,7 +110,7 @@ class Execution:
     def _run(self, ready: Ready, m: int, x: Tensor, bias: Tensor | None) -> Tensor:
         choice = ready.choice(m)
         resident = ready.resident[choice.backend.layout]
-        return choice.backend.run(ready.problem, x, resident, self.weights.channel_scale, bias, choice.variant)
+        return choice.backend.run(ready.problem, x, resident, ready.scale, bias, choice.variant)
 
     @torch.compiler.disable
     def prepare(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None = None) -> Ready:
@@ -123,7 +130,9 @@ class Execution:
                 for _, choice in steps:
                     if choice.backend.layout not in resident:
                         resident[choice.backend.layout] = choice.backend.prepare(problem, weights)
-        self._ready = Ready(problem, device, steps, resident)
+            if device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # other streams and threads may use the copies from here on
+        self._ready = Ready(problem, device, steps, resident, weights.channel_scale)
         return self._ready
 
     def release(self) -> Weights | None:
@@ -131,18 +140,20 @@ class Execution:
         packed = self.weights.packed
         if self._ready is None or "packed" in self._ready.resident or packed.values.device.type == "cpu":
             return None
+        if torch.cuda.is_current_stream_capturing():
+            return None  # later
         stored = replace(packed, values=packed.values.cpu(), keep=packed.keep.cpu())
         self.weights = replace(self.weights, packed=stored)
         return self.weights
 
     def _steps(self, problem: Problem) -> tuple[tuple[int, Choice], ...]:
         if self.backend is not None:
-            few, many = (named(self.backend, problem, m) for m in (_UNTUNED_EDGE, _UNTUNED_EDGE + 1))
-            return _merged([(_UNTUNED_EDGE, few), (maxsize, many)])
+            few, many = (named(self.backend, problem, m) for m in (FEW_TOKENS, FEW_TOKENS + 1))
+            return _merged([(FEW_TOKENS, few), (maxsize, many)])
         plan = active_plan().plan if problem.device == "cuda" else None
         if plan is None or not plan.cells.get(key_of(problem)):
-            few, many = (choose(problem, m, memory=self.memory) for m in (_UNTUNED_EDGE, _UNTUNED_EDGE + 1))
-            return _merged([(_UNTUNED_EDGE, few), (maxsize, many)])
+            few, many = (choose(problem, m, memory=self.memory) for m in (FEW_TOKENS, FEW_TOKENS + 1))
+            return _merged([(FEW_TOKENS, few), (maxsize, many)])
         edges = sorted({edge for m in plan.cells[key_of(problem)] for edge in (m - 1, m) if edge})
         choices = [_planned(plan, problem, edge, self.memory) for edge in edges]
         return _merged(list(zip([*edges[:-1], maxsize], choices, strict=True)))
@@ -164,9 +175,15 @@ def _planned(plan: Plan, problem: Problem, m: int, memory: str) -> Choice:
     if route is not None:
         try:
             return named(route, problem, m)
-        except UnsupportedError:
-            pass
+        except UnsupportedError as error:
+            _report(str(error))
     return choose(problem, m, memory=memory)
+
+
+@lru_cache(maxsize=256)
+def _report(why: str) -> None:
+    """Say once why a planned route does not run."""
+    _LOG.warning("the plan's route gives way to the untuned choice: %s", why)
 
 
 def _merged(steps: list[tuple[int, Choice]]) -> tuple[tuple[int, Choice], ...]:
@@ -181,8 +198,6 @@ def _merged(steps: list[tuple[int, Choice]]) -> tuple[tuple[int, Choice], ...]:
 
 def _moved(weights: Weights, device: torch.device) -> Weights:
     packed = weights.packed
-    if packed.values.device == device:
-        return weights
     packed = replace(packed, values=packed.values.to(device), keep=packed.keep.to(device))
     scale, factor = (None if tensor is None else tensor.to(device) for tensor in (weights.scale, weights.global_scale))
     return replace(weights, packed=packed, scale=scale, global_scale=factor)

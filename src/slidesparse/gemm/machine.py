@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import metadata, resources
+from importlib import resources
 
 import torch
 
@@ -31,14 +30,25 @@ class Machine:
         return {name: (mine[name], others[name]) for name in mine if mine[name] != others[name]}
 
 
-@cache
 def this_machine() -> Machine:
     """The current CUDA device and the software here."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    library = "" if cusparselt.unavailable(device) else cusparselt.version()
-    triton = metadata.version("triton") if importlib.util.find_spec("triton") else ""
-    name = torch.cuda.get_device_name(device)
-    return Machine(name, _driver(), torch.version.cuda or "", torch.__version__, triton, library, kernels_hash())
+    return _machine(torch.cuda.current_device())
+
+
+@cache
+def _machine(index: int) -> Machine:
+    library = "" if cusparselt.unavailable(torch.device("cuda", index)) else cusparselt.version()
+    return Machine(
+        torch.cuda.get_device_name(index), _driver(), torch.version.cuda or "", torch.__version__, _triton(), library, kernels_hash()
+    )
+
+
+def _triton() -> str:
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return triton.__version__
 
 
 _NOT_TIMED = ("__init__.py", "fused.py", "kernels_fused.py")
@@ -65,5 +75,5 @@ def _driver() -> str:
     try:
         nvml.init_v2()
         return str(nvml.system_get_driver_version())
-    except (RuntimeError, OSError, AttributeError):
+    except (nvml.NvmlError, RuntimeError, OSError, AttributeError):
         return ""

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.w8a8 import WIDEST_K
 from ..quant import dequantize_nvfp4
 from .problem import Problem, Weights
 
-INT32_SAFE_K = 1 << 17
+INT32_SAFE_K = WIDEST_K
 """Widest K whose int8 products, at most 128 · 127 each, are sure to fit an int32 sum."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -54,7 +55,9 @@ class Cell:
         if base is None or memory == "lean":
             return base
         bar = self.timings[base].p20
-        better = [name for name, timing in self.timings.items() if name.partition(":")[0] != "dense" and timing.p80 < bar]
+        # Routes on packed weights would keep a third layout in memory.
+        others = {name: timing for name, timing in self.timings.items() if name.partition(":")[0] not in ("dense", "restore")}
+        better = [name for name, timing in others.items() if timing.p80 < bar]
         return min(better, key=lambda name: self.timings[name].p50, default=base)
 
 
@@ -104,15 +107,22 @@ class Plan:
         for key, table in other.cells.items():
             self.cells.setdefault(key, {}).update(table)
 
+    def forget_algorithms(self) -> None:
+        """Drop routes that name an algorithm of a library: another version numbers its own."""
+        for table in self.cells.values():
+            for cell in table.values():
+                cell.timings = {name: timing for name, timing in cell.timings.items() if "alg=" not in name}
+
     def save(self, path: Path) -> None:
-        """Write JSON, whole or not at all."""
+        """Write JSON, whole or not at all, dated today."""
+        self.date = datetime.date.today().isoformat()
         layers = [
             {"n": n, "k": k, "pattern": pattern, "scheme": scheme, "cells": [_cell_json(table[m]) for m in sorted(table)]}
             for (n, k, pattern, scheme), table in sorted(self.cells.items())
         ]
         data = {"version": VERSION, "date": self.date, "machine": asdict(self.machine), "layers": layers}
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         partial.write_text(_compact(data) + "\n", encoding="utf-8")
         partial.replace(path)
 
@@ -125,7 +135,7 @@ class Plan:
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a plan: {error}") from error
         if not isinstance(data, dict) or data.get("version") != VERSION:
             found = data.get("version") if isinstance(data, dict) else data
@@ -136,7 +146,7 @@ class Plan:
                 key = _checked_key(layer)
                 for cell in layer["cells"]:
                     plan.add(key, _checked_cell(cell))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}): run tune again") from error
         return plan
 

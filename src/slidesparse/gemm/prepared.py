@@ -42,7 +42,7 @@ class Prepared:
 
 _PREPARED: dict[int, Prepared] = {}
 _NUMBERS = itertools.count(1)
-_warmed: set[tuple[Problem, int, torch.device]] = set()
+_warmed: set[tuple[Problem, int, torch.device, str]] = set()
 
 
 def prepare(
@@ -79,12 +79,12 @@ def warm(name: Tensor, tokens: Iterable[int]) -> None:
     """Run a prepared layer once for each number of tokens, unless one of the same shape was: CUDA graphs may capture it afterwards."""
     prepared = _named(name)
     for m in tokens:
-        key = (prepared.problem, m, prepared.device)
+        key = (prepared.problem, m, prepared.device, prepared.execution.route(m))
         if key in _warmed:
             continue
-        _warmed.add(key)
         x = torch.zeros(m, prepared.problem.k - prepared.left - prepared.right, dtype=prepared.problem.dtype, device=prepared.device)
         prepared(x, None)
+        _warmed.add(key)
 
 
 def linear(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
@@ -106,6 +106,8 @@ def _named(name: Tensor) -> Prepared:
 def _run(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
     prepared = _named(name)
     wanted = prepared.problem
+    if x.device != prepared.device:
+        raise UnsupportedError(f"a layer prepared on {prepared.device} was given activations on {x.device}")
     if x.dtype != wanted.dtype or (bias is not None and bias.dtype != wanted.bias):
         raise UnsupportedError(
             f"a layer prepared for {wanted.dtype} activations and a bias of {wanted.bias} was given {x.dtype} and "

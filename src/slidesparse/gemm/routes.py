@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from .. import ops
 from .numerics import exact_linear, finish, int32_overflow
 from .problem import Problem
 
-_FEW_TOKENS = 64
+FEW_TOKENS = 64
 """Up to here row-wise fp8 lost to tensor-wise with a second pass on an H200, beyond it won: the order in which untuned layers ask."""
 
 
@@ -28,7 +28,7 @@ class Route:
 def routes(problem: Problem, m: int) -> tuple[str, ...]:
     """Names of the routes that can run the problem with ``m`` tokens, the likely fastest first."""
     names = [name for name, route in _ROUTES.items() if route.refuses(problem) is None]
-    if m <= _FEW_TOKENS and "tensorwise" in names:
+    if m <= FEW_TOKENS and "tensorwise" in names:
         names.sort(key=lambda name: name != "tensorwise")
     return tuple(names)
 
@@ -38,6 +38,30 @@ def route_refuses(name: str, problem: Problem) -> str | None:
     if name not in _ROUTES:
         return f"there is no route {name!r}: {', '.join(_ROUTES)}"
     return _ROUTES[name].refuses(problem)
+
+
+class DenseRoutes:
+    """What backends on dense weights have in common: their variants are the routes."""
+
+    def refuses(self, problem: Problem, variant: str | None = None) -> str | None:
+        """int32 sums must not overflow; a route may ask for more."""
+        return int32_overflow(problem) if variant is None else route_refuses(variant, problem)
+
+    def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
+        """The routes that take the problem."""
+        return routes(problem, m)
+
+    def search(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None) -> tuple[str, ...]:
+        """Every route is worth timing but the slow exact one, unless it is alone."""
+        names = routes(problem, x.shape[0])
+        return tuple(name for name in names if name != "exact") or names
+
+
+def make_ready(device: torch.device) -> None:
+    """Make what routes keep on a device; never while a CUDA graph is captured."""
+    if device.type == "cuda" and device not in _ONES:
+        with torch.inference_mode(False):
+            _ONES[device] = torch.ones((), dtype=torch.float32, device=device)
 
 
 def run_route(name: str, problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -67,11 +91,19 @@ def _not_rowwise(problem: Problem) -> str | None:
 
 def _tensorwise(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     q, x_scale = ops.quantize(x, problem.scheme)
-    one = torch.ones((), dtype=torch.float32, device=x.device)
+    one = _one(x.device)
     # fp16 could overflow before the scales are applied.
     between = torch.bfloat16 if problem.dtype == torch.bfloat16 else torch.float32
     sums = torch._scaled_mm(q, weight.t(), one, one, out_dtype=between, use_fast_accum=True)
     return finish(problem, sums, x_scale, scale, bias)
+
+
+# By device. Made before a CUDA graph is captured: filling it in every call would be a kernel of its own.
+_ONES: dict[torch.device, Tensor] = {}
+
+
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), dtype=torch.float32, device=device) if torch.compiler.is_compiling() else _ONES[device]
 
 
 def _not_scaled_mm(problem: Problem) -> str | None:

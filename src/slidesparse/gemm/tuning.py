@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from .. import measure, ops, reference
+from ..errors import CheckpointError, UnsupportedError
 from ..format import Scheme
 from ..pack import pack
 from ..pattern import Pattern
 from ..prune import prune
 from ..quant import quantize_weight
 from ..testing import deviation
+from .active import forget_plans, user_plan_path
 from .machine import this_machine
 from .plan import Cell, Key, Plan, key_of
 from .problem import Problem, Weights
 from .registry import Backend, backends
+from .routes import route_refuses
 
 _LOG = logging.getLogger(__name__)
 BUCKETS = tuple(1 << power for power in range(17))
@@ -28,7 +31,7 @@ BUCKETS = tuple(1 << power for power in range(17))
 FEW_BUCKETS = (16, 256, 1024, 4096, 16384)
 """Numbers of tokens for other patterns."""
 _CHECKED_ROWS = 32
-_MOST_COPIES = 12
+_MOST_COPIES = 32
 _BLOCK_ROWS = 4096
 
 Progress = Callable[[int, int, str], None]
@@ -71,22 +74,31 @@ def merged_layers(layers: Mapping[str, Layer]) -> list[Layer]:
 
 
 def tune(
-    layers: Iterable[Layer], path: Path, *, ms: Sequence[int] | None = None, again: bool = False, progress: Progress | None = None
+    layers: Iterable[Layer],
+    path: Path | None = None,
+    *,
+    ms: Sequence[int] | None = None,
+    again: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
-    """Measure what the plan at ``path`` lacks, on the current CUDA device, writing it after every cell.
+    """Measure what a plan lacks, on the current CUDA device, writing it after every cell.
 
     Args:
+        path: the plan; by default the user's own, which makes way (``.old``) if it was measured with other software or is damaged.
         ms: numbers of tokens; by default `Layer.buckets`.
         again: measure cells that are there, too.
 
     Raises:
-        CheckpointError: ``path`` is there and is no plan.
+        CheckpointError: a ``path`` was given, is there and is no plan.
         ValueError: the plan there was measured on another machine or with other software.
+        OSError: the plan cannot be written.
         KeyboardInterrupt: what was measured until then is kept.
     """
-    plan = _opened(path)
+    path, plan = (user_plan_path(), _own()) if path is None else (path, _opened(path))
     tasks = [(layer, m) for layer in dict.fromkeys(layers) for m in (ms or layer.buckets)]
     tasks = [(layer, m) for layer, m in tasks if again or not plan.has(key_of(layer.problem), m)]
+    if tasks:
+        plan.save(path)  # a place that cannot be written shows now
     bench: Bench | None = None
     for done, (layer, m) in enumerate(tasks):
         if progress:
@@ -99,7 +111,19 @@ def tune(
         plan.save(path)
     if progress:
         progress(len(tasks), len(tasks), "")
+    forget_plans()
     return plan
+
+
+def _own() -> Plan:
+    path = user_plan_path()
+    try:
+        return _opened(path)
+    except (CheckpointError, ValueError) as error:
+        old = path.with_name(path.name + ".old")
+        path.replace(old)
+        _LOG.warning("%s; it is now %s", error, old)
+        return Plan(this_machine())
 
 
 def _opened(path: Path) -> Plan:
@@ -140,7 +164,11 @@ class Bench:
                 dropped[backend.name] = reason
                 continue
             resident = self._layout(backend, copies)
-            found = backend.search(self.problem, inputs[0], resident[0], self.weights.channel_scale)
+            try:
+                found = backend.search(self.problem, inputs[0], resident[0], self.weights.channel_scale)
+            except (UnsupportedError, torch.OutOfMemoryError) as error:
+                dropped[backend.name] = str(error).splitlines()[0]
+                continue
             asked = [route.partition(":")[2] for route in also if route.partition(":")[0] == backend.name]
             for variant in dict.fromkeys([*found, *asked]):
                 name = f"{backend.name}:{variant}"
@@ -151,7 +179,11 @@ class Bench:
                 else:
                     dropped[name] = reason
                     _LOG.warning("%s, M = %d: %s dropped: %s", self.key, m, name, reason)
-        timings = measure.interleaved(variants, rounds=rounds or _rounds(m, self.problem)) if variants else {}
+        try:
+            timings = measure.interleaved(variants, rounds=rounds or _rounds(m, self.problem)) if variants else {}
+        except torch.OutOfMemoryError as error:
+            timings = {}
+            dropped |= dict.fromkeys(variants, str(error).splitlines()[0])
         return Cell(m, timings, dropped)
 
     def _call(self, backend: Backend, variant: str, x: Tensor, resident: Mapping[str, Tensor]) -> Callable[[], Tensor]:
@@ -176,14 +208,17 @@ class Bench:
         y = torch.cat([q.double() @ part.double().t() for part in self.dense.split(_BLOCK_ROWS)], dim=1)
         if x_scale is not None:
             y = y * w_scale.double().view(1, -1) * x_scale.double()
-        if scheme.name == "fp8":
+        if scheme.name == "fp8" and route_refuses("rowwise", self.problem) is None:
             # The library's own row-wise product is what fp8 users get.
             plain = torch._scaled_mm(q, self.dense.t(), x_scale, w_scale.view(1, -1), out_dtype=self.problem.dtype, use_fast_accum=True)
             return y, plain
         return y, y.to(self.problem.dtype)
 
     def _fault(self, backend: Backend, call: Callable[[], Tensor], m: int, expected: Tensor, same_dtype: Tensor) -> str | None:
-        out = call()
+        try:
+            out = call()
+        except (UnsupportedError, torch.OutOfMemoryError) as error:
+            return str(error).splitlines()[0]
         if tuple(out.shape) != (m, self.layer.n):
             return f"returned {list(out.shape)}"
         measured = deviation(_ends(out), expected, same_dtype, roundings=2 if backend.layout == "slid" else 1)

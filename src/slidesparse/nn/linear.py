@@ -265,14 +265,18 @@ class SlideSparseLinear(nn.Module):
             self._buffers["weight_values"], self._buffers["weight_keep"] = moved.packed.values, moved.packed.keep
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlideSparseLinear:
-        """Move, but never cast, the stored tensors."""
-        before = {name: self._buffers[name] for name in self._stored}
+        """Move, but never cast, the stored tensors. Where the layer already runs on that device, nothing moves and copies stay."""
+        before, execution = {name: self._buffers[name] for name in self._stored}, self._execution
+        stays = execution is not None and fn(torch.empty(0, device=execution.device)).device == execution.device
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             after = self._buffers[name]
-            if after.dtype != tensor.dtype:
+            if stays:
+                self._buffers[name] = tensor
+            elif after.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(after.device)
-        self._execution = None
+        if not stays:
+            self._execution = None
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

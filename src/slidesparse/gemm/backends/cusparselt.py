@@ -13,7 +13,6 @@ from ...ops import cusparselt
 from ..numerics import finish, int32_overflow
 from ..problem import Problem, Weights
 
-_TOKENS = 16
 _EXACT = "exact"
 
 
@@ -39,7 +38,9 @@ class CuSparseLt:
             return f"pattern {pattern} is not one of 2:4 hardware and single weights"
         if not problem.scheme.dynamic and not problem.native:
             return "weights, activations and bias are not of one 16-bit type"
-        if variant:
+        if variant is not None:
+            if not variant.startswith(_EXACT) and _EXACT in self.variants(problem, 0)[0]:
+                return f"{problem.dtype} outputs are not rounded to bfloat16 on the way: ask for cusparselt:{_EXACT}"
             try:
                 cusparselt.Algorithm.parse(variant.removeprefix(_EXACT).strip())
             except ValueError as error:
@@ -47,8 +48,10 @@ class CuSparseLt:
         return cusparselt.unavailable("cuda", problem.scheme.dtype) or int32_overflow(problem)
 
     def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
-        """The library's own choice, rounded once where bfloat16 would lose too much."""
-        return (_EXACT, "") if problem.dtype == torch.float32 else ("", _EXACT)
+        """The library's own choice of algorithm, rounded once where bfloat16 on the way would lose too much."""
+        if not problem.scheme.dynamic:
+            return ("",)
+        return ("", _EXACT) if problem.dtype == torch.bfloat16 else (_EXACT,)
 
     def search(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None) -> tuple[str, ...]:
         """The algorithms that the library's search and ours found for this number of tokens."""
@@ -83,8 +86,8 @@ class CuSparseLt:
     def _activations(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor | None]:
         width = _padded(problem)[1]
         if problem.scheme.dynamic:
-            return ops.quantize_lift(x, problem.pattern, problem.scheme, width=width, rows=_TOKENS)
-        return ops.lift(x, problem.pattern, width=width, rows=_TOKENS), None
+            return ops.quantize_lift(x, problem.pattern, problem.scheme, width=width, rows=cusparselt.TOKENS)
+        return ops.lift(x, problem.pattern, width=width, rows=cusparselt.TOKENS), None
 
     @staticmethod
     def _sums(problem: Problem, exact: bool) -> torch.dtype:

@@ -6,32 +6,20 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..numerics import dense_weights, int32_overflow
+from ..numerics import dense_weights
 from ..problem import Problem, Weights
-from ..routes import route_refuses, routes, run_route
+from ..routes import DenseRoutes, make_ready, run_route
 
 
-class Restore:
+class Restore(DenseRoutes):
     """Expands the stored tensors into scratch that the allocator reuses per stream, multiplies, and forgets the expansion."""
 
     name = "restore"
     layout = "packed"
 
-    def refuses(self, problem: Problem, variant: str | None = None) -> str | None:
-        """int32 sums must not overflow; a route may ask for more."""
-        return int32_overflow(problem) if variant is None else route_refuses(variant, problem)
-
-    def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
-        """The dense routes that take the problem."""
-        return routes(problem, m)
-
-    def search(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None) -> tuple[str, ...]:
-        """Every dense route but the slow exact one, unless it is alone."""
-        names = routes(problem, x.shape[0])
-        return tuple(name for name in names if name != "exact") or names
-
     def prepare(self, problem: Problem, weights: Weights) -> Mapping[str, Tensor]:
         """The stored tensors themselves."""
+        make_ready(weights.packed.values.device)
         return weights.tensors()
 
     def run(
