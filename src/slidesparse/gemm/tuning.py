@@ -196,7 +196,9 @@ class Bench:
         return min(_MOST_COPIES, measure.slots(weight + m * (self.layer.k + self.layer.n) * 2, least=2))
 
     def _layout(self, backend: Backend, copies: int) -> list[Mapping[str, Tensor]]:
-        held = self._resident.setdefault(backend.layout, [backend.prepare(self.problem, self.weights)])
+        if backend.layout not in self._resident:
+            self._resident[backend.layout] = [backend.prepare(self.problem, self.weights)]
+        held = self._resident[backend.layout]
         while len(held) < copies:
             held.append({name: tensor.clone() for name, tensor in held[0].items()})
         return held[:copies]
