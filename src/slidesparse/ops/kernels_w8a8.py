@@ -56,15 +56,15 @@ def _factors(x_scale, w_scale, bias, r, c, m, n, BIAS: tl.constexpr):
 
 
 @triton.jit
-def _finish(acc, y, x, w, b, r, c, m, n, BIAS: tl.constexpr):
-    """Scale, add the bias and store sums of the tokens ``r`` and outputs ``c``; everything broadcasts.
+def _finish(acc, y, x, w, b, r, c, inside, n, BIAS: tl.constexpr):
+    """Scale, add the bias and store sums of the tokens ``r`` and outputs ``c`` that are ``inside``; everything broadcasts.
 
     Three float32 operations, each rounded: the kernels are compiled without contraction to fma.
     """
     value = acc.to(tl.float32) * w * x
     if BIAS:
         value = value + b.to(tl.float32)
-    tl.store(y + r.to(tl.int64) * n + c, value.to(y.dtype.element_ty), mask=(r < m) & (c < n))
+    tl.store(y + r.to(tl.int64) * n + c, value.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def _emit(acc, y, x_scale, w_scale, bias, row, column, part, m, n, SPLIT: tl.con
             tl.store(y + (part * m + r).to(tl.int64) * n + c, acc, mask=(r < m) & (c < n))
         else:
             x, w, b = _factors(x_scale, w_scale, bias, r, c, m, n, BIAS)
-            _finish(acc, y, x, w, b, r, c, m, n, BIAS)
+            _finish(acc, y, x, w, b, r, c, (r < m) & (c < n), n, BIAS)
 
 
 @triton.jit(do_not_specialize=["q_rows", "m", "steps"])
@@ -106,7 +106,7 @@ def tile_kernel(
             x, u, b = _factors(x_scale, w_scale, bias, r, c, m, n, BIAS)
         acc = _sums(q, w, row, column, part * steps, steps, q_rows, n, k, BM, BN, BK, SWAP, EVEN, DESCRIPTOR)
         if SPLIT == 1:
-            _finish(acc, y, x, u, b, r, c, m, n, BIAS)
+            _finish(acc, y, x, u, b, r, c, (r < m) & (c < n), n, BIAS)
         else:
             tl.store(y + (part * m + r).to(tl.int64) * n + c, acc, mask=(r < m) & (c < n))
     else:
@@ -124,4 +124,4 @@ def sum_kernel(part, y, x_scale, w_scale, bias, m, n, SPLIT: tl.constexpr, BLOCK
     for s in tl.static_range(SPLIT):
         acc += tl.load(part + (s * m + r).to(tl.int64) * n + c, mask=c < n, other=0)
     x, w, b = _factors(x_scale, w_scale, bias, r, c, m, n, BIAS)
-    _finish(acc, y, x, w, b, r, c, m, n, BIAS)
+    _finish(acc, y, x, w, b, r, c, c < n, n, BIAS)
