@@ -59,6 +59,22 @@ def test_every_cell_is_checked_timed_saved_and_not_measured_twice(bench, tmp_pat
     assert len(bench) == 7
 
 
+def test_cells_that_another_process_measured_meanwhile_stay(bench, tmp_path):
+    path, (mine, other) = tmp_path / "plan.json", layers("6:8 int8", "2:4 int8")
+
+    def interfere(done, total, what):
+        if done == 1:
+            meanwhile = Plan.load(path)
+            meanwhile.add(key_of(other.problem), meanwhile.cells[key_of(mine.problem)][1])
+            meanwhile.save(path)
+
+    plan = tuning.tune([mine], path, ms=(1, 2), progress=interfere)
+    assert plan == Plan.load(path) and {key: set(cells) for key, cells in plan.cells.items()} == {
+        key_of(mine.problem): {1, 2},
+        key_of(other.problem): {1},
+    }
+
+
 class Faulty(Dense):
     """Wrong in one variant, missing memory in another."""
 

@@ -98,7 +98,7 @@ def tune(
     tasks = [(layer, m) for layer in dict.fromkeys(layers) for m in (ms or layer.buckets)]
     tasks = [(layer, m) for layer, m in tasks if again or not plan.has(key_of(layer.problem), m)]
     if tasks:
-        plan.save(path)  # a place that cannot be written shows now
+        _store(plan, path)  # a place that cannot be written shows now
     bench: Bench | None = None
     for done, (layer, m) in enumerate(tasks):
         if progress:
@@ -108,11 +108,21 @@ def tune(
             torch.cuda.empty_cache()
             bench = Bench(layer)
         plan.add(key_of(layer.problem), bench.cell(m))
-        plan.save(path)
+        _store(plan, path)
     if progress:
         progress(len(tasks), len(tasks), "")
     forget_plans()
     return plan
+
+
+def _store(plan: Plan, path: Path) -> None:
+    """Write the plan; cells that another process measured meanwhile, on a card of the same name, stay."""
+    if path.exists():
+        there = Plan.load(path)
+        if there.machine == plan.machine:
+            there.merge(plan)
+            plan.cells = there.cells
+    plan.save(path)
 
 
 def _own() -> Plan:
