@@ -10,8 +10,6 @@ dense route followed by the same fused kernel.
 
 from __future__ import annotations
 
-import csv
-import datetime
 import sys
 from collections.abc import Callable, Iterator
 
@@ -19,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from records import records
 from slidesparse import measure, ops
 from slidesparse.format import SCHEMES
 from slidesparse.gemm.backends.cusparselt import CuSparseLt
 from slidesparse.gemm.backends.dense import Dense
-from slidesparse.gemm.machine import this_machine
 from slidesparse.gemm.numerics import finish
 from slidesparse.gemm.tuning import Bench, Layer
 from slidesparse.ops import cusparselt
@@ -126,22 +124,13 @@ def rows(scheme: str, name: str, m: int) -> Iterator[dict[str, object]]:
 
 
 def main(out: str, commit: str) -> None:
-    here = this_machine()
-    head = {"date": datetime.date.today().isoformat(), "commit": commit, "gpu": here.gpu, "driver": here.driver, "torch": here.torch}
-    head |= {"cusparselt": here.cusparselt}
-    with open(out, "w", newline="", encoding="utf-8") as file:
-        writer = None
+    with records(out, commit) as record:
         for scheme in ("int8", "fp8"):
             for name in LAYERS:
                 for m in (1024, 4096, 16384):
                     for row in rows(scheme, name, m):
-                        row = head | row
-                        if writer is None:
-                            writer = csv.DictWriter(file, row, lineterminator="\n")
-                            writer.writeheader()
-                        writer.writerow(row)
-                        file.flush()
-                        print(*list(row.values())[6:], flush=True)
+                        record(row)
+                        print(*row.values(), flush=True)
                     torch._dynamo.reset()
                     torch.cuda.empty_cache()
 

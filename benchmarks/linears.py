@@ -8,17 +8,15 @@ A route that is not correct is dropped. The last table sums the model's layers.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from records import records
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Cell, Plan, active_plan, use_plan
-from slidesparse.gemm.machine import this_machine
 from slidesparse.gemm.tuning import Bench, Layer
 from slidesparse.pattern import Pattern
 
@@ -92,23 +90,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.plan:
         use_plan(arguments.plan)
-    plan, here = active_plan().plan, this_machine()
-    head = {"date": datetime.date.today().isoformat(), "commit": arguments.commit, "gpu": here.gpu, "driver": here.driver}
-    head |= {"cuda": here.cuda, "torch": here.torch, "cusparselt": here.cusparselt}
+    plan = active_plan().plan
     table: list[dict[str, object]] = []
-    with arguments.out.open("w", newline="", encoding="utf-8") as file:
-        writer = None
+    with records(arguments.out, arguments.commit) as record:
         for scheme in arguments.schemes:
             for pattern in arguments.patterns:
                 for name, (n, k) in MODELS[arguments.model].items():
                     layer = Layer(n, k, Pattern.parse(pattern), SCHEMES[scheme])
                     for row in measured(arguments.model, name, layer, arguments.tokens, plan):
-                        row = head | row
-                        if writer is None:
-                            writer = csv.DictWriter(file, row, lineterminator="\n")
-                            writer.writeheader()
-                        writer.writerow(row)
-                        file.flush()
+                        record(row)
                         table.append(row)
                     torch.cuda.empty_cache()
     summary(table)

@@ -8,8 +8,6 @@ Prefill is one eager forward pass of the given number of tokens; decode is one s
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import gc
 import shutil
 import statistics
@@ -21,8 +19,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 import slidesparse
+from records import records
 from slidesparse import Recipe
-from slidesparse.gemm.machine import this_machine
 
 SHAPES = {
     "Qwen2.5-7B": {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
@@ -141,11 +139,7 @@ def main() -> None:
     parser.add_argument("--prefill", nargs="+", type=int, default=[512, 4096])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 16, 64])
     arguments = parser.parse_args()
-    here = this_machine()
-    head = {"date": datetime.date.today().isoformat(), "commit": arguments.commit, "gpu": here.gpu, "driver": here.driver}
-    head |= {"cuda": here.cuda, "torch": here.torch}
-    with arguments.out.open("w", newline="", encoding="utf-8") as file:
-        writer = None
+    with records(arguments.out, arguments.commit) as record:
         for name in arguments.models:
             folder = arguments.folder / name
             write_dense(name, folder / "dense")
@@ -158,15 +152,11 @@ def main() -> None:
                 for row in rates(model, arguments.prefill, arguments.batches):
                     key = row["phase"], row["tokens"]
                     base.setdefault(key, row["seconds"])
-                    row = head | {"model": name, "variant": label, "gb": f"{held / 1e9:.3f}"} | row
+                    row = {"model": name, "variant": label, "gb": f"{held / 1e9:.3f}"} | row
                     row |= {"tokens_per_s": f"{row['tokens'] / row['seconds']:.0f}", "x_dense": f"{base[key] / row['seconds']:.3f}"}
                     row["seconds"] = f"{row['seconds']:.6f}"
-                    if writer is None:
-                        writer = csv.DictWriter(file, row, lineterminator="\n")
-                        writer.writeheader()
-                    writer.writerow(row)
-                    file.flush()
-                    print(*list(row.values())[6:], flush=True)
+                    record(row)
+                    print(*row.values(), flush=True)
                 del model
             shutil.rmtree(folder)
 

@@ -5,14 +5,12 @@ Fused with the norm or SwiGLU before them, they are timed beside the same work l
 
 from __future__ import annotations
 
-import csv
-import datetime
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
 import torch
 
+from records import records
 from slidesparse import measure, ops, reference
 from slidesparse.format import SCHEMES, Scheme
 from slidesparse.pattern import Pattern
@@ -132,25 +130,16 @@ def fused_cells(m: int, scheme: Scheme, rate: float) -> Iterator[dict[str, objec
 
 
 def main(out: str, commit: str) -> None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     rate = measure.copy_rate()
     print(f"copy rate {rate / 1e6:.3f} TB/s")
-    head = {"date": datetime.date.today().isoformat(), "commit": commit, "gpu": torch.cuda.get_device_name(), "driver": driver}
-    head |= {"cuda": torch.version.cuda, "torch": torch.__version__}
-    with open(out, "w", newline="", encoding="utf-8") as file:
-        writer = None
+    with records(out, commit) as record:
         shapes = [(k, m) for k in KS for m in MS]
         cases = [cells(m, k, SCHEMES[name], rate) for k, m in shapes for name in ("int8", "fp8", "bf16")]
         cases += [fused_cells(m, SCHEMES[name], rate) for m in FUSED_MS for name in ("int8", "fp8")]
         for case in cases:
             for row in case:
-                row = head | row
-                writer = writer or csv.DictWriter(file, row, lineterminator="\n")
-                if file.tell() == 0:
-                    writer.writeheader()
-                writer.writerow(row)
-                print(*list(row.values())[6:])
+                record(row)
+                print(*row.values())
             torch.cuda.empty_cache()
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import subprocess
+import sys
 import zlib
 from collections.abc import Generator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -42,6 +46,21 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Gener
     if report.failed:
         report.sections.append(("random inputs", f"repeat with: pytest --seed {item.config.option.seed} '{item.nodeid}'"))
     return report
+
+
+@pytest.fixture
+def interpreted(request: pytest.FixtureRequest) -> None:
+    """Run the test module's ``interpreted()`` in a process of its own: Triton decides at import whether to interpret."""
+    module = request.module.__name__
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"import {module}; {module}.interpreted()", str(request.config.option.seed)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture

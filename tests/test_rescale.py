@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
-import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -62,12 +59,9 @@ def interpreted() -> None:
 
 
 @needs_triton
-def test_the_kernel_is_bitwise_the_composition_under_the_interpreter(request):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import test_rescale; test_rescale.interpreted()", str(request.config.option.seed)],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parent, env={**os.environ, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+@pytest.mark.usefixtures("interpreted")
+def test_the_kernel_is_bitwise_the_composition_under_the_interpreter():
+    """The fixture runs `interpreted` above and fails with what it says."""
 
 
 @pytest.mark.parametrize("dtype", SUMS, ids=str)

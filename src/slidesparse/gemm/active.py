@@ -38,7 +38,6 @@ def use_plan(plan: Plan | Path | str | None) -> None:
         CheckpointError: the file is no plan.
     """
     _chosen[:] = [] if plan is None else [plan if isinstance(plan, Plan) else Plan.load(Path(plan))]
-    _gather.cache_clear()
 
 
 def user_plan_path() -> Path:
