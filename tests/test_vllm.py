@@ -25,6 +25,7 @@ from slidesparse.errors import CheckpointError, PatternError, UnsupportedError, 
 from slidesparse.format import MARKER, SCHEMES, PackedConfig, Scheme  # noqa: E402
 from slidesparse.gemm import prepared  # noqa: E402
 from slidesparse.integrations import vllm as adapter  # noqa: E402
+from slidesparse.integrations.vllm import methods  # noqa: E402
 from slidesparse.pack import pack  # noqa: E402
 from slidesparse.pattern import Pattern  # noqa: E402
 from slidesparse.prune import prune  # noqa: E402
@@ -262,7 +263,7 @@ def test_layers_that_stay_dense_are_vllms(rank: Callable) -> None:
                 layer = layers.ColumnParallelLinear(64, 8, bias=False, quant_config=config, prefix=prefix)
                 assert type(layer.quant_method) is layers.UnquantizedLinearMethod
             layer = layers.ColumnParallelLinear(64, 8, bias=False, quant_config=config, prefix="m.down_proj")
-            assert isinstance(layer.quant_method, adapter.SlideSparseLinearMethod)
+            assert isinstance(layer.quant_method, methods.SlideSparseLinearMethod)
 
 
 def test_parts_of_different_patterns_take_the_wider_in_dense_form(rank: Callable) -> None:
@@ -275,8 +276,8 @@ def test_parts_of_different_patterns_take_the_wider_in_dense_form(rank: Callable
 
 
 def test_random_weights_without_a_checkpoint(rank: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = adapter.Settings(random=True)
-    monkeypatch.setattr(adapter.Settings, "current", classmethod(lambda cls: settings))
+    settings = methods.Settings(random=True)
+    monkeypatch.setattr(methods.Settings, "current", classmethod(lambda cls: settings))
     for form, name in FORMS:
         rank(1, 2)
         layer = layers.RowParallelLinear(
@@ -343,12 +344,12 @@ def test_settings_come_from_additional_config(checkpoints: Path) -> None:
             additional_config={"slidesparse": chosen},
         )
         with set_current_vllm_config(config):
-            found = adapter.Settings.current()
+            found = methods.Settings.current()
         assert (found.memory, found.backend) == (chosen.get("memory", "fast"), chosen.get("backend"))
         assert found.random == (loaded == "dummy")
     config.additional_config = {"slidesparse": {"backends": "dense"}}
     with set_current_vllm_config(config), pytest.raises(UnsupportedError, match="not backends"):
-        adapter.Settings.current()
+        methods.Settings.current()
 
 
 def test_one_graph_for_any_number_of_tokens(rank: Callable) -> None:

@@ -16,7 +16,7 @@ from ..errors import UnsupportedError
 from .active import active_plan
 from .plan import MEMORY, Plan, key_of
 from .problem import Problem, Weights
-from .registry import Choice, choose, named
+from .registry import Choice, choose, named, refusal
 from .routes import FEW_TOKENS
 
 _LOG = logging.getLogger(__name__)
@@ -82,6 +82,13 @@ class Execution:
         return () if self._ready is None else self._ready.steps
 
     @property
+    def dense_weight(self) -> Tensor | None:
+        """The resident dense weights ``[N, K]`` where nothing but dense routes run; None elsewhere, and before the first call."""
+        if self._ready is None or self._ready.resident.keys() != {"dense"}:
+            return None
+        return self._ready.resident["dense"]["weight"]
+
+    @property
     def device(self) -> torch.device:
         """Where it last ran; until then where its weights are."""
         return self.weights.packed.values.device if self._ready is None else self._ready.device
@@ -114,13 +121,15 @@ class Execution:
 
     @torch.compiler.disable
     def prepare(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None = None) -> Ready:
-        """Resolve the plan for inputs of these types and derive the resident tensors that it needs; the first call does it.
+        """Resolve the plan for inputs of these types and derive the resident tensors that it needs, unless that was done before.
 
         Raises:
             UnsupportedError: as a call.
         """
-        refuse_capture()
         problem = self.problem(dtype, device, bias)
+        if self._ready is not None and (self._ready.problem, self._ready.device) == (problem, device):
+            return self._ready
+        refuse_capture()
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             steps = self._steps(problem)
             resident: dict[str, Mapping[str, Tensor]] = {}
@@ -155,7 +164,8 @@ class Execution:
             few, many = (choose(problem, m, memory=self.memory) for m in (FEW_TOKENS, FEW_TOKENS + 1))
             return _merged([(FEW_TOKENS, few), (maxsize, many)])
         edges = sorted({edge for m in plan.cells[key_of(problem)] for edge in (m - 1, m) if edge})
-        choices = [_planned(plan, problem, edge, self.memory) for edge in edges]
+        without = _cannot_run(plan, problem)
+        choices = [_planned(plan, problem, edge, self.memory, without) for edge in edges]
         return _merged(list(zip([*edges[:-1], maxsize], choices, strict=True)))
 
 
@@ -169,21 +179,25 @@ def refuse_capture() -> None:
         raise UnsupportedError("run the layer once before capturing a CUDA graph: its resident weights are made then")
 
 
-def _planned(plan: Plan, problem: Problem, m: int, memory: str) -> Choice:
-    """The plan's route where it can run this very problem, else what an untuned layer would run."""
-    route = plan.route(key_of(problem), m, memory)
-    if route is not None:
-        try:
-            return named(route, problem, m)
-        except UnsupportedError as error:
-            _report(str(error))
-    return choose(problem, m, memory=memory)
+def _cannot_run(plan: Plan, problem: Problem) -> frozenset[str]:
+    """Routes of the plan that cannot run this very problem here."""
+    reasons = {route: refusal(route, problem) for route in plan.routes(key_of(problem))}
+    for route, reason in reasons.items():
+        if reason is not None:
+            _report(route, reason)
+    return frozenset(route for route, reason in reasons.items() if reason is not None)
+
+
+def _planned(plan: Plan, problem: Problem, m: int, memory: str, without: frozenset[str]) -> Choice:
+    """The plan's route; where nothing that it timed can run, what an untuned layer would run."""
+    route = plan.route(key_of(problem), m, memory, without)
+    return choose(problem, m, memory=memory) if route is None else named(route, problem, m)
 
 
 @lru_cache(maxsize=256)
-def _report(why: str) -> None:
-    """Say once why a planned route does not run."""
-    _LOG.warning("the plan's route gives way to the untuned choice: %s", why)
+def _report(route: str, why: str) -> None:
+    """Say once why a measured route cannot run here."""
+    _LOG.info("%s, which the plan has timed, cannot run here: %s", route, why)
 
 
 def _merged(steps: list[tuple[int, Choice]]) -> tuple[tuple[int, Choice], ...]:

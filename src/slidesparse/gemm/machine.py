@@ -51,8 +51,8 @@ def _triton() -> str:
     return triton.__version__
 
 
-_NOT_TIMED = ("__init__.py", "fused.py", "kernels_fused.py")
-"""Sources of ops that no linear runs."""
+_NOT_TIMED = ("__init__.py", "library.py", "launching.py", "fused.py", "kernels_fused.py")
+"""Sources that decide host time only, which plans leave out, or of ops that no linear runs."""
 
 
 @cache

@@ -11,7 +11,7 @@ import datetime
 import json
 import os
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,20 +44,23 @@ class Cell:
     timings: dict[str, Timing]
     dropped: dict[str, str] = field(default_factory=dict)
 
-    def best(self, backend: str) -> str | None:
-        """The quickest route of a backend, by its median."""
-        names = [name for name in self.timings if name.partition(":")[0] == backend]
+    def best(self, backend: str, without: Collection[str] = ()) -> str | None:
+        """The quickest route of a backend, by its median, ``without`` some."""
+        names = [name for name in self.timings if name.partition(":")[0] == backend and name not in without]
         return min(names, key=lambda name: self.timings[name].p50, default=None)
 
-    def pick(self, memory: str) -> str | None:
-        """The route that runs: the one to beat, unless another beats it by more than the spread; None where nothing was measured."""
-        base = self.best("dense" if memory == "fast" else "restore")
+    def pick(self, memory: str, without: Collection[str] = ()) -> str | None:
+        """The route that runs: the one to beat, unless another beats it by more than the spread; None where nothing was measured.
+
+        Routes in ``without`` cannot run here; the best of the rest is the one to beat.
+        """
+        base = self.best("dense" if memory == "fast" else "restore", without)
         if base is None or memory == "lean":
             return base
         bar = self.timings[base].p20
         # Routes on packed weights would keep a third layout in memory.
-        others = {name: timing for name, timing in self.timings.items() if name.partition(":")[0] not in ("dense", "restore")}
-        better = [name for name, timing in others.items() if timing.p80 < bar]
+        others = [name for name in self.timings if name.partition(":")[0] not in ("dense", "restore") and name not in without]
+        better = [name for name in others if self.timings[name].p80 < bar]
         return min(better, key=lambda name: self.timings[name].p50, default=base)
 
 
@@ -77,8 +80,12 @@ class Plan:
         """Whether that cell was measured."""
         return m in self.cells.get(key, {})
 
-    def route(self, key: Key, m: int, memory: str) -> str | None:
-        """The route for ``m`` tokens; None for a layer that was not measured."""
+    def routes(self, key: Key) -> list[str]:
+        """Every route that was timed for a layer."""
+        return sorted({name for cell in self.cells.get(key, {}).values() for name in cell.timings})
+
+    def route(self, key: Key, m: int, memory: str, without: Collection[str] = ()) -> str | None:
+        """The route for ``m`` tokens, ``without`` those that cannot run here; None for a layer that was not measured."""
         table = self.cells.get(key)
         if not table:
             return None
@@ -86,12 +93,12 @@ class Plan:
         at = bisect_left(ms, m)
         above = table[ms[min(at, len(ms) - 1)]]
         if above.m == m or at == len(ms):
-            return above.pick(memory)
+            return above.pick(memory, without)
         below = table[ms[at - 1]] if at else None
-        high, low = above.pick(memory), below.pick(memory) if below else None
+        high, low = above.pick(memory, without), below.pick(memory, without) if below else None
         if high is None or _backend(high) == _backend(low):
             return high
-        return above.best("dense" if memory == "fast" else "restore")
+        return above.best("dense" if memory == "fast" else "restore", without)
 
     def pays_from(self, key: Key) -> int | None:
         """The fewest measured tokens from which every larger measured number runs on another backend than dense; None if none does."""

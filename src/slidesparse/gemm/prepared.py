@@ -93,7 +93,7 @@ def linear(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
     Raises:
         UnsupportedError: the layer is gone, or was prepared for other types.
     """
-    return torch.ops.slidesparse.linear(x, name, bias, n)
+    return _linear_op(x, name, bias, n)
 
 
 def _named(name: Tensor) -> Prepared:
@@ -120,4 +120,4 @@ def _fake(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
     return x.new_empty((x.shape[0], n))
 
 
-define("linear(Tensor x, Tensor name, Tensor? bias, SymInt n) -> Tensor", oracle=_run, cuda=_run, fake=_fake)
+_linear_op = define("linear(Tensor x, Tensor name, Tensor? bias, SymInt n) -> Tensor", oracle=_run, cuda=_run, fake=_fake)

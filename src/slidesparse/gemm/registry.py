@@ -113,20 +113,31 @@ def choose(problem: Problem, m: int, *, memory: str = "fast") -> Choice:
     raise UnsupportedError(f"no backend runs {problem}: " + "; ".join(f"{name}: {reason}" for name, reason in refused))
 
 
+def refusal(name: str, problem: Problem) -> str | None:
+    """Why the backend, ``NAME`` or ``NAME:VARIANT``, cannot run the problem; None if it can."""
+    head, _, variant = name.partition(":")
+    found = _found(head)
+    if found is None:
+        return f"unknown backend {head!r}: choose one of {', '.join(backend_names())}"
+    return found.refuses(problem, variant or None)
+
+
 def named(name: str, problem: Problem, m: int) -> Choice:
     """The backend asked for, ``NAME`` or ``NAME:VARIANT``.
 
     Raises:
         UnsupportedError: it does not exist or cannot run this; the message says why.
     """
-    head, _, variant = name.partition(":")
-    found = next((backend for backend in _BACKENDS if backend.name == head), None)
-    if found is None:
-        raise UnsupportedError(f"unknown backend {head!r}: choose one of {', '.join(backend_names())}")
-    reason = found.refuses(problem, variant or None)
+    reason = refusal(name, problem)
     if reason is not None:
         raise UnsupportedError(f"backend {name} cannot run {problem.n} × {problem.k} {problem.scheme.name}: {reason}")
+    head, _, variant = name.partition(":")
+    found = _found(head)
     return Choice(found, variant or found.variants(problem, m)[0])
+
+
+def _found(name: str) -> Backend | None:
+    return next((backend for backend in _BACKENDS if backend.name == name), None)
 
 
 def _verdict(backend: Backend, problem: Problem) -> Verdict:

@@ -40,6 +40,14 @@ def route_refuses(name: str, problem: Problem) -> str | None:
     return _ROUTES[name].refuses(problem)
 
 
+def add_route(name: str, route: Route) -> None:
+    """Let a product of another library take part: it is measured by `tune`, run where a plan chose it, and last among untuned choices.
+
+    A route of that name is replaced. It may trust what `Problem` says, and must keep the tolerance policy.
+    """
+    _ROUTES[name] = route
+
+
 class DenseRoutes:
     """What backends on dense weights have in common: their variants are the routes."""
 

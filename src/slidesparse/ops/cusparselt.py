@@ -95,7 +95,7 @@ def compress(slid: Tensor) -> Tensor:
         ValueError: not a contiguous 2:4 matrix of a type that is multiplied, or N or K' is not a multiple of `alignment`.
         UnsupportedError: see `unavailable`.
     """
-    return torch.ops.slidesparse.compress(slid)
+    return _compress_op(slid)
 
 
 def sparse_mm(q: Tensor, compressed: Tensor, alpha: Tensor | None, n: int, out_dtype: torch.dtype, algorithm: str = "") -> Tensor:
@@ -110,7 +110,7 @@ def sparse_mm(q: Tensor, compressed: Tensor, alpha: Tensor | None, n: int, out_d
         ValueError: shapes or types do not fit, or ``algorithm`` cannot be read.
         UnsupportedError: see `unavailable`; the library refuses the algorithm, or a plan is missing under capture.
     """
-    return torch.ops.slidesparse.sparse_mm(q, compressed, alpha, n, out_dtype, algorithm)
+    return _sparse_mm_op(q, compressed, alpha, n, out_dtype, algorithm)
 
 
 def search(q: Tensor, compressed: Tensor, alpha: Tensor | None, n: int, out_dtype: torch.dtype) -> list[Algorithm]:
@@ -226,8 +226,8 @@ def _elsewhere(first: Tensor, *arguments: object) -> Tensor:
     raise UnsupportedError(f"cuSPARSELt runs on CUDA, not on {first.device.type}")
 
 
-define("compress(Tensor slid) -> Tensor", oracle=_elsewhere, cuda=_compress_cuda, fake=_compress_fake)
-define(
+_compress_op = define("compress(Tensor slid) -> Tensor", oracle=_elsewhere, cuda=_compress_cuda, fake=_compress_fake)
+_sparse_mm_op = define(
     "sparse_mm(Tensor q, Tensor compressed, Tensor? alpha, int n, ScalarType out_dtype, str algorithm) -> Tensor",
     oracle=_elsewhere, cuda=_sparse_mm_cuda, fake=_sparse_mm_fake,
 )  # fmt: skip

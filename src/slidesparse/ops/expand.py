@@ -65,7 +65,7 @@ def restore(packed: Packed) -> Tensor:
         ValueError: values or keep-bits do not have the shape that the pattern and K ask for.
     """
     _check(packed)
-    return torch.ops.slidesparse.restore(packed.values, packed.keep, packed.pattern.text, packed.k)
+    return _restore_op(packed.values, packed.keep, packed.pattern.text, packed.k)
 
 
 def slide(packed: Packed, *, width: int | None = None, rows: int = 1) -> Tensor:
@@ -83,7 +83,7 @@ def slide(packed: Packed, *, width: int | None = None, rows: int = 1) -> Tensor:
     if rows < 1:
         raise ValueError(f"rows must be positive, got {rows}")
     width = least if width is None else width
-    return torch.ops.slidesparse.slide(packed.values, packed.keep, packed.pattern.text, packed.k, width, rows)
+    return _slide_op(packed.values, packed.keep, packed.pattern.text, packed.k, width, rows)
 
 
 def _check(packed: Packed) -> None:
@@ -208,11 +208,11 @@ def _slide_fake(values: Tensor, keep: Tensor, pattern: str, k: int, width: int, 
     return values.new_empty((-(-values.shape[0] // rows) * rows, width))
 
 
-define(
+_restore_op = define(
     "restore(Tensor values, Tensor keep, str pattern, SymInt k) -> Tensor",
     oracle=_restore_oracle, cuda=_restore_cuda, fake=_restore_fake,
 )  # fmt: skip
-define(
+_slide_op = define(
     "slide(Tensor values, Tensor keep, str pattern, SymInt k, SymInt width, int rows) -> Tensor",
     oracle=_slide_oracle, cuda=_slide_cuda, fake=_slide_fake,
 )  # fmt: skip

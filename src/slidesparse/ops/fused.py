@@ -36,9 +36,9 @@ def rms_norm_quantize(
     _check_scale(scale, bias, m, k)
     _check("weight", weight, (k,), (x.dtype,))
     if residual is None:
-        return torch.ops.slidesparse.rms_norm_quantize(x, weight, eps, dtype, text, scale, bias, width, rows)
+        return _rms_norm_quantize_op(x, weight, eps, dtype, text, scale, bias, width, rows)
     _check("residual", residual, (m, k), (x.dtype,))
-    return torch.ops.slidesparse.add_rms_norm_quantize(x, weight, residual, eps, dtype, text, scale, bias, width, rows)
+    return _add_rms_norm_quantize_op(x, weight, residual, eps, dtype, text, scale, bias, width, rows)
 
 
 def silu_mul_quantize(
@@ -58,7 +58,7 @@ def silu_mul_quantize(
         raise ValueError(f"gate_up must hold gates and as many ups, got {double} columns")
     dtype, text, width = _request(gate_up, double // 2, scheme, pattern, width, rows)
     _check_scale(scale, bias, m, double)
-    return torch.ops.slidesparse.silu_mul_quantize(gate_up, dtype, text, scale, bias, width, rows)
+    return _silu_mul_quantize_op(gate_up, dtype, text, scale, bias, width, rows)
 
 
 def _request(x: Tensor, k: int, scheme: Scheme, pattern: Pattern | None, width: int | None, rows: int) -> tuple[torch.dtype, str, int]:
@@ -221,14 +221,14 @@ def _silu_fake(x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None
 
 
 _TAIL = "ScalarType dtype, str pattern, Tensor? scale, Tensor? bias, SymInt width, int rows"
-define(
+_rms_norm_quantize_op = define(
     f"rms_norm_quantize(Tensor x, Tensor weight, float eps, {_TAIL}) -> (Tensor, Tensor)",
     oracle=_norm_oracle, cuda=_norm_cuda, fake=_norm_fake,
 )  # fmt: skip
-define(
+_add_rms_norm_quantize_op = define(
     f"add_rms_norm_quantize(Tensor x, Tensor weight, Tensor residual, float eps, {_TAIL}) -> (Tensor, Tensor, Tensor)",
     oracle=_add_norm_oracle, cuda=_add_norm_cuda, fake=_add_norm_fake,
 )  # fmt: skip
-define(
+_silu_mul_quantize_op = define(
     f"silu_mul_quantize(Tensor x, {_TAIL}) -> (Tensor, Tensor)", oracle=_silu_oracle, cuda=_silu_cuda, fake=_silu_fake,
 )  # fmt: skip

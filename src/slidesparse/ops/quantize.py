@@ -34,7 +34,7 @@ def quantize(x: Tensor, scheme: Scheme, *, width: int | None = None, rows: int =
         ValueError: the scheme does not quantise rows, x is not a matrix, ``width`` is smaller than K, or ``rows`` than 1.
     """
     dtype = checked(x, scheme)
-    return torch.ops.slidesparse.quantize(x, dtype, checked_width(x, x.shape[-1], width, rows), rows)
+    return _quantize_op(x, dtype, checked_width(x, x.shape[-1], width, rows), rows)
 
 
 def quantize_lift(
@@ -51,8 +51,8 @@ def quantize_lift(
     dtype = checked(x, scheme)
     width = checked_width(x, slid_width(x.shape[-1], pattern, offset), width, rows)
     if moves_nothing(pattern, offset):
-        return torch.ops.slidesparse.quantize(x, dtype, width, rows)
-    return torch.ops.slidesparse.quantize_lift(x, pattern.text, dtype, offset, width, rows)
+        return _quantize_op(x, dtype, width, rows)
+    return _quantize_lift_op(x, pattern.text, dtype, offset, width, rows)
 
 
 def lift(x: Tensor, pattern: Pattern, *, offset: int = 0, width: int | None = None, rows: int = 1) -> Tensor:
@@ -62,9 +62,7 @@ def lift(x: Tensor, pattern: Pattern, *, offset: int = 0, width: int | None = No
         ValueError: x is not a matrix, the pattern's unit is not 1, the offset lies outside a group, ``width`` is smaller than K', or
             ``rows`` than 1.
     """
-    return torch.ops.slidesparse.lift(
-        x, pattern.text, offset, checked_width(x, slid_width(x.shape[-1], pattern, offset), width, rows), rows
-    )
+    return _lift_op(x, pattern.text, offset, checked_width(x, slid_width(x.shape[-1], pattern, offset), width, rows), rows)
 
 
 def checked(x: Tensor, scheme: Scheme) -> torch.dtype:
@@ -240,15 +238,15 @@ def _lift_fake(x: Tensor, pattern: str, offset: int, width: int, rows: int) -> T
     return empty_rows(x, x.dtype, width, rows)
 
 
-define(
+_quantize_op = define(
     "quantize(Tensor x, ScalarType dtype, SymInt width, int rows) -> (Tensor, Tensor)",
     oracle=quantize_oracle, cuda=_quantize_cuda, fake=_quantize_fake,
 )  # fmt: skip
-define(
+_quantize_lift_op = define(
     "quantize_lift(Tensor x, str pattern, ScalarType dtype, int offset, SymInt width, int rows) -> (Tensor, Tensor)",
     oracle=quantize_lift_oracle, cuda=_quantize_lift_cuda, fake=_quantize_lift_fake,
 )  # fmt: skip
-define(
+_lift_op = define(
     "lift(Tensor x, str pattern, int offset, SymInt width, int rows) -> Tensor",
     oracle=_lift_oracle, cuda=_lift_cuda, fake=_lift_fake,
 )  # fmt: skip

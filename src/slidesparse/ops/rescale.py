@@ -44,7 +44,7 @@ def rescale(
             raise ValueError(f"{name} must be float32 of {count} elements, got {scale.dtype} {list(scale.shape)}")
     if bias is not None and (not bias.dtype.is_floating_point or bias.numel() != n):
         raise ValueError(f"bias must hold {n} floats, got {bias.dtype} {list(bias.shape)}")
-    return torch.ops.slidesparse.rescale(acc, x_scale, w_scale, bias, out_dtype, m, n)
+    return _rescale_op(acc, x_scale, w_scale, bias, out_dtype, m, n)
 
 
 def _rescale_oracle(
@@ -103,7 +103,7 @@ def _rescale_fake(
     return acc.new_empty((m, n), dtype=dtype)
 
 
-define(
+_rescale_op = define(
     "rescale(Tensor acc, Tensor? x_scale, Tensor? w_scale, Tensor? bias, ScalarType dtype, SymInt m, SymInt n) -> Tensor",
     oracle=_rescale_oracle, cuda=_rescale_cuda, fake=_rescale_fake,
 )  # fmt: skip

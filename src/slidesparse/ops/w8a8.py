@@ -63,7 +63,7 @@ def w8a8(q: Tensor, weight: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tens
         raise ValueError(f"bias must hold {n} floats, got {bias.dtype} {list(bias.shape)}")
     if out_dtype not in _OUTPUTS:
         raise ValueError(f"the output must be bfloat16, float16 or float32, not {out_dtype}")
-    return torch.ops.slidesparse.w8a8(q, weight, x_scale, w_scale, bias, out_dtype)
+    return _w8a8_op(q, weight, x_scale, w_scale, bias, out_dtype)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _w8a8_fake(q: Tensor, weight: Tensor, x_scale: Tensor, w_scale: Tensor, bias
     return q.new_empty((x_scale.shape[0], weight.shape[0]), dtype=dtype)
 
 
-define(
+_w8a8_op = define(
     "w8a8(Tensor q, Tensor weight, Tensor x_scale, Tensor w_scale, Tensor? bias, ScalarType dtype) -> Tensor",
     oracle=_w8a8_oracle, cuda=_w8a8_cuda, fake=_w8a8_fake,
 )  # fmt: skip

@@ -1,0 +1,103 @@
+"""vLLM's own dense linears: layers that no plan makes faster are given back to them, and their product takes part in plans.
+
+A layer that runs dense whatever the number of tokens is to vLLM what it would be in a dense checkpoint: the same kernels, and the same
+fusions of norm and activation with quantisation, which an op of ours would hide from vLLM's compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor, nn
+from vllm import _custom_ops
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8, CompressedTensorsW8A8Int8
+
+from ... import ops
+from ...format import Scheme
+from ...gemm import Problem
+from ...gemm.numerics import int32_overflow
+from ...gemm.routes import Route, add_route
+
+Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+"""Runs a layer: ``(layer, x [M, K], bias [N] or None)`` → ``[M, N]``."""
+
+ROUTE = "cutlass"
+_CACHE_KEY = "slidesparse_dense_layers"
+
+
+def can_give_back(scheme: Scheme, device: torch.device) -> bool:
+    """Whether vLLM multiplies weights and activations of this scheme here: fp8 below compute capability 8.9 it does not."""
+    return device.type == "cuda" and (scheme.name != "fp8" or ops.capability(device) >= (8, 9))
+
+
+def give_back(layer: nn.Module, name: str, scheme: Scheme, weight: Tensor, scale: Tensor | None) -> Apply | None:
+    """Make a layer on dense weights ``[N, K]`` and scales ``[N, 1]`` what vLLM makes of a dense checkpoint's; None if that cannot be."""
+    if not _enter_cache_key(name):
+        return None
+    if not scheme.dynamic:
+        method = UnquantizedLinearMethod()
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        method.process_weights_after_loading(layer)
+        return method.apply
+    if scheme.name == "int8":
+        stock = CompressedTensorsW8A8Int8(strategy="channel", is_static_input_scheme=False, input_symmetric=True)
+    else:
+        arguments = QuantizationArgs(num_bits=8, type="float", strategy="channel", symmetric=True, dynamic=False)
+        stock = CompressedTensorsW8A8Fp8(arguments, is_static_input_scheme=False)
+    n, k = weight.shape
+    with torch.device("meta"):
+        stock.create_weights(
+            layer=layer, input_size_per_partition=k, output_partition_sizes=[n], input_size=k, output_size=n,
+            params_dtype=layer.params_dtype, weight_loader=_never_loaded,
+        )  # fmt: skip
+    layer.weight, layer.weight_scale = nn.Parameter(weight, requires_grad=False), nn.Parameter(scale, requires_grad=False)
+    stock.process_weights_after_loading(layer)
+    return stock.apply_weights
+
+
+def _never_loaded(*arguments: object) -> None:
+    raise AssertionError("the weights are there already")
+
+
+def _enter_cache_key(name: str) -> bool:
+    """Let vLLM's compile cache tell models apart in which other layers run as vLLM's own: that depends on plans, which it does not see.
+
+    Its key covers ``additional_config``; False where a plugin keeps that in a form of its own.
+    """
+    config = get_current_vllm_config_or_none()
+    if config is None:
+        return True
+    if not isinstance(config.additional_config, dict):
+        return False
+    names = {name, *config.additional_config.get(_CACHE_KEY, ())}
+    config.additional_config = config.additional_config | {_CACHE_KEY: sorted(names)}
+    return True
+
+
+def offer_route() -> None:
+    """Let vLLM's W8A8 kernels take part: ``tune`` times them as ``dense:cutlass``, and plans may choose them."""
+    add_route(ROUTE, Route(_refuses, _run))
+
+
+def _refuses(problem: Problem) -> str | None:
+    if not problem.scheme.dynamic or problem.device != "cuda":
+        return "multiplies int8 and fp8 on CUDA"
+    if problem.dtype not in (torch.bfloat16, torch.float16) or problem.bias not in (None, problem.dtype):
+        return "needs a 16-bit output and a bias of its type"
+    if problem.n % 16 or problem.k % 16:
+        return f"N = {problem.n} and K = {problem.k} must be multiples of 16"
+    if not hasattr(torch.ops._C, "cutlass_scaled_mm"):
+        return "this vLLM was built without its CUTLASS kernels"
+    least, most = ((8, 9), (99, 0)) if problem.scheme.name == "fp8" else ((7, 5), (9, 9))
+    if not least <= ops.capability() <= most:
+        return f"vLLM's {problem.scheme.name} kernels do not run on compute capability {'.'.join(map(str, ops.capability()))}"
+    return int32_overflow(problem)
+
+
+def _run(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    q, x_scale = ops.quantize(x, problem.scheme)
+    return _custom_ops.cutlass_scaled_mm(q, weight.t(), x_scale, scale, problem.dtype, bias)

@@ -1,0 +1,175 @@
+"""Layers that no plan makes faster are vLLM's own, and vLLM's product takes part in plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models
+
+vllm = pytest.importorskip("vllm", reason="vllm is not installed: pip install 'slidesparse[vllm]'")
+
+from vllm.config import DeviceConfig, LoadConfig, VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.model_executor.layers import linear as layers  # noqa: E402
+
+from slidesparse import reference  # noqa: E402
+from slidesparse.checkpoint import Recipe, convert  # noqa: E402
+from slidesparse.format import SCHEMES, PackedConfig  # noqa: E402
+from slidesparse.gemm import Cell, Execution, Plan, Problem, Weights, use_plan  # noqa: E402
+from slidesparse.gemm.registry import refusal  # noqa: E402
+from slidesparse.gemm.tuning import Layer, tune  # noqa: E402
+from slidesparse.integrations import vllm as adapter  # noqa: E402
+from slidesparse.integrations.vllm import dense  # noqa: E402
+from slidesparse.measure import Timing  # noqa: E402
+from slidesparse.pack import pack  # noqa: E402
+from slidesparse.pattern import Pattern  # noqa: E402
+from slidesparse.prune import prune  # noqa: E402
+from slidesparse.quant import quantize_weight  # noqa: E402
+from slidesparse.testing import check_bitwise  # noqa: E402
+
+PATTERN, DTYPE = Pattern(6, 8), torch.bfloat16
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VllmConfig:
+    """A model's configuration, in force, on a rank that is alone."""
+    for module in ("vllm.model_executor.parameter", "vllm.model_executor.layers.linear"):
+        monkeypatch.setattr(f"{module}.get_tensor_model_parallel_rank", lambda: 0)
+        monkeypatch.setattr(f"{module}.get_tensor_model_parallel_world_size", lambda: 1)
+    adapter.register()
+    models.write(tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "packed", Recipe(PATTERN, "magnitude", "int8"))
+    model = EngineArgs(model=str(tmp_path / "packed"), skip_tokenizer_init=True, enforce_eager=True).create_model_config()
+    device = DeviceConfig(device="cuda" if torch.cuda.is_available() else "cpu")
+    made = VllmConfig(model_config=model, device_config=device, load_config=LoadConfig())
+    torch.set_default_dtype(DTYPE)
+    with set_current_vllm_config(made):
+        yield made
+    torch.set_default_dtype(torch.float32)
+
+
+def weights(n: int, k: int, scheme: str) -> tuple[Tensor, Tensor | None]:
+    return quantize_weight(prune(torch.randn(n, k).to(DTYPE) * k**-0.5, PATTERN), SCHEMES[scheme])
+
+
+def packed_layer(weight: Tensor, scale: Tensor | None, bias: Tensor, scheme: str) -> nn.Module:
+    made = adapter.SlideSparseConfig.from_config(PackedConfig(PATTERN, SCHEMES[scheme], ["lm_head"]).to_dict())
+    layer = layers.ColumnParallelLinear(weight.shape[1], weight.shape[0], bias=True, quant_config=made, prefix="m.up_proj")
+    stored = pack(weight, PATTERN)
+    tensors = {"weight_values": stored.values, "weight_keep": stored.keep, "bias": bias}
+    for name, tensor in (tensors if scale is None else tensors | {"weight_scale": scale}).items():
+        parameter = getattr(layer, name)
+        parameter.weight_loader(parameter, tensor)
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def test_vllms_compile_cache_tells_given_back_layers_apart(config: VllmConfig) -> None:
+    users = config.additional_config = {"slidesparse": {"memory": "fast"}}
+    hashes = [config.compute_hash()]
+    for name in ("m.up_proj", "m.down_proj"):
+        assert dense._enter_cache_key(name)
+        hashes.append(config.compute_hash())
+    assert len(set(hashes)) == 3 and users == {"slidesparse": {"memory": "fast"}}
+    assert dense._enter_cache_key("m.up_proj") and config.compute_hash() == hashes[-1]
+
+
+def test_settings_of_a_plugins_own_kind_keep_layers_ours(config: VllmConfig) -> None:
+    config.additional_config = type("Own", (), {"compute_hash": lambda self: "own"})()
+    weight, scale = weights(16, 32, "bf16")
+    assert dense.give_back(nn.Module(), "m.up_proj", SCHEMES["bf16"], weight, scale) is None
+
+
+def test_a_16_bit_layer_given_back_is_an_ordinary_linear(config: VllmConfig) -> None:
+    layer = layers.ColumnParallelLinear(32, 16, bias=False, prefix="m.up_proj")
+    weight, _ = weights(16, 32, "bf16")
+    apply = dense.give_back(layer, "m.up_proj", SCHEMES["bf16"], weight, None)
+    x = torch.randn(5, 32)
+    check_bitwise(apply(layer, x, None).detach(), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "scheme", "dtype", "device", "bias", "told"),
+    [
+        (64, 64, "bf16", DTYPE, "cuda", None, "int8 and fp8"),
+        (64, 64, "int8", DTYPE, "cpu", None, "on CUDA"),
+        (64, 64, "int8", torch.float32, "cuda", None, "16-bit output"),
+        (64, 64, "int8", DTYPE, "cuda", torch.float16, "bias of its type"),
+        (60, 64, "int8", DTYPE, "cuda", None, "multiples of 16"),
+    ],
+)
+def test_vllms_route_says_why_it_cannot_run(n, k, scheme, dtype, device, bias, told, config: VllmConfig) -> None:
+    problem = Problem(n, k, PATTERN, SCHEMES[scheme], device, dtype, bias)
+    assert told in refusal(f"dense:{dense.ROUTE}", problem)
+
+
+@pytest.fixture
+def untuned() -> None:
+    if torch.cuda.is_available():
+        from slidesparse.gemm.machine import this_machine
+
+        use_plan(Plan(this_machine()))
+    yield
+    use_plan(None)
+
+
+@pytest.mark.needs_gpu
+@on_gpu
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "bf16"])
+def test_an_untuned_layer_is_what_vllm_makes_of_the_dense_checkpoint(scheme: str, config: VllmConfig, untuned: None) -> None:
+    weight, scale = weights(256, 512, scheme)
+    bias = torch.randn(256).to(DTYPE)
+    with torch.device("cuda"):
+        layer = packed_layer(weight, scale, bias, scheme)
+        stock = layers.ColumnParallelLinear(512, 256, bias=True, prefix="m.up_proj")
+        apply = dense.give_back(stock, "m.up_proj", SCHEMES[scheme], weight.cuda(), None if scale is None else scale.cuda())
+    assert layer.quant_method.stock is not None and not hasattr(layer, "slidesparse_name")
+    for m in (1, 7, 64, 300):
+        x = torch.randn(m, 512).cuda()
+        y, real = layer(x)[0].detach(), weight.float() * (1 if scale is None else scale)
+        exact = torch.nn.functional.linear(x.float(), real.cuda(), bias.float().cuda())
+        check_bitwise(y, apply(stock, x, bias.cuda()).detach())
+        assert float((y - exact).norm() / exact.norm()) < (0.05 if scheme == "fp8" else 0.02)
+
+
+@pytest.mark.needs_gpu
+@on_gpu
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_vllms_product_is_timed_and_runs_where_a_plan_chose_it(scheme: str, config: VllmConfig, tmp_path: Path) -> None:
+    plan = tune([Layer(256, 512, PATTERN, SCHEMES[scheme])], tmp_path / "plan.json", ms=[16, 256])
+    (cells,) = plan.cells.values()
+    assert all(f"dense:{dense.ROUTE}" in cell.timings for cell in cells.values())
+    weight, scale = weights(256, 512, scheme)
+    execution = Execution(Weights(pack(weight.cuda(), PATTERN), SCHEMES[scheme], scale.cuda()), backend=f"dense:{dense.ROUTE}")
+    x = torch.randn(33, 512).cuda()
+    exact = x.float() @ (weight.float() * scale).cuda().t()
+    assert float((execution(x) - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.needs_gpu
+@on_gpu
+def test_a_layer_whose_plan_is_mixed_stays_ours(config: VllmConfig) -> None:
+    from slidesparse.gemm.machine import this_machine
+
+    plan = Plan(this_machine())
+    quick, slow = Timing(1.0, 0.9, 1.1), Timing(9.0, 8.0, 10.0)
+    plan.add((256, 512, "6:8", "int8"), Cell(16, {"dense:triton": quick, "cusparselt:": slow}))
+    plan.add((256, 512, "6:8", "int8"), Cell(256, {"dense:triton": slow, "cusparselt:": quick}))
+    use_plan(plan)
+    try:
+        weight, scale = weights(256, 512, "int8")
+        with torch.device("cuda"):
+            layer = packed_layer(weight, scale, torch.zeros(256), "int8")
+    finally:
+        use_plan(None)
+    assert layer.quant_method.stock is None
+    for m in (3, 300):
+        x = torch.randn(m, 512).cuda()
+        q, x_scale = reference.quantize(x.cpu(), SCHEMES["int8"])
+        exact = reference.linear(q, x_scale, weight, scale, None, torch.float64)
+        assert float((layer(x)[0].cpu() - exact).norm() / exact.norm()) < 0.005
