@@ -15,7 +15,7 @@ from slidesparse.errors import CheckpointError
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Cell, Execution, Plan, Problem, active, execution, key_of
 from slidesparse.gemm.machine import Machine, kernels_hash
-from slidesparse.gemm.tuning import BUCKETS, Layer, merged_layers
+from slidesparse.gemm.tuning import BUCKETS, Layer, merged_layers, rank_layers
 from slidesparse.measure import Timing
 from slidesparse.pattern import Pattern
 from test_gemm import layer
@@ -57,6 +57,18 @@ def test_between_measured_numbers_both_neighbours_must_agree():
     assert plan.pays_from(KEY) is None
     plan.add(KEY, cell(4096, sparse=3))
     assert plan.pays_from(KEY) == 256 and plan.route(KEY, 90000, "fast") == "cusparselt:"
+
+
+def test_routes_that_cannot_run_here_make_way_for_the_next_best():
+    plan, times = (
+        Plan(HERE),
+        {"dense:other": at(5), "dense:triton": at(10), "cusparselt:": at(8), "cusparselt:alg=7": at(7), "restore:exact": at(30)},
+    )
+    plan.add(KEY, Cell(16, times))
+    assert plan.routes(KEY) == sorted(times) and plan.route(KEY, 16, "fast") == "dense:other"
+    assert plan.route(KEY, 16, "fast", {"dense:other"}) == "cusparselt:alg=7"
+    assert plan.route(KEY, 16, "fast", {"dense:other", "cusparselt:alg=7"}) == "cusparselt:"
+    assert plan.route(KEY, 16, "lean", {"restore:exact"}) is None
 
 
 def test_a_plan_comes_back_from_its_file(tmp_path):
@@ -168,8 +180,20 @@ def test_merged_layers_are_those_of_serving_engines():
     layers = {f"layers.{i}.attn.{name}": one(n) for i in range(2) for name, n in (("q_proj", 64), ("k_proj", 16), ("v_proj", 16))}
     layers |= {"layers.0.mlp.gate_proj": one(96), "layers.0.mlp.up_proj": one(96), "layers.1.mlp.gate_proj": one(96)}
     layers |= {"layers.1.mlp.up_proj": one(96, "fp8"), "layers.0.mlp.down_proj": one(64)}
-    assert merged_layers(layers) == [one(96), one(192)]
+    merged = merged_layers(layers)
+    assert merged == {
+        "layers.0.attn.qkv_proj": one(96), "layers.1.attn.qkv_proj": one(96), "layers.0.mlp.gate_up_proj": one(192),
+        "layers.1.mlp.gate_proj": one(96), "layers.1.mlp.up_proj": one(96, "fp8"), "layers.0.mlp.down_proj": one(64),
+    }  # fmt: skip
+    assert rank_layers(merged, 1) == list(dict.fromkeys(merged.values()))
     assert one(8).buckets == BUCKETS and len(replace(one(8), pattern=Pattern(2, 4)).buckets) == 5
+
+
+def test_ranks_hold_rows_or_columns_widened_where_a_group_is_cut():
+    layer = Layer(64, 3584, Pattern(4, 6), SCHEMES["int8"])
+    found = rank_layers({"a.qkv_proj": layer, "a.o_proj": layer, "b.odd_proj": replace(layer, n=63)}, 2)
+    # The second rank begins at column 1792, 4 past the start of a group: 4 zeros to its left, 28 to its right make 57 · 32 columns.
+    assert found == [replace(layer, n=32), replace(layer, k=1792), replace(layer, k=1824)]
 
 
 def test_the_shipped_plan_is_of_these_kernels():

@@ -57,7 +57,7 @@ def _inspect_plan(model: Path, file: Path | None, json: bool) -> None:
         plan, sources = active.plan, active.sources
     else:
         plan, sources = Plan.load(file), (str(file),)
-    layers = tuning.model_layers(model, True, None, None)
+    layers = tuning.distinct(tuning.model_layers(model, None, None), merged=True)
     if json:
         screen.print_json({"sources": sources, "layers": [] if plan is None else tuning.plan_rows(plan, layers)})
         return

@@ -35,6 +35,8 @@ def tune(
     model: Annotated[Path | None, typer.Argument(help="Checkpoint whose linear layers are measured.", show_default=False)] = None,
     shape: Annotated[list[str] | None, typer.Option(help="NxK of one more layer; may be repeated.", show_default=False)] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Also q, k, v and gate, up as one layer each, as serving engines run.")] = False,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Layers as vLLM holds them, its own kernels among the dense routes.")] = False,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="With --vllm: layers as each of so many ranks holds them.")] = 1,
     pattern: Annotated[
         Pattern | None, typer.Option(parser=_pattern, metavar="KEPT:GROUP", help="For layers that are dense yet.", show_default="6:8")
     ] = None,
@@ -50,10 +52,20 @@ def tune(
     from ..gemm import user_plan_path
     from ..gemm.tuning import tune as api_tune
 
-    layers = _layers(model, shape or [], merged, pattern, None if scheme is None else scheme.value)
+    if tensor_parallel > 1 and not vllm:
+        raise typer.BadParameter("--tensor-parallel goes with --vllm")
+    name = None if scheme is None else scheme.value
+    layers = _shapes(shape or [], pattern, name)
+    if model is not None:
+        found = model_layers(model, pattern, name)
+        layers = [*(served(found, tensor_parallel) if vllm else distinct(found, merged)), *layers]
+    if not layers:
+        raise typer.BadParameter("nothing to measure: name a model or give --shape NxK")
     ms = None if tokens is None else _tokens(tokens)
     if not torch.cuda.is_available():
         raise ValueError("tune measures on a GPU, and torch finds none here: see `slidesparse doctor`")
+    if vllm:
+        _offer_vllm()
     with screen.progress("tuning", count=True) as progress:
         plan = api_tune(layers, out, ms=ms, again=again, progress=progress)
     path = out or user_plan_path()
@@ -62,6 +74,16 @@ def tune(
         return
     print_plan(plan, layers)
     screen.say(f"plan written to {path}")
+
+
+def _offer_vllm() -> None:
+    from ..errors import UnsupportedError
+
+    try:
+        from ..integrations.vllm import register
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(f"--vllm needs vLLM ({error}): pip install 'slidesparse[vllm]'") from error
+    register()
 
 
 def print_plan(plan: Plan, layers: list[Layer]) -> None:
@@ -108,11 +130,11 @@ def plan_rows(plan: Plan, layers: list[Layer]) -> list[dict]:
     return [row for row in rows if row["dense_us"] is not None]
 
 
-def model_layers(model: Path, merged: bool, pattern: Pattern | None, scheme: str | None) -> list[Layer]:
-    """The distinct linear layers of a checkpoint that plans know (not nvfp4); pattern and scheme where it does not say."""
+def model_layers(model: Path, pattern: Pattern | None, scheme: str | None) -> dict[str, Layer]:
+    """The linear layers of a checkpoint that plans know (not nvfp4), by name; pattern and scheme where it does not say."""
     from ..checkpoint import inspect as api_inspect
     from ..format import SCHEMES, scheme_named
-    from ..gemm.tuning import Layer, merged_layers
+    from ..gemm.tuning import Layer
     from ..pattern import Pattern
 
     found: dict[str, Layer] = {}
@@ -124,23 +146,34 @@ def model_layers(model: Path, merged: bool, pattern: Pattern | None, scheme: str
         own = layer.scheme if told else scheme or "int8"
         text = layer.pattern if stored and layer.pattern else str(pattern or layer.pattern or "6:8")
         found[layer.name] = Layer(layer.n, layer.k, Pattern.parse(text), scheme_named(own))
-    distinct = list(dict.fromkeys(found.values()))
-    return distinct + [layer for layer in merged_layers(found) if layer not in distinct] if merged else distinct
+    return found
 
 
-def _layers(model: Path | None, shapes: list[str], merged: bool, pattern: Pattern | None, scheme: str | None) -> list[Layer]:
+def distinct(layers: dict[str, Layer], merged: bool) -> list[Layer]:
+    """The distinct layers, and if asked those that serving engines merge."""
+    from ..gemm.tuning import merged_layers
+
+    return list(dict.fromkeys([*layers.values(), *(merged_layers(layers).values() if merged else ())]))
+
+
+def served(layers: dict[str, Layer], ranks: int) -> list[Layer]:
+    """The distinct layers that each of vLLM's ranks holds."""
+    from ..gemm.tuning import merged_layers, rank_layers
+
+    return rank_layers(merged_layers(layers), ranks)
+
+
+def _shapes(shapes: list[str], pattern: Pattern | None, scheme: str | None) -> list[Layer]:
     from ..format import scheme_named
     from ..gemm.tuning import Layer
     from ..pattern import Pattern
 
-    layers = [] if model is None else model_layers(model, merged, pattern, scheme)
+    layers = []
     for text in shapes:
         match = _SHAPE.fullmatch(text.strip())
         if match is None or "0" in match.groups():
             raise typer.BadParameter(f"--shape {text!r}: write NxK, for example 4096x14336")
         layers.append(Layer(int(match[1]), int(match[2]), Pattern.parse(pattern or "6:8"), scheme_named(scheme or "int8")))
-    if not layers:
-        raise typer.BadParameter("nothing to measure: name a model or give --shape NxK")
     return layers
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import measure, ops, reference
 from ..errors import CheckpointError, UnsupportedError
 from ..format import Scheme
-from ..pack import pack
+from ..pack import Shard, pack
 from ..pattern import Pattern
 from ..prune import prune
 from ..quant import quantize_weight
@@ -58,18 +58,38 @@ class Layer:
         return BUCKETS if str(self.pattern) == "6:8" else FEW_BUCKETS
 
 
-_MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "fc2")
 
 
-def merged_layers(layers: Mapping[str, Layer]) -> list[Layer]:
-    """The distinct layers that serving engines make of projections standing side by side: q, k and v as one, gate and up as one."""
-    found: dict[Layer, None] = {}
+def merged_layers(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """A model's layers by name as serving engines hold them: q, k and v as one, gate and up as one, the others as they are."""
+    found = dict(layers)
     for name, first in layers.items():
         head, _, tail = name.rpartition(".")
-        for parts in _MERGED:
-            whole = [layers.get(f"{head}.{part}") for part in parts]
-            if tail == parts[0] and all(part is not None and replace(part, n=first.n) == first for part in whole):
-                found[replace(first, n=sum(part.n for part in whole if part is not None))] = None
+        for merged, parts in _MERGED.items():
+            whole = {f"{head}.{part}": layers.get(f"{head}.{part}") for part in parts}
+            if tail == parts[0] and all(part is not None and replace(part, n=first.n) == first for part in whole.values()):
+                found[f"{head}.{merged}"] = replace(first, n=sum(part.n for part in whole.values() if part is not None))
+                for part in whole:
+                    del found[part]
+    return found
+
+
+def rank_layers(layers: Mapping[str, Layer], ranks: int) -> list[Layer]:
+    """The distinct layers that ``ranks`` tensor-parallel ranks hold: part of the rows, or of the columns where outputs are summed.
+
+    Columns that begin inside a group are widened to its start, see `slidesparse.pack.Shard`. Layers that cannot be divided are left out.
+    """
+    found: dict[Layer, None] = {}
+    for name, layer in layers.items():
+        if name.rpartition(".")[2] not in _ROW_PARALLEL:
+            if layer.n % ranks == 0:
+                found[replace(layer, n=layer.n // ranks)] = None
+        elif layer.k % ranks == 0:
+            for rank in range(ranks):
+                shard = Shard.even(layer.pattern, layer.k, rank, ranks)
+                found[replace(layer, k=shard.columns + sum(shard.margins))] = None
     return list(found)
 
 
