@@ -1,0 +1,165 @@
+"""One real model through transformers and vLLM, on one rank and several: how far log-probabilities and greedy texts lie apart.
+
+    python benchmarks/agreement.py DENSE_MODEL TEXT.txt WORKDIR OUT.csv COMMIT [--schemes int8] [--patterns 6:8] [--ranks 1 2]
+
+Packed layers are made to run on sparse tensor cores (``backend: cusparselt``), whatever a plan would choose. Beside them stands what stock
+vLLM does with the dense twin, the same weights and scheme, in the same comparison. Log-probabilities are those of the text's own tokens.
+Two greedy texts part where the first token differs; what counts there is how close the first run's two best tokens were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import slidesparse
+from records import records
+from slidesparse import Pattern, Recipe
+
+PROMPTS = [
+    "def quicksort(values):\n",
+    "import numpy as np\n\ndef softmax(x):\n",
+    "The capital of France is",
+    "# A function that reverses a string\n",
+    "Once upon a time there was a",
+    "SELECT name FROM users WHERE",
+    "The three laws of motion are",
+    "class Stack:\n    def __init__(self):\n",
+]
+NEW_TOKENS, WINDOW, WINDOWS = 64, 256, 8
+
+
+def in_vllm(asked: dict) -> dict[str, list]:
+    """Log-probabilities of the text's windows, and greedy texts with their two best log-probabilities, by vLLM."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=asked["model"], quantization=asked["quantization"], tensor_parallel_size=asked["ranks"], max_model_len=1024, max_num_seqs=64,
+        enable_prefix_caching=False, gpu_memory_utilization=0.4, additional_config={"slidesparse": asked["settings"]},
+    )  # fmt: skip
+    ids = llm.get_tokenizer().encode(Path(asked["text"]).read_text(encoding="utf-8"))
+    windows = [{"prompt_token_ids": ids[at * WINDOW : (at + 1) * WINDOW]} for at in range(WINDOWS)]
+    scored = llm.generate(windows, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    logprobs = [one.prompt_logprobs[i][token].logprob for one in scored for i, token in enumerate(one.prompt_token_ids) if i]
+    texts = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=2, ignore_eos=True), use_tqdm=False)
+    greedy = [[one.outputs[0].token_ids[i], *_best(step)] for one in texts for i, step in enumerate(one.outputs[0].logprobs)]
+    return {"logprobs": logprobs, "greedy": greedy}
+
+
+def _best(step: dict) -> tuple[float, float]:
+    first, second = sorted((found.logprob for found in step.values()), reverse=True)[:2]
+    return first, second
+
+
+def in_transformers(asked: dict) -> dict[str, list]:
+    """The same by transformers on one GPU."""
+    import torch
+
+    model, tokenizer = slidesparse.load(asked["model"], device="cuda")
+    for module in model.modules():
+        if isinstance(module, slidesparse.SlideSparseLinear):
+            module.backend = asked["settings"].get("backend")
+    ids = tokenizer.encode(Path(asked["text"]).read_text(encoding="utf-8"))
+    logprobs, greedy = [], []
+    with torch.inference_mode():
+        for at in range(WINDOWS):
+            window = torch.tensor([ids[at * WINDOW : (at + 1) * WINDOW]], device="cuda")
+            found = model(window).logits[0, :-1].float().log_softmax(-1).gather(1, window[0, 1:, None])
+            logprobs += found.view(-1).tolist()
+        for prompt in PROMPTS:
+            start = tokenizer(prompt, return_tensors="pt").to("cuda")
+            out = model.generate(
+                **start,
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            for token, logits in zip(out.sequences[0, start["input_ids"].shape[1] :].tolist(), out.logits, strict=True):
+                greedy.append([token, *logits[0].float().log_softmax(-1).topk(2).values.tolist()])
+    return {"logprobs": logprobs, "greedy": greedy}
+
+
+def measured(label: str, asked: dict, folder: Path) -> dict[str, list]:
+    """What a run in a process of its own gave."""
+    out, log = folder / f"{label}.json", folder / f"{label}.log"
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if asked["ranks"] == 1 else {}
+    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    with log.open("w", encoding="utf-8") as file:
+        words = [sys.executable, __file__, "--run", json.dumps(asked | {"out": str(out)})]
+        done = subprocess.run(words, env=os.environ | alone | quiet, stdout=file, stderr=file)
+    if done.returncode:
+        raise SystemExit(f"{log}:\n" + "\n".join(log.read_text(encoding="utf-8").splitlines()[-30:]))
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if "slidesparse:" in line:
+            print(" ", label, line[line.index("slidesparse:") :], flush=True)
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def apart(one: dict[str, list], other: dict[str, list]) -> dict[str, object]:
+    """How far two runs lie apart."""
+    differences = [abs(a - b) for a, b in zip(one["logprobs"], other["logprobs"], strict=True)]
+    gaps = []
+    for start in range(0, len(one["greedy"]), NEW_TOKENS):
+        for (token, first, second), (theirs, *_) in zip(one["greedy"][start : start + NEW_TOKENS], other["greedy"][start:], strict=False):
+            if token != theirs:
+                gaps.append(first - second)
+                break
+    mean = sum(differences) / len(differences)
+    return {
+        "tokens": len(differences), "mean_logprob_one": f"{sum(one['logprobs']) / len(differences):.5f}",
+        "mean_logprob_other": f"{sum(other['logprobs']) / len(differences):.5f}", "mean_abs_diff": f"{mean:.5f}",
+        "max_abs_diff": f"{max(differences):.4f}", "texts": len(PROMPTS), "texts_parted": len(gaps),
+        "widest_gap_where_parted": f"{max(gaps, default=0):.4f}",
+    }  # fmt: skip
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--run"]:
+        asked = json.loads(sys.argv[2])
+        found = (in_transformers if asked["engine"] == "transformers" else in_vllm)(asked)
+        Path(asked["out"]).write_text(json.dumps(found), encoding="utf-8")
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("dense", "text", "folder", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("commit")
+    parser.add_argument("--schemes", nargs="+", choices=["int8", "fp8"], default=["int8"])
+    parser.add_argument("--patterns", nargs="+", default=["6:8"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
+    arguments = parser.parse_args()
+    with records(arguments.out, arguments.commit) as record:
+        for scheme in arguments.schemes:
+            for pattern in arguments.patterns:
+                compare(arguments, scheme, pattern, record)
+
+
+def compare(arguments: argparse.Namespace, scheme: str, pattern: str, record) -> None:
+    stem = f"{scheme}-{pattern.replace(':', '-')}"
+    runs: dict[str, dict[str, list]] = {}
+    for form, method, settings in (("packed", "slidesparse", {"backend": "cusparselt"}), ("dense", "compressed-tensors", {})):
+        made = arguments.folder / f"{stem}-{form}"
+        if not made.exists():
+            slidesparse.convert(arguments.dense, made, Recipe(Pattern.parse(pattern), "magnitude", scheme, form=form))
+        asked = {"model": str(made), "text": str(arguments.text), "settings": settings, "quantization": method, "engine": "vllm"}
+        for ranks in arguments.ranks:
+            runs[f"{form} vLLM TP {ranks}"] = measured(f"{stem}-{form}-tp{ranks}", asked | {"ranks": ranks}, arguments.folder)
+        if form == "packed":
+            other = asked | {"engine": "transformers", "ranks": 1}
+            runs["packed transformers"] = measured(f"{stem}-transformers", other, arguments.folder)
+    first = arguments.ranks[0]
+    pairs = [(f"{form} vLLM TP {first}", f"{form} vLLM TP {ranks}") for ranks in arguments.ranks[1:] for form in ("packed", "dense")]
+    pairs += [(f"packed vLLM TP {first}", "packed transformers"), (f"packed vLLM TP {first}", f"dense vLLM TP {first}")]
+    for one, other in pairs:
+        row = {"model": arguments.dense.name, "scheme": scheme, "pattern": pattern, "one": one, "other": other}
+        record(row | apart(runs[one], runs[other]))
+        print(*(row | apart(runs[one], runs[other])).values(), sep=" | ", flush=True)
+
+
+if __name__ == "__main__":
+    main()

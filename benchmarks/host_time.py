@@ -1,0 +1,100 @@
+"""Host time of one eager call: a packed linear by every route, its steps, and nn.Linear, on a layer too small to keep the GPU busy.
+
+    python benchmarks/host_time.py OUT.csv COMMIT [--profile ROUTE]
+
+Microseconds per call of 300 calls queued without waiting, the median of 9 rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import pstats
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from records import records
+from slidesparse import Pattern, ops
+from slidesparse.format import SCHEMES
+from slidesparse.nn import SlideSparseLinear
+from slidesparse.ops import cusparselt
+from slidesparse.prune import prune
+
+N, K, M = 512, 512, 16
+ROUTES = {
+    "int8": ("dense:triton", "dense:cublaslt", "restore:triton", "cusparselt"),
+    "fp8": ("dense:rowwise", "dense:tensorwise", "restore:rowwise", "cusparselt"),
+    "bf16": ("dense:native", "restore:native", "cusparselt"),
+}
+
+
+def host_us(call: Callable[[], object], count: int = 300) -> float:
+    times = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        times.append((time.perf_counter() - start) / count * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(times[1:])
+
+
+def layer_for(scheme: str, route: str) -> SlideSparseLinear:
+    weight = prune(torch.randn(N, K, device="cuda"), Pattern(6, 8)).bfloat16()
+    layer = SlideSparseLinear.from_dense(weight, pattern="6:8", scheme=scheme)
+    layer.backend = route
+    return layer
+
+
+def steps(scheme: str) -> dict[str, Callable[[], object]]:
+    """The ops that a sparse linear is made of."""
+    kind, pattern = SCHEMES[scheme], Pattern(6, 8)
+    weight = torch.randn(N, K, device="cuda")
+    layer = SlideSparseLinear.from_dense(prune(weight, pattern), pattern=pattern, scheme=scheme)
+    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
+    compressed = cusparselt.compress(ops.slide(layer.packed, rows=32))
+    alpha = torch.ones(N, device="cuda") if scheme == "int8" else None
+    q, scale = ops.quantize_lift(x, pattern, kind, rows=16)
+    sums = cusparselt.sparse_mm(q, compressed, alpha, N, torch.bfloat16)
+    return {
+        "quantize": lambda: ops.quantize(x, kind),
+        "quantize_lift": lambda: ops.quantize_lift(x, pattern, kind, rows=16),
+        "sparse_mm": lambda: cusparselt.sparse_mm(q, compressed, alpha, N, torch.bfloat16),
+        "rescale": lambda: ops.rescale(sums, scale, None, None, torch.bfloat16),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out")
+    parser.add_argument("commit")
+    parser.add_argument("--profile", help="scheme:route, as int8:dense:triton: print where its time goes")
+    arguments = parser.parse_args()
+    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    plain = torch.nn.Linear(K, N, bias=False, device="cuda", dtype=torch.bfloat16)
+    calls["bf16", "nn.Linear"] = lambda: plain(x)
+    for scheme, routes in ROUTES.items():
+        for route in routes:
+            calls[scheme, route] = lambda layer=layer_for(scheme, route): layer(x)
+    for scheme in ("int8", "fp8"):
+        calls |= {(scheme, f"op {name}"): call for name, call in steps(scheme).items()}
+    with torch.inference_mode(), records(arguments.out, arguments.commit) as record:
+        for (scheme, what), call in calls.items():
+            us = host_us(call)
+            record({"scheme": scheme, "what": what, "m": M, "n": N, "k": K, "host_us": f"{us:.1f}"})
+            print(f"{scheme:5} {what:20} {us:7.1f} us", flush=True)
+        if arguments.profile:
+            scheme, _, route = arguments.profile.partition(":")
+            with cProfile.Profile() as profile:
+                for _ in range(300):
+                    calls[scheme, route]()
+            pstats.Stats(profile).sort_stats("tottime").print_stats(22)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""vLLM's own latency benchmark on one model shape: its dense checkpoint and our packed one, random weights, in one run.
+
+    python benchmarks/serving.py WORKDIR OUT.csv COMMIT [--model Qwen2.5-7B] [--schemes int8] [--patterns 6:8]
+
+Both checkpoints hold the same masked weights; the dense one is served by vLLM alone. Every point is `vllm bench latency` (its module, its
+defaults but for the iterations) on one engine per checkpoint, since starting an engine takes a minute. Prefill is requests of up to 1024
+tokens in one step with one output token; decode is the difference between 129 output tokens and one, by 128 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+import slidesparse
+from models import SHAPES, write_dense
+from records import records
+from slidesparse import Pattern, Recipe
+
+PREFILL = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+DECODE = (1, 16, 64, 128, 256, 512)
+PROFILED = (("prefill", 4096), ("prefill", 16384), ("decode", 64))
+LINEAR = re.compile(r"cutlass|nvjet|gemm|gemv|splitk|tile_kernel|sum_kernel|quantize|_quant_|rescale|restore|lift|spmm|sparse", re.I)
+HEAD = re.compile(r"bf16|bfloat|nvjet_(sm90_)?tst|nvjet_hsh|gemmk1|splitkreduce", re.I)
+ATTENTION = re.compile(r"flash|attention|paged", re.I)
+
+
+def write(folder: Path, model: str, schemes: list[str], patterns: list[str]) -> Iterator[tuple[str, str, dict[str, Path]]]:
+    """The checkpoints of every scheme and pattern: dense (the portable twin) and packed."""
+    source = folder / "source"
+    if not source.exists():
+        write_dense(model, source)
+    for scheme in schemes:
+        for pattern in patterns:
+            made = {}
+            for form in ("dense", "packed"):
+                made[form] = folder / f"{scheme}-{pattern.replace(':', '-')}-{form}"
+                if not made[form].exists():
+                    slidesparse.convert(source, made[form], Recipe(Pattern.parse(pattern), "magnitude", scheme, form=form))
+            yield scheme, pattern, made
+
+
+def served(checkpoint: Path, form: str, scheme: str, arguments: argparse.Namespace) -> dict[str, object]:
+    """What an engine of its own process measured."""
+    out = checkpoint.with_name(checkpoint.name + ".json")
+    asked = {
+        "checkpoint": str(checkpoint),
+        "form": form,
+        "scheme": scheme,
+        "out": str(out),
+        "settings": arguments.settings if form != "dense" else {},
+    }
+    asked |= {"prefill": arguments.prefill, "decode": arguments.decode, "eager": arguments.eager}
+    quiet = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    log = checkpoint.with_name(checkpoint.name + ".log")
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run([sys.executable, __file__, "--engine", json.dumps(asked)], env=os.environ | quiet, stdout=file, stderr=file)
+    if done.returncode:
+        raise SystemExit(f"{log}:\n" + "\n".join(log.read_text(encoding="utf-8").splitlines()[-30:]))
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if "slidesparse:" in line:
+            print(" ", line[line.index("slidesparse:") :], flush=True)
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def engine(asked: dict) -> None:
+    """In a process of its own: one engine, all points."""
+    from vllm import LLM, EngineArgs
+    from vllm.benchmarks import latency
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    latency.add_cli_args(parser)
+    words = ["--model", asked["checkpoint"], "--skip-tokenizer-init", "--max-model-len", "2048", "--max-num-seqs", "512"]
+    words += [
+        "--max-num-batched-tokens",
+        "32768",
+        "--disable-detokenize",
+        "--additional-config",
+        json.dumps({"slidesparse": asked["settings"]}),
+    ]
+    words += ["--enforce-eager"] if asked["eager"] else []
+    if asked["form"] == "dense" and asked["scheme"] in ("int8", "fp8"):
+        words += ["--quantization", "compressed-tensors"]
+    elif asked["form"] != "dense":
+        words += ["--quantization", "slidesparse"]
+    made = LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args(words)))
+    # latency.main makes an engine at every call: here it gets the one there is.
+    LLM.from_engine_args = classmethod(lambda cls, arguments: made)
+
+    def seconds(batch: int, inputs: int, outputs: int, rounds: int) -> float:
+        place = asked["out"] + ".point"
+        sizes = ["--batch-size", batch, "--input-len", inputs, "--output-len", outputs, "--num-iters-warmup", 2, "--num-iters", rounds]
+        latency.main(parser.parse_args([*words, *map(str, sizes), "--output-json", place]))
+        return json.loads(Path(place).read_text(encoding="utf-8"))["percentiles"]["50"]
+
+    points = []
+    for phase, tokens in [("prefill", m) for m in asked["prefill"]] + [("decode", m) for m in asked["decode"]]:
+        if phase == "prefill":
+            run = lambda rounds, m=tokens: seconds(max(1, m // 1024), min(m, 1024), 1, rounds)  # noqa: E731
+            point = {"seconds": run(10 if tokens < 8192 else 5)}
+        else:
+            run = lambda rounds, m=tokens: seconds(m, 32, 9, rounds)  # noqa: E731
+            point = {"seconds": (seconds(tokens, 32, 129, 3) - seconds(tokens, 32, 1, 3)) / 128}
+        if (phase, tokens) in PROFILED:
+            point["shares"] = shares(lambda run=run: run(1), asked["scheme"])
+        points.append({"phase": phase, "tokens": tokens} | point)
+    memory = made.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model_memory_usage
+    Path(asked["out"]).write_text(json.dumps({"points": points, "gb": memory / 1e9}), encoding="utf-8")
+
+
+def shares(run: Callable[[], object], scheme: str) -> dict[str, float]:
+    """Parts of the kernels' time by their names: linear layers with their quantisation, the head, attention, all else."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+    times: dict[str, float] = defaultdict(float)
+    kernels: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages():
+        name = event.key
+        kind = "attention" if ATTENTION.search(name) else "linear" if LINEAR.search(name) else "other"
+        if kind == "linear" and scheme in ("int8", "fp8") and HEAD.search(name):
+            kind = "head"
+        times[kind] += event.self_device_time_total
+        kernels[f"{kind}: {name[:90]}"] += event.self_device_time_total
+    total = sum(times.values()) or 1.0
+    for name, time in sorted(kernels.items(), key=lambda item: -item[1])[:14]:
+        print(f"kernel {time / total:6.1%} {name}", flush=True)
+    return {kind: time / total for kind, time in times.items()}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--engine"]:
+        engine(json.loads(sys.argv[2]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("commit")
+    parser.add_argument("--model", choices=SHAPES, default="Qwen2.5-7B")
+    parser.add_argument("--schemes", nargs="+", choices=["int8", "fp8", "bf16", "fp16"], default=["int8"])
+    parser.add_argument("--patterns", nargs="+", default=["6:8"])
+    parser.add_argument("--prefill", nargs="*", type=int, default=PREFILL)
+    parser.add_argument("--decode", nargs="*", type=int, default=DECODE)
+    parser.add_argument("--settings", type=json.loads, default={}, help="additional_config.slidesparse of the packed engine")
+    parser.add_argument("--eager", action="store_true", help="without compilation and CUDA graphs, to try the script")
+    arguments = parser.parse_args()
+    with records(arguments.out, arguments.commit) as record:
+        for scheme, pattern, made in write(arguments.folder, arguments.model, arguments.schemes, arguments.patterns):
+            base: dict[tuple, float] = {}
+            for form, checkpoint in made.items():
+                torch.cuda.empty_cache()
+                found = served(checkpoint, form, scheme, arguments)
+                for point in found["points"]:
+                    key = point["phase"], point["tokens"]
+                    base.setdefault(key, point["seconds"])
+                    row = {
+                        "model": arguments.model,
+                        "scheme": scheme,
+                        "pattern": pattern,
+                        "served": form,
+                        "phase": key[0],
+                        "tokens": key[1],
+                    }
+                    row |= {"ms": f"{point['seconds'] * 1e3:.3f}", "tokens_per_s": f"{key[1] / point['seconds']:.0f}"}
+                    row |= {"x_dense": f"{base[key] / point['seconds']:.3f}", "model_gb": f"{found['gb']:.2f}"}
+                    row |= {
+                        kind: f"{point.get('shares', {}).get(kind, float('nan')):.3f}" for kind in ("linear", "head", "attention", "other")
+                    }
+                    record(row)
+                    print(*row.values(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
