@@ -13,6 +13,7 @@ import pstats
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -80,7 +81,7 @@ def main() -> None:
     calls["bf16", "nn.Linear"] = lambda: plain(x)
     for scheme, routes in ROUTES.items():
         for route in routes:
-            calls[scheme, route] = lambda layer=layer_for(scheme, route): layer(x)
+            calls[scheme, route] = partial(layer_for(scheme, route), x)
     for scheme in ("int8", "fp8"):
         calls |= {(scheme, f"op {name}"): call for name, call in steps(scheme).items()}
     with torch.inference_mode(), records(arguments.out, arguments.commit) as record:
