@@ -37,7 +37,9 @@ def interleaved(variants: Mapping[str, Sequence[Call]], *, rounds: int = 15, rep
     """
     if not all(variants.values()):
         raise ValueError("every variant needs at least one call")
-    graphs = {name: _captured(calls, repeat) for name, calls in variants.items()}
+    # One pool: what one graph's replay leaves behind nobody reads, so the next may write over it.
+    pool = torch.cuda.graph_pool_handle()
+    graphs = {name: _captured(calls, repeat, pool) for name, calls in variants.items()}
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for graph in graphs.values():
         graph.replay()
@@ -61,7 +63,7 @@ def copy_rate(gigabytes: float = 1.0) -> float:
     return 8 * count / min(timing.p50 for timing in interleaved(variants, repeat=3).values())
 
 
-def _captured(calls: Sequence[Call], repeat: int) -> torch.cuda.CUDAGraph:
+def _captured(calls: Sequence[Call], repeat: int, pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -70,7 +72,7 @@ def _captured(calls: Sequence[Call], repeat: int) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for _ in range(repeat):
             # Results stay alive until the last call: each gets memory of its own, not what the one before left in the cache.
             kept = [call() for call in calls]
