@@ -191,6 +191,7 @@ def test_graphs_streams_and_compilation(rng):
 @on_gpu
 def test_evicted_plans_are_made_again(rng, monkeypatch):
     monkeypatch.setattr(cusparselt.plans, "bound", 2)
+    cusparselt.plans.clear()
     for m in (16, 32, 48, 64) * 3:
         case = Case("2:4", m, 64, 128, torch.int8, rng)
         case.check(case.run(None, torch.int32))

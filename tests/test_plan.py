@@ -71,9 +71,17 @@ def test_routes_that_cannot_run_here_make_way_for_the_next_best():
     assert plan.route(KEY, 16, "lean", {"restore:exact"}) is None
 
 
+def test_where_a_compiler_fuses_the_rest_bare_products_decide():
+    plan, whole = Plan(HERE), {"dense:triton": at(10), "cusparselt:": at(11)}
+    plan.add(KEY, Cell(16, whole, {}, {"dense:triton": at(8), "cusparselt:": at(7), "restore:exact": at(20)}))
+    assert plan.route(KEY, 16, "fast") == "dense:triton"
+    assert plan.route(KEY, 16, "fast", sums=True) == "cusparselt:" and plan.route(KEY, 16, "lean", sums=True) == "restore:exact"
+    assert "restore:exact" in plan.routes(KEY)
+
+
 def test_a_plan_comes_back_from_its_file(tmp_path):
     plan, path = Plan(HERE), tmp_path / "deep" / "plan.json"
-    plan.add(KEY, Cell(16, {"dense:triton": at(10.5, 0.25)}, {"cusparselt:": "max error 3 (allowed 1)"}))
+    plan.add(KEY, Cell(16, {"dense:triton": at(10.5, 0.25)}, {"cusparselt:": "max error 3 (allowed 1)"}, {"dense:triton": at(9)}))
     plan.add(KEY, cell(1))
     plan.save(path)
     again = Plan.load(path)
@@ -93,6 +101,7 @@ def test_a_plan_comes_back_from_its_file(tmp_path):
         (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [1, 2, 3]}), "dense:triton"),
         (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [float("nan")] * 3}), "nan"),
         (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [1, 1]}), "unpack"),
+        (lambda data: data["layers"][0]["cells"][0].update(sums_us={"dense:triton": [1, 2, 3]}), "dense:triton"),
     ],
 )
 def test_a_damaged_plan_is_refused(tmp_path, damage, message):

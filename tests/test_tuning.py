@@ -47,16 +47,18 @@ def test_every_cell_is_checked_timed_saved_and_not_measured_twice(bench, tmp_pat
     path, seen = tmp_path / "plan.json", []
     wanted = layers("6:8 int8", "2:4 bf16", "6:8 fp8")
     plan = tuning.tune(wanted, path, ms=(1, 100), progress=lambda *step: seen.append(step[:2]))
-    assert len(bench) == 6 and seen[-1] == (6, 6)
+    assert len(bench) == 6 + 4 and seen[-1] == (6, 6)  # the bare products of 8-bit layers besides
     for layer in wanted:
         for m in (1, 100):
             cell = plan.cells[key_of(layer.problem)][m]
             assert cell.best("dense") and cell.best("restore") and cell.dropped == {"cusparselt": "runs on CUDA"}
+            sums = {"dense:exact", "restore:exact"} if layer.scheme.dynamic else set()
+            assert cell.sums.keys() == sums and cell.pick("fast", sums=True) == ("dense:exact" if sums else None)
     assert Plan.load(path) == plan
     tuning.tune(wanted, path, ms=(1, 100))
-    assert len(bench) == 6
+    assert len(bench) == 10
     tuning.tune(wanted[:1], path, ms=(1,), again=True)
-    assert len(bench) == 7
+    assert len(bench) == 12
 
 
 def test_cells_that_another_process_measured_meanwhile_stay(bench, tmp_path):

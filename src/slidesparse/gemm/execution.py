@@ -51,15 +51,16 @@ class Execution:
     Args:
         memory: one of `MEMORY`.
         backend: a backend that must run, ``NAME`` or ``NAME:VARIANT``; None lets the plan choose, and dense where nothing was measured.
+        sums: the layer will be asked for bare products only (`sums`): routes are chosen by how fast those are.
 
     Raises:
         ValueError: unknown memory policy.
     """
 
-    def __init__(self, weights: Weights, *, memory: str = "fast", backend: str | None = None) -> None:
+    def __init__(self, weights: Weights, *, memory: str = "fast", backend: str | None = None, sums: bool = False) -> None:
         if memory not in MEMORY:
             raise ValueError(f"unknown memory policy {memory!r}: choose one of {', '.join(MEMORY)}")
-        self.weights, self.memory, self.backend = weights, memory, backend
+        self.weights, self.memory, self.backend, self.for_sums = weights, memory, backend, sums
         self._ready: Ready | None = None
 
     def problem(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None) -> Problem:
@@ -114,6 +115,17 @@ class Execution:
                 return self._run(ready, m, x, bias)
         return self._run(ready, m, x, bias)
 
+    def sums(self, q: Tensor) -> Tensor:
+        """``q [M, K]``, quantised activations, → bfloat16 ``[M, N]``, to which neither scales nor bias have been applied.
+
+        The layer must have been prepared.
+        """
+        ready, m = self._ready, q.shape[0]
+        if m == 0:
+            return q.new_empty((0, ready.problem.n), dtype=torch.bfloat16)
+        choice = ready.choice(m)
+        return choice.backend.sums(ready.problem, q, ready.resident[choice.backend.layout], choice.variant)
+
     def _run(self, ready: Ready, m: int, x: Tensor, bias: Tensor | None) -> Tensor:
         choice = ready.choice(m)
         resident = ready.resident[choice.backend.layout]
@@ -157,16 +169,23 @@ class Execution:
 
     def _steps(self, problem: Problem) -> tuple[tuple[int, Choice], ...]:
         if self.backend is not None:
-            few, many = (named(self.backend, problem, m) for m in (FEW_TOKENS, FEW_TOKENS + 1))
+            few, many = (named(self.backend, problem, m, sums=self.for_sums) for m in (FEW_TOKENS, FEW_TOKENS + 1))
             return _merged([(FEW_TOKENS, few), (maxsize, many)])
         plan = active_plan().plan if problem.device == "cuda" else None
         if plan is None or not plan.cells.get(key_of(problem)):
-            few, many = (choose(problem, m, memory=self.memory) for m in (FEW_TOKENS, FEW_TOKENS + 1))
+            few, many = (choose(problem, m, memory=self.memory, sums=self.for_sums) for m in (FEW_TOKENS, FEW_TOKENS + 1))
             return _merged([(FEW_TOKENS, few), (maxsize, many)])
         edges = sorted({edge for m in plan.cells[key_of(problem)] for edge in (m - 1, m) if edge})
         without = _cannot_run(plan, problem)
-        choices = [_planned(plan, problem, edge, self.memory, without) for edge in edges]
+        choices = [self._planned(plan, problem, edge, without) for edge in edges]
         return _merged(list(zip([*edges[:-1], maxsize], choices, strict=True)))
+
+    def _planned(self, plan: Plan, problem: Problem, m: int, without: frozenset[str]) -> Choice:
+        """The plan's route; where nothing that it timed can run, what an untuned layer would run."""
+        route = plan.route(key_of(problem), m, self.memory, without, sums=self.for_sums)
+        if route is None:
+            return choose(problem, m, memory=self.memory, sums=self.for_sums)
+        return named(route, problem, m, sums=self.for_sums)
 
 
 def refuse_capture() -> None:
@@ -186,12 +205,6 @@ def _cannot_run(plan: Plan, problem: Problem) -> frozenset[str]:
         if reason is not None:
             _report(route, reason)
     return frozenset(route for route, reason in reasons.items() if reason is not None)
-
-
-def _planned(plan: Plan, problem: Problem, m: int, memory: str, without: frozenset[str]) -> Choice:
-    """The plan's route; where nothing that it timed can run, what an untuned layer would run."""
-    route = plan.route(key_of(problem), m, memory, without)
-    return choose(problem, m, memory=memory) if route is None else named(route, problem, m)
 
 
 @lru_cache(maxsize=256)

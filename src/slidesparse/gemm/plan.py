@@ -2,7 +2,8 @@
 
 A plan keeps timings, not decisions. Dense is an ordinary candidate; another backend is chosen only where even its slow runs (80th
 percentile) beat dense's quick ones (20th). Between two measured numbers of tokens a backend other than dense runs only if both chose
-it.
+it. Where a compiler fuses quantisation into what comes before and scales and bias into what comes after, the bare products are compared
+instead (``sums``).
 """
 
 from __future__ import annotations
@@ -38,30 +39,36 @@ def key_of(problem: Problem) -> Key:
 
 @dataclass
 class Cell:
-    """One number of tokens: microseconds of every route ``backend:variant``, and the routes that were dropped, with the reason."""
+    """One number of tokens: microseconds of every route ``backend:variant``, and the routes that were dropped, with the reason.
+
+    ``timings`` are of whole linears, ``sums`` of bare products of activations that were quantised before.
+    """
 
     m: int
     timings: dict[str, Timing]
     dropped: dict[str, str] = field(default_factory=dict)
+    sums: dict[str, Timing] = field(default_factory=dict)
 
-    def best(self, backend: str, without: Collection[str] = ()) -> str | None:
+    def best(self, backend: str, without: Collection[str] = (), *, sums: bool = False) -> str | None:
         """The quickest route of a backend, by its median, ``without`` some."""
-        names = [name for name in self.timings if name.partition(":")[0] == backend and name not in without]
-        return min(names, key=lambda name: self.timings[name].p50, default=None)
+        times = self.sums if sums else self.timings
+        names = [name for name in times if name.partition(":")[0] == backend and name not in without]
+        return min(names, key=lambda name: times[name].p50, default=None)
 
-    def pick(self, memory: str, without: Collection[str] = ()) -> str | None:
+    def pick(self, memory: str, without: Collection[str] = (), *, sums: bool = False) -> str | None:
         """The route that runs: the one to beat, unless another beats it by more than the spread; None where nothing was measured.
 
         Routes in ``without`` cannot run here; the best of the rest is the one to beat.
         """
-        base = self.best("dense" if memory == "fast" else "restore", without)
+        times = self.sums if sums else self.timings
+        base = self.best("dense" if memory == "fast" else "restore", without, sums=sums)
         if base is None or memory == "lean":
             return base
-        bar = self.timings[base].p20
+        bar = times[base].p20
         # Routes on packed weights would keep a third layout in memory.
-        others = [name for name in self.timings if name.partition(":")[0] not in ("dense", "restore") and name not in without]
-        better = [name for name in others if self.timings[name].p80 < bar]
-        return min(better, key=lambda name: self.timings[name].p50, default=base)
+        others = [name for name in times if name.partition(":")[0] not in ("dense", "restore") and name not in without]
+        better = [name for name in others if times[name].p80 < bar]
+        return min(better, key=lambda name: times[name].p50, default=base)
 
 
 @dataclass
@@ -82,9 +89,9 @@ class Plan:
 
     def routes(self, key: Key) -> list[str]:
         """Every route that was timed for a layer."""
-        return sorted({name for cell in self.cells.get(key, {}).values() for name in cell.timings})
+        return sorted({name for cell in self.cells.get(key, {}).values() for name in cell.timings | cell.sums})
 
-    def route(self, key: Key, m: int, memory: str, without: Collection[str] = ()) -> str | None:
+    def route(self, key: Key, m: int, memory: str, without: Collection[str] = (), *, sums: bool = False) -> str | None:
         """The route for ``m`` tokens, ``without`` those that cannot run here; None for a layer that was not measured."""
         table = self.cells.get(key)
         if not table:
@@ -93,12 +100,12 @@ class Plan:
         at = bisect_left(ms, m)
         above = table[ms[min(at, len(ms) - 1)]]
         if above.m == m or at == len(ms):
-            return above.pick(memory, without)
+            return above.pick(memory, without, sums=sums)
         below = table[ms[at - 1]] if at else None
-        high, low = above.pick(memory, without), below.pick(memory, without) if below else None
+        high, low = above.pick(memory, without, sums=sums), below.pick(memory, without, sums=sums) if below else None
         if high is None or _backend(high) == _backend(low):
             return high
-        return above.best("dense" if memory == "fast" else "restore", without)
+        return above.best("dense" if memory == "fast" else "restore", without, sums=sums)
 
     def pays_from(self, key: Key) -> int | None:
         """The fewest measured tokens from which every larger measured number runs on another backend than dense; None if none does."""
@@ -118,7 +125,9 @@ class Plan:
         """Drop routes that name an algorithm of a library: another version numbers its own."""
         for table in self.cells.values():
             for cell in table.values():
-                cell.timings = {name: timing for name, timing in cell.timings.items() if "alg=" not in name}
+                cell.timings, cell.sums = (
+                    {name: timing for name, timing in times.items() if "alg=" not in name} for times in (cell.timings, cell.sums)
+                )
 
     def save(self, path: Path) -> None:
         """Write JSON, whole or not at all, dated today."""
@@ -163,8 +172,10 @@ def _backend(route: str | None) -> str | None:
 
 
 def _cell_json(cell: Cell) -> dict[str, Any]:
-    timings = {name: [round(value, 2) for value in (t.p50, t.p20, t.p80)] for name, t in cell.timings.items()}
-    return {"m": cell.m, "us": timings} | ({"dropped": cell.dropped} if cell.dropped else {})
+    times, sums = (
+        {name: [round(value, 2) for value in (t.p50, t.p20, t.p80)] for name, t in all_of.items()} for all_of in (cell.timings, cell.sums)
+    )
+    return {"m": cell.m, "us": times} | ({"sums_us": sums} if sums else {}) | ({"dropped": cell.dropped} if cell.dropped else {})
 
 
 def _compact(data: dict[str, Any]) -> str:
@@ -189,9 +200,11 @@ def _checked_cell(cell: dict[str, Any]) -> Cell:
     m = cell["m"]
     if type(m) is not int or m < 1:
         raise ValueError(f"{m!r} tokens")
-    timings = {name: Timing(*_checked_times(name, times)) for name, times in cell["us"].items()}
+    timings, sums = (
+        {name: Timing(*_checked_times(name, times)) for name, times in all_of.items()} for all_of in (cell["us"], cell.get("sums_us", {}))
+    )
     dropped = cell.get("dropped", {})
-    return Cell(m, timings, {str(name): str(reason) for name, reason in dropped.items()})
+    return Cell(m, timings, {str(name): str(reason) for name, reason in dropped.items()}, sums)
 
 
 def _checked_times(name: str, times: Iterable[Any]) -> tuple[float, float, float]:

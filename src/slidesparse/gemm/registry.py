@@ -38,7 +38,9 @@ class Backend(Protocol):
     ``layout`` names the resident tensors it reads: backends of one layout share one copy; ``packed`` are the stored tensors
     themselves. ``refuses`` gives the reason why a problem, or a variant of it, cannot run, None if it can; ``variants`` names the ways
     to run ``m`` tokens, the likely fastest first; ``search`` those worth timing for the tokens at hand. ``prepare`` derives the
-    resident tensors; ``run`` computes ``y [M, N]`` from ``x [M, K]``, quantising it itself where the scheme asks for it.
+    resident tensors; ``run`` computes ``y [M, N]`` from ``x [M, K]``, quantising it itself where the scheme asks for it. Where
+    ``gives_sums`` says so of a variant, ``sums`` is its bare product for 8-bit schemes: from activations ``q [M, K]`` that were quantised
+    elsewhere to bfloat16 ``[M, N]``, to which neither scales nor bias have been applied.
     """
 
     name: str
@@ -55,6 +57,10 @@ class Backend(Protocol):
     def run(
         self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None, variant: str
     ) -> Tensor: ...
+
+    def gives_sums(self, variant: str) -> bool: ...
+
+    def sums(self, problem: Problem, q: Tensor, resident: Mapping[str, Tensor], variant: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,10 @@ def verdicts(problem: Problem) -> dict[str, Verdict]:
     return {backend.name: _verdict(backend, problem) for backend in _BACKENDS}
 
 
-def choose(problem: Problem, m: int, *, memory: str = "fast") -> Choice:
+def choose(problem: Problem, m: int, *, memory: str = "fast", sums: bool = False) -> Choice:
     """The first backend that accepts, in its likely fastest variant for ``m`` tokens; ``lean`` takes only those without a copy.
+
+    With ``sums`` a variant that gives them.
 
     Raises:
         UnsupportedError: none accepts; the message says why.
@@ -107,7 +115,7 @@ def choose(problem: Problem, m: int, *, memory: str = "fast") -> Choice:
             case Accepted():
                 if refused:
                     _report_fallback(candidate.name, tuple(refused))
-                return Choice(candidate, candidate.variants(problem, m)[0], tuple(refused))
+                return Choice(candidate, _first(candidate, problem, m, sums), tuple(refused))
             case Rejected(reason):
                 refused.append((candidate.name, reason))
     raise UnsupportedError(f"no backend runs {problem}: " + "; ".join(f"{name}: {reason}" for name, reason in refused))
@@ -122,8 +130,8 @@ def refusal(name: str, problem: Problem) -> str | None:
     return found.refuses(problem, variant or None)
 
 
-def named(name: str, problem: Problem, m: int) -> Choice:
-    """The backend asked for, ``NAME`` or ``NAME:VARIANT``.
+def named(name: str, problem: Problem, m: int, *, sums: bool = False) -> Choice:
+    """The backend asked for, ``NAME`` or ``NAME:VARIANT``; with ``sums`` it must give them.
 
     Raises:
         UnsupportedError: it does not exist or cannot run this; the message says why.
@@ -133,7 +141,16 @@ def named(name: str, problem: Problem, m: int) -> Choice:
         raise UnsupportedError(f"backend {name} cannot run {problem.n} × {problem.k} {problem.scheme.name}: {reason}")
     head, _, variant = name.partition(":")
     found = _found(head)
-    return Choice(found, variant or found.variants(problem, m)[0])
+    if sums and variant and not found.gives_sums(variant):
+        raise UnsupportedError(f"backend {name} has no bare product: it applies scales itself")
+    return Choice(found, variant or _first(found, problem, m, sums))
+
+
+def _first(backend: Backend, problem: Problem, m: int, sums: bool) -> str:
+    for variant in backend.variants(problem, m):
+        if not sums or backend.gives_sums(variant):
+            return variant
+    raise UnsupportedError(f"backend {backend.name} has no bare product for outputs of {problem.dtype}")
 
 
 def _found(name: str) -> Backend | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from .numerics import exact_linear, finish, int32_overflow
+from .numerics import exact_linear, finish, int32_overflow, products
 from .problem import Problem
 
 FEW_TOKENS = 64
@@ -19,10 +19,14 @@ FEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Route:
-    """One way: ``refuses(problem)`` says why it cannot run; ``run(problem, x, weight, scale, bias)`` takes ``[M, K]`` to ``[M, N]``."""
+    """One way: ``refuses(problem)`` says why it cannot run; ``run(problem, x, weight, scale, bias)`` takes ``[M, K]`` to ``[M, N]``.
+
+    ``sums(problem, q, weight)`` is the bare product of quantised activations ``[M, K]``, bfloat16 ``[M, N]``; None if it has none.
+    """
 
     refuses: Callable[[Problem], str | None]
     run: Callable[[Problem, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+    sums: Callable[[Problem, Tensor, Tensor], Tensor] | None = None
 
 
 def routes(problem: Problem, m: int) -> tuple[str, ...]:
@@ -64,17 +68,39 @@ class DenseRoutes:
         names = routes(problem, x.shape[0])
         return tuple(name for name in names if name != "exact") or names
 
+    def gives_sums(self, variant: str) -> bool:
+        """Whether the route has a bare product."""
+        return variant in _ROUTES and _ROUTES[variant].sums is not None
+
 
 def make_ready(device: torch.device) -> None:
     """Make what routes keep on a device; never while a CUDA graph is captured."""
     if device.type == "cuda" and device not in _ONES:
         with torch.inference_mode(False):
-            _ONES[device] = torch.ones((), dtype=torch.float32, device=device)
+            _ONES[device] = torch.ones(_MOST_ONES, dtype=torch.float32, device=device)
+
+
+def ones(device: torch.device, count: int) -> Tensor:
+    """As many float32 ones, without a kernel that fills them."""
+    kept = _ONES.get(device)
+    if torch.compiler.is_compiling() or kept is None or count > _MOST_ONES:
+        return torch.ones(count, dtype=torch.float32, device=device)
+    return kept[:count]
+
+
+# By device. Made before a CUDA graph is captured: filling them in every call would be a kernel of its own.
+_ONES: dict[torch.device, Tensor] = {}
+_MOST_ONES = 1 << 17
 
 
 def run_route(name: str, problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """Run the route of that name on dense weights ``[N, K]``."""
     return _ROUTES[name].run(problem, x, weight, scale, bias)
+
+
+def run_sums(name: str, problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
+    """The bare product of the route of that name."""
+    return _ROUTES[name].sums(problem, q, weight)
 
 
 def _native(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -99,19 +125,18 @@ def _not_rowwise(problem: Problem) -> str | None:
 
 def _tensorwise(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     q, x_scale = ops.quantize(x, problem.scheme)
-    one = _one(x.device)
     # fp16 could overflow before the scales are applied.
     between = torch.bfloat16 if problem.dtype == torch.bfloat16 else torch.float32
-    sums = torch._scaled_mm(q, weight.t(), one, one, out_dtype=between, use_fast_accum=True)
-    return finish(problem, sums, x_scale, scale, bias)
+    return finish(problem, _unscaled(q, weight, between), x_scale, scale, bias)
 
 
-# By device. Made before a CUDA graph is captured: filling it in every call would be a kernel of its own.
-_ONES: dict[torch.device, Tensor] = {}
+def _tensorwise_sums(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
+    return _unscaled(q, weight, torch.bfloat16)
 
 
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), dtype=torch.float32, device=device) if torch.compiler.is_compiling() else _ONES[device]
+def _unscaled(q: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    one = ones(q.device, 1).view(())
+    return torch._scaled_mm(q, weight.t(), one, one, out_dtype=dtype, use_fast_accum=True)
 
 
 def _not_scaled_mm(problem: Problem) -> str | None:
@@ -127,6 +152,10 @@ def _not_scaled_mm(problem: Problem) -> str | None:
 def _triton(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     q, x_scale = ops.quantize(x, problem.scheme)
     return ops.w8a8(q, weight, x_scale, scale, bias, problem.dtype)
+
+
+def _triton_sums(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
+    return ops.w8a8(q, weight, ones(q.device, q.shape[0]).view(-1, 1), ones(q.device, weight.shape[0]).view(-1, 1), None, torch.bfloat16)
 
 
 def _not_triton(problem: Problem) -> str | None:
@@ -149,6 +178,10 @@ def _not_cublaslt(problem: Problem) -> str | None:
     return int32_overflow(problem)
 
 
+def _exact_sums(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
+    return products(q, weight).to(torch.bfloat16)
+
+
 def _takes_all(problem: Problem) -> str | None:
     return int32_overflow(problem)
 
@@ -156,8 +189,8 @@ def _takes_all(problem: Problem) -> str | None:
 _ROUTES = {
     "native": Route(_not_native, _native),
     "rowwise": Route(_not_rowwise, _rowwise),
-    "tensorwise": Route(_not_scaled_mm, _tensorwise),
-    "triton": Route(_not_triton, _triton),
+    "tensorwise": Route(_not_scaled_mm, _tensorwise, _tensorwise_sums),
+    "triton": Route(_not_triton, _triton, _triton_sums),
     "cublaslt": Route(_not_cublaslt, _cublaslt),
-    "exact": Route(_takes_all, exact_linear),
+    "exact": Route(_takes_all, exact_linear, _exact_sums),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from .. import measure, ops, reference
 from ..errors import CheckpointError, UnsupportedError
 from ..format import Scheme
+from ..measure import Timing
 from ..pack import Shard, pack
 from ..pattern import Pattern
 from ..prune import prune
@@ -23,7 +25,7 @@ from .machine import this_machine
 from .plan import Cell, Key, Plan, key_of
 from .problem import Problem, Weights
 from .registry import Backend, backends
-from .routes import route_refuses
+from .routes import route_refuses, run_sums
 
 _LOG = logging.getLogger(__name__)
 BUCKETS = tuple(1 << power for power in range(17))
@@ -33,6 +35,7 @@ FEW_BUCKETS = (16, 256, 1024, 4096, 16384)
 _CHECKED_ROWS = 32
 _MOST_COPIES = 32
 _BLOCK_ROWS = 4096
+_SUMS_TIMED = 2
 
 Progress = Callable[[int, int, str], None]
 
@@ -209,12 +212,41 @@ class Bench:
                 else:
                     dropped[name] = reason
                     _LOG.warning("%s, M = %d: %s dropped: %s", self.key, m, name, reason)
+        timings = self._timed(variants, dropped, rounds or _rounds(m, self.problem))
+        sums = self._sums(timings, inputs, dropped) if self.layer.scheme.dynamic else {}
+        timed = self._timed(sums, dropped, rounds or _rounds(m, self.problem))
+        return Cell(m, timings, dropped, timed)
+
+    def _timed(self, variants: Mapping[str, Sequence[Callable[[], Tensor]]], dropped: dict[str, str], rounds: int) -> dict[str, Timing]:
         try:
-            timings = measure.interleaved(variants, rounds=rounds or _rounds(m, self.problem)) if variants else {}
+            return measure.interleaved(variants, rounds=rounds) if variants else {}
         except torch.OutOfMemoryError as error:
-            timings = {}
             dropped |= dict.fromkeys(variants, str(error).splitlines()[0])
-        return Cell(m, timings, dropped)
+            return {}
+
+    def _sums(
+        self, timings: Mapping[str, Timing], inputs: Sequence[Tensor], dropped: dict[str, str]
+    ) -> dict[str, list[Callable[[], Tensor]]]:
+        """Calls of the bare products that are right: of dense routes all, of the others the two whose whole linears were fastest."""
+        quantised = [ops.quantize(x, self.layer.scheme)[0] for x in inputs]
+        rows = _ends(quantised[0])
+        expected = torch.cat([rows.double() @ part.double().t() for part in self.dense.split(_BLOCK_ROWS)], dim=1)
+        same_dtype = expected.to(torch.bfloat16)
+        if route_refuses("tensorwise", self.problem) is None:
+            same_dtype = run_sums("tensorwise", self.problem, rows, self.dense)
+        calls = {}
+        for backend in backends():
+            own = [name.partition(":")[2] for name in sorted(timings, key=lambda name: timings[name].p50) if _is_of(name, backend)]
+            variants = [variant for variant in own if backend.gives_sums(variant)]
+            for variant in variants if backend.layout == "dense" else variants[:_SUMS_TIMED]:
+                held = self._layout(backend, len(inputs))
+                found = [partial(backend.sums, self.problem, q, resident, variant) for q, resident in zip(quantised, held, strict=False)]
+                measured = deviation(_ends(found[0]()), expected, same_dtype)
+                if measured.within:
+                    calls[f"{backend.name}:{variant}"] = found
+                else:
+                    dropped[f"sums of {backend.name}:{variant}"] = str(measured)
+        return calls
 
     def _call(self, backend: Backend, variant: str, x: Tensor, resident: Mapping[str, Tensor]) -> Callable[[], Tensor]:
         scale = self.weights.channel_scale
@@ -277,6 +309,10 @@ def _tokens(m: int, problem: Problem) -> Tensor:
 
 def _ends(x: Tensor) -> Tensor:
     return x if x.shape[0] <= 2 * _CHECKED_ROWS else torch.cat([x[:_CHECKED_ROWS], x[-_CHECKED_ROWS:]])
+
+
+def _is_of(route: str, backend: Backend) -> bool:
+    return route.partition(":")[0] == backend.name
 
 
 def _rounds(m: int, problem: Problem) -> int:

@@ -35,6 +35,8 @@ def search(q: Tensor, compressed: Tensor, alpha: Tensor | None, n: int, out_dtyp
     m, k = q.shape
     if not m:
         return []
+    if q.dtype == torch.float16:
+        return [Algorithm()]
     wanted = Multiplication(q.device.index, n, k, m, q.dtype, out_dtype, alpha is not None, "")
     trial = _Trial(wanted, q, compressed, alpha)
     picked, highest = trial.by_library()

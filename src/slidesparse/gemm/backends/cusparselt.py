@@ -82,6 +82,16 @@ class CuSparseLt:
             return sums if bias is None else sums + bias
         return finish(problem, sums, x_scale, scale if alpha is None else None, bias)
 
+    def gives_sums(self, variant: str) -> bool:
+        """What is rounded to bfloat16 anyway."""
+        return not variant.startswith(_EXACT)
+
+    def sums(self, problem: Problem, q: Tensor, resident: Mapping[str, Tensor], variant: str) -> Tensor:
+        """``[M, K]`` → ``[M, N]``, the activations lifted by a pass of their own."""
+        rows, width = _padded(problem)
+        lifted = ops.lift(q, problem.pattern, width=width, rows=cusparselt.TOKENS)
+        return cusparselt.sparse_mm(lifted, resident["compressed"], None, rows, torch.bfloat16, variant)[: q.shape[0], : problem.n]
+
     @staticmethod
     def _activations(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor | None]:
         width = _padded(problem)[1]

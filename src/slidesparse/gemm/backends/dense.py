@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..numerics import dense_weights
 from ..problem import Problem, Weights
-from ..routes import DenseRoutes, make_ready, run_route
+from ..routes import DenseRoutes, make_ready, run_route, run_sums
 
 
 class Dense(DenseRoutes):
@@ -27,3 +27,7 @@ class Dense(DenseRoutes):
     ) -> Tensor:
         """``[M, K]`` → ``[M, N]``."""
         return run_route(variant, problem, x, resident["weight"], scale, bias)
+
+    def sums(self, problem: Problem, q: Tensor, resident: Mapping[str, Tensor], variant: str) -> Tensor:
+        """``[M, K]`` → ``[M, N]``."""
+        return run_sums(variant, problem, q, resident["weight"])

@@ -34,6 +34,15 @@ class Reference:
         """The stored tensors themselves."""
         return weights.tensors()
 
+    def gives_sums(self, variant: str) -> bool:
+        """The oracle of the sums, too."""
+        return True
+
+    def sums(self, problem: Problem, q: Tensor, resident: Mapping[str, Tensor], variant: str) -> Tensor:
+        """``[M, K]`` → ``[M, N]``."""
+        weight = reference.restore(Weights.from_tensors(problem, resident).packed)
+        return (q.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.bfloat16)
+
     def run(
         self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None, variant: str
     ) -> Tensor:

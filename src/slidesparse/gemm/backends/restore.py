@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..numerics import dense_weights
 from ..problem import Problem, Weights
-from ..routes import DenseRoutes, make_ready, run_route
+from ..routes import DenseRoutes, make_ready, run_route, run_sums
 
 
 class Restore(DenseRoutes):
@@ -27,3 +27,7 @@ class Restore(DenseRoutes):
     ) -> Tensor:
         """``[M, K]`` → ``[M, N]``."""
         return run_route(variant, problem, x, dense_weights(problem, Weights.from_tensors(problem, resident)), scale, bias)
+
+    def sums(self, problem: Problem, q: Tensor, resident: Mapping[str, Tensor], variant: str) -> Tensor:
+        """``[M, K]`` → ``[M, N]``."""
+        return run_sums(variant, problem, q, dense_weights(problem, Weights.from_tensors(problem, resident)))
