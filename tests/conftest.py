@@ -7,7 +7,7 @@ import secrets
 import subprocess
 import sys
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -67,3 +67,24 @@ def interpreted(request: pytest.FixtureRequest) -> None:
 def rng(request: pytest.FixtureRequest) -> torch.Generator:
     """A generator of this test's own: it depends on the run's seed and the test's name only."""
     return torch.Generator().manual_seed((request.config.option.seed << 32) + zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Sets the tensor-parallel rank and size that vLLM's layers believe in."""
+
+    def set_rank(number: int, size: int) -> None:
+        for module in ("vllm.model_executor.parameter", "vllm.model_executor.layers.linear"):
+            monkeypatch.setattr(f"{module}.get_tensor_model_parallel_rank", lambda: number)
+            monkeypatch.setattr(f"{module}.get_tensor_model_parallel_world_size", lambda: size)
+
+    set_rank(0, 1)
+    return set_rank
+
+
+@pytest.fixture
+def bfloat16() -> Iterator[None]:
+    """The default dtype while a test runs, as while vLLM loads a model."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)

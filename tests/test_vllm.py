@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,105 +18,17 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.model_executor.layers import linear as layers  # noqa: E402
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config  # noqa: E402
 
-from slidesparse import reference  # noqa: E402
 from slidesparse.checkpoint import Recipe, convert  # noqa: E402
 from slidesparse.errors import CheckpointError, PatternError, UnsupportedError, WeightError  # noqa: E402
 from slidesparse.format import MARKER, SCHEMES, PackedConfig, Scheme  # noqa: E402
 from slidesparse.gemm import prepared  # noqa: E402
 from slidesparse.integrations import vllm as adapter  # noqa: E402
 from slidesparse.integrations.vllm import methods  # noqa: E402
-from slidesparse.pack import pack  # noqa: E402
 from slidesparse.pattern import Pattern  # noqa: E402
-from slidesparse.prune import prune  # noqa: E402
-from slidesparse.quant import quantize_weight  # noqa: E402
 from slidesparse.testing import check_bitwise, check_close  # noqa: E402
+from vllm_layers import MERGED, compressed_tensors, config_of, load, oracle, part  # noqa: E402
 
-MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-DTYPE = torch.bfloat16
-
-
-@dataclass
-class Part:
-    """One linear of a checkpoint: stored dense weights and what stands for them packed."""
-
-    weight: Tensor
-    scale: Tensor | None
-    bias: Tensor | None
-    pattern: Pattern
-
-    def tensors(self, form: str) -> dict[str, Tensor]:
-        """By suffix, in the packed or the dense form."""
-        found = {"weight": self.weight}
-        if form == "packed":
-            packed = pack(self.weight, self.pattern)
-            found = {"weight_values": packed.values, "weight_keep": packed.keep}
-        if self.scale is not None:
-            found["weight_scale"] = self.scale
-        return found if self.bias is None else found | {"bias": self.bias}
-
-
-def part(n: int, k: int, scheme: Scheme, pattern: str = "6:8", *, bias: bool = False) -> Part:
-    weight, scale = quantize_weight(prune(torch.randn(n, k).to(DTYPE) * k**-0.5, Pattern.parse(pattern)), scheme)
-    return Part(weight, scale, torch.randn(n).to(DTYPE) if bias else None, Pattern.parse(pattern))
-
-
-def config_of(form: str, scheme: str, pattern: str = "6:8", **marker: object) -> adapter.SlideSparseConfig:
-    """What vLLM makes of config.json."""
-    if form == "packed":
-        made = adapter.SlideSparseConfig.from_config(PackedConfig(Pattern.parse(pattern), SCHEMES[scheme], ["lm_head"]).to_dict() | marker)
-    elif SCHEMES[scheme].dynamic:
-        made = adapter.SlideSparseConfig.from_config(compressed_tensors(scheme) | {MARKER: {"pattern": pattern} | marker})
-    else:
-        made = adapter.SlideSparseConfig()
-        made.maybe_update_config("", hf_config=type("Config", (), {MARKER: {"pattern": pattern} | marker}))
-    made.packed_modules_mapping = MERGED
-    return made
-
-
-def compressed_tensors(scheme: str, strategy: str = "channel") -> dict:
-    kind = "int" if scheme == "int8" else "float"
-    weights = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": False}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": weights | {"strategy": "token", "dynamic": True}}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": f"{kind}-quantized",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
-
-
-@pytest.fixture
-def rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Sets the tensor-parallel rank and size that vLLM's layers believe in."""
-
-    def set_rank(number: int, size: int) -> None:
-        for module in ("vllm.model_executor.parameter", "vllm.model_executor.layers.linear"):
-            monkeypatch.setattr(f"{module}.get_tensor_model_parallel_rank", lambda: number)
-            monkeypatch.setattr(f"{module}.get_tensor_model_parallel_world_size", lambda: size)
-
-    set_rank(0, 1)
-    return set_rank
-
-
-@pytest.fixture(autouse=True)
-def model_dtype() -> object:
-    torch.set_default_dtype(DTYPE)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def load(layer: nn.Module, parts: dict[object, Part], form: str) -> None:
-    """Give a layer its tensors as a model's ``load_weights`` does, then let the method process them."""
-    for shard_id, one in parts.items():
-        for suffix, tensor in one.tensors(form).items():
-            parameter = getattr(layer, suffix)
-            parameter.weight_loader(parameter, tensor, *(() if shard_id is None else (shard_id,)))
-    layer.quant_method.process_weights_after_loading(layer)
-
-
-def oracle(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, scheme: Scheme, out: torch.dtype = DTYPE) -> Tensor:
-    q, x_scale = reference.quantize(x, scheme) if scheme.dynamic else (x, None)
-    return reference.linear(q, x_scale, weight, scale, bias, out)
+pytestmark = pytest.mark.usefixtures("bfloat16")
 
 
 def hold(layer: nn.Module, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, scheme: Scheme) -> None:

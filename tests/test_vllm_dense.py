@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import models
-
 vllm = pytest.importorskip("vllm", reason="vllm is not installed: pip install 'slidesparse[vllm]'")
 
-from vllm.config import DeviceConfig, LoadConfig, VllmConfig, set_current_vllm_config  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.model_executor.layers import linear as layers  # noqa: E402
 
 from slidesparse import reference  # noqa: E402
-from slidesparse.checkpoint import Recipe, convert  # noqa: E402
 from slidesparse.format import SCHEMES, PackedConfig  # noqa: E402
 from slidesparse.gemm import Cell, Execution, Plan, Problem, Weights, use_plan  # noqa: E402
 from slidesparse.gemm.registry import refusal  # noqa: E402
@@ -30,27 +27,20 @@ from slidesparse.pattern import Pattern  # noqa: E402
 from slidesparse.prune import prune  # noqa: E402
 from slidesparse.quant import quantize_weight  # noqa: E402
 from slidesparse.testing import check_bitwise  # noqa: E402
+from vllm_layers import model_config  # noqa: E402
 
 PATTERN, DTYPE = Pattern(6, 8), torch.bfloat16
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VllmConfig:
+def config(tmp_path: Path, rank: Callable, bfloat16: None) -> Iterator[VllmConfig]:
     """A model's configuration, in force, on a rank that is alone."""
-    for module in ("vllm.model_executor.parameter", "vllm.model_executor.layers.linear"):
-        monkeypatch.setattr(f"{module}.get_tensor_model_parallel_rank", lambda: 0)
-        monkeypatch.setattr(f"{module}.get_tensor_model_parallel_world_size", lambda: 1)
+    rank(0, 1)
     adapter.register()
-    models.write(tmp_path / "dense")
-    convert(tmp_path / "dense", tmp_path / "packed", Recipe(PATTERN, "magnitude", "int8"))
-    model = EngineArgs(model=str(tmp_path / "packed"), skip_tokenizer_init=True, enforce_eager=True).create_model_config()
-    device = DeviceConfig(device="cuda" if torch.cuda.is_available() else "cpu")
-    made = VllmConfig(model_config=model, device_config=device, load_config=LoadConfig())
-    torch.set_default_dtype(DTYPE)
+    made = model_config(tmp_path)
     with set_current_vllm_config(made):
         yield made
-    torch.set_default_dtype(torch.float32)
 
 
 def weights(n: int, k: int, scheme: str) -> tuple[Tensor, Tensor | None]:
@@ -69,26 +59,10 @@ def packed_layer(weight: Tensor, scale: Tensor | None, bias: Tensor, scheme: str
     return layer
 
 
-def test_vllms_compile_cache_tells_given_back_layers_apart(config: VllmConfig) -> None:
-    users = config.additional_config = {"slidesparse": {"memory": "fast"}}
-    hashes = [config.compute_hash()]
-    for name in ("m.up_proj", "m.down_proj"):
-        assert dense._enter_cache_key(name)
-        hashes.append(config.compute_hash())
-    assert len(set(hashes)) == 3 and users == {"slidesparse": {"memory": "fast"}}
-    assert dense._enter_cache_key("m.up_proj") and config.compute_hash() == hashes[-1]
-
-
-def test_settings_of_a_plugins_own_kind_keep_layers_ours(config: VllmConfig) -> None:
-    config.additional_config = type("Own", (), {"compute_hash": lambda self: "own"})()
-    weight, scale = weights(16, 32, "bf16")
-    assert dense.give_back(nn.Module(), "m.up_proj", SCHEMES["bf16"], weight, scale) is None
-
-
 def test_a_16_bit_layer_given_back_is_an_ordinary_linear(config: VllmConfig) -> None:
     layer = layers.ColumnParallelLinear(32, 16, bias=False, prefix="m.up_proj")
     weight, _ = weights(16, 32, "bf16")
-    apply = dense.give_back(layer, "m.up_proj", SCHEMES["bf16"], weight, None)
+    apply = dense.give_back(layer, SCHEMES["bf16"], weight, None)
     x = torch.randn(5, 32)
     check_bitwise(apply(layer, x, None).detach(), torch.nn.functional.linear(x, weight))
 
@@ -127,7 +101,7 @@ def test_an_untuned_layer_is_what_vllm_makes_of_the_dense_checkpoint(scheme: str
     with torch.device("cuda"):
         layer = packed_layer(weight, scale, bias, scheme)
         stock = layers.ColumnParallelLinear(512, 256, bias=True, prefix="m.up_proj")
-        apply = dense.give_back(stock, "m.up_proj", SCHEMES[scheme], weight.cuda(), None if scale is None else scale.cuda())
+        apply = dense.give_back(stock, SCHEMES[scheme], weight.cuda(), None if scale is None else scale.cuda())
     assert layer.quant_method.stock is not None and not hasattr(layer, "slidesparse_name")
     for m in (1, 7, 64, 300):
         x = torch.randn(m, 512).cuda()

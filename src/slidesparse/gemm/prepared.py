@@ -1,7 +1,9 @@
-"""Layers behind one opaque op, ``slidesparse::linear``: for engines that compile a model once for every number of tokens.
+"""Layers behind one opaque op, for engines that compile a model once for every number of tokens.
 
-The route is chosen inside the op by the number of tokens at hand. What the compiled graph holds of a layer is a tensor that names it,
-an input like any weight, so that the graphs of equal layers are equal and compiled once.
+``slidesparse::linear`` is a whole linear. ``slidesparse::sums`` is its bare product: what comes before (quantisation) and after (scales and
+bias) then stands in the engine's graph, where its compiler fuses it with the layers' neighbours. The route is chosen inside the op by
+the number of tokens at hand. What the compiled graph holds of a layer is a tensor that names it, an input like any weight, so that the
+graphs of equal layers are equal and compiled once.
 """
 
 from __future__ import annotations
@@ -33,16 +35,25 @@ class Prepared:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x [M, K - left - right]`` → ``[M, N]``."""
-        if self.left or self.right:
-            x = F.pad(x, (self.left, self.right))
         if bias is None and self.problem.bias is not None:
             bias = x.new_zeros(self.problem.n, dtype=self.problem.bias)
-        return self.execution(x, bias)
+        return self.execution(self._widened(x), bias)
+
+    def sums(self, q: Tensor) -> Tensor:
+        """``q [M, K - left - right]``, quantised → bfloat16 ``[M, N]``."""
+        return self.execution.sums(self._widened(q))
+
+    def _widened(self, x: Tensor) -> Tensor:
+        if not (self.left or self.right):
+            return x
+        # As integers: not every 8-bit type can be padded.
+        wide = x.view(torch.int8) if x.element_size() == 1 else x
+        return F.pad(wide, (self.left, self.right)).view(x.dtype)
 
 
 _PREPARED: dict[int, Prepared] = {}
 _NUMBERS = itertools.count(1)
-_warmed: set[tuple[Problem, int, torch.device, str]] = set()
+_warmed: set[tuple[Problem, int, torch.device, str, bool]] = set()
 
 
 def prepare(
@@ -54,7 +65,7 @@ def prepare(
     *,
     margins: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """Make a layer ready for activations and a bias of these types, and return the tensor that names it to `linear`.
+    """Make a layer ready for activations and a bias of these types, and return the tensor that names it to `linear` and `sums`.
 
     Its resident copies live as long as ``owner``. The packed weights are given up unless a route reads them, so no other kind of input
     can be run afterwards. ``margins`` are zeros put to the left and right of the activations, see `slidesparse.pack.Shard`.
@@ -79,11 +90,13 @@ def warm(name: Tensor, tokens: Iterable[int]) -> None:
     """Run a prepared layer once for each number of tokens, unless one of the same shape was: CUDA graphs may capture it afterwards."""
     prepared = _named(name)
     for m in tokens:
-        key = (prepared.problem, m, prepared.device, prepared.execution.route(m))
+        sums, wanted = prepared.execution.for_sums, prepared.problem
+        key = (wanted, m, prepared.device, prepared.execution.route(m), sums)
         if key in _warmed:
             continue
-        x = torch.zeros(m, prepared.problem.k - prepared.left - prepared.right, dtype=prepared.problem.dtype, device=prepared.device)
-        prepared(x, None)
+        k, dtype = wanted.k - prepared.left - prepared.right, wanted.scheme.dtype if sums else wanted.dtype
+        x = torch.zeros(m, k, dtype=dtype, device=prepared.device)
+        prepared.sums(x) if sums else prepared(x, None)
         _warmed.add(key)
 
 
@@ -94,6 +107,17 @@ def linear(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
         UnsupportedError: the layer is gone, or was prepared for other types.
     """
     return _linear_op(x, name, bias, n)
+
+
+def sums(q: Tensor, name: Tensor, n: int) -> Tensor:
+    """The bare product of the prepared layer that `prepare` named: ``q [M, K]`` → bfloat16 ``[M, n]``, neither scales nor bias applied.
+
+    Its `Execution` must have been made for sums.
+
+    Raises:
+        UnsupportedError: the layer is gone, or was prepared for something else.
+    """
+    return _sums_op(q, name, n)
 
 
 def _named(name: Tensor) -> Prepared:
@@ -116,8 +140,22 @@ def _run(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
     return prepared(x, bias).contiguous()  # as `_fake` promises: libraries may have padded N
 
 
+def _run_sums(q: Tensor, name: Tensor, n: int) -> Tensor:
+    prepared = _named(name)
+    dtype = prepared.problem.scheme.dtype
+    if q.device != prepared.device or q.dtype != dtype or not prepared.execution.for_sums:
+        kind = "sums" if prepared.execution.for_sums else "whole linears"
+        raise UnsupportedError(f"a layer prepared for {kind} of {dtype} on {prepared.device} was given {q.dtype} on {q.device}")
+    return prepared.sums(q).contiguous()
+
+
+def _sums_fake(q: Tensor, name: Tensor, n: int) -> Tensor:
+    return q.new_empty((q.shape[0], n), dtype=torch.bfloat16)
+
+
 def _fake(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
     return x.new_empty((x.shape[0], n))
 
 
 _linear_op = define("linear(Tensor x, Tensor name, Tensor? bias, SymInt n) -> Tensor", oracle=_run, cuda=_run, fake=_fake)
+_sums_op = define("sums(Tensor q, Tensor name, SymInt n) -> Tensor", oracle=_run_sums, cuda=_run_sums, fake=_sums_fake)

@@ -1,7 +1,8 @@
 """vLLM's own dense linears: layers that no plan makes faster are given back to them, and their product takes part in plans.
 
 A layer that runs dense whatever the number of tokens is to vLLM what it would be in a dense checkpoint: the same kernels, and the same
-fusions of norm and activation with quantisation, which an op of ours would hide from vLLM's compiler.
+fusions of norm and activation with quantisation, which an op of ours would hide from vLLM's compiler. int8 activations it quantises by an
+op that nothing fuses with; where it compiles, they are quantised in the graph instead.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 from vllm import _custom_ops
-from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassInt8ScaledMMLinearKernel
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8, CompressedTensorsW8A8Int8
 
 from ... import ops
-from ...format import Scheme
+from ...format import SCHEMES, Scheme
 from ...gemm import Problem
 from ...gemm.numerics import int32_overflow
-from ...gemm.routes import Route, add_route
+from ...gemm.routes import Route, add_route, ones
+from .graph import quantise_rows
 
 Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 """Runs a layer: ``(layer, x [M, K], bias [N] or None)`` → ``[M, N]``."""
 
 ROUTE = "cutlass"
-_CACHE_KEY = "slidesparse_dense_layers"
+INT8 = SCHEMES["int8"]
 
 
 def can_give_back(scheme: Scheme, device: torch.device) -> bool:
@@ -34,10 +36,11 @@ def can_give_back(scheme: Scheme, device: torch.device) -> bool:
     return device.type == "cuda" and (scheme.name != "fp8" or ops.capability(device) >= (8, 9))
 
 
-def give_back(layer: nn.Module, name: str, scheme: Scheme, weight: Tensor, scale: Tensor | None) -> Apply | None:
-    """Make a layer on dense weights ``[N, K]`` and scales ``[N, 1]`` what vLLM makes of a dense checkpoint's; None if that cannot be."""
-    if not _enter_cache_key(name):
-        return None
+def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | None, *, fused: bool = False) -> Apply:
+    """Make a layer on dense weights ``[N, K]`` and scales ``[N, 1]`` what vLLM makes of a dense checkpoint's.
+
+    ``fused``: a compiler fuses what stands in the graph.
+    """
     if not scheme.dynamic:
         method = UnquantizedLinearMethod()
         layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -56,31 +59,24 @@ def give_back(layer: nn.Module, name: str, scheme: Scheme, weight: Tensor, scale
         )  # fmt: skip
     layer.weight, layer.weight_scale = nn.Parameter(weight, requires_grad=False), nn.Parameter(scale, requires_grad=False)
     stock.process_weights_after_loading(layer)
+    if fused and scheme.name == "int8" and isinstance(stock.kernel, CutlassInt8ScaledMMLinearKernel):
+        return _quantised_in_the_graph
     return stock.apply_weights
+
+
+def _quantised_in_the_graph(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    q, x_scale = quantise_rows(x.reshape(-1, x.shape[-1]), INT8)
+    y = _custom_ops.cutlass_scaled_mm(q, layer.weight, x_scale, layer.weight_scale, x.dtype, bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _never_loaded(*arguments: object) -> None:
     raise AssertionError("the weights are there already")
 
 
-def _enter_cache_key(name: str) -> bool:
-    """Let vLLM's compile cache tell models apart in which other layers run as vLLM's own: that depends on plans, which it does not see.
-
-    Its key covers ``additional_config``; False where a plugin keeps that in a form of its own.
-    """
-    config = get_current_vllm_config_or_none()
-    if config is None:
-        return True
-    if not isinstance(config.additional_config, dict):
-        return False
-    names = {name, *config.additional_config.get(_CACHE_KEY, ())}
-    config.additional_config = config.additional_config | {_CACHE_KEY: sorted(names)}
-    return True
-
-
 def offer_route() -> None:
     """Let vLLM's W8A8 kernels take part: ``tune`` times them as ``dense:cutlass``, and plans may choose them."""
-    add_route(ROUTE, Route(_refuses, _run))
+    add_route(ROUTE, Route(_refuses, _run, _sums))
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -101,3 +97,8 @@ def _refuses(problem: Problem) -> str | None:
 def _run(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     q, x_scale = ops.quantize(x, problem.scheme)
     return _custom_ops.cutlass_scaled_mm(q, weight.t(), x_scale, scale, problem.dtype, bias)
+
+
+def _sums(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
+    one = ones(q.device, 1)
+    return _custom_ops.cutlass_scaled_mm(q, weight.t(), one, one, torch.bfloat16)

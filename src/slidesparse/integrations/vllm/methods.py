@@ -22,6 +22,7 @@ from ...quant import scheme_of_dtype
 from ..claims import Claims
 from ..rank_weights import blank, cut, made_up, pack
 from .dense import Apply, can_give_back, give_back
+from .graph import compiles, enter_cache_key, fused_linear
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
 
@@ -77,15 +78,18 @@ class SlideSparseLinearMethod(LinearMethodBase):
         self.settings = Settings.current()
         self.stock: Apply | None = None
         """What runs the layer where vLLM does."""
+        self.fused = False
+        """Whether quantisation, scales and bias stand in the graph."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., K]`` → ``[..., N]``."""
         if self.stock is not None:
             return self.stock(layer, x, bias)
-        n = layer.slidesparse_outputs
-        if x.dim() == 2:
-            return linear(x, layer.slidesparse_name, bias, n)
-        return linear(x.reshape(-1, x.shape[-1]), layer.slidesparse_name, bias, n).view(*x.shape[:-1], n)
+        if x.dim() != 2:
+            return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], layer.slidesparse_outputs)
+        if self.fused:
+            return fused_linear(layer, x, bias, self.scheme)
+        return linear(x, layer.slidesparse_name, bias, layer.slidesparse_outputs)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check the loaded weights, make the copies that the plan's routes read, and let go of what was loaded.
@@ -102,22 +106,27 @@ class SlideSparseLinearMethod(LinearMethodBase):
         for name in ("weight", "weight_values", "weight_keep", "weight_scale"):
             if hasattr(layer, name):
                 delattr(layer, name)
-        execution = Execution(weights, memory=self.settings.memory, backend=self.settings.backend)
         bias = getattr(layer, "bias", None)
         if layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0):
             bias = None  # vLLM adds it elsewhere
         kind, device = None if bias is None else bias.dtype, weights.packed.values.device
+        config = get_current_vllm_config_or_none()
+        fused = self.scheme.dynamic and layer.params_dtype == torch.bfloat16 and compiles()
+        fused = fused and enter_cache_key(config, self.layer, "sums")
+        execution = Execution(weights, memory=self.settings.memory, backend=self.settings.backend, sums=fused)
         execution.prepare(layer.params_dtype, device, kind)
-        if self.settings.backend is None and execution.dense_weight is not None and can_give_back(self.scheme, device):
+        dense = execution.dense_weight if self.settings.backend is None and can_give_back(self.scheme, device) else None
+        if dense is not None and enter_cache_key(config, self.layer, "dense"):
             columns = slice(margins[0], weights.k - margins[1])
-            dense = execution.dense_weight[:, columns].contiguous()
-            self.stock = give_back(layer, self.layer, self.scheme, dense, weights.channel_scale)
-        if self.stock is not None:
+            self.stock = give_back(layer, self.scheme, dense[:, columns].contiguous(), weights.channel_scale, fused=fused)
             _report(self.layer, weights, "vLLM's own dense kernels")
             return
+        self.fused = fused
         name = prepare(layer, execution, layer.params_dtype, device, kind, margins=margins)
         layer.register_buffer("slidesparse_name", name, persistent=False)
         layer.slidesparse_outputs = weights.packed.n
+        if fused:
+            layer.register_buffer("slidesparse_scale", weights.channel_scale.view(1, -1), persistent=False)
         _report(self.layer, weights, _told(execution))
         if device.type == "cuda":
             warm(name, self.settings.captured)

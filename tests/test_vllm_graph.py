@@ -1,0 +1,103 @@
+"""What of a packed linear stands in vLLM's graph: numbers by rank, one graph, and what the compile cache is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vllm is not installed: pip install 'slidesparse[vllm]'")
+
+from vllm.config import CompilationConfig, CompilationMode, set_current_vllm_config
+from vllm.model_executor.layers import linear as layers
+
+from slidesparse import reference
+from slidesparse.errors import UnsupportedError
+from slidesparse.format import SCHEMES
+from slidesparse.gemm import prepared
+from slidesparse.integrations.vllm import graph, methods
+from slidesparse.testing import check_bitwise, check_close
+from vllm_layers import config_of, load, model_config, oracle, part
+
+pytestmark = pytest.mark.usefixtures("bfloat16")
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, rank: Callable) -> None:
+    """As while a model is built that vLLM will compile."""
+    monkeypatch.setattr(methods, "compiles", lambda: True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_rows_are_quantised_as_the_oracle_does(name: str, dtype: torch.dtype) -> None:
+    x = (torch.randn(33, 77, dtype=torch.float32) * torch.logspace(-6, 3, 33, dtype=torch.float32).view(-1, 1)).to(dtype)
+    x[4] = 0
+    q, scale = graph.quantise_rows(x, SCHEMES[name])
+    expected, expected_scale = reference.quantize(x, SCHEMES[name])
+    check_bitwise(q, expected)
+    check_bitwise(scale, expected_scale)
+
+
+@pytest.mark.parametrize(("pattern", "k", "size"), [("6:8", 96, 1), ("6:8", 96, 4), ("4:6", 3584, 2), ("8:10", 52, 2)])
+@pytest.mark.parametrize(("form", "name"), [("packed", "int8"), ("packed", "fp8"), ("dense", "int8"), ("dense", "fp8")])
+def test_ranks_compute_the_oracles_numbers(form: str, name: str, pattern: str, k: int, size: int, rank: Callable, compiled: None) -> None:
+    scheme, one = SCHEMES[name], part(8, k, SCHEMES[name], pattern, bias=True)
+    ragged = {"in_features": {"a.down_proj": k}} if form == "packed" else {}
+    for number in range(size):
+        rank(number, size)
+        layer = layers.RowParallelLinear(k, 8, bias=True, quant_config=config_of(form, name, pattern, **ragged), prefix="a.down_proj")
+        load(layer, {None: one}, form)
+        assert layer.quant_method.fused
+        columns, bias = slice(number * k // size, (number + 1) * k // size), layer.bias if number == 0 else None
+        x, weight = torch.randn(2, 3, k // size), one.weight[:, columns].contiguous()
+        with torch.inference_mode():
+            y = layer.quant_method.apply(layer, x, bias).view(6, 8)
+        x, exact = x.view(6, -1), oracle(x.view(6, -1), weight, one.scale, bias, scheme, torch.float64).detach()
+        check_close(y, exact, oracle(x, weight, one.scale, bias, scheme).detach(), roundings=2)
+
+
+def test_one_graph_and_one_op_whatever_the_number_of_tokens(compiled: None) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(found: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(found)
+        return found.forward
+
+    layer = layers.ColumnParallelLinear(64, 8, bias=False, quant_config=config_of("packed", "int8"), prefix="m.up_proj")
+    load(layer, {None: part(8, 64, SCHEMES["int8"])}, "packed")
+    run = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    with torch.inference_mode():
+        for m in (7, 3, 16):
+            x = torch.randn(m, 64)
+            check_bitwise(run(x)[0], layer(x)[0])
+    assert len(graphs) == 1
+    calls = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function" and "slidesparse" in str(node.target)]
+    assert calls == ["slidesparse.sums.default"]
+    torch.library.opcheck(torch.ops.slidesparse.sums, (torch.zeros(3, 64, dtype=torch.int8), layer.slidesparse_name, 8))
+    with pytest.raises(UnsupportedError, match="prepared for sums"):
+        prepared.sums(torch.zeros(3, 64), layer.slidesparse_name, 8)
+
+
+def test_vllms_compile_cache_tells_graphs_apart(tmp_path: Path, rank: Callable) -> None:
+    config = model_config(tmp_path)
+    users = config.additional_config = {"slidesparse": {"memory": "fast"}}
+    hashes = [config.compute_hash()]
+    for name, how in (("m.up_proj", "sums"), ("m.down_proj", "sums"), ("m.down_proj", "dense")):
+        assert graph.enter_cache_key(config, name, how)
+        hashes.append(config.compute_hash())
+    assert len(set(hashes)) == 4 and users == {"slidesparse": {"memory": "fast"}}
+    assert graph.enter_cache_key(config, "m.up_proj", "sums") and config.compute_hash() == hashes[-1]
+    config.additional_config = type("Own", (), {"compute_hash": lambda self: "own"})()
+    assert not graph.enter_cache_key(config, "m.up_proj", "sums") and graph.enter_cache_key(None, "m.up_proj", "sums")
+
+
+def test_only_where_vllm_compiles(tmp_path: Path, rank: Callable) -> None:
+    config = model_config(tmp_path)
+    assert not graph.compiles()
+    for mode, expected in ((CompilationMode.VLLM_COMPILE, True), (CompilationMode.NONE, False)):
+        config.compilation_config = CompilationConfig(mode=mode)
+        with set_current_vllm_config(config):
+            assert graph.compiles() == expected
