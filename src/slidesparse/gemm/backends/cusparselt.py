@@ -87,9 +87,10 @@ class CuSparseLt:
         return not variant.startswith(_EXACT)
 
     def sums(self, problem: Problem, q: Tensor, resident: Mapping[str, Tensor], variant: str) -> Tensor:
-        """``[M, K]`` → ``[M, N]``, the activations lifted by a pass of their own."""
+        """``[M, K]`` → ``[M, N]``, the activations lifted by a pass of their own if there is anything to move (not at 2:4)."""
         rows, width = _padded(problem)
-        lifted = ops.lift(q, problem.pattern, width=width, rows=cusparselt.TOKENS)
+        ready = problem.pattern.windows == 1 and width == problem.k and q.shape[0] % cusparselt.TOKENS == 0 and q.is_contiguous()
+        lifted = q if ready else ops.lift(q, problem.pattern, width=width, rows=cusparselt.TOKENS)
         return cusparselt.sparse_mm(lifted, resident["compressed"], None, rows, torch.bfloat16, variant)[: q.shape[0], : problem.n]
 
     @staticmethod
