@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import slidesparse
@@ -39,7 +40,7 @@ def in_vllm(asked: dict) -> dict[str, list]:
 
     llm = LLM(
         model=asked["model"], quantization=asked["quantization"], tensor_parallel_size=asked["ranks"], max_model_len=1024, max_num_seqs=64,
-        enable_prefix_caching=False, gpu_memory_utilization=0.4, additional_config={"slidesparse": asked["settings"]},
+        enable_prefix_caching=False, gpu_memory_utilization=0.3, additional_config={"slidesparse": asked["settings"]},
     )  # fmt: skip
     ids = llm.get_tokenizer().encode(Path(asked["text"]).read_text(encoding="utf-8"))
     windows = [{"prompt_token_ids": ids[at * WINDOW : (at + 1) * WINDOW]} for at in range(WINDOWS)]
@@ -139,8 +140,8 @@ def main() -> None:
                 compare(arguments, scheme, pattern, record)
 
 
-def compare(arguments: argparse.Namespace, scheme: str, pattern: str, record) -> None:
-    stem = f"{scheme}-{pattern.replace(':', '-')}"
+def compare(arguments: argparse.Namespace, scheme: str, pattern: str, record: Callable[[dict], None]) -> None:
+    stem, first = f"{scheme}-{pattern.replace(':', '-')}", arguments.ranks[0]
     runs: dict[str, dict[str, list]] = {}
     for form, method, settings in (("packed", "slidesparse", {"backend": "cusparselt"}), ("dense", "compressed-tensors", {})):
         made = arguments.folder / f"{stem}-{form}"
@@ -152,13 +153,13 @@ def compare(arguments: argparse.Namespace, scheme: str, pattern: str, record) ->
         if form == "packed":
             other = asked | {"engine": "transformers", "ranks": 1}
             runs["packed transformers"] = measured(f"{stem}-transformers", other, arguments.folder)
-    first = arguments.ranks[0]
     pairs = [(f"{form} vLLM TP {first}", f"{form} vLLM TP {ranks}") for ranks in arguments.ranks[1:] for form in ("packed", "dense")]
     pairs += [(f"packed vLLM TP {first}", "packed transformers"), (f"packed vLLM TP {first}", f"dense vLLM TP {first}")]
     for one, other in pairs:
         row = {"model": arguments.dense.name, "scheme": scheme, "pattern": pattern, "one": one, "other": other}
-        record(row | apart(runs[one], runs[other]))
-        print(*(row | apart(runs[one], runs[other])).values(), sep=" | ", flush=True)
+        row |= apart(runs[one], runs[other])
+        record(row)
+        print(*row.values(), sep=" | ", flush=True)
 
 
 if __name__ == "__main__":

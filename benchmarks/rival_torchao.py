@@ -35,6 +35,9 @@ class Torchao:
         data, meta = torch.ops.torchao.to_sparse_semi_structured_cutlass_sm9x_f8(ops.slide(weights.packed))
         return {"data": data, "meta": meta}
 
+    def gives_sums(self, variant: str) -> bool:
+        return False
+
     def run(
         self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None, variant: str
     ) -> Tensor:

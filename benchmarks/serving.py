@@ -29,9 +29,12 @@ from slidesparse import Pattern, Recipe
 PREFILL = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 DECODE = (1, 16, 64, 128, 256, 512)
 PROFILED = (("prefill", 4096), ("prefill", 16384), ("decode", 64))
-LINEAR = re.compile(r"cutlass|nvjet|gemm|gemv|splitk|tile_kernel|sum_kernel|quantize|_quant_|rescale|restore|lift|spmm|sparse", re.I)
-HEAD = re.compile(r"bf16|bfloat|nvjet_(sm90_)?tst|nvjet_hsh|gemmk1|splitkreduce", re.I)
-ATTENTION = re.compile(r"flash|attention|paged", re.I)
+KINDS = {
+    "attention": re.compile(r"flash|attention|paged", re.I),
+    "other": re.compile(r"^triton_"),  # what the compiler fused
+    "head": re.compile(r"nvjet_(sm90_)?(tst|hsh)"),  # 16-bit products, where the linear layers have 8 bits
+    "linear": re.compile(r"gemm|gemv|nvjet|tile_kernel|sum_kernel|quant\w*_kernel|(rescale|restore|lift\w*)_kernel|splitk|sparse", re.I),
+}
 
 
 def write(folder: Path, model: str, schemes: list[str], patterns: list[str]) -> Iterator[tuple[str, str, dict[str, Path]]]:
@@ -128,9 +131,8 @@ def shares(run: Callable[[], object], scheme: str) -> dict[str, float]:
     kernels: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
         name = event.key
-        kind = "attention" if ATTENTION.search(name) else "linear" if LINEAR.search(name) else "other"
-        if kind == "linear" and scheme in ("int8", "fp8") and HEAD.search(name):
-            kind = "head"
+        kind = next((kind for kind, names in KINDS.items() if names.search(name)), "other")
+        kind = "linear" if kind == "head" and scheme not in ("int8", "fp8") else kind
         times[kind] += event.self_device_time_total
         kernels[f"{kind}: {name[:90]}"] += event.self_device_time_total
     total = sum(times.values()) or 1.0
