@@ -127,12 +127,12 @@ def test_a_layer_follows_the_plan_by_number_of_tokens(monkeypatch):
         plan.add(KEY, Cell(m, {"dense:exact": at(10), other: at(5)}))
     monkeypatch.setattr(execution, "active_plan", lambda: active.Active(plan, ()))
     run = Execution(weights)
-    steps = run._steps(replace(problem, device="cuda"))
+    steps = run.plan(replace(problem, device="cuda"))
     monkeypatch.undo()
     chosen = [(most, str(choice)) for most, choice in steps]
     # Routes that cannot run here, or that neighbours do not share, give way to dense.
     assert chosen[0] == (16, "reference:float64") and all(name.startswith("dense:") for _, name in chosen[1:])
-    assert [str(choice) for _, choice in run._steps(problem)] == ["dense:exact"], "a CPU has no plan"
+    assert [str(choice) for _, choice in run.plan(problem)] == ["dense:exact"], "a CPU has no plan"
 
 
 def test_plans_of_other_machines_stay_unused(tmp_path, monkeypatch):

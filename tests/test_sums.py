@@ -1,4 +1,4 @@
-"""Bare products of quantised activations: every backend that gives them against float64, alone and behind the prepared op."""
+"""Linears whose scales and bias are left to the caller: every backend against float64, alone and behind the prepared op."""
 
 from __future__ import annotations
 
@@ -26,8 +26,22 @@ def made(n: int, k: int, scheme: str, pattern: str = "6:8", device: str = "cpu")
     return Weights(pack(values.to(device), parsed), kind, scale.to(device)), values
 
 
-def quantised(m: int, k: int, scheme: str) -> Tensor:
-    return reference.quantize(torch.randn(m, k), SCHEMES[scheme])[0]
+def tokens(m: int, k: int) -> Tensor:
+    """Rows of very different scales."""
+    return (torch.randn(m, k) * torch.logspace(-3, 3, m).view(-1, 1)).to(DTYPE)
+
+
+def check(found: tuple[Tensor, Tensor], x: Tensor, dense: Tensor, scheme: str) -> None:
+    """Sums that were rounded once, and scales bit by bit."""
+    (sums, scale), (q, expected_scale) = found, reference.quantize(x, SCHEMES[scheme])
+    exact = q.double() @ dense.double().t()
+    same = exact.to(DTYPE)
+    if scheme == "fp8" and sums.is_cuda and len(x):
+        one = torch.ones((), device="cuda")
+        same = torch._scaled_mm(q.cuda(), dense.cuda().t(), one, one, out_dtype=DTYPE, use_fast_accum=True).cpu()
+    assert sums.dtype == DTYPE
+    check_bitwise(scale.cpu(), expected_scale)
+    check_close(sums.cpu(), exact, same)
 
 
 def ready(weights: Weights, backend: str | None, device: str) -> Execution:
@@ -41,10 +55,8 @@ def ready(weights: Weights, backend: str | None, device: str) -> Execution:
 def test_sums_are_rounded_once_and_nothing_else(scheme: str, backend: str | None) -> None:
     for m, n, k in ((0, 24, 64), (1, 33, 100), (16, 48, 256)):
         weights, dense = made(n, k, scheme)
-        q, execution = quantised(m, k, scheme), ready(weights, backend, "cpu")
-        y, exact = execution.sums(q), q.double() @ dense.double().t()
-        assert y.dtype == DTYPE
-        check_bitwise(y, exact.float().to(DTYPE)) if scheme == "int8" else check_close(y, exact, exact.to(DTYPE))
+        x = tokens(m, k)
+        check(ready(weights, backend, "cpu").sums(x), x, dense, scheme)
 
 
 ROUTES = [
@@ -66,13 +78,8 @@ def test_routes_on_a_gpu(scheme: str, route: str | None, pattern: str) -> None:
             pytest.skip(str(error))
         raise
     for m in (0, 1, 7, 16, 63, 1000):
-        q = quantised(m, 528, scheme)
-        y, exact = execution.sums(q.cuda()).cpu(), q.double() @ dense.double().t()
-        same = exact.to(DTYPE)
-        if scheme == "fp8" and m:
-            one = torch.ones((), device="cuda")
-            same = torch._scaled_mm(q.cuda(), dense.cuda().t(), one, one, out_dtype=DTYPE, use_fast_accum=True).cpu()
-        check_close(y, exact, same)
+        x = tokens(m, 528)
+        check(execution.sums(x.cuda()), x, dense, scheme)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -83,12 +90,12 @@ def test_the_prepared_op_widens_a_cut_shard(rank: int) -> None:
         weight, scale = quantize_weight(prune.prune(torch.randn(16, 14), shard.pattern, offset=shard.offset), kind)
         owner, execution = nn.Module(), Execution(Weights(shard.pack(weight), kind, scale), sums=True)
         name = prepared.prepare(owner, execution, DTYPE, torch.device("cpu"), None, margins=shard.margins)
-        q = quantised(5, 14, scheme)
-        exact = q.double() @ weight.double().t()
-        check_close(prepared.sums(q, name, 16), exact, exact.to(DTYPE))
+        x = tokens(5, 14)
+        check(prepared.sums(x, name, 16), x, weight, scheme)
         prepared.warm(name, (1, 8))
+        torch.library.opcheck(torch.ops.slidesparse.sums, (x, name, 16))
         with pytest.raises(UnsupportedError, match="prepared for sums"):
-            prepared.sums(torch.randn(5, 14), name, 16)
+            prepared.sums(x.float(), name, 16)
 
 
 @pytest.mark.needs_gpu
@@ -99,17 +106,16 @@ def test_sums_are_captured(backend: str) -> None:
     owner, execution = nn.Module(), Execution(weights, backend=backend, sums=True)
     name = prepared.prepare(owner, execution, DTYPE, torch.device("cuda", 0), None)
     prepared.warm(name, (16,))
-    q, graph = torch.zeros(16, 512, dtype=torch.int8, device="cuda"), torch.cuda.CUDAGraph()
+    x, graph = torch.zeros(16, 512, dtype=DTYPE, device="cuda"), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = prepared.sums(q, name, 256)
-    fresh = quantised(16, 512, "int8")
-    q.copy_(fresh)
+        found = prepared.sums(x, name, 256)
+    fresh = tokens(16, 512)
+    x.copy_(fresh)
     graph.replay()
-    exact = fresh.double() @ dense.double().t()
-    check_close(y.cpu(), exact, exact.to(DTYPE))
+    check(found, fresh, dense, "int8")
 
 
-def test_a_route_without_a_bare_product_is_refused() -> None:
+def test_a_route_that_applies_scales_itself_is_refused() -> None:
     weights, _ = made(32, 64, "int8")
     with pytest.raises(UnsupportedError, match="cublaslt cannot run"):
         ready(weights, "dense:cublaslt", "cpu")

@@ -16,7 +16,8 @@ from vllm.model_executor.layers import linear as layers  # noqa: E402
 
 from slidesparse import reference  # noqa: E402
 from slidesparse.format import SCHEMES, PackedConfig  # noqa: E402
-from slidesparse.gemm import Cell, Execution, Plan, Problem, Weights, use_plan  # noqa: E402
+from slidesparse.gemm import Cell, Execution, Plan, Problem, Weights, execution, registry, use_plan  # noqa: E402  # noqa: E402
+from slidesparse.gemm.machine import Machine, kernels_hash  # noqa: E402
 from slidesparse.gemm.registry import refusal  # noqa: E402
 from slidesparse.gemm.tuning import Layer, tune  # noqa: E402
 from slidesparse.integrations import vllm as adapter  # noqa: E402
@@ -82,6 +83,40 @@ def test_vllms_route_says_why_it_cannot_run(n, k, scheme, dtype, device, bias, t
     assert told in refusal(f"dense:{dense.ROUTE}", problem)
 
 
+def measured(sparse_from: int, *routes: str) -> Plan:
+    """A plan in which a sparse route wins from so many tokens on."""
+    plan = Plan(Machine("A card", "580", "13.0", "2.11.0", "3.6.0", "0.8.0", kernels_hash()))
+    quick, slow = Timing(1.0, 0.9, 1.1), Timing(9.0, 8.0, 10.0)
+    for m in (1, 16, 256, 1024, 4096):
+        dense = dict.fromkeys(routes, slow if m >= sparse_from else quick)
+        plan.add((256, 512, "6:8", "int8"), Cell(m, dense | {"cusparselt:": quick if m >= sparse_from else slow}))
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("sparse_from", "routes", "captured", "told"),
+    [
+        (256, ("dense:triton", "dense:cutlass"), (8, 512), None),
+        (1024, ("dense:triton", "dense:cutlass"), (8, 512), "above 512"),
+        (256, ("dense:triton", "dense:cutlass"), (), "above 0"),
+        (1, ("dense:triton", "dense:cutlass"), (), None),
+        (9999, ("dense:triton", "dense:cutlass"), (8, 512), "nothing was measured"),
+        (256, ("dense:triton",), (8, 512), "tune --vllm"),
+    ],
+)
+def test_layers_are_ours_where_that_is_sure_to_pay(sparse_from, routes, captured, told, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (execution, registry, dense):
+        monkeypatch.setattr(module, "refusal", lambda name, problem: None)
+    problem = Problem(256, 512, PATTERN, SCHEMES["int8"], "cuda", DTYPE)
+    weight, scale = weights(256, 512, "int8")
+    use_plan(measured(sparse_from, *routes))
+    try:
+        why = dense.why_give_back(Execution(Weights(pack(weight, PATTERN), SCHEMES["int8"], scale)), problem, captured)
+    finally:
+        use_plan(None)
+    assert why is None if told is None else told in why
+
+
 @pytest.fixture
 def untuned() -> None:
     if torch.cuda.is_available():
@@ -127,14 +162,8 @@ def test_vllms_product_is_timed_and_runs_where_a_plan_chose_it(scheme: str, conf
 
 @pytest.mark.needs_gpu
 @on_gpu
-def test_a_layer_whose_plan_is_mixed_stays_ours(config: VllmConfig) -> None:
-    from slidesparse.gemm.machine import this_machine
-
-    plan = Plan(this_machine())
-    quick, slow = Timing(1.0, 0.9, 1.1), Timing(9.0, 8.0, 10.0)
-    plan.add((256, 512, "6:8", "int8"), Cell(16, {"dense:triton": quick, "cusparselt:": slow}))
-    plan.add((256, 512, "6:8", "int8"), Cell(256, {"dense:triton": slow, "cusparselt:": quick}))
-    use_plan(plan)
+def test_a_layer_that_pays_is_ours(config: VllmConfig) -> None:
+    use_plan(measured(1, "dense:triton", "dense:cutlass"))
     try:
         weight, scale = weights(256, 512, "int8")
         with torch.device("cuda"):

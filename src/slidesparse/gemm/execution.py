@@ -51,7 +51,7 @@ class Execution:
     Args:
         memory: one of `MEMORY`.
         backend: a backend that must run, ``NAME`` or ``NAME:VARIANT``; None lets the plan choose, and dense where nothing was measured.
-        sums: the layer will be asked for bare products only (`sums`): routes are chosen by how fast those are.
+        sums: the epilogue is the caller's (`sums`): routes are chosen by how fast they are without it.
 
     Raises:
         ValueError: unknown memory policy.
@@ -83,13 +83,6 @@ class Execution:
         return () if self._ready is None else self._ready.steps
 
     @property
-    def dense_weight(self) -> Tensor | None:
-        """The resident dense weights ``[N, K]`` where nothing but dense routes run; None elsewhere, and before the first call."""
-        if self._ready is None or self._ready.resident.keys() != {"dense"}:
-            return None
-        return self._ready.resident["dense"]["weight"]
-
-    @property
     def device(self) -> torch.device:
         """Where it last ran; until then where its weights are."""
         return self.weights.packed.values.device if self._ready is None else self._ready.device
@@ -115,16 +108,16 @@ class Execution:
                 return self._run(ready, m, x, bias)
         return self._run(ready, m, x, bias)
 
-    def sums(self, q: Tensor) -> Tensor:
-        """``q [M, K]``, quantised activations, → bfloat16 ``[M, N]``, to which neither scales nor bias have been applied.
+    def sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x [M, K]`` → bfloat16 ``[M, N]``, to which neither scales nor bias have been applied, and its token scales ``[M, 1]``.
 
         The layer must have been prepared.
         """
-        ready, m = self._ready, q.shape[0]
+        ready, m = self._ready, x.shape[0]
         if m == 0:
-            return q.new_empty((0, ready.problem.n), dtype=torch.bfloat16)
+            return x.new_empty((0, ready.problem.n), dtype=torch.bfloat16), x.new_empty((0, 1), dtype=torch.float32)
         choice = ready.choice(m)
-        return choice.backend.sums(ready.problem, q, ready.resident[choice.backend.layout], choice.variant)
+        return choice.backend.sums(ready.problem, x, ready.resident[choice.backend.layout], choice.variant)
 
     def _run(self, ready: Ready, m: int, x: Tensor, bias: Tensor | None) -> Tensor:
         choice = ready.choice(m)
@@ -143,7 +136,7 @@ class Execution:
             return self._ready
         refuse_capture()
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            steps = self._steps(problem)
+            steps = self.plan(problem)
             resident: dict[str, Mapping[str, Tensor]] = {}
             weights = _moved(self.weights, device)
             # Outside inference mode: the copies outlive the call that happens to make them.
@@ -167,7 +160,12 @@ class Execution:
         self.weights = replace(self.weights, packed=stored)
         return self.weights
 
-    def _steps(self, problem: Problem) -> tuple[tuple[int, Choice], ...]:
+    def plan(self, problem: Problem) -> tuple[tuple[int, Choice], ...]:
+        """Who would run the problem: pairs (most tokens, choice) in rising order; nothing is made ready.
+
+        Raises:
+            UnsupportedError: the backend asked for cannot run it.
+        """
         if self.backend is not None:
             few, many = (named(self.backend, problem, m, sums=self.for_sums) for m in (FEW_TOKENS, FEW_TOKENS + 1))
             return _merged([(FEW_TOKENS, few), (maxsize, many)])

@@ -2,8 +2,7 @@
 
 A plan keeps timings, not decisions. Dense is an ordinary candidate; another backend is chosen only where even its slow runs (80th
 percentile) beat dense's quick ones (20th). Between two measured numbers of tokens a backend other than dense runs only if both chose
-it. Where a compiler fuses quantisation into what comes before and scales and bias into what comes after, the bare products are compared
-instead (``sums``).
+it. Where scales and bias are fused into whatever consumes the output, quantisation and product without them are compared (``sums``).
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def key_of(problem: Problem) -> Key:
 class Cell:
     """One number of tokens: microseconds of every route ``backend:variant``, and the routes that were dropped, with the reason.
 
-    ``timings`` are of whole linears, ``sums`` of bare products of activations that were quantised before.
+    ``timings`` are of whole linears, ``sums`` of linears whose scales and bias are left to the consumer of their output.
     """
 
     m: int

@@ -1,9 +1,8 @@
 """Layers behind one opaque op, for engines that compile a model once for every number of tokens.
 
-``slidesparse::linear`` is a whole linear. ``slidesparse::sums`` is its bare product: what comes before (quantisation) and after (scales and
-bias) then stands in the engine's graph, where its compiler fuses it with the layers' neighbours. The route is chosen inside the op by
-the number of tokens at hand. What the compiled graph holds of a layer is a tensor that names it, an input like any weight, so that the
-graphs of equal layers are equal and compiled once.
+``slidesparse::linear`` is a whole linear. ``slidesparse::sums`` leaves scales and bias to the engine's graph, where its compiler fuses them
+into whatever consumes the output. The route is chosen inside the op by the number of tokens at hand. What the compiled graph holds of a
+layer is a tensor that names it, an input like any weight, so that the graphs of equal layers are equal and compiled once.
 """
 
 from __future__ import annotations
@@ -39,16 +38,12 @@ class Prepared:
             bias = x.new_zeros(self.problem.n, dtype=self.problem.bias)
         return self.execution(self._widened(x), bias)
 
-    def sums(self, q: Tensor) -> Tensor:
-        """``q [M, K - left - right]``, quantised → bfloat16 ``[M, N]``."""
-        return self.execution.sums(self._widened(q))
+    def sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x [M, K - left - right]`` → bfloat16 ``[M, N]``, token scales ``[M, 1]``."""
+        return self.execution.sums(self._widened(x))
 
     def _widened(self, x: Tensor) -> Tensor:
-        if not (self.left or self.right):
-            return x
-        # As integers: not every 8-bit type can be padded.
-        wide = x.view(torch.int8) if x.element_size() == 1 else x
-        return F.pad(wide, (self.left, self.right)).view(x.dtype)
+        return F.pad(x, (self.left, self.right)) if self.left or self.right else x
 
 
 _PREPARED: dict[int, Prepared] = {}
@@ -94,8 +89,7 @@ def warm(name: Tensor, tokens: Iterable[int]) -> None:
         key = (wanted, m, prepared.device, prepared.execution.route(m), sums)
         if key in _warmed:
             continue
-        k, dtype = wanted.k - prepared.left - prepared.right, wanted.scheme.dtype if sums else wanted.dtype
-        x = torch.zeros(m, k, dtype=dtype, device=prepared.device)
+        x = torch.zeros(m, wanted.k - prepared.left - prepared.right, dtype=wanted.dtype, device=prepared.device)
         prepared.sums(x) if sums else prepared(x, None)
         _warmed.add(key)
 
@@ -109,15 +103,15 @@ def linear(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
     return _linear_op(x, name, bias, n)
 
 
-def sums(q: Tensor, name: Tensor, n: int) -> Tensor:
-    """The bare product of the prepared layer that `prepare` named: ``q [M, K]`` → bfloat16 ``[M, n]``, neither scales nor bias applied.
+def sums(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Run the prepared layer that `prepare` named but for its epilogue: ``x [M, K]`` → bfloat16 ``[M, n]`` and token scales ``[M, 1]``.
 
-    Its `Execution` must have been made for sums.
+    Its `Execution` must have been made for sums. What is left to do, in float32: y = sums · weight scales · token scales + bias.
 
     Raises:
         UnsupportedError: the layer is gone, or was prepared for something else.
     """
-    return _sums_op(q, name, n)
+    return _sums_op(x, name, n)
 
 
 def _named(name: Tensor) -> Prepared:
@@ -140,17 +134,18 @@ def _run(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
     return prepared(x, bias).contiguous()  # as `_fake` promises: libraries may have padded N
 
 
-def _run_sums(q: Tensor, name: Tensor, n: int) -> Tensor:
+def _run_sums(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     prepared = _named(name)
-    dtype = prepared.problem.scheme.dtype
-    if q.device != prepared.device or q.dtype != dtype or not prepared.execution.for_sums:
+    wanted = prepared.problem
+    if x.device != prepared.device or x.dtype != wanted.dtype or not prepared.execution.for_sums:
         kind = "sums" if prepared.execution.for_sums else "whole linears"
-        raise UnsupportedError(f"a layer prepared for {kind} of {dtype} on {prepared.device} was given {q.dtype} on {q.device}")
-    return prepared.sums(q).contiguous()
+        raise UnsupportedError(f"a layer prepared for {kind} of {wanted.dtype} on {prepared.device} was given {x.dtype} on {x.device}")
+    y, scale = prepared.sums(x)
+    return y.contiguous(), scale
 
 
-def _sums_fake(q: Tensor, name: Tensor, n: int) -> Tensor:
-    return q.new_empty((q.shape[0], n), dtype=torch.bfloat16)
+def _sums_fake(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], n), dtype=torch.bfloat16), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
 def _fake(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
@@ -158,4 +153,4 @@ def _fake(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
 
 
 _linear_op = define("linear(Tensor x, Tensor name, Tensor? bias, SymInt n) -> Tensor", oracle=_run, cuda=_run, fake=_fake)
-_sums_op = define("sums(Tensor q, Tensor name, SymInt n) -> Tensor", oracle=_run_sums, cuda=_run_sums, fake=_sums_fake)
+_sums_op = define("sums(Tensor x, Tensor name, SymInt n) -> (Tensor, Tensor)", oracle=_run_sums, cuda=_run_sums, fake=_sums_fake)

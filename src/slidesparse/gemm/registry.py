@@ -39,8 +39,8 @@ class Backend(Protocol):
     themselves. ``refuses`` gives the reason why a problem, or a variant of it, cannot run, None if it can; ``variants`` names the ways
     to run ``m`` tokens, the likely fastest first; ``search`` those worth timing for the tokens at hand. ``prepare`` derives the
     resident tensors; ``run`` computes ``y [M, N]`` from ``x [M, K]``, quantising it itself where the scheme asks for it. Where
-    ``gives_sums`` says so of a variant, ``sums`` is its bare product for 8-bit schemes: from activations ``q [M, K]`` that were quantised
-    elsewhere to bfloat16 ``[M, N]``, to which neither scales nor bias have been applied.
+    ``gives_sums`` says so of a variant, ``sums`` leaves the epilogue to the caller (8-bit schemes): it quantises ``x`` and returns the
+    product in bfloat16 ``[M, N]``, to which neither scales nor bias have been applied, with the token scales ``[M, 1]``.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Backend(Protocol):
 
     def gives_sums(self, variant: str) -> bool: ...
 
-    def sums(self, problem: Problem, q: Tensor, resident: Mapping[str, Tensor], variant: str) -> Tensor: ...
+    def sums(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def named(name: str, problem: Problem, m: int, *, sums: bool = False) -> Choice:
     head, _, variant = name.partition(":")
     found = _found(head)
     if sums and variant and not found.gives_sums(variant):
-        raise UnsupportedError(f"backend {name} has no bare product: it applies scales itself")
+        raise UnsupportedError(f"backend {name} cannot leave its scales to the caller")
     return Choice(found, variant or _first(found, problem, m, sums))
 
 
@@ -150,7 +150,7 @@ def _first(backend: Backend, problem: Problem, m: int, sums: bool) -> str:
     for variant in backend.variants(problem, m):
         if not sums or backend.gives_sums(variant):
             return variant
-    raise UnsupportedError(f"backend {backend.name} has no bare product for outputs of {problem.dtype}")
+    raise UnsupportedError(f"backend {backend.name} cannot leave its scales to the caller for outputs of {problem.dtype}")
 
 
 def _found(name: str) -> Backend | None:

@@ -21,7 +21,7 @@ FEW_TOKENS = 64
 class Route:
     """One way: ``refuses(problem)`` says why it cannot run; ``run(problem, x, weight, scale, bias)`` takes ``[M, K]`` to ``[M, N]``.
 
-    ``sums(problem, q, weight)`` is the bare product of quantised activations ``[M, K]``, bfloat16 ``[M, N]``; None if it has none.
+    ``sums(problem, q, weight)`` is the bare product of quantised activations ``[M, K]``, bfloat16 ``[M, N]``; None if there is none.
     """
 
     refuses: Callable[[Problem], str | None]
@@ -69,7 +69,7 @@ class DenseRoutes:
         return tuple(name for name in names if name != "exact") or names
 
     def gives_sums(self, variant: str) -> bool:
-        """Whether the route has a bare product."""
+        """Whether the route can leave scales and bias to the caller."""
         return variant in _ROUTES and _ROUTES[variant].sums is not None
 
 
@@ -98,9 +98,10 @@ def run_route(name: str, problem: Problem, x: Tensor, weight: Tensor, scale: Ten
     return _ROUTES[name].run(problem, x, weight, scale, bias)
 
 
-def run_sums(name: str, problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
-    """The bare product of the route of that name."""
-    return _ROUTES[name].sums(problem, q, weight)
+def run_sums(name: str, problem: Problem, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise, and multiply by the route of that name: bfloat16 ``[M, N]``, and the token scales ``[M, 1]`` still to be applied."""
+    q, x_scale = ops.quantize(x, problem.scheme)
+    return _ROUTES[name].sums(problem, q, weight), x_scale
 
 
 def _native(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:

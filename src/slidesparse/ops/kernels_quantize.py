@@ -286,19 +286,3 @@ def lift_kernel(
         word = tile * WORDS + tl.arange(0, WORDS)
         value = _lifted(x, rows, word, m, k, slid, stride, GROUP, N, L, WINDOWS, OFFSET, LANES)
         _store_lifted(y, value, rows, word, m, width, LANES)
-
-
-@triton.jit(do_not_specialize=["m"])
-def lift_bytes_kernel(
-    x, y, m, k, width, stride, HOPPER: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, PAD_TILES: tl.constexpr,
-    ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, COALESCED: tl.constexpr,
-):  # fmt: skip
-    """x ``[m, k]`` of bytes → y ``[m, width]`` of words, one window each (n:l is 2:4, no offset): a program per chunk of its rows."""
-    begin(HOPPER)
-    y = y.to(tl.pointer_type(tl.int32), bitcast=True)
-    chunk = tl.program_id(0) % CHUNKS
-    rows = (tl.program_id(0) // CHUNKS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    parts = load_chunk(x, rows, chunk, m, k, stride, SPAN, PARTS)
-    _store_windows(y, parts[0], parts[len(parts) - 1], rows, chunk, m, k, width, SPAN, GROUP, COALESCED)
-    if chunk == CHUNKS - 1:
-        store_padding(y, rows, m, k, width, GROUP, ROWS, SPAN, CHUNKS, PAD_TILES)

@@ -70,30 +70,15 @@ def row_constants(
     ``fused`` is False under the interpreter, whose fused multiply-add rounds twice.
     """
     chunks = -(-(k if group else max(k, width)) // (8 * launch.span))
+    padding = 0
+    if group:
+        pairs = min(-(-k // group) * (group // 2), chunks * launch.span * 4)
+        padding = width // 4 - (pairs - pairs // (group // 2))
     return MappingProxyType({
         "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": fused, "HOPPER": hopper, "launch_pdl": hopper,
-        "GROUP": group, "PARTS": 2 if group not in (0, 8) else 1,
-        "PAD_TILES": _pad_tiles(k, width, group, chunks, launch.span) if group else 0,
+        "GROUP": group, "PARTS": 2 if group not in (0, 8) else 1, "PAD_TILES": -(-padding // launch.span),
         "ROWS": launch.rows, "SPAN": launch.span, "CHUNKS": chunks, "CACHED": chunks <= CACHED_CHUNKS,
         "COALESCED": launch.coalesced, "num_warps": launch.warps,
-    })  # fmt: skip
-
-
-def _pad_tiles(k: int, width: int, group: int, chunks: int, span: int) -> int:
-    """Tiles of ``span`` words that no chunk of a lifted row writes."""
-    pairs = min(-(-k // group) * (group // 2), chunks * span * 4)
-    return -(-(width // 4 - (pairs - pairs // (group // 2))) // span)
-
-
-@lru_cache(maxsize=4096)
-def byte_constants(k: int, width: int, group: int, hopper: bool) -> MappingProxyType[str, object]:
-    """Compile-time parameters of the lift of bytes: eight a thread and row, as many rows as keep loads in flight."""
-    span = min(128, max(2, 1 << max(-(-k // 8) - 1, 0).bit_length()))
-    chunks = -(-k // (8 * span))
-    return MappingProxyType({
-        "HOPPER": hopper, "launch_pdl": hopper, "GROUP": group, "PARTS": 1 if group == 8 else 2,
-        "PAD_TILES": _pad_tiles(k, width, group, chunks, span), "ROWS": 256 // span, "SPAN": span, "CHUNKS": chunks,
-        "COALESCED": True, "num_warps": 4,
     })  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from .. import reference
 from ..format import SCHEMES, Scheme
 from ..pattern import Pattern
 from . import launching
-from .launch import BOUNDS, Launch, byte_constants, gather_constants, is_hopper, row_constants, row_launch
+from .launch import BOUNDS, Launch, gather_constants, is_hopper, row_constants, row_launch
 from .library import define, runs_kernels
 
 _INPUTS = (torch.bfloat16, torch.float16, torch.float32)
@@ -218,13 +218,6 @@ def launch_lift(x: Tensor, pattern: Pattern, offset: int, width: int, rows: int 
         y.view(integer)[:m, k:] = 0
         return y
     x = in_rows(x)
-    if m and integer == torch.int8 and can_pair(pattern, offset, width):
-        constants = byte_constants(k, width, pattern.group, is_hopper(x.device))
-        programs = -(-m // constants["ROWS"]) * constants["CHUNKS"]
-        launching.launch(
-            kernels.lift_bytes_kernel, (programs,), (x.view(integer), y.view(integer), m, k, width // 4, x.stride(0)), constants
-        )
-        return y
     launch = launch or row_launch(m, k)
     if m:
         constants = gather_constants(launch, pattern, offset, width, is_hopper(x.device))

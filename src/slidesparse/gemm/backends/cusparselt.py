@@ -86,12 +86,11 @@ class CuSparseLt:
         """What is rounded to bfloat16 anyway."""
         return not variant.startswith(_EXACT)
 
-    def sums(self, problem: Problem, q: Tensor, resident: Mapping[str, Tensor], variant: str) -> Tensor:
-        """``[M, K]`` → ``[M, N]``, the activations lifted by a pass of their own if there is anything to move (not at 2:4)."""
-        rows, width = _padded(problem)
-        ready = problem.pattern.windows == 1 and width == problem.k and q.shape[0] % cusparselt.TOKENS == 0 and q.is_contiguous()
-        lifted = q if ready else ops.lift(q, problem.pattern, width=width, rows=cusparselt.TOKENS)
-        return cusparselt.sparse_mm(lifted, resident["compressed"], None, rows, torch.bfloat16, variant)[: q.shape[0], : problem.n]
+    def sums(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str) -> tuple[Tensor, Tensor]:
+        """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
+        q, x_scale = self._activations(problem, x)
+        sums = cusparselt.sparse_mm(q, resident["compressed"], None, _padded(problem)[0], torch.bfloat16, variant)
+        return sums[: x.shape[0], : problem.n], x_scale
 
     @staticmethod
     def _activations(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -28,6 +28,6 @@ class Dense(DenseRoutes):
         """``[M, K]`` → ``[M, N]``."""
         return run_route(variant, problem, x, resident["weight"], scale, bias)
 
-    def sums(self, problem: Problem, q: Tensor, resident: Mapping[str, Tensor], variant: str) -> Tensor:
-        """``[M, K]`` → ``[M, N]``."""
-        return run_sums(variant, problem, q, resident["weight"])
+    def sums(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str) -> tuple[Tensor, Tensor]:
+        """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
+        return run_sums(variant, problem, x, resident["weight"])

@@ -38,10 +38,11 @@ class Reference:
         """The oracle of the sums, too."""
         return True
 
-    def sums(self, problem: Problem, q: Tensor, resident: Mapping[str, Tensor], variant: str) -> Tensor:
-        """``[M, K]`` → ``[M, N]``."""
+    def sums(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str) -> tuple[Tensor, Tensor]:
+        """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
         weight = reference.restore(Weights.from_tensors(problem, resident).packed)
-        return (q.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.bfloat16)
+        q, x_scale = reference.quantize(x, problem.scheme)
+        return (q.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.bfloat16), x_scale
 
     def run(
         self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None, variant: str

@@ -28,6 +28,6 @@ class Restore(DenseRoutes):
         """``[M, K]`` → ``[M, N]``."""
         return run_route(variant, problem, x, dense_weights(problem, Weights.from_tensors(problem, resident)), scale, bias)
 
-    def sums(self, problem: Problem, q: Tensor, resident: Mapping[str, Tensor], variant: str) -> Tensor:
-        """``[M, K]`` → ``[M, N]``."""
-        return run_sums(variant, problem, q, dense_weights(problem, Weights.from_tensors(problem, resident)))
+    def sums(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str) -> tuple[Tensor, Tensor]:
+        """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
+        return run_sums(variant, problem, x, dense_weights(problem, Weights.from_tensors(problem, resident)))

@@ -1,34 +1,31 @@
 """vLLM's own dense linears: layers that no plan makes faster are given back to them, and their product takes part in plans.
 
 A layer that runs dense whatever the number of tokens is to vLLM what it would be in a dense checkpoint: the same kernels, and the same
-fusions of norm and activation with quantisation, which an op of ours would hide from vLLM's compiler. int8 activations it quantises by an
-op that nothing fuses with; where it compiles, they are quantised in the graph instead.
+fusions of norm and activation with quantisation, which an op of ours would hide from vLLM's compiler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 from vllm import _custom_ops
-from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassInt8ScaledMMLinearKernel
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8, CompressedTensorsW8A8Int8
 
 from ... import ops
-from ...format import SCHEMES, Scheme
-from ...gemm import Problem
+from ...format import Scheme
+from ...gemm import Execution, Problem, active_plan, key_of
 from ...gemm.numerics import int32_overflow
+from ...gemm.registry import refusal
 from ...gemm.routes import Route, add_route, ones
-from .graph import quantise_rows
 
 Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 """Runs a layer: ``(layer, x [M, K], bias [N] or None)`` → ``[M, N]``."""
 
 ROUTE = "cutlass"
-INT8 = SCHEMES["int8"]
 
 
 def can_give_back(scheme: Scheme, device: torch.device) -> bool:
@@ -36,11 +33,28 @@ def can_give_back(scheme: Scheme, device: torch.device) -> bool:
     return device.type == "cuda" and (scheme.name != "fp8" or ops.capability(device) >= (8, 9))
 
 
-def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | None, *, fused: bool = False) -> Apply:
-    """Make a layer on dense weights ``[N, K]`` and scales ``[N, 1]`` what vLLM makes of a dense checkpoint's.
+def why_give_back(execution: Execution, problem: Problem, captured: Sequence[int]) -> str | None:
+    """Why a layer had better be vLLM's own, None if it had not.
 
-    ``fused``: a compiler fuses what stands in the graph.
+    Beyond the numbers of tokens that vLLM captures in CUDA graphs, an op of ours costs the host up to 0.1 ms in every call, vLLM's own
+    a tenth of that: there a layer must run sparse for every number of tokens, or it is no gain. Where nobody timed vLLM's product, nobody
+    knows.
     """
+    steps, plan = execution.plan(problem), active_plan().plan
+    if all(choice.backend.layout == "dense" for _, choice in steps):
+        return "nothing was measured to be faster"
+    rival = f"dense:{ROUTE}"
+    if refusal(rival, problem) is None and (plan is None or rival not in plan.routes(key_of(problem))):
+        return "the plan has not timed them: run `slidesparse tune --vllm`"
+    largest = max(captured, default=0)
+    dense = [most for most, choice in steps if most > largest and choice.backend.layout == "dense"]
+    if dense:
+        return f"sparse does not pay for all numbers of tokens above {largest}, the most that is captured in a CUDA graph"
+    return None
+
+
+def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | None) -> Apply:
+    """Make a layer on dense weights ``[N, K]`` and scales ``[N, 1]`` what vLLM makes of a dense checkpoint's."""
     if not scheme.dynamic:
         method = UnquantizedLinearMethod()
         layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -59,15 +73,7 @@ def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | 
         )  # fmt: skip
     layer.weight, layer.weight_scale = nn.Parameter(weight, requires_grad=False), nn.Parameter(scale, requires_grad=False)
     stock.process_weights_after_loading(layer)
-    if fused and scheme.name == "int8" and isinstance(stock.kernel, CutlassInt8ScaledMMLinearKernel):
-        return _quantised_in_the_graph
     return stock.apply_weights
-
-
-def _quantised_in_the_graph(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    q, x_scale = quantise_rows(x.reshape(-1, x.shape[-1]), INT8)
-    y = _custom_ops.cutlass_scaled_mm(q, layer.weight, x_scale, layer.weight_scale, x.dtype, bias)
-    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _never_loaded(*arguments: object) -> None:

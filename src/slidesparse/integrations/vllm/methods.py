@@ -13,16 +13,17 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase, RowParallelLinear, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
 
+from ... import ops
 from ...errors import PatternError, UnsupportedError, WeightError
 from ...format import QUANT_METHOD, Packed, Scheme, packed_tensors
-from ...gemm import Execution, Weights
+from ...gemm import Execution, Problem, Weights
 from ...gemm.prepared import linear, prepare, warm
 from ...pack import Shard
 from ...quant import scheme_of_dtype
 from ..claims import Claims
 from ..rank_weights import blank, cut, made_up, pack
-from .dense import Apply, can_give_back, give_back
-from .graph import compiles, enter_cache_key, fused_linear
+from .dense import Apply, can_give_back, give_back, why_give_back
+from .graph import compiles, enter_cache_key, open_linear
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
 
@@ -78,8 +79,8 @@ class SlideSparseLinearMethod(LinearMethodBase):
         self.settings = Settings.current()
         self.stock: Apply | None = None
         """What runs the layer where vLLM does."""
-        self.fused = False
-        """Whether quantisation, scales and bias stand in the graph."""
+        self.opened = False
+        """Whether scales and bias stand in the graph."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., K]`` → ``[..., N]``."""
@@ -87,8 +88,8 @@ class SlideSparseLinearMethod(LinearMethodBase):
             return self.stock(layer, x, bias)
         if x.dim() != 2:
             return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], layer.slidesparse_outputs)
-        if self.fused:
-            return fused_linear(layer, x, bias, self.scheme)
+        if self.opened:
+            return open_linear(layer, x, bias)
         return linear(x, layer.slidesparse_name, bias, layer.slidesparse_outputs)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -106,30 +107,34 @@ class SlideSparseLinearMethod(LinearMethodBase):
         for name in ("weight", "weight_values", "weight_keep", "weight_scale"):
             if hasattr(layer, name):
                 delattr(layer, name)
+        config, device = get_current_vllm_config_or_none(), weights.packed.values.device
         bias = getattr(layer, "bias", None)
         if layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0):
             bias = None  # vLLM adds it elsewhere
-        kind, device = None if bias is None else bias.dtype, weights.packed.values.device
-        config = get_current_vllm_config_or_none()
-        fused = self.scheme.dynamic and layer.params_dtype == torch.bfloat16 and compiles()
-        fused = fused and enter_cache_key(config, self.layer, "sums")
-        execution = Execution(weights, memory=self.settings.memory, backend=self.settings.backend, sums=fused)
-        execution.prepare(layer.params_dtype, device, kind)
-        dense = execution.dense_weight if self.settings.backend is None and can_give_back(self.scheme, device) else None
-        if dense is not None and enter_cache_key(config, self.layer, "dense"):
-            columns = slice(margins[0], weights.k - margins[1])
-            self.stock = give_back(layer, self.scheme, dense[:, columns].contiguous(), weights.channel_scale, fused=fused)
-            _report(self.layer, weights, "vLLM's own dense kernels")
+        kind = None if bias is None else bias.dtype
+        opened = self.scheme.dynamic and layer.params_dtype == torch.bfloat16 and compiles(config)
+        opened = opened and enter_cache_key(config, self.layer, "sums")
+        execution = Execution(weights, memory=self.settings.memory, backend=self.settings.backend, sums=opened)
+        why = self._why_give_back(execution, execution.problem(layer.params_dtype, device, kind), device)
+        if why is not None and enter_cache_key(config, self.layer, "dense"):
+            dense = ops.restore(weights.packed)[:, margins[0] : weights.k - margins[1]]
+            self.stock = give_back(layer, self.scheme, dense.contiguous(), weights.channel_scale)
+            _report(self.layer, weights, f"vLLM's own dense kernels: {why}")
             return
-        self.fused = fused
+        self.opened = opened
         name = prepare(layer, execution, layer.params_dtype, device, kind, margins=margins)
         layer.register_buffer("slidesparse_name", name, persistent=False)
         layer.slidesparse_outputs = weights.packed.n
-        if fused:
+        if opened:
             layer.register_buffer("slidesparse_scale", weights.channel_scale.view(1, -1), persistent=False)
         _report(self.layer, weights, _told(execution))
         if device.type == "cuda":
             warm(name, self.settings.captured)
+
+    def _why_give_back(self, execution: Execution, problem: Problem, device: torch.device) -> str | None:
+        if self.settings.backend is not None or self.settings.memory != "fast" or not can_give_back(self.scheme, device):
+            return None
+        return why_give_back(execution, problem, self.settings.captured)
 
     def _weights(self, layer: nn.Module) -> tuple[Weights, tuple[int, int]]:
         raise NotImplementedError
