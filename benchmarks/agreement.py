@@ -57,22 +57,23 @@ def _best(step: dict) -> tuple[float, float]:
 
 
 def in_transformers(asked: dict) -> dict[str, list]:
-    """The same by transformers on one GPU."""
+    """The same by transformers on one GPU, or on a CPU, whose arithmetic is exact, where there is none."""
     import torch
 
-    model, tokenizer = slidesparse.load(asked["model"], device="cuda")
-    for module in model.modules():
-        if isinstance(module, slidesparse.SlideSparseLinear):
-            module.backend = asked["settings"].get("backend")
+    model, tokenizer = slidesparse.load(asked["model"])
+    if model.device.type == "cuda":
+        for module in model.modules():
+            if isinstance(module, slidesparse.SlideSparseLinear):
+                module.backend = asked["settings"].get("backend")
     ids = tokenizer.encode(Path(asked["text"]).read_text(encoding="utf-8"))
     logprobs, greedy = [], []
     with torch.inference_mode():
         for at in range(WINDOWS):
-            window = torch.tensor([ids[at * WINDOW : (at + 1) * WINDOW]], device="cuda")
+            window = torch.tensor([ids[at * WINDOW : (at + 1) * WINDOW]], device=model.device)
             found = model(window).logits[0, :-1].float().log_softmax(-1).gather(1, window[0, 1:, None])
             logprobs += found.view(-1).tolist()
         for prompt in PROMPTS:
-            start = tokenizer(prompt, return_tensors="pt").to("cuda")
+            start = tokenizer(prompt, return_tensors="pt").to(model.device)
             out = model.generate(
                 **start,
                 max_new_tokens=NEW_TOKENS,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from slidesparse import gemm
 from slidesparse.errors import CheckpointError
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Cell, Execution, Plan, Problem, active, execution, key_of
+from slidesparse.gemm import Cell, Execution, Plan, Problem, active, execution, key_of, routes
 from slidesparse.gemm.machine import Machine, kernels_hash
 from slidesparse.gemm.tuning import BUCKETS, Layer, merged_layers, rank_layers
 from slidesparse.measure import Timing
@@ -205,10 +205,16 @@ def test_ranks_hold_rows_or_columns_widened_where_a_group_is_cut():
     assert found == [replace(layer, n=32), replace(layer, k=1792), replace(layer, k=1824)]
 
 
-def test_the_shipped_plan_is_of_these_kernels():
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+def test_the_shipped_plan_is_of_these_kernels(gpu):
     """Whoever changes what linears run measures again, or takes the plan away: layers then run dense."""
-    plan = Plan.load(active._shipped("NVIDIA H200"))
-    assert plan.machine.gpu == "NVIDIA H200" and plan.machine.kernels == kernels_hash()
+    plan = Plan.load(active._shipped(gpu))
+    assert plan.machine.gpu == gpu and plan.machine.kernels == kernels_hash()
     for key, table in plan.cells.items():
         for m, measured in table.items():
             assert measured.best("dense") and measured.best("restore"), (key, m)
+
+
+def test_what_another_library_timed_is_told_apart():
+    timed = set(Plan.load(active._shipped("NVIDIA H100 80GB HBM3")).routes((37888, 3584, "6:8", "int8")))
+    assert {route for route in timed if not routes.is_known(route)} <= {"dense:cutlass", "restore:cutlass"} < timed

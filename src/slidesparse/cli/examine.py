@@ -23,11 +23,14 @@ def inspect(
     layers: Annotated[bool, typer.Option("--layers", help="List every layer instead of one line per kind.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Show instead who runs which layer, and from how many tokens it pays.")] = False,
     plan_file: Annotated[Path | None, typer.Option(help="Show this plan instead of the one in force.", show_default=False)] = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="With a plan: as vLLM runs it, its own kernels among the dense routes.")] = False,
     json: Json = False,
 ) -> None:
     """Pattern, scheme, per-layer shapes, bytes against dense, and what violates the pattern."""
     from ..checkpoint import inspect as api_inspect
 
+    if vllm:
+        tuning.offer_vllm()
     if plan or plan_file is not None:
         _inspect_plan(model, plan_file, json)
         return

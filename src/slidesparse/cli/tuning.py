@@ -65,7 +65,7 @@ def tune(
     if not torch.cuda.is_available():
         raise ValueError("tune measures on a GPU, and torch finds none here: see `slidesparse doctor`")
     if vllm:
-        _offer_vllm()
+        offer_vllm()
     with screen.progress("tuning", count=True) as progress:
         plan = api_tune(layers, out, ms=ms, again=again, progress=progress)
     path = out or user_plan_path()
@@ -76,7 +76,12 @@ def tune(
     screen.say(f"plan written to {path}")
 
 
-def _offer_vllm() -> None:
+def offer_vllm() -> None:
+    """Let vLLM's dense kernels take part.
+
+    Raises:
+        UnsupportedError: vLLM is not installed.
+    """
     from ..errors import UnsupportedError
 
     try:
@@ -92,7 +97,8 @@ def print_plan(plan: Plan, layers: list[Layer]) -> None:
 
     for layer in dict.fromkeys(layers):
         key = key_of(layer.problem)
-        first = plan.pays_from(key)
+        elsewhere = _elsewhere(plan, layer)
+        first = plan.pays_from(key, elsewhere)
         verdict = "not measured: dense runs" if key not in plan.cells else "dense runs" if first is None else f"pays from M = {first}"
         screen.out.print(f"[bold]{layer.n} × {layer.k}[/]  {layer.pattern} {layer.scheme.name}: {verdict}")
         rows = plan_rows(plan, [layer])
@@ -109,6 +115,17 @@ def print_plan(plan: Plan, layers: list[Layer]) -> None:
                     cells.append("-" if row[f"{part}_us"] is None else f"{row['dense_us'] / row[f'{part}_us']:.2f}×")
             table.add_row(*cells)
         screen.out.print(table)
+        if elsewhere:
+            names = escape(", ".join(sorted(elsewhere)))
+            screen.out.print(f"also timed, but not to be had here without --vllm: {names}", style="dim")
+
+
+def _elsewhere(plan: Plan, layer: Layer) -> set[str]:
+    """Routes of other libraries that the plan has timed and this process does not have."""
+    from ..gemm import key_of
+    from ..gemm.routes import is_known
+
+    return {route for route in plan.routes(key_of(layer.problem)) if not is_known(route)}
 
 
 def plan_rows(plan: Plan, layers: list[Layer]) -> list[dict]:
@@ -117,12 +134,13 @@ def plan_rows(plan: Plan, layers: list[Layer]) -> list[dict]:
 
     rows = []
     for layer in dict.fromkeys(layers):
-        table = plan.cells.get(key_of(layer.problem), {})
+        table, elsewhere = plan.cells.get(key_of(layer.problem), {}), _elsewhere(plan, layer)
         for m in sorted(table):
             cell = table[m]
             others = [name for name in cell.timings if name.partition(":")[0] not in ("dense", "restore")]
             other = min(others, key=lambda name: cell.timings[name].p50, default=None)
-            picked = {"dense": cell.best("dense"), "fast": cell.pick("fast"), "other": other, "lean": cell.pick("lean")}
+            picked = {memory: cell.pick(memory, elsewhere) for memory in ("fast", "lean")}
+            picked |= {"dense": cell.best("dense", elsewhere), "other": other}
             row = {"n": layer.n, "k": layer.k, "pattern": str(layer.pattern), "scheme": layer.scheme.name, "m": m}
             for part, name in picked.items():
                 row |= {part: name, f"{part}_us": None if name is None else cell.timings[name].p50}

@@ -106,11 +106,11 @@ class Plan:
             return high
         return above.best("dense" if memory == "fast" else "restore", without, sums=sums)
 
-    def pays_from(self, key: Key) -> int | None:
+    def pays_from(self, key: Key, without: Collection[str] = ()) -> int | None:
         """The fewest measured tokens from which every larger measured number runs on another backend than dense; None if none does."""
         first = None
         for m in sorted(self.cells.get(key, {}), reverse=True):
-            if _backend(self.cells[key][m].pick("fast")) in (None, "dense"):
+            if _backend(self.cells[key][m].pick("fast", without)) in (None, "dense"):
                 break
             first = m
         return first

@@ -52,6 +52,12 @@ def add_route(name: str, route: Route) -> None:
     _ROUTES[name] = route
 
 
+def is_known(route: str) -> bool:
+    """Whether ``backend:variant`` exists in this process; a plan may have timed another library's product."""
+    backend, _, variant = route.partition(":")
+    return backend not in ("dense", "restore") or variant in _ROUTES
+
+
 class DenseRoutes:
     """What backends on dense weights have in common: their variants are the routes."""
 
