@@ -3,7 +3,8 @@
     python benchmarks/agreement.py DENSE_MODEL TEXT.txt WORKDIR OUT.csv COMMIT [--schemes int8] [--patterns 6:8] [--ranks 1 2]
 
 Packed layers are made to run on sparse tensor cores (``backend: cusparselt``), whatever a plan would choose. Beside them stands what stock
-vLLM does with the dense twin, the same weights and scheme, in the same comparison. Log-probabilities are those of the text's own tokens.
+vLLM does with the dense twin, the same weights and scheme, in the same comparison, and what float32 in place of bfloat16 does around the
+layers in transformers: 8-bit activations round anew after every change. Log-probabilities are those of the text's own tokens.
 Two greedy texts part where the first token differs; what counts there is how close the first run's two best tokens were.
 """
 
@@ -60,7 +61,7 @@ def in_transformers(asked: dict) -> dict[str, list]:
     """The same by transformers on one GPU, or on a CPU, whose arithmetic is exact, where there is none."""
     import torch
 
-    model, tokenizer = slidesparse.load(asked["model"])
+    model, tokenizer = slidesparse.load(asked["model"], dtype=asked.get("dtype", "auto"))
     if model.device.type == "cuda":
         for module in model.modules():
             if isinstance(module, slidesparse.SlideSparseLinear):
@@ -154,8 +155,11 @@ def compare(arguments: argparse.Namespace, scheme: str, pattern: str, record: Ca
         if form == "packed":
             other = asked | {"engine": "transformers", "ranks": 1}
             runs["packed transformers"] = measured(f"{stem}-transformers", other, arguments.folder)
+            wide = other | {"dtype": "float32", "settings": {}}
+            runs["packed transformers float32"] = measured(f"{stem}-transformers-float32", wide, arguments.folder)
     pairs = [(f"{form} vLLM TP {first}", f"{form} vLLM TP {ranks}") for ranks in arguments.ranks[1:] for form in ("packed", "dense")]
-    pairs += [(f"packed vLLM TP {first}", "packed transformers"), (f"packed vLLM TP {first}", f"dense vLLM TP {first}")]
+    pairs += [(f"packed vLLM TP {first}", other) for other in ("packed transformers", f"dense vLLM TP {first}")]
+    pairs.append(("packed transformers", "packed transformers float32"))
     for one, other in pairs:
         row = {"model": arguments.dense.name, "scheme": scheme, "pattern": pattern, "one": one, "other": other}
         row |= apart(runs[one], runs[other])
