@@ -65,16 +65,18 @@ def correct(op: Op, oracle: Op, x: torch.Tensor) -> bool:
 
 def cells(m: int, k: int, scheme: Scheme, rate: float) -> Iterator[dict[str, object]]:
     inputs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in range(measure.slots(2 * m * k))]
-    variants, info = {}, {}
+    variants, floors = {}, {}
     for method, text, op, oracle in methods(scheme):
-        traffic = sum(t.numel() * t.element_size() for t in (inputs[0], *tensors(op(inputs[0]))))
-        info[method, text] = traffic / rate, correct(op, oracle, inputs[0])
+        if not correct(op, oracle, inputs[0]):
+            print(f"{method} {text} {scheme.name}, M = {m}, K = {k}: not correct, dropped")
+            continue
+        floors[method, text] = sum(t.numel() * t.element_size() for t in (inputs[0], *tensors(op(inputs[0])))) / rate
         variants[method, text] = [lambda x=x, op=op: op(x) for x in inputs]
     for (method, text), timing in measure.interleaved(variants, rounds=11).items():
-        floor, good = info[method, text]
+        floor = floors[method, text]
         row = {"m": m, "k": k, "pattern": text, "in_dtype": "bf16", "out_dtype": scheme.name, "method": method}
         row |= {"us_p50": f"{timing.p50:.2f}", "us_p20": f"{timing.p20:.2f}", "us_p80": f"{timing.p80:.2f}"}
-        yield row | {"floor_us": f"{floor:.2f}", "of_floor": f"{floor / timing.p50:.3f}", "correct": good}
+        yield row | {"floor_us": f"{floor:.2f}", "of_floor": f"{floor / timing.p50:.3f}", "correct": True}
 
 
 def norm_ops(pattern: Pattern, scheme: Scheme) -> dict[str, Callable[[Inputs], Inputs]]:
@@ -121,12 +123,15 @@ def fused_cells(m: int, scheme: Scheme, rate: float) -> Iterator[dict[str, objec
         expected, got = methods.pop("")(inputs[0]), next(iter(methods.values()))(inputs[0])
         # Sums of squares and exponentials may differ in a last place, and with it a rounding or a row's scale.
         same = [(a.view(torch.int8) == b.view(torch.int8)).float().mean().item() for a, b in zip(got, expected, strict=True)]
+        if min(same) <= 0.99:
+            print(f"{next(iter(methods))} {scheme.name}, M = {m}, K = {k}: not correct, dropped")
+            continue
         floor = sum(t.numel() * t.element_size() for t in (*inputs[0], *got)) / rate
         variants = {name: [lambda given=given, op=op: op(given) for given in inputs] for name, op in methods.items()}
         for name, timing in measure.interleaved(variants, rounds=11).items():
             row = {"m": m, "k": k, "pattern": str(pattern), "in_dtype": "bf16", "out_dtype": scheme.name, "method": name}
             row |= {"us_p50": f"{timing.p50:.2f}", "us_p20": f"{timing.p20:.2f}", "us_p80": f"{timing.p80:.2f}"}
-            yield row | {"floor_us": f"{floor:.2f}", "of_floor": f"{floor / timing.p50:.3f}", "correct": min(same) > 0.99}
+            yield row | {"floor_us": f"{floor:.2f}", "of_floor": f"{floor / timing.p50:.3f}", "correct": True}
 
 
 def main(out: str, commit: str) -> None:
