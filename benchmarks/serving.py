@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--prefill", nargs="*", type=int, default=PREFILL)
     parser.add_argument("--decode", nargs="*", type=int, default=DECODE)
     parser.add_argument("--settings", type=json.loads, default={}, help="additional_config.slidesparse of the packed engine")
+    parser.add_argument("--how", default="as the plan has it", help="what the rows of the packed engine are called")
     parser.add_argument("--eager", action="store_true", help="without compilation and CUDA graphs, to try the script")
     arguments = parser.parse_args()
     with records(arguments.out, arguments.commit) as record:
@@ -166,19 +167,14 @@ def main() -> None:
                 for point in found["points"]:
                     key = point["phase"], point["tokens"]
                     base.setdefault(key, point["seconds"])
+                    parts = point.get("shares", {})
                     row = {
-                        "model": arguments.model,
-                        "scheme": scheme,
-                        "pattern": pattern,
-                        "served": form,
-                        "phase": key[0],
-                        "tokens": key[1],
-                    }
-                    row |= {"ms": f"{point['seconds'] * 1e3:.3f}", "tokens_per_s": f"{key[1] / point['seconds']:.0f}"}
-                    row |= {"x_dense": f"{base[key] / point['seconds']:.3f}", "model_gb": f"{found['gb']:.2f}"}
-                    row |= {
-                        kind: f"{point.get('shares', {}).get(kind, float('nan')):.3f}" for kind in ("linear", "head", "attention", "other")
-                    }
+                        "model": arguments.model, "scheme": scheme, "pattern": pattern, "served": form,
+                        "how": "vLLM alone" if form == "dense" else arguments.how, "phase": key[0], "tokens": key[1],
+                        "ms": f"{point['seconds'] * 1e3:.3f}", "tokens_per_s": f"{key[1] / point['seconds']:.0f}",
+                        "x_dense": f"{base[key] / point['seconds']:.3f}", "model_gb": f"{found['gb']:.2f}",
+                        **{kind: f"{parts[kind]:.3f}" if kind in parts else "" for kind in ("linear", "head", "attention", "other")},
+                    }  # fmt: skip
                     record(row)
                     print(*row.values(), flush=True)
 

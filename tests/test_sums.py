@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from slidesparse import prune, reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Execution, Weights, prepared
+from slidesparse.gemm import Execution, Weights, prepared, registry
 from slidesparse.pack import Shard, pack
 from slidesparse.pattern import Pattern
 from slidesparse.quant import quantize_weight
@@ -115,7 +115,20 @@ def test_sums_are_captured(backend: str) -> None:
     check(found, fresh, dense, "int8")
 
 
-def test_a_route_that_applies_scales_itself_is_refused() -> None:
-    weights, _ = made(32, 64, "int8")
-    with pytest.raises(UnsupportedError, match="cublaslt cannot run"):
-        ready(weights, "dense:cublaslt", "cpu")
+@pytest.mark.parametrize(
+    ("route", "gives"), [("dense:cublaslt", False), ("dense:triton", True), ("cusparselt:exact", False), ("cusparselt:", True)]
+)
+def test_a_route_that_applies_scales_itself_is_refused(route: str, gives: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in registry.backends():
+        monkeypatch.setattr(type(backend), "refuses", lambda *_: None)
+    problem = made(32, 64, "int8")[0].problem(DTYPE, torch.device("cuda"), None)
+    assert registry.refusal(route, problem) is None
+    assert (registry.refusal(route, problem, sums=True) is None) == gives
+    if not gives:
+        with pytest.raises(UnsupportedError, match="cannot leave scales"):
+            registry.named(route, problem, 16, sums=True)
+
+
+def test_sums_of_a_layer_that_is_not_ready_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="prepare the layer"):
+        Execution(made(32, 64, "int8")[0], sums=True).sums(tokens(3, 64))

@@ -9,7 +9,7 @@ import torch
 
 from slidesparse.errors import CheckpointError, UnsupportedError
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Plan, Problem, active, key_of, register, registry, tuning
+from slidesparse.gemm import Plan, Problem, active, key_of, register, registry, routes, tuning
 from slidesparse.gemm.backends.dense import Dense
 from slidesparse.gemm.machine import Machine, kernels_hash
 from slidesparse.measure import Timing
@@ -59,6 +59,21 @@ def test_every_cell_is_checked_timed_saved_and_not_measured_twice(bench, tmp_pat
     assert len(bench) == 10
     tuning.tune(wanted[:1], path, ms=(1,), again=True)
     assert len(bench) == 12
+
+
+def test_cells_without_a_dense_route_that_there_is_now_or_without_sums_are_measured_again(bench, tmp_path, monkeypatch):
+    path, (layer,) = tmp_path / "plan.json", layers("6:8 int8")
+    plan = tuning.tune([layer], path, ms=(1,))
+    assert not tuning._lacks(plan, layer, 1) and tuning._lacks(plan, layer, 2)
+    cell = plan.cells[key_of(layer.problem)][1]
+    monkeypatch.setitem(routes._ROUTES, "other", routes.Route(lambda problem: None, routes._ROUTES["exact"].run))
+    assert tuning._lacks(plan, layer, 1)
+    assert "dense:other" in tuning.tune([layer], path, ms=(1,)).cells[key_of(layer.problem)][1].timings
+    monkeypatch.delitem(routes._ROUTES, "other")
+    cell.sums = {}
+    assert tuning._lacks(plan, layer, 1)
+    cell.dropped = {"sums of dense:exact": "no memory"}
+    assert not tuning._lacks(plan, layer, 1)
 
 
 def test_cells_that_another_process_measured_meanwhile_stay(bench, tmp_path):

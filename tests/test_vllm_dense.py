@@ -83,38 +83,70 @@ def test_vllms_route_says_why_it_cannot_run(n, k, scheme, dtype, device, bias, t
     assert told in refusal(f"dense:{dense.ROUTE}", problem)
 
 
-def measured(sparse_from: int, *routes: str) -> Plan:
-    """A plan in which a sparse route wins from so many tokens on."""
+def measured(sparse_from: int, *routes: str, families: tuple[str, ...] = ("whole", "sums")) -> Plan:
+    """A plan in which a sparse route wins from so many tokens on, in whole linears, without their epilogue, or both."""
     plan = Plan(Machine("A card", "580", "13.0", "2.11.0", "3.6.0", "0.8.0", kernels_hash()))
     quick, slow = Timing(1.0, 0.9, 1.1), Timing(9.0, 8.0, 10.0)
     for m in (1, 16, 256, 1024, 4096):
         dense = dict.fromkeys(routes, slow if m >= sparse_from else quick)
-        plan.add((256, 512, "6:8", "int8"), Cell(m, dense | {"cusparselt:": quick if m >= sparse_from else slow}))
+        sparse_wins = dense | {"cusparselt:": quick if m >= sparse_from else slow}
+        dense_wins = dict.fromkeys(routes, quick) | {"cusparselt:": slow}
+        whole, sums = (sparse_wins if family in families else dense_wins for family in ("whole", "sums"))
+        plan.add((256, 512, "6:8", "int8"), Cell(m, whole, {}, sums if "sums" in families else {}))
     return plan
 
 
+BOTH = ("dense:triton", "dense:cutlass")
+
+
+@pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize(
-    ("sparse_from", "routes", "captured", "told"),
+    ("plan", "captured", "told"),
     [
-        (256, ("dense:triton", "dense:cutlass"), (8, 512), None),
-        (1024, ("dense:triton", "dense:cutlass"), (8, 512), "above 512"),
-        (256, ("dense:triton", "dense:cutlass"), (), "above 0"),
-        (1, ("dense:triton", "dense:cutlass"), (), None),
-        (9999, ("dense:triton", "dense:cutlass"), (8, 512), "nothing was measured"),
-        (256, ("dense:triton",), (8, 512), "tune --vllm"),
+        (measured(256, *BOTH), (8, 512), None),
+        (measured(1024, *BOTH), (8, 512), "above 512"),
+        (measured(256, *BOTH), (), "above 0"),
+        (measured(1, *BOTH), (), None),
+        (measured(9999, *BOTH), (8, 512), "measured to be faster"),
+        (measured(256, "dense:triton"), (8, 512), "not compared them"),
+        (Plan(measured(1).machine), (8, 512), "nothing was measured: run"),
     ],
 )
-def test_layers_are_ours_where_that_is_sure_to_pay(sparse_from, routes, captured, told, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_ours_where_that_is_sure_to_pay(plan, captured, told, sums, monkeypatch: pytest.MonkeyPatch) -> None:
+    why = decided(plan, captured, sums, monkeypatch)
+    assert why is None if told is None else told in why
+
+
+@pytest.mark.parametrize(
+    ("family", "sums", "told"),
+    [("whole", False, None), ("whole", True, "not compared them"), ("sums", True, None), ("sums", False, "measured to be faster")],
+)
+def test_what_decides_is_what_will_run(family: str, sums: bool, told: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    why = decided(measured(256, *BOTH, families=(family,)), (8, 512), sums, monkeypatch)
+    assert why is None if told is None else told in why
+
+
+def decided(plan: Plan, captured: tuple[int, ...], sums: bool, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """Why the layer is given back, all routes being there."""
     for module in (execution, registry, dense):
-        monkeypatch.setattr(module, "refusal", lambda name, problem: None)
+        monkeypatch.setattr(module, "refusal", lambda name, problem, sums=False: None)
     problem = Problem(256, 512, PATTERN, SCHEMES["int8"], "cuda", DTYPE)
     weight, scale = weights(256, 512, "int8")
-    use_plan(measured(sparse_from, *routes))
+    use_plan(plan)
     try:
-        why = dense.why_give_back(Execution(Weights(pack(weight, PATTERN), SCHEMES["int8"], scale)), problem, captured)
+        return dense.why_give_back(Execution(Weights(pack(weight, PATTERN), SCHEMES["int8"], scale), sums=sums), problem, captured)
     finally:
         use_plan(None)
-    assert why is None if told is None else told in why
+
+
+@pytest.mark.parametrize(
+    ("scheme", "card", "can"),
+    [("int8", (8, 6), True), ("int8", (10, 0), False), ("fp8", (8, 6), False), ("fp8", (10, 0), True), ("bf16", (12, 0), True)],
+)
+def test_only_what_vllm_multiplies_on_the_card_is_given_back(scheme, card, can, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense.ops, "capability", lambda: card)
+    assert dense.can_give_back(SCHEMES[scheme], torch.device("cuda")) == can
+    assert not dense.can_give_back(SCHEMES[scheme], torch.device("cpu"))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def test_ranks_compute_the_oracles_numbers(form: str, name: str, pattern: str, k
     ragged = {"in_features": {"a.down_proj": k}} if form == "packed" else {}
     for number in range(size):
         rank(number, size)
-        layer = layers.RowParallelLinear(k, 8, bias=True, quant_config=config_of(form, name, pattern, **ragged), prefix="a.down_proj")
+        config = config_of(form, name, pattern, **ragged)
+        layer = layers.RowParallelLinear(k, 8, bias=True, quant_config=config, prefix="a.down_proj")
+        layer.reduce_results = False  # vLLM refuses that with a bias, which is to be tested on the first rank
         load(layer, {None: one}, form)
         assert layer.quant_method.opened
         columns, bias = slice(number * k // size, (number + 1) * k // size), layer.bias if number == 0 else None
@@ -67,14 +70,35 @@ def test_one_graph_and_one_op_whatever_the_number_of_tokens(compiled: None) -> N
 def test_vllms_compile_cache_tells_graphs_apart(tmp_path: Path, rank: Callable) -> None:
     config = model_config(tmp_path)
     users = config.additional_config = {"slidesparse": {"memory": "fast"}}
-    hashes = [config.compute_hash()]
+    inner = dataclasses.replace(config)
+    hashes = {(config.compute_hash(), inner.compute_hash())}
     for name, how in (("m.up_proj", "sums"), ("m.down_proj", "sums"), ("m.down_proj", "dense")):
-        assert graph.enter_cache_key(config, name, how)
-        hashes.append(config.compute_hash())
-    assert len(set(hashes)) == 4 and users == {"slidesparse": {"memory": "fast"}}
-    assert graph.enter_cache_key(config, "m.up_proj", "sums") and config.compute_hash() == hashes[-1]
+        assert graph.enter_cache_key((inner, config), name, how)
+        hashes.add((config.compute_hash(), inner.compute_hash()))
+    assert len(hashes) == len({outer for outer, _ in hashes}) == len({own for _, own in hashes}) == 4
+    assert users == {"slidesparse": {"memory": "fast"}}
+    assert graph.enter_cache_key((config, None), "m.up_proj", "sums") and (config.compute_hash(), inner.compute_hash()) in hashes
     config.additional_config = type("Own", (), {"compute_hash": lambda self: "own"})()
-    assert not graph.enter_cache_key(config, "m.up_proj", "sums") and graph.enter_cache_key(None, "m.up_proj", "sums")
+    assert not graph.enter_cache_key((config,), "m.up_proj", "sums") and graph.enter_cache_key((None,), "m.up_proj", "sums")
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "backend", "gives", "opened"),
+    [
+        (layers.ColumnParallelLinear, 2, None, True, True),
+        (layers.RowParallelLinear, 1, None, True, True),
+        (layers.RowParallelLinear, 2, None, True, False),  # ranks are summed before anything could fuse
+        (layers.ColumnParallelLinear, 1, "dense:exact", True, True),
+        (layers.ColumnParallelLinear, 1, "dense:exact", False, False),
+    ],
+)
+def test_what_stays_in_the_op(kind, size, backend, gives, opened, rank: Callable, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank(0, size)
+    monkeypatch.setattr(methods.Settings, "current", classmethod(lambda cls: methods.Settings(backend=backend)))
+    monkeypatch.setattr(methods, "refusal", lambda name, problem, sums: None if gives else "it applies them itself")
+    layer = kind(64, 16, bias=False, quant_config=config_of("packed", "int8"), prefix="m.up_proj")
+    load(layer, {None: part(16, 64, SCHEMES["int8"])}, "packed")
+    assert layer.quant_method.opened == opened
 
 
 def test_only_where_vllm_compiles(tmp_path: Path, rank: Callable) -> None:

@@ -23,17 +23,19 @@ def inspect(
     layers: Annotated[bool, typer.Option("--layers", help="List every layer instead of one line per kind.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Show instead who runs which layer, and from how many tokens it pays.")] = False,
     plan_file: Annotated[Path | None, typer.Option(help="Show this plan instead of the one in force.", show_default=False)] = None,
-    vllm: Annotated[bool, typer.Option("--vllm", help="With a plan: as vLLM runs it, its own kernels among the dense routes.")] = False,
+    vllm: Annotated[bool, typer.Option("--vllm", help="With a plan: 8-bit layers as vLLM compiles them, its kernels as rivals.")] = False,
     json: Json = False,
 ) -> None:
     """Pattern, scheme, per-layer shapes, bytes against dense, and what violates the pattern."""
     from ..checkpoint import inspect as api_inspect
 
-    if vllm:
-        tuning.offer_vllm()
     if plan or plan_file is not None:
-        _inspect_plan(model, plan_file, json)
+        if vllm:
+            tuning.offer_vllm()
+        _inspect_plan(model, plan_file, vllm, json)
         return
+    if vllm:
+        raise typer.BadParameter("--vllm goes with --plan or --plan-file")
     with screen.progress("inspecting") as progress:
         found = api_inspect(model, scan=not quick, progress=progress)
     if json:
@@ -52,7 +54,7 @@ def inspect(
         raise typer.Exit(3)
 
 
-def _inspect_plan(model: Path, file: Path | None, json: bool) -> None:
+def _inspect_plan(model: Path, file: Path | None, vllm: bool, json: bool) -> None:
     from ..gemm import Plan, active_plan
 
     if file is None:
@@ -60,9 +62,10 @@ def _inspect_plan(model: Path, file: Path | None, json: bool) -> None:
         plan, sources = active.plan, active.sources
     else:
         plan, sources = Plan.load(file), (str(file),)
-    layers = tuning.distinct(tuning.model_layers(model, None, None), merged=True)
+    found = tuning.model_layers(model, None, None)
+    layers = tuning.served(found, 1) if vllm else tuning.distinct(found, merged=True)
     if json:
-        screen.print_json({"sources": sources, "layers": [] if plan is None else tuning.plan_rows(plan, layers)})
+        screen.print_json({"sources": sources, "layers": [] if plan is None else tuning.plan_rows(plan, layers, vllm)})
         return
     for source in sources:
         screen.say(source)
@@ -70,7 +73,7 @@ def _inspect_plan(model: Path, file: Path | None, json: bool) -> None:
         screen.say("nothing measured is in force here: dense runs; name a plan with --plan-file, or run `slidesparse tune` on a GPU")
     else:
         screen.say(f"measured on {plan.machine.gpu}, {plan.date}")
-        tuning.print_plan(plan, layers)
+        tuning.print_plan(plan, layers, vllm)
 
 
 def _layer_table(rows: list, every: bool) -> Table:

@@ -70,9 +70,9 @@ def tune(
         plan = api_tune(layers, out, ms=ms, again=again, progress=progress)
     path = out or user_plan_path()
     if json:
-        screen.print_json({"plan": path, "layers": plan_rows(plan, layers)})
+        screen.print_json({"plan": path, "layers": plan_rows(plan, layers, vllm)})
         return
-    print_plan(plan, layers)
+    print_plan(plan, layers, vllm)
     screen.say(f"plan written to {path}")
 
 
@@ -91,17 +91,17 @@ def offer_vllm() -> None:
     register()
 
 
-def print_plan(plan: Plan, layers: list[Layer]) -> None:
-    """A table per layer shape: who runs how many tokens, against the best dense route."""
+def print_plan(plan: Plan, layers: list[Layer], vllm: bool = False) -> None:
+    """A table per layer shape: who runs how many tokens, against the best dense route; see `plan_rows`."""
     from ..gemm import key_of
 
     for layer in dict.fromkeys(layers):
         key = key_of(layer.problem)
         elsewhere = _elsewhere(plan, layer)
-        first = plan.pays_from(key, elsewhere)
+        first = plan.pays_from(key, elsewhere, sums=vllm and layer.scheme.dynamic)
         verdict = "not measured: dense runs" if key not in plan.cells else "dense runs" if first is None else f"pays from M = {first}"
         screen.out.print(f"[bold]{layer.n} × {layer.k}[/]  {layer.pattern} {layer.scheme.name}: {verdict}")
-        rows = plan_rows(plan, [layer])
+        rows = plan_rows(plan, [layer], vllm)
         if not rows:
             continue
         table = Table(box=None, header_style="bold")
@@ -128,22 +128,26 @@ def _elsewhere(plan: Plan, layer: Layer) -> set[str]:
     return {route for route in plan.routes(key_of(layer.problem)) if not is_known(route)}
 
 
-def plan_rows(plan: Plan, layers: list[Layer]) -> list[dict]:
-    """What `print_plan` shows, one entry per layer shape and number of tokens; ``other`` is the best route that is not dense."""
+def plan_rows(plan: Plan, layers: list[Layer], vllm: bool = False) -> list[dict]:
+    """What `print_plan` shows, one entry per layer shape and number of tokens; ``other`` is the best route that is not dense.
+
+    Whole linears; with ``vllm`` 8-bit layers without scales and bias, which its compiler fuses into what follows.
+    """
     from ..gemm import key_of
 
     rows = []
     for layer in dict.fromkeys(layers):
         table, elsewhere = plan.cells.get(key_of(layer.problem), {}), _elsewhere(plan, layer)
         for m in sorted(table):
-            cell = table[m]
-            others = [name for name in cell.timings if name.partition(":")[0] not in ("dense", "restore")]
-            other = min(others, key=lambda name: cell.timings[name].p50, default=None)
-            picked = {memory: cell.pick(memory, elsewhere) for memory in ("fast", "lean")}
-            picked |= {"dense": cell.best("dense", elsewhere), "other": other}
+            cell, sums = table[m], vllm and layer.scheme.dynamic
+            times = cell.sums if sums else cell.timings
+            others = [name for name in times if name.partition(":")[0] not in ("dense", "restore")]
+            other = min(others, key=lambda name: times[name].p50, default=None)
+            picked = {memory: cell.pick(memory, elsewhere, sums=sums) for memory in ("fast", "lean")}
+            picked |= {"dense": cell.best("dense", elsewhere, sums=sums), "other": other}
             row = {"n": layer.n, "k": layer.k, "pattern": str(layer.pattern), "scheme": layer.scheme.name, "m": m}
             for part, name in picked.items():
-                row |= {part: name, f"{part}_us": None if name is None else cell.timings[name].p50}
+                row |= {part: name, f"{part}_us": None if name is None else times[name].p50}
             rows.append(row)
     return [row for row in rows if row["dense_us"] is not None]
 

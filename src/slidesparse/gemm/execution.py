@@ -63,11 +63,6 @@ class Execution:
         self.weights, self.memory, self.backend, self.for_sums = weights, memory, backend, sums
         self._ready: Ready | None = None
 
-    def problem(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None) -> Problem:
-        """The problem that activations and a bias of these types pose."""
-        packed = self.weights.packed
-        return Problem(packed.n, self.weights.k, packed.pattern, self.weights.scheme, device.type, dtype, bias)
-
     @property
     def resident_bytes(self) -> int:
         """Bytes of the resident copies, the stored tensors not counted."""
@@ -111,11 +106,17 @@ class Execution:
     def sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x [M, K]`` → bfloat16 ``[M, N]``, to which neither scales nor bias have been applied, and its token scales ``[M, 1]``.
 
-        The layer must have been prepared.
+        Raises:
+            UnsupportedError: the layer was not prepared.
         """
         ready, m = self._ready, x.shape[0]
+        if ready is None:
+            raise UnsupportedError("prepare the layer before asking for its sums")
         if m == 0:
             return x.new_empty((0, ready.problem.n), dtype=torch.bfloat16), x.new_empty((0, 1), dtype=torch.float32)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.sums(x)
         choice = ready.choice(m)
         return choice.backend.sums(ready.problem, x, ready.resident[choice.backend.layout], choice.variant)
 
@@ -131,12 +132,12 @@ class Execution:
         Raises:
             UnsupportedError: as a call.
         """
-        problem = self.problem(dtype, device, bias)
+        problem = self.weights.problem(dtype, device, bias)
         if self._ready is not None and (self._ready.problem, self._ready.device) == (problem, device):
             return self._ready
         refuse_capture()
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            steps = self.plan(problem)
+            steps = self.planned_steps(problem)
             resident: dict[str, Mapping[str, Tensor]] = {}
             weights = _moved(self.weights, device)
             # Outside inference mode: the copies outlive the call that happens to make them.
@@ -160,7 +161,7 @@ class Execution:
         self.weights = replace(self.weights, packed=stored)
         return self.weights
 
-    def plan(self, problem: Problem) -> tuple[tuple[int, Choice], ...]:
+    def planned_steps(self, problem: Problem) -> tuple[tuple[int, Choice], ...]:
         """Who would run the problem: pairs (most tokens, choice) in rising order; nothing is made ready.
 
         Raises:

@@ -90,6 +90,11 @@ class Plan:
         """Every route that was timed for a layer."""
         return sorted({name for cell in self.cells.get(key, {}).values() for name in cell.timings | cell.sums})
 
+    def compares(self, key: Key, route: str, *, sums: bool = False) -> bool:
+        """Whether a route was timed wherever the layer was."""
+        found = [times for cell in self.cells.get(key, {}).values() if (times := cell.sums if sums else cell.timings)]
+        return bool(found) and all(route in times for times in found)
+
     def route(self, key: Key, m: int, memory: str, without: Collection[str] = (), *, sums: bool = False) -> str | None:
         """The route for ``m`` tokens, ``without`` those that cannot run here; None for a layer that was not measured."""
         table = self.cells.get(key)
@@ -106,11 +111,11 @@ class Plan:
             return high
         return above.best("dense" if memory == "fast" else "restore", without, sums=sums)
 
-    def pays_from(self, key: Key, without: Collection[str] = ()) -> int | None:
+    def pays_from(self, key: Key, without: Collection[str] = (), *, sums: bool = False) -> int | None:
         """The fewest measured tokens from which every larger measured number runs on another backend than dense; None if none does."""
         first = None
         for m in sorted(self.cells.get(key, {}), reverse=True):
-            if _backend(self.cells[key][m].pick("fast", without)) in (None, "dense"):
+            if _backend(self.cells[key][m].pick("fast", without, sums=sums)) in (None, "dense"):
                 break
             first = m
         return first

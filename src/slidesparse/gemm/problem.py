@@ -65,6 +65,10 @@ class Weights:
         """The scale that acts on output channels, float32 ``[N, 1]``: that of the 8-bit schemes."""
         return self.scale if self.scheme.dynamic else None
 
+    def problem(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None) -> Problem:
+        """The problem that activations and a bias of these types pose."""
+        return Problem(self.packed.n, self.k, self.packed.pattern, self.scheme, device.type, dtype, bias)
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors themselves: the resident tensors of the ``packed`` layout."""
         named = {"values": self.packed.values, "keep": self.packed.keep, "scale": self.scale, "global_scale": self.global_scale}

@@ -121,13 +121,16 @@ def choose(problem: Problem, m: int, *, memory: str = "fast", sums: bool = False
     raise UnsupportedError(f"no backend runs {problem}: " + "; ".join(f"{name}: {reason}" for name, reason in refused))
 
 
-def refusal(name: str, problem: Problem) -> str | None:
-    """Why the backend, ``NAME`` or ``NAME:VARIANT``, cannot run the problem; None if it can."""
+def refusal(name: str, problem: Problem, *, sums: bool = False) -> str | None:
+    """Why the backend, ``NAME`` or ``NAME:VARIANT``, cannot run the problem, or give its sums; None if it can."""
     head, _, variant = name.partition(":")
     found = _found(head)
     if found is None:
         return f"unknown backend {head!r}: choose one of {', '.join(backend_names())}"
-    return found.refuses(problem, variant or None)
+    reason = found.refuses(problem, variant or None)
+    if reason is None and sums and variant and not found.gives_sums(variant):
+        return "it cannot leave scales and bias to the caller"
+    return reason
 
 
 def named(name: str, problem: Problem, m: int, *, sums: bool = False) -> Choice:
@@ -136,13 +139,11 @@ def named(name: str, problem: Problem, m: int, *, sums: bool = False) -> Choice:
     Raises:
         UnsupportedError: it does not exist or cannot run this; the message says why.
     """
-    reason = refusal(name, problem)
+    reason = refusal(name, problem, sums=sums)
     if reason is not None:
         raise UnsupportedError(f"backend {name} cannot run {problem.n} × {problem.k} {problem.scheme.name}: {reason}")
     head, _, variant = name.partition(":")
     found = _found(head)
-    if sums and variant and not found.gives_sums(variant):
-        raise UnsupportedError(f"backend {name} cannot leave its scales to the caller")
     return Choice(found, variant or _first(found, problem, m, sums))
 
 
@@ -150,7 +151,7 @@ def _first(backend: Backend, problem: Problem, m: int, sums: bool) -> str:
     for variant in backend.variants(problem, m):
         if not sums or backend.gives_sums(variant):
             return variant
-    raise UnsupportedError(f"backend {backend.name} cannot leave its scales to the caller for outputs of {problem.dtype}")
+    raise UnsupportedError(f"backend {backend.name} cannot leave scales and bias to the caller for outputs of {problem.dtype}")
 
 
 def _found(name: str) -> Backend | None:

@@ -37,6 +37,12 @@ def routes(problem: Problem, m: int) -> tuple[str, ...]:
     return tuple(names)
 
 
+def searched(problem: Problem, m: int) -> tuple[str, ...]:
+    """Every route that can run is worth timing but the slow exact one, unless it is alone."""
+    names = routes(problem, m)
+    return tuple(name for name in names if name != "exact") or names
+
+
 def route_refuses(name: str, problem: Problem) -> str | None:
     """Why the route of that name cannot run the problem, None if it can."""
     if name not in _ROUTES:
@@ -70,9 +76,8 @@ class DenseRoutes:
         return routes(problem, m)
 
     def search(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None) -> tuple[str, ...]:
-        """Every route is worth timing but the slow exact one, unless it is alone."""
-        names = routes(problem, x.shape[0])
-        return tuple(name for name in names if name != "exact") or names
+        """See `searched`."""
+        return searched(problem, x.shape[0])
 
     def gives_sums(self, variant: str) -> bool:
         """Whether the route can leave scales and bias to the caller."""

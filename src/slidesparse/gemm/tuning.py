@@ -25,7 +25,7 @@ from .machine import this_machine
 from .plan import Cell, Key, Plan, key_of
 from .problem import Problem, Weights
 from .registry import Backend, backends
-from .routes import route_refuses, run_sums
+from .routes import route_refuses, run_sums, searched
 
 _LOG = logging.getLogger(__name__)
 BUCKETS = tuple(1 << power for power in range(17))
@@ -36,6 +36,7 @@ _CHECKED_ROWS = 32
 _MOST_COPIES = 32
 _BLOCK_ROWS = 4096
 _SUMS_TIMED = 2
+_SUMS_OF = "sums of "
 
 Progress = Callable[[int, int, str], None]
 
@@ -62,7 +63,7 @@ class Layer:
 
 
 _MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "fc2")
+_ROW_PARALLEL = ("o_proj", "out_proj", "wo", "down_proj", "fc2", "w2", "c_proj", "dense", "dense_4h_to_h")
 
 
 def merged_layers(layers: Mapping[str, Layer]) -> dict[str, Layer]:
@@ -83,6 +84,8 @@ def rank_layers(layers: Mapping[str, Layer], ranks: int) -> list[Layer]:
     """The distinct layers that ``ranks`` tensor-parallel ranks hold: part of the rows, or of the columns where outputs are summed.
 
     Columns that begin inside a group are widened to its start, see `slidesparse.pack.Shard`. Layers that cannot be divided are left out.
+    Which layers are split by columns is told by their names; layers that every rank holds whole, and key and value heads fewer than ranks,
+    which are repeated, are not known here: give their shapes by hand.
     """
     found: dict[Layer, None] = {}
     for name, layer in layers.items():
@@ -119,7 +122,7 @@ def tune(
     """
     path, plan = (user_plan_path(), _own()) if path is None else (path, _opened(path))
     tasks = [(layer, m) for layer in dict.fromkeys(layers) for m in (ms or layer.buckets)]
-    tasks = [(layer, m) for layer, m in tasks if again or not plan.has(key_of(layer.problem), m)]
+    tasks = [(layer, m) for layer, m in tasks if again or _lacks(plan, layer, m)]
     if tasks:
         _store(plan, path)  # a place that cannot be written shows now
     bench: Bench | None = None
@@ -136,6 +139,17 @@ def tune(
         progress(len(tasks), len(tasks), "")
     forget_plans()
     return plan
+
+
+def _lacks(plan: Plan, layer: Layer, m: int) -> bool:
+    """Whether a cell is missing, or was measured without a dense route that there is now, or without sums."""
+    cell = plan.cells.get(key_of(layer.problem), {}).get(m)
+    if cell is None:
+        return True
+    seen = cell.timings.keys() | cell.dropped.keys()
+    new = [name for name in searched(layer.problem, m) if f"dense:{name}" not in seen and "dense" not in seen]
+    dropped = any(name.startswith(_SUMS_OF) for name in cell.dropped)
+    return bool(new) or bool(layer.scheme.dynamic and cell.timings and not cell.sums and not dropped)
 
 
 def _store(plan: Plan, path: Path) -> None:
@@ -206,7 +220,7 @@ class Bench:
             for variant in dict.fromkeys([*found, *asked]):
                 name = f"{backend.name}:{variant}"
                 calls = [self._call(backend, variant, x, held) for x, held in zip(inputs, resident, strict=False)]
-                reason = self._fault(backend, calls[0], m, expected, same_dtype)
+                reason = self._fault(calls[0], m, expected, same_dtype, roundings=2 if backend.layout == "slid" else 1)
                 if reason is None:
                     variants[name] = calls
                 else:
@@ -217,34 +231,36 @@ class Bench:
         timed = self._timed(sums, dropped, rounds or _rounds(m, self.problem))
         return Cell(m, timings, dropped, timed)
 
-    def _timed(self, variants: Mapping[str, Sequence[Callable[[], object]]], dropped: dict[str, str], rounds: int) -> dict[str, Timing]:
+    def _timed(
+        self, variants: Mapping[str, Sequence[Callable[[], object]]], dropped: dict[str, str], rounds: int, prefix: str = ""
+    ) -> dict[str, Timing]:
         try:
             return measure.interleaved(variants, rounds=rounds) if variants else {}
         except torch.OutOfMemoryError as error:
-            dropped |= dict.fromkeys(variants, str(error).splitlines()[0])
+            dropped |= dict.fromkeys((prefix + name for name in variants), str(error).splitlines()[0])
             return {}
 
     def _sums(
         self, timings: Mapping[str, Timing], inputs: Sequence[Tensor], dropped: dict[str, str]
-    ) -> dict[str, list[Callable[[], object]]]:
+    ) -> dict[str, list[Callable[[], tuple[Tensor, Tensor]]]]:
         """Calls that leave scales and bias to the caller, and are right: all dense routes, and of others the two fastest whole linears."""
-        q = _ends(ops.quantize(inputs[0], self.layer.scheme)[0][: inputs[0].shape[0]])
-        expected = torch.cat([q.double() @ part.double().t() for part in self.dense.split(_BLOCK_ROWS)], dim=1)
+        rows = _ends(inputs[0])
+        expected = self._products(reference.quantize(rows, self.layer.scheme)[0])
         same_dtype = expected.to(torch.bfloat16)
         if route_refuses("tensorwise", self.problem) is None:
-            same_dtype = run_sums("tensorwise", self.problem, _ends(inputs[0]), self.dense)[0]
+            same_dtype = run_sums("tensorwise", self.problem, rows, self.dense)[0]
         calls = {}
         for backend in backends():
             own = [name.partition(":")[2] for name in sorted(timings, key=lambda name: timings[name].p50) if _is_of(name, backend)]
             variants = [variant for variant in own if backend.gives_sums(variant)]
             for variant in variants if backend.layout == "dense" else variants[:_SUMS_TIMED]:
-                held = self._layout(backend, len(inputs))
+                held, name = self._layout(backend, len(inputs)), f"{backend.name}:{variant}"
                 found = [partial(backend.sums, self.problem, x, resident, variant) for x, resident in zip(inputs, held, strict=False)]
-                measured = deviation(_ends(found[0]()[0]), expected, same_dtype)
-                if measured.within:
-                    calls[f"{backend.name}:{variant}"] = found
+                reason = self._fault(lambda call=found[0]: call()[0], len(inputs[0]), expected, same_dtype)
+                if reason is None:
+                    calls[name] = found
                 else:
-                    dropped[f"sums of {backend.name}:{variant}"] = str(measured)
+                    dropped[_SUMS_OF + name] = reason
         return calls
 
     def _call(self, backend: Backend, variant: str, x: Tensor, resident: Mapping[str, Tensor]) -> Callable[[], Tensor]:
@@ -268,7 +284,7 @@ class Bench:
         """The oracle in float64 for the first and the last rows, and the same with float32 sums rounded once to the output's type."""
         rows, scheme, w_scale = _ends(x), self.layer.scheme, self.weights.channel_scale
         q, x_scale = reference.quantize(rows, scheme) if scheme.dynamic else (rows, None)
-        y = torch.cat([q.double() @ part.double().t() for part in self.dense.split(_BLOCK_ROWS)], dim=1)
+        y = self._products(q)
         if x_scale is not None:
             y = y * w_scale.double().view(1, -1) * x_scale.double()
         if scheme.name == "fp8" and route_refuses("rowwise", self.problem) is None:
@@ -277,14 +293,18 @@ class Bench:
             return y, plain
         return y, y.to(self.problem.dtype)
 
-    def _fault(self, backend: Backend, call: Callable[[], Tensor], m: int, expected: Tensor, same_dtype: Tensor) -> str | None:
+    def _products(self, q: Tensor) -> Tensor:
+        """Exact sums in float64."""
+        return torch.cat([q.double() @ part.double().t() for part in self.dense.split(_BLOCK_ROWS)], dim=1)
+
+    def _fault(self, call: Callable[[], Tensor], m: int, expected: Tensor, same_dtype: Tensor, roundings: int = 1) -> str | None:
         try:
             out = call()
         except (UnsupportedError, torch.OutOfMemoryError) as error:
             return str(error).splitlines()[0]
         if tuple(out.shape) != (m, self.layer.n):
             return f"returned {list(out.shape)}"
-        measured = deviation(_ends(out), expected, same_dtype, roundings=2 if backend.layout == "slid" else 1)
+        measured = deviation(_ends(out), expected, same_dtype, roundings=roundings)
         return None if measured.within else str(measured)
 
 

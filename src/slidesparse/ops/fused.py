@@ -15,7 +15,18 @@ from ..pattern import Pattern
 from . import launching
 from .launch import Launch, is_hopper, norm_launch, row_constants, silu_launch
 from .library import define, runs_kernels
-from .quantize import can_pair, checked, checked_width, empty, in_rows, moves_nothing, parsed, slid_width
+from .quantize import (
+    can_pair,
+    checked,
+    checked_width,
+    empty,
+    in_rows,
+    moves_nothing,
+    parsed,
+    quantize_lift_op,
+    quantize_op,
+    slid_width,
+)  # fmt: skip
 
 
 def rms_norm_quantize(
@@ -100,8 +111,8 @@ def _normed(h: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _quantised(h: Tensor, dtype: torch.dtype, pattern: str, width: int, rows: int) -> tuple[Tensor, Tensor]:
     """By whatever runs on the device of h."""
     if pattern:
-        return torch.ops.slidesparse.quantize_lift(h, pattern, dtype, 0, width, rows)
-    return torch.ops.slidesparse.quantize(h, dtype, width, rows)
+        return quantize_lift_op(h, pattern, dtype, 0, width, rows)
+    return quantize_op(h, dtype, width, rows)
 
 
 def _norm_oracle(

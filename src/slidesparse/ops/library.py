@@ -43,8 +43,9 @@ def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | No
 
 
 def _watched() -> bool:
-    """Whether a dispatch mode or a function transform must see ops."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a mode, a function transform or a profiler must see ops."""
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    return modes > 0 or torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled()
 
 
 @cache

@@ -34,7 +34,7 @@ def quantize(x: Tensor, scheme: Scheme, *, width: int | None = None, rows: int =
         ValueError: the scheme does not quantise rows, x is not a matrix, ``width`` is smaller than K, or ``rows`` than 1.
     """
     dtype = checked(x, scheme)
-    return _quantize_op(x, dtype, checked_width(x, x.shape[-1], width, rows), rows)
+    return quantize_op(x, dtype, checked_width(x, x.shape[-1], width, rows), rows)
 
 
 def quantize_lift(
@@ -51,8 +51,8 @@ def quantize_lift(
     dtype = checked(x, scheme)
     width = checked_width(x, slid_width(x.shape[-1], pattern, offset), width, rows)
     if moves_nothing(pattern, offset):
-        return _quantize_op(x, dtype, width, rows)
-    return _quantize_lift_op(x, pattern.text, dtype, offset, width, rows)
+        return quantize_op(x, dtype, width, rows)
+    return quantize_lift_op(x, pattern.text, dtype, offset, width, rows)
 
 
 def lift(x: Tensor, pattern: Pattern, *, offset: int = 0, width: int | None = None, rows: int = 1) -> Tensor:
@@ -238,11 +238,11 @@ def _lift_fake(x: Tensor, pattern: str, offset: int, width: int, rows: int) -> T
     return empty_rows(x, x.dtype, width, rows)
 
 
-_quantize_op = define(
+quantize_op = define(
     "quantize(Tensor x, ScalarType dtype, SymInt width, int rows) -> (Tensor, Tensor)",
     oracle=quantize_oracle, cuda=_quantize_cuda, fake=_quantize_fake,
 )  # fmt: skip
-_quantize_lift_op = define(
+quantize_lift_op = define(
     "quantize_lift(Tensor x, str pattern, ScalarType dtype, int offset, SymInt width, int rows) -> (Tensor, Tensor)",
     oracle=quantize_lift_oracle, cuda=_quantize_lift_cuda, fake=_quantize_lift_fake,
 )  # fmt: skip

@@ -29,26 +29,31 @@ ROUTE = "cutlass"
 
 
 def can_give_back(scheme: Scheme, device: torch.device) -> bool:
-    """Whether vLLM multiplies weights and activations of this scheme here: fp8 below compute capability 8.9 it does not."""
-    return device.type == "cuda" and (scheme.name != "fp8" or ops.capability(device) >= (8, 9))
+    """Whether vLLM multiplies weights and activations of this scheme here."""
+    return device.type == "cuda" and (not scheme.dynamic or _multiplies(scheme))
+
+
+def _multiplies(scheme: Scheme) -> bool:
+    """Whether vLLM's W8A8 kernels run on this card: fp8 from compute capability 8.9, int8 before 10.0."""
+    return ops.capability() >= (8, 9) if scheme.name == "fp8" else (7, 5) <= ops.capability() < (10, 0)
 
 
 def why_give_back(execution: Execution, problem: Problem, captured: Sequence[int]) -> str | None:
     """Why a layer had better be vLLM's own, None if it had not.
 
     Beyond the numbers of tokens that vLLM captures in CUDA graphs, an op of ours costs the host up to 0.1 ms in every call, vLLM's own
-    a tenth of that: there a layer must run sparse for every number of tokens, or it is no gain. Where nobody timed vLLM's product, nobody
-    knows.
+    a tenth of that: there a layer must run sparse for every number of tokens, or it is no gain. Where nobody timed vLLM's W8A8 product,
+    nobody knows; 16-bit products are torch's own in both.
     """
-    steps, plan = execution.plan(problem), active_plan().plan
+    plan, key, rival = active_plan().plan, key_of(problem), f"dense:{ROUTE}"
+    if plan is None or not plan.cells.get(key):
+        return "nothing was measured: run `slidesparse tune --vllm`"
+    if refusal(rival, problem) is None and not plan.compares(key, rival, sums=execution.for_sums):
+        return "the plan has not compared them: run `slidesparse tune --vllm`"
+    steps, largest = execution.planned_steps(problem), max(captured, default=0)
     if all(choice.backend.layout == "dense" for _, choice in steps):
         return "nothing was measured to be faster"
-    rival = f"dense:{ROUTE}"
-    if refusal(rival, problem) is None and (plan is None or rival not in plan.routes(key_of(problem))):
-        return "the plan has not timed them: run `slidesparse tune --vllm`"
-    largest = max(captured, default=0)
-    dense = [most for most, choice in steps if most > largest and choice.backend.layout == "dense"]
-    if dense:
+    if any(most > largest and choice.backend.layout == "dense" for most, choice in steps):
         return f"sparse does not pay for all numbers of tokens above {largest}, the most that is captured in a CUDA graph"
     return None
 
@@ -94,8 +99,7 @@ def _refuses(problem: Problem) -> str | None:
         return f"N = {problem.n} and K = {problem.k} must be multiples of 16"
     if not hasattr(torch.ops._C, "cutlass_scaled_mm"):
         return "this vLLM was built without its CUTLASS kernels"
-    least, most = ((8, 9), (99, 0)) if problem.scheme.name == "fp8" else ((7, 5), (9, 9))
-    if not least <= ops.capability() <= most:
+    if not _multiplies(problem.scheme):
         return f"vLLM's {problem.scheme.name} kernels do not run on compute capability {'.'.join(map(str, ops.capability()))}"
     return int32_overflow(problem)
 

@@ -7,6 +7,8 @@ kernels took longer than ours and vLLM's (int8 on an H100, docs/performance.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig
@@ -17,21 +19,22 @@ _CACHE_KEY = "slidesparse_layers"
 
 
 def compiles(config: VllmConfig | None) -> bool:
-    """Whether a model of this configuration goes through vLLM's compiler."""
+    """Whether a model of this configuration goes through vLLM's compiler, if not with all its parts."""
     return config is not None and config.compilation_config.mode == CompilationMode.VLLM_COMPILE
 
 
-def enter_cache_key(config: VllmConfig | None, layer: str, how: str) -> bool:
+def enter_cache_key(configs: Iterable[VllmConfig | None], layer: str, how: str) -> bool:
     """Let vLLM's compile cache tell graphs apart: how a layer stands in them depends on plans, which it does not see.
 
-    Its key covers ``additional_config``; False where a plugin keeps that in a form of its own.
+    Its key covers ``additional_config``. A model inside another is built with a configuration of its own: both are told. False where
+    settings are of a kind that cannot be added to.
     """
-    if config is None:
-        return True
-    if not isinstance(config.additional_config, dict):
+    told = {id(config): config for config in configs if config is not None}.values()
+    if not all(isinstance(config.additional_config, dict) for config in told):
         return False
-    entered = config.additional_config.get(_CACHE_KEY, {}) | {layer: how}
-    config.additional_config = config.additional_config | {_CACHE_KEY: entered}
+    for config in told:
+        entered = config.additional_config.get(_CACHE_KEY, {}) | {layer: how}
+        config.additional_config = config.additional_config | {_CACHE_KEY: entered}
     return True
 
 

@@ -18,6 +18,7 @@ from ...errors import PatternError, UnsupportedError, WeightError
 from ...format import QUANT_METHOD, Packed, Scheme, packed_tensors
 from ...gemm import Execution, Problem, Weights
 from ...gemm.prepared import linear, prepare, warm
+from ...gemm.registry import refusal
 from ...pack import Shard
 from ...quant import scheme_of_dtype
 from ..claims import Claims
@@ -77,6 +78,8 @@ class SlideSparseLinearMethod(LinearMethodBase):
     def __init__(self, claims: Claims, layer: str, parts: tuple[str, ...]) -> None:
         self.claims, self.layer, self.parts = claims, layer, parts
         self.settings = Settings.current()
+        self.config = get_current_vllm_config_or_none()
+        """That of the model that is being built, which may be one inside another."""
         self.stock: Apply | None = None
         """What runs the layer where vLLM does."""
         self.opened = False
@@ -107,22 +110,21 @@ class SlideSparseLinearMethod(LinearMethodBase):
         for name in ("weight", "weight_values", "weight_keep", "weight_scale"):
             if hasattr(layer, name):
                 delattr(layer, name)
-        config, device = get_current_vllm_config_or_none(), weights.packed.values.device
+        configs, device = (self.config, get_current_vllm_config_or_none()), weights.packed.values.device
         bias = getattr(layer, "bias", None)
         if layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0):
             bias = None  # vLLM adds it elsewhere
-        kind = None if bias is None else bias.dtype
-        opened = self.scheme.dynamic and layer.params_dtype == torch.bfloat16 and compiles(config)
-        opened = opened and enter_cache_key(config, self.layer, "sums")
+        problem = weights.problem(layer.params_dtype, device, None if bias is None else bias.dtype)
+        opened = self._can_open(layer, problem) and enter_cache_key(configs, self.layer, "sums")
         execution = Execution(weights, memory=self.settings.memory, backend=self.settings.backend, sums=opened)
-        why = self._why_give_back(execution, execution.problem(layer.params_dtype, device, kind), device)
-        if why is not None and enter_cache_key(config, self.layer, "dense"):
+        why = self._why_give_back(execution, problem, device)
+        if why is not None and enter_cache_key(configs, self.layer, "dense"):
             dense = ops.restore(weights.packed)[:, margins[0] : weights.k - margins[1]]
             self.stock = give_back(layer, self.scheme, dense.contiguous(), weights.channel_scale)
             _report(self.layer, weights, f"vLLM's own dense kernels: {why}")
             return
         self.opened = opened
-        name = prepare(layer, execution, layer.params_dtype, device, kind, margins=margins)
+        name = prepare(layer, execution, layer.params_dtype, device, problem.bias, margins=margins)
         layer.register_buffer("slidesparse_name", name, persistent=False)
         layer.slidesparse_outputs = weights.packed.n
         if opened:
@@ -130,6 +132,14 @@ class SlideSparseLinearMethod(LinearMethodBase):
         _report(self.layer, weights, _told(execution))
         if device.type == "cuda":
             warm(name, self.settings.captured)
+
+    def _can_open(self, layer: nn.Module, problem: Problem) -> bool:
+        """Whether scales and bias may stand in the graph: it is compiled, and no sum over ranks comes in between."""
+        if not self.scheme.dynamic or layer.params_dtype != torch.bfloat16 or not compiles(self.config):
+            return False
+        summed = isinstance(layer, RowParallelLinear) and layer.tp_size > 1 and layer.reduce_results
+        backend = self.settings.backend
+        return not summed and (backend is None or refusal(backend, problem, sums=True) is None)
 
     def _why_give_back(self, execution: Execution, problem: Problem, device: torch.device) -> str | None:
         if self.settings.backend is not None or self.settings.memory != "fast" or not can_give_back(self.scheme, device):
