@@ -2,7 +2,7 @@
 
 Sparse tensor cores give sums without token scales; a pass of its own over the output to apply them costs up to a fifth of the product. In
 the graph they join SiLU, residual and norm, or the rotation of queries and keys. Quantisation stays in the op: in the graph, the compiler's
-kernels took longer than ours and vLLM's (int8 on an H100, docs/performance.md).
+kernels took longer than ours and vLLM's (int8 on an H100, docs/serving.md).
 """
 
 from __future__ import annotations
