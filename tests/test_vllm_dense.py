@@ -21,14 +21,14 @@ from slidesparse.gemm.machine import Machine, kernels_hash  # noqa: E402
 from slidesparse.gemm.registry import refusal  # noqa: E402
 from slidesparse.gemm.tuning import Layer, tune  # noqa: E402
 from slidesparse.integrations import vllm as adapter  # noqa: E402
-from slidesparse.integrations.vllm import dense  # noqa: E402
+from slidesparse.integrations.vllm import dense, methods  # noqa: E402
 from slidesparse.measure import Timing  # noqa: E402
 from slidesparse.pack import pack  # noqa: E402
 from slidesparse.pattern import Pattern  # noqa: E402
 from slidesparse.prune import prune  # noqa: E402
 from slidesparse.quant import quantize_weight  # noqa: E402
 from slidesparse.testing import check_bitwise  # noqa: E402
-from vllm_layers import model_config  # noqa: E402
+from vllm_layers import config_of, load, model_config, part  # noqa: E402
 
 PATTERN, DTYPE = Pattern(6, 8), torch.bfloat16
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -147,6 +147,25 @@ def test_only_what_vllm_multiplies_on_the_card_is_given_back(scheme, card, can, 
     monkeypatch.setattr(dense.ops, "capability", lambda: card)
     assert dense.can_give_back(SCHEMES[scheme], torch.device("cuda")) == can
     assert not dense.can_give_back(SCHEMES[scheme], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "bf16"])
+@pytest.mark.parametrize("form", ["packed", "dense"])
+def test_a_cut_shard_is_given_back_as_the_ranks_own_columns(form: str, scheme: str, rank: Callable, bfloat16: None, monkeypatch) -> None:
+    given = []
+    monkeypatch.setattr(methods, "can_give_back", lambda *_: True)
+    monkeypatch.setattr(methods, "give_back", lambda layer, scheme, weight, scale: given.append((weight, scale)) or (lambda *_: weight))
+    one = part(8, 56, SCHEMES[scheme], "4:6")
+    for number in range(4):
+        rank(number, 4)
+        ragged = {"in_features": {"a.down_proj": 56}} if form == "packed" else {}
+        layer = layers.RowParallelLinear(56, 8, bias=False, quant_config=config_of(form, scheme, "4:6", **ragged), prefix="a.down_proj")
+        load(layer, {None: one}, form)
+        weight, scale = given.pop()
+        check_bitwise(weight, one.weight[:, number * 14 : (number + 1) * 14])
+        assert weight.is_contiguous() and not hasattr(layer, "slidesparse_name")
+        if scale is not None:
+            check_bitwise(scale, one.scale)
 
 
 @pytest.fixture
