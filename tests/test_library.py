@@ -1,0 +1,57 @@
+"""Ops go straight to their kernel unless somebody traces, transforms or watches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slidesparse.ops import library
+
+
+class Mode(TorchDispatchMode):
+    """Sees every op and changes nothing."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def watchers():
+    return [Mode(), torch.device("cpu"), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])]
+
+
+def test_modes_profilers_and_transforms_watch() -> None:
+    assert not library._watched()
+    for watcher in watchers():
+        with watcher:
+            assert library._watched()
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(library._watched()), x)[1])(torch.ones(2))
+    assert seen == [True] and not library._watched()
+
+
+class OnCard:
+    """Stands for a tensor on a card."""
+
+    is_cuda, device = True, SimpleNamespace(index=0)
+
+
+@pytest.fixture(scope="module")
+def op():
+    kernel = lambda first, number: ("kernel", number)  # noqa: E731
+    return library.define("stands_for_any(Tensor x, int number) -> Tensor", cuda=kernel, fake=lambda x, number: x)
+
+
+def test_a_plain_tensor_on_a_card_goes_to_the_kernel(op, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(library, "_PLAIN", (OnCard,))
+    assert op(OnCard(), 3) == ("kernel", 3)
+    for watcher in watchers():
+        # The dispatcher takes tensors only, which shows that it was asked.
+        with watcher, pytest.raises(RuntimeError, match="stands_for_any"):
+            op(OnCard(), 3)
+    monkeypatch.setattr(library, "_PLAIN", (torch.Tensor,))
+    with pytest.raises(RuntimeError, match="stands_for_any"):
+        op(OnCard(), 3)
