@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import slidesparse
+from engines import checkpoint, in_a_process
 from records import records
-from slidesparse import Pattern, Recipe
 
 PROMPTS = [
     "def quicksort(values):\n",
@@ -88,22 +86,6 @@ def in_transformers(asked: dict) -> dict[str, list]:
     return {"logprobs": logprobs, "greedy": greedy}
 
 
-def measured(label: str, asked: dict, folder: Path) -> dict[str, list]:
-    """What a run in a process of its own gave."""
-    out, log = folder / f"{label}.json", folder / f"{label}.log"
-    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if asked["ranks"] == 1 else {}
-    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    with log.open("w", encoding="utf-8") as file:
-        words = [sys.executable, __file__, "--run", json.dumps(asked | {"out": str(out)})]
-        done = subprocess.run(words, env=os.environ | alone | quiet, stdout=file, stderr=file)
-    if done.returncode:
-        raise SystemExit(f"{log}:\n" + "\n".join(log.read_text(encoding="utf-8").splitlines()[-30:]))
-    for line in log.read_text(encoding="utf-8").splitlines():
-        if "slidesparse:" in line:
-            print(" ", label, line[line.index("slidesparse:") :], flush=True)
-    return json.loads(out.read_text(encoding="utf-8"))
-
-
 def apart(one: dict[str, list], other: dict[str, list]) -> dict[str, object]:
     """How far two runs lie apart."""
     differences = [abs(a - b) for a, b in zip(one["logprobs"], other["logprobs"], strict=True)]
@@ -145,18 +127,19 @@ def main() -> None:
 def compare(arguments: argparse.Namespace, scheme: str, pattern: str, record: Callable[[dict], None]) -> None:
     stem, first = f"{scheme}-{pattern.replace(':', '-')}", arguments.ranks[0]
     runs: dict[str, dict[str, list]] = {}
+
+    def run(name: str, asked: dict, label: str) -> None:
+        runs[name] = in_a_process(__file__, asked, arguments.folder / f"{stem}-{label}", alone=asked["ranks"] == 1)
+
     for form, method, settings in (("packed", "slidesparse", {"backend": "cusparselt"}), ("dense", "compressed-tensors", {})):
-        made = arguments.folder / f"{stem}-{form}"
-        if not made.exists():
-            slidesparse.convert(arguments.dense, made, Recipe(Pattern.parse(pattern), "magnitude", scheme, form=form))
+        made = checkpoint(arguments.dense, arguments.folder, scheme, pattern, form)
         asked = {"model": str(made), "text": str(arguments.text), "settings": settings, "quantization": method, "engine": "vllm"}
         for ranks in arguments.ranks:
-            runs[f"{form} vLLM TP {ranks}"] = measured(f"{stem}-{form}-tp{ranks}", asked | {"ranks": ranks}, arguments.folder)
+            run(f"{form} vLLM TP {ranks}", asked | {"ranks": ranks}, f"{form}-tp{ranks}")
         if form == "packed":
             other = asked | {"engine": "transformers", "ranks": 1}
-            runs["packed transformers"] = measured(f"{stem}-transformers", other, arguments.folder)
-            wide = other | {"dtype": "float32", "settings": {}}
-            runs["packed transformers float32"] = measured(f"{stem}-transformers-float32", wide, arguments.folder)
+            run("packed transformers", other, "transformers")
+            run("packed transformers float32", other | {"dtype": "float32", "settings": {}}, "transformers-float32")
     pairs = [(f"{form} vLLM TP {first}", f"{form} vLLM TP {ranks}") for ranks in arguments.ranks[1:] for form in ("packed", "dense")]
     pairs += [(f"packed vLLM TP {first}", other) for other in ("packed transformers", f"dense vLLM TP {first}")]
     pairs.append(("packed transformers", "packed transformers float32"))

@@ -10,21 +10,20 @@ tokens in one step with one output token; decode is the difference between 129 o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import os
 import re
-import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-import slidesparse
+from engines import checkpoint, in_a_process
 from models import SHAPES, write_dense
 from records import records
-from slidesparse import Pattern, Recipe
 
 PREFILL = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 DECODE = (1, 16, 64, 128, 256, 512)
@@ -37,44 +36,6 @@ KINDS = {
 }
 
 
-def write(folder: Path, model: str, schemes: list[str], patterns: list[str]) -> Iterator[tuple[str, str, dict[str, Path]]]:
-    """The checkpoints of every scheme and pattern: dense (the portable twin) and packed."""
-    source = folder / "source"
-    if not source.exists():
-        write_dense(model, source)
-    for scheme in schemes:
-        for pattern in patterns:
-            made = {}
-            for form in ("dense", "packed"):
-                made[form] = folder / f"{scheme}-{pattern.replace(':', '-')}-{form}"
-                if not made[form].exists():
-                    slidesparse.convert(source, made[form], Recipe(Pattern.parse(pattern), "magnitude", scheme, form=form))
-            yield scheme, pattern, made
-
-
-def served(checkpoint: Path, form: str, scheme: str, arguments: argparse.Namespace) -> dict[str, object]:
-    """What an engine of its own process measured."""
-    out = checkpoint.with_name(checkpoint.name + ".json")
-    asked = {
-        "checkpoint": str(checkpoint),
-        "form": form,
-        "scheme": scheme,
-        "out": str(out),
-        "settings": arguments.settings if form != "dense" else {},
-    }
-    asked |= {"prefill": arguments.prefill, "decode": arguments.decode, "eager": arguments.eager}
-    quiet = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    log = checkpoint.with_name(checkpoint.name + ".log")
-    with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run([sys.executable, __file__, "--engine", json.dumps(asked)], env=os.environ | quiet, stdout=file, stderr=file)
-    if done.returncode:
-        raise SystemExit(f"{log}:\n" + "\n".join(log.read_text(encoding="utf-8").splitlines()[-30:]))
-    for line in log.read_text(encoding="utf-8").splitlines():
-        if "slidesparse:" in line:
-            print(" ", line[line.index("slidesparse:") :], flush=True)
-    return json.loads(out.read_text(encoding="utf-8"))
-
-
 def engine(asked: dict) -> None:
     """In a process of its own: one engine, all points."""
     from vllm import LLM, EngineArgs
@@ -84,13 +45,8 @@ def engine(asked: dict) -> None:
     parser = FlexibleArgumentParser()
     latency.add_cli_args(parser)
     words = ["--model", asked["checkpoint"], "--skip-tokenizer-init", "--max-model-len", "2048", "--max-num-seqs", "512"]
-    words += [
-        "--max-num-batched-tokens",
-        "32768",
-        "--disable-detokenize",
-        "--additional-config",
-        json.dumps({"slidesparse": asked["settings"]}),
-    ]
+    words += ["--max-num-batched-tokens", "32768", "--disable-detokenize"]
+    words += ["--additional-config", json.dumps({"slidesparse": asked["settings"]})]
     words += ["--enforce-eager"] if asked["eager"] else []
     if asked["form"] == "dense" and asked["scheme"] in ("int8", "fp8"):
         words += ["--quantization", "compressed-tensors"]
@@ -109,13 +65,13 @@ def engine(asked: dict) -> None:
     points = []
     for phase, tokens in [("prefill", m) for m in asked["prefill"]] + [("decode", m) for m in asked["decode"]]:
         if phase == "prefill":
-            run = lambda rounds, m=tokens: seconds(max(1, m // 1024), min(m, 1024), 1, rounds)  # noqa: E731
+            run = partial(seconds, max(1, tokens // 1024), min(tokens, 1024), 1)
             point = {"seconds": run(10 if tokens < 8192 else 5)}
         else:
-            run = lambda rounds, m=tokens: seconds(m, 32, 9, rounds)  # noqa: E731
+            run = partial(seconds, tokens, 32, 9)
             point = {"seconds": (seconds(tokens, 32, 129, 3) - seconds(tokens, 32, 1, 3)) / 128}
         if (phase, tokens) in PROFILED:
-            point["shares"] = shares(lambda run=run: run(1), asked["scheme"])
+            point["shares"] = shares(partial(run, 1), asked["scheme"])
         points.append({"phase": phase, "tokens": tokens} | point)
     memory = made.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model_memory_usage
     Path(asked["out"]).write_text(json.dumps({"points": points, "gb": memory / 1e9}), encoding="utf-8")
@@ -142,7 +98,7 @@ def shares(run: Callable[[], object], scheme: str) -> dict[str, float]:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--engine"]:
+    if sys.argv[1:2] == ["--run"]:
         engine(json.loads(sys.argv[2]))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -158,12 +114,18 @@ def main() -> None:
     parser.add_argument("--how", default="as the plan has it", help="what the rows of the packed engine are called")
     parser.add_argument("--eager", action="store_true", help="without compilation and CUDA graphs, to try the script")
     arguments = parser.parse_args()
+    source = arguments.folder / "source"
+    if not source.exists():
+        write_dense(arguments.model, source)
     with records(arguments.out, arguments.commit) as record:
-        for scheme, pattern, made in write(arguments.folder, arguments.model, arguments.schemes, arguments.patterns):
+        for scheme, pattern in itertools.product(arguments.schemes, arguments.patterns):
             base: dict[tuple, float] = {}
-            for form, checkpoint in made.items():
+            for form in ("dense", "packed"):
+                made = checkpoint(source, arguments.folder, scheme, pattern, form)
+                asked = {"checkpoint": str(made), "form": form, "scheme": scheme, "settings": arguments.settings if form != "dense" else {}}
+                asked |= {"prefill": arguments.prefill, "decode": arguments.decode, "eager": arguments.eager}
                 torch.cuda.empty_cache()
-                found = served(checkpoint, form, scheme, arguments)
+                found = in_a_process(__file__, asked, arguments.folder / made.name, alone=True)
                 for point in found["points"]:
                     key = point["phase"], point["tokens"]
                     base.setdefault(key, point["seconds"])

@@ -140,7 +140,7 @@ def plan_rows(plan: Plan, layers: list[Layer], vllm: bool = False) -> list[dict]
         table, elsewhere = plan.cells.get(key_of(layer.problem), {}), _elsewhere(plan, layer)
         for m in sorted(table):
             cell, sums = table[m], vllm and layer.scheme.dynamic
-            times = cell.sums if sums else cell.timings
+            times = cell.times(sums)
             others = [name for name in times if name.partition(":")[0] not in ("dense", "restore")]
             other = min(others, key=lambda name: times[name].p50, default=None)
             picked = {memory: cell.pick(memory, elsewhere, sums=sums) for memory in ("fast", "lean")}

@@ -48,9 +48,13 @@ class Cell:
     dropped: dict[str, str] = field(default_factory=dict)
     sums: dict[str, Timing] = field(default_factory=dict)
 
+    def times(self, sums: bool) -> dict[str, Timing]:
+        """Those without scales and bias, or of whole linears."""
+        return self.sums if sums else self.timings
+
     def best(self, backend: str, without: Collection[str] = (), *, sums: bool = False) -> str | None:
         """The quickest route of a backend, by its median, ``without`` some."""
-        times = self.sums if sums else self.timings
+        times = self.times(sums)
         names = [name for name in times if name.partition(":")[0] == backend and name not in without]
         return min(names, key=lambda name: times[name].p50, default=None)
 
@@ -59,7 +63,7 @@ class Cell:
 
         Routes in ``without`` cannot run here; the best of the rest is the one to beat.
         """
-        times = self.sums if sums else self.timings
+        times = self.times(sums)
         base = self.best("dense" if memory == "fast" else "restore", without, sums=sums)
         if base is None or memory == "lean":
             return base
@@ -82,17 +86,13 @@ class Plan:
         """Put a cell in; one of the same number of tokens is replaced."""
         self.cells.setdefault(key, {})[cell.m] = cell
 
-    def has(self, key: Key, m: int) -> bool:
-        """Whether that cell was measured."""
-        return m in self.cells.get(key, {})
-
     def routes(self, key: Key) -> list[str]:
         """Every route that was timed for a layer."""
         return sorted({name for cell in self.cells.get(key, {}).values() for name in cell.timings | cell.sums})
 
     def compares(self, key: Key, route: str, *, sums: bool = False) -> bool:
         """Whether a route was timed wherever the layer was."""
-        found = [times for cell in self.cells.get(key, {}).values() if (times := cell.sums if sums else cell.timings)]
+        found = [times for cell in self.cells.get(key, {}).values() if (times := cell.times(sums))]
         return bool(found) and all(route in times for times in found)
 
     def route(self, key: Key, m: int, memory: str, without: Collection[str] = (), *, sums: bool = False) -> str | None:
