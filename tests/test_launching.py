@@ -6,59 +6,74 @@ import pytest
 import torch
 
 from slidesparse.ops import launching
+from slidesparse.ops.launching import Call
 
 
 class Compiled:
+    function, packed_metadata = 7, ("metadata",)
+
     def __init__(self, log: list) -> None:
         self.log = log
 
-    def __getitem__(self, grid: tuple):
-        return lambda *arguments: self.log.append((grid, arguments))
+    def run(self, *arguments) -> None:
+        self.log.append(arguments)
 
 
 class Kernel:
-    arg_names = ("x", "m", "k", "BLOCK", "INT8")
+    arg_names = ("x", "bias", "m", "k", "BLOCK", "INT8")
 
-    def __init__(self) -> None:
-        self.compiled, self.direct = [], []
+    def __init__(self, compiles: bool = True) -> None:
+        self.compiles, self.compiled, self.direct = compiles, [], []
 
     def __getitem__(self, grid: tuple):
         def run(*arguments, **constants):
             self.compiled.append((grid, arguments, constants))
-            return Compiled(self.direct)
+            return Compiled(self.direct) if self.compiles else None
 
         return run
 
 
-@pytest.fixture
-def kernel(monkeypatch) -> Kernel:
-    monkeypatch.setattr(launching, "_compiled", {})
-    return Kernel()
+@pytest.fixture(autouse=True)
+def stream(monkeypatch) -> None:
+    monkeypatch.setattr(launching, "current_stream", lambda device: ("stream of", device))
 
 
-def test_the_second_call_goes_straight_to_the_compiled_kernel(kernel):
-    x = torch.zeros(64, dtype=torch.int8)
-    constants = {"INT8": True, "num_warps": 4, "BLOCK": 32}
-    launching.launch(kernel, (5,), (x, 48, 1), constants)
-    launching.launch(kernel, (7, 2), (x, 96, 1), constants)
-    assert len(kernel.compiled) == 1
-    assert kernel.direct == [((7, 2, 1), (x, 96, 1, 32, True))]
+CONSTANTS = {"INT8": True, "num_warps": 4, "BLOCK": 32}
 
 
-def test_whatever_triton_specialises_on_compiles_anew(kernel):
-    x = torch.zeros(64, dtype=torch.int8)
-    base = ((x, 48, 2), {"BLOCK": 32, "INT8": True, "num_warps": 4})
-    others = [
-        ((x[1:], 48, 2), base[1]),
-        ((x.view(torch.uint8), 48, 2), base[1]),
-        ((x, None, 2), base[1]),
-        ((x, 50, 2), base[1]),
-        ((x, 48, 1), base[1]),
-        ((x, 1 << 31, 2), base[1]),
-        ((x, 1.5, 2), base[1]),
-        (base[0], base[1] | {"BLOCK": 64}),
-        (base[0], base[1] | {"num_warps": 8}),
-    ]
-    for arguments, constants in [base, *others]:
-        launching.launch(kernel, (1,), arguments, constants)
-    assert len(kernel.compiled) == 1 + len(others) and not kernel.direct
+def test_the_second_call_goes_straight_to_the_compiled_kernel_with_addresses():
+    kernel, x, y = Kernel(), torch.zeros(64, dtype=torch.int8), torch.zeros(64, dtype=torch.int8)
+    call = Call(kernel, (5, 2), (48, 1), CONSTANTS)
+    call(x, None)
+    call(y, None)
+    assert kernel.compiled == [((5, 2, 1), (x, None, 48, 1), CONSTANTS)]
+    assert kernel.direct == [(5, 2, 1, ("stream of", None), 7, ("metadata",), None, None, None, y.data_ptr(), None, 48, 1, 32, True)]
+
+
+def test_another_alignment_compiles_anew_and_both_are_kept():
+    kernel, x = Kernel(), torch.zeros(64, dtype=torch.int8)
+    call = Call(kernel, (1,), (48, 2), CONSTANTS)
+    for tensor in (x, x[1:], x[16:], x[2:]):
+        call(tensor, None)
+    call(x, x)
+    assert [arguments[0].data_ptr() - x.data_ptr() for _, arguments, _ in kernel.compiled] == [0, 1, 0]
+    assert len(kernel.direct) == 2
+
+
+def test_descriptors_pass_through_and_tell_the_device_by_their_base():
+    class Descriptor:
+        base = torch.zeros(16, dtype=torch.int8)
+
+    kernel, descriptor = Kernel(), Descriptor()
+    call = Call(kernel, (1,), (48, 2), CONSTANTS)
+    call(descriptor, None)
+    call(descriptor, None)
+    assert kernel.direct[0][9:11] == (descriptor, None)
+
+
+def test_nothing_is_kept_of_an_interpreter():
+    kernel, x = Kernel(compiles=False), torch.zeros(64, dtype=torch.int8)
+    call = Call(kernel, (1,), (48, 2), CONSTANTS)
+    call(x, None)
+    call(x, None)
+    assert len(kernel.compiled) == 2 and not kernel.direct

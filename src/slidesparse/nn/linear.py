@@ -212,11 +212,13 @@ class SlideSparseLinear(nn.Module):
             raise ValueError(f"{self._label}: input has {x.shape[-1]} features, the layer takes {self.in_features}")
         if x.dtype not in _ACTIVATIONS:
             raise ValueError(f"{self._label}: input is {x.dtype}; bfloat16, float16 and float32 are taken")
+        if x.dim() != 2:  # views cost host time, so none is made in vain
+            return self.forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         execution = self._ready()
-        y = execution(x.reshape(-1, self.in_features), self.bias)
+        y = execution(x, self.bias)
         if not torch.compiler.is_compiling():
             self._release(execution)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y
 
     def prepare(self, dtype: torch.dtype, device: torch.device | str) -> None:
         """Make what the first call with activations of this type on this device would make: routes and resident copies.
@@ -243,18 +245,19 @@ class SlideSparseLinear(nn.Module):
 
     def _ready(self) -> Execution:
         """The execution for the buffers as they are now: loaders replace them, casts move them."""
-        execution, packed = self._execution, self.packed
+        execution, held = self._execution, self._buffers
+        scale, global_scale = held.get("weight_scale"), held.get("weight_global_scale")
         if (
             execution is None
-            or execution.weights.packed.values is not packed.values
-            or execution.weights.packed.keep is not packed.keep
-            or execution.weights.scale is not self._buffers.get("weight_scale")
-            or execution.weights.global_scale is not self._buffers.get("weight_global_scale")
+            or execution.weights.packed.values is not held["weight_values"]
+            or execution.weights.packed.keep is not held["weight_keep"]
+            or execution.weights.scale is not scale
+            or execution.weights.global_scale is not global_scale
             or (execution.backend, execution.memory) != (self.backend, self.memory)
         ):
             refuse_capture()
             self.check()
-            weights = Weights(packed, self.scheme, self._buffers.get("weight_scale"), self._buffers.get("weight_global_scale"))
+            weights = Weights(self.packed, self.scheme, scale, global_scale)
             execution = self._execution = Execution(weights, memory=self.memory, backend=self.backend)
         return execution
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from . import cusparselt_search
 from .cusparselt_plans import Algorithm, Plans, Sparse, handle, library
-from .library import capability, define
+from .library import allocate, capability, define
 
 __all__ = ["TOKENS", "Algorithm", "alignment", "compress", "scales_rows", "search", "sparse_mm", "unavailable", "version"]
 
@@ -197,7 +197,7 @@ def _sparse_mm_cuda(q: Tensor, compressed: Tensor, alpha: Tensor | None, n: int,
     # Decode calls this hundreds of times a step: what a known plan vouches for is not checked again.
     if plan is None or not (q.is_contiguous() and _is_vector(compressed, index, torch.uint8) and _is_alpha(alpha, index, n)):
         checked(q, compressed, alpha, n, out_dtype)
-    y = torch.empty((m, n), dtype=out_dtype, device=q.device)
+    y = allocate(q, m, n, out_dtype)
     if not m:
         return y
     if plan is None:

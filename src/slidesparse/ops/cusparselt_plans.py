@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .library import current_stream
+from .library import allocate, current_stream
 
 BUILD_UNDER_CAPTURE = False
 """Whether a plan may be made while a CUDA graph is captured. The library's documents do not promise that it then leaves streams alone."""
@@ -211,8 +211,8 @@ class Plan:
 
     def _call(self, function: Callable, q: Tensor, compressed: Tensor, alpha: Tensor | None, y: Tensor, workspace: int) -> None:
         # From the caching allocator: safe to free in stream order, private to a graph under capture.
-        scratch = torch.empty(workspace, dtype=torch.uint8, device=y.device) if workspace else None
-        stream = c_void_p(current_stream(y.device.index))
+        scratch = allocate(y, 1, workspace, torch.uint8) if workspace else None
+        stream = c_void_p(current_stream(self._wanted.device))
         out = y.data_ptr()
         scale = _ONE_AT if alpha is None else alpha.data_ptr()
         try:

@@ -7,7 +7,7 @@ Triton and on other devices the PyTorch of `slidesparse.pack` does. Both are bit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import gcd, lcm
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 from .. import pack
 from ..format import Packed
 from ..pattern import Pattern
-from .launching import launch
-from .library import define, has_triton
+from .launching import CALLS, Call
+from .library import allocate, define, has_triton
 
 _INTEGERS = {1: torch.int8, 2: torch.int16}
 _PAIRS = {1: (torch.int16, torch.int32), 2: (torch.int32, torch.int64)}
@@ -159,45 +159,58 @@ def _window_shape(pattern: Pattern, size: int) -> dict[str, int]:
     return {"GROUP": group, "WINDOWS": windows, "GROUPS": groups, "SIZE": size, "BYTES": -(-(8 - gcd(group, 8) + group) // 8)}
 
 
-def launch_restore(values: Tensor, keep: Tensor, pattern: Pattern, k: int, tile: Tile | None = None, *, inline: bool = True) -> Tensor:
+def launch_restore(values: Tensor, keep: Tensor, pattern: Pattern, k: int, tile: Tile = _RESTORE, *, inline: bool = True) -> Tensor:
     """Run the restore kernel on the current device and stream; ``inline`` is False under the interpreter, which has no assembly."""
-    from . import kernels_expand as kernels
-
-    n, size, tile = values.shape[0], values.element_size(), tile or _RESTORE
-    dense = values.new_empty((n, k))
-    if not dense.numel():
-        return dense
-    values, keep = _aligned(values), keep.contiguous()
-    stride, chunked = values.shape[1] * size, k * size % 8 == 0
-    columns = k * size // 8 if chunked else k
-    step = gcd(columns, 2) if chunked else 1
-    out = dense.view(torch.int64 if chunked else _INTEGERS[size])
-    arguments = (values.view(torch.int8), keep, out, n, columns // step, stride, keep.shape[1])
-    shape = _chunk_shape(pattern, size, stride) | {"CHUNKED": chunked, "STEP": step, "INLINE": inline}
-    launch(kernels.restore_kernel, tile.grid(n, k * size), arguments, shape | tile.constants)
+    n, size = values.shape[0], values.element_size()
+    dense = allocate(values, n, k, values.dtype)
+    if dense.numel():
+        values, keep = _aligned(values), keep.contiguous()
+        out = dense.view(torch.int64 if _chunked(k, size) else _INTEGERS[size])
+        _restore_call(n, values.shape[1], keep.shape[1], size, pattern, k, tile, inline)(values.view(torch.int8), keep, out)
     return dense
+
+
+def _chunked(k: int, size: int) -> bool:
+    """Whether rows are made of whole 8-byte words."""
+    return k * size % 8 == 0
+
+
+@lru_cache(CALLS)
+def _restore_call(n: int, columns: int, keep_bytes: int, size: int, pattern: Pattern, k: int, tile: Tile, inline: bool) -> Call:
+    from .kernels_expand import restore_kernel
+
+    stride, chunked = columns * size, _chunked(k, size)
+    across = k * size // 8 if chunked else k
+    step = gcd(across, 2) if chunked else 1
+    shape = _chunk_shape(pattern, size, stride) | {"CHUNKED": chunked, "STEP": step, "INLINE": inline}
+    return Call(restore_kernel, tile.grid(n, k * size), (n, across // step, stride, keep_bytes), shape | tile.constants)
 
 
 def launch_slide(values: Tensor, keep: Tensor, pattern: Pattern, k: int, width: int, rows: int = 1, tile: Tile | None = None) -> Tensor:
     """Run the slide kernel on the current device and stream."""
-    from . import kernels_expand as kernels
-
-    n, size, tile = values.shape[0], values.element_size(), tile or _SLIDE[values.element_size()]
+    n, size = values.shape[0], values.element_size()
     n_out, windows_out = -(-n // rows) * rows, -(-width // 4)
-    slid = values.new_empty((n_out, windows_out * 4))
+    slid = allocate(values, n_out, windows_out * 4, values.dtype)
     if not values.numel():
         slid.view(torch.uint8).zero_()
     elif slid.numel():
         pair, window = _PAIRS[size]
         values, keep = _aligned(values), keep.contiguous()
-        windows, each = values.shape[1] // 2, 4 // size
-        steps = gcd(windows, each), gcd(windows_out, each)
-        counts = (n, n_out, windows // steps[0], windows_out // steps[1], keep.shape[1])
-        shape = _window_shape(pattern, size) | {"WINDOWS_STEP": steps[0], "WIDTH_STEP": steps[1]}
-        arguments = (values.view(pair), keep, slid.view(window), *counts)
-        launch(kernels.slide_kernel, tile.grid(n_out, windows_out * 4 * size), arguments, shape | tile.constants)
+        call = _slide_call(n, n_out, values.shape[1] // 2, windows_out, keep.shape[1], size, pattern, tile or _SLIDE[size])
+        call(values.view(pair), keep, slid.view(window))
     # A width that cuts a window is a test's wish, no library's: a copy may pay for it.
     return slid if slid.shape[1] == width else slid[:, :width].contiguous()
+
+
+@lru_cache(CALLS)
+def _slide_call(n: int, n_out: int, windows: int, windows_out: int, keep_bytes: int, size: int, pattern: Pattern, tile: Tile) -> Call:
+    from .kernels_expand import slide_kernel
+
+    each = 4 // size
+    steps = gcd(windows, each), gcd(windows_out, each)
+    shape = _window_shape(pattern, size) | {"WINDOWS_STEP": steps[0], "WIDTH_STEP": steps[1]}
+    counts = (n, n_out, windows // steps[0], windows_out // steps[1], keep_bytes)
+    return Call(slide_kernel, tile.grid(n_out, windows_out * 4 * size), counts, shape | tile.constants)
 
 
 def _restore_fake(values: Tensor, keep: Tensor, pattern: str, k: int) -> Tensor:

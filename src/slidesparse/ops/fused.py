@@ -7,19 +7,22 @@ cannot hold, the composition itself does.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from ..format import Scheme
 from ..pattern import Pattern
-from . import launching
 from .launch import Launch, is_hopper, norm_launch, row_constants, silu_launch
-from .library import define, runs_kernels
+from .launching import CALLS, Call
+from .library import allocate, define, runs_kernels
 from .quantize import (
     can_pair,
     checked,
     checked_width,
     empty,
+    fake,
     in_rows,
     moves_nothing,
     parsed,
@@ -168,33 +171,21 @@ def _silu_cuda(
     return launch_silu(x, dtype, pattern, scale, bias, width, rows)
 
 
-def _launch(kernel: object, tensors: tuple[Tensor, ...], numbers: tuple, flags: dict[str, bool], constants: tuple) -> None:
-    """Start a kernel on rows of its first tensor; ``constants`` are those of `row_constants` up to ``fused``."""
-    x, (launch, k, width, group, *_) = tensors[0], constants
-    m = x.shape[0]
-    given = (*tensors, m, k, width // 4 if group else width, *numbers)
-    # Unlike torch's eager layers, a fused multiply-add does not round the product.
-    options = {**flags, **row_constants(*constants, is_hopper(x.device)), "enable_fp_fusion": False}
-    launching.launch(kernel, (-(-m // launch.rows),), given, options)
-
-
 def launch_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None,
     bias: Tensor | None, width: int, rows: int = 1, launch: Launch | None = None, *, fused: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the RMSNorm kernel on the current device and stream; the third result means something only with a residual."""
-    from .kernels_fused import rms_norm_quantize_kernel as kernel
-
     x, (m, k) = in_rows(x), x.shape
     q, out_scale = empty(x, dtype, width, rows)
     # Absent tensors are stood in for by ones that the kernel then does not touch.
-    total, added = (q, x) if residual is None else (x.new_empty((m, k)), in_rows(residual))
+    total, added = (q, x) if residual is None else (allocate(x, m, k, x.dtype), in_rows(residual))
     if m:
         token, shift = out_scale if scale is None else scale.contiguous(), out_scale if bias is None else bias.contiguous()
-        constants = (launch or norm_launch(m, k), k, width, parsed(pattern).group if pattern else 0, dtype, fused)
-        flags = {"SCALED": scale is not None, "BIASED": bias is not None, "SUMMED": residual is not None}
         tensors = (x, weight.contiguous(), added, token, shift, total, q, out_scale)
-        _launch(kernel, tensors, (x.stride(0), added.stride(0), float(eps)), flags, constants)
+        flags = (("SCALED", scale is not None), ("BIASED", bias is not None), ("SUMMED", residual is not None))
+        numbers = (x.stride(0), added.stride(0), float(eps))
+        _call("norm", m, k, numbers, flags, _types(tensors), x.device, launch, pattern, width, fused)(*tensors)
     return q, out_scale, total
 
 
@@ -203,32 +194,47 @@ def launch_silu(
     launch: Launch | None = None, *, fused: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the SwiGLU kernel on the current device and stream."""
-    from .kernels_fused import silu_mul_quantize_kernel as kernel
-
     x, (m, k) = in_rows(x), (x.shape[0], x.shape[1] // 2)
     q, out_scale = empty(x, dtype, width, rows)
     if m:
         token, shift = out_scale if scale is None else scale.contiguous(), out_scale if bias is None else bias.contiguous()
-        constants = (launch or silu_launch(m, k), k, width, parsed(pattern).group if pattern else 0, dtype, fused)
-        _launch(
-            kernel, (x, token, shift, q, out_scale), (x.stride(0),), {"SCALED": scale is not None, "BIASED": bias is not None}, constants
-        )
+        tensors = (x, token, shift, q, out_scale)
+        flags = (("SCALED", scale is not None), ("BIASED", bias is not None))
+        _call("silu", m, k, (x.stride(0),), flags, _types(tensors), x.device, launch, pattern, width, fused)(*tensors)
     return q, out_scale
+
+
+def _types(tensors: tuple[Tensor, ...]) -> tuple[torch.dtype, ...]:
+    return tuple(tensor.dtype for tensor in tensors)
+
+
+@lru_cache(CALLS)
+def _call(
+    name: str, m: int, k: int, numbers: tuple, flags: tuple[tuple[str, bool], ...], types: tuple[torch.dtype, ...], device: torch.device,
+    launch: Launch | None, pattern: str, width: int, fused: bool,
+) -> Call:  # fmt: skip
+    from . import kernels_fused as kernels
+
+    kernel, choose = (kernels.rms_norm_quantize_kernel, norm_launch) if name == "norm" else (kernels.silu_mul_quantize_kernel, silu_launch)
+    launch, group = launch or choose(m, k), parsed(pattern).group if pattern else 0
+    # Unlike torch's eager layers, a fused multiply-add does not round the product.
+    constants = row_constants(launch, k, width, group, types[-2], fused, is_hopper(device)) | {"enable_fp_fusion": False}
+    return Call(kernel, (-(-m // launch.rows),), (m, k, width // 4 if group else width, *numbers), dict(flags) | constants)
 
 
 def _norm_fake(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None,
                width: int, rows: int) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return empty(x, dtype, width, rows)
+    return fake(x, dtype, width, rows)
 
 
 def _add_norm_fake(x: Tensor, weight: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None,
                    bias: Tensor | None, width: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return *empty(x, dtype, width, rows), x.new_empty(x.shape)
+    return *fake(x, dtype, width, rows), x.new_empty(x.shape)
 
 
 def _silu_fake(x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None, width: int,
                rows: int) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return empty(x, dtype, width, rows)
+    return fake(x, dtype, width, rows)
 
 
 _TAIL = "ScalarType dtype, str pattern, Tensor? scale, Tensor? bias, SymInt width, int rows"

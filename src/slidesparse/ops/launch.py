@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import gcd
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -61,10 +59,7 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and capability(device) >= (9, 0)
 
 
-@lru_cache(maxsize=4096)
-def row_constants(
-    launch: Launch, k: int, width: int, group: int, dtype: torch.dtype, fused: bool, hopper: bool
-) -> MappingProxyType[str, object]:
+def row_constants(launch: Launch, k: int, width: int, group: int, dtype: torch.dtype, fused: bool, hopper: bool) -> dict[str, object]:
     """Compile-time parameters of kernels that hold rows of ``k`` elements; ``group`` is 0 if nothing is lifted.
 
     ``fused`` is False under the interpreter, whose fused multiply-add rounds twice.
@@ -74,20 +69,19 @@ def row_constants(
     if group:
         pairs = min(-(-k // group) * (group // 2), chunks * launch.span * 4)
         padding = width // 4 - (pairs - pairs // (group // 2))
-    return MappingProxyType({
+    return {
         "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": fused, "HOPPER": hopper, "launch_pdl": hopper,
         "GROUP": group, "PARTS": 2 if group not in (0, 8) else 1, "PAD_TILES": -(-padding // launch.span),
         "ROWS": launch.rows, "SPAN": launch.span, "CHUNKS": chunks, "CACHED": chunks <= CACHED_CHUNKS,
         "COALESCED": launch.coalesced, "num_warps": launch.warps,
-    })  # fmt: skip
+    }  # fmt: skip
 
 
-@lru_cache(maxsize=4096)
-def gather_constants(launch: Launch, pattern: Pattern, offset: int, width: int, hopper: bool) -> MappingProxyType[str, object]:
+def gather_constants(launch: Launch, pattern: Pattern, offset: int, width: int, hopper: bool) -> dict[str, object]:
     """Compile-time parameters of the lift of any pattern and offset, words of ``LANES`` at a time."""
     lanes, words = gcd(pattern.l, 4), launch.span * 2
-    return MappingProxyType({
+    return {
         "HOPPER": hopper, "launch_pdl": hopper, "GROUP": pattern.group, "N": pattern.n, "L": pattern.l, "WINDOWS": pattern.windows,
         "OFFSET": offset, "LANES": lanes, "ROWS": launch.rows, "WORDS": words, "TILES": -(-width // (words * lanes)),
         "num_warps": launch.warps,
-    })  # fmt: skip
+    }  # fmt: skip

@@ -1,7 +1,7 @@
 """Launching Triton kernels with little host time.
 
-``kernel[grid](...)`` binds and specialises every argument anew, 45 µs a call on a server's CPU. Here the compiled kernel is found by the
-properties that Triton specialises on and called directly.
+``kernel[grid](...)`` binds and specialises every argument anew, 45 µs a call on a server's CPU. A `Call` is a launch worked out once, all
+but its tensors: the second time, the compiled kernel is called with their addresses.
 """
 
 from __future__ import annotations
@@ -11,33 +11,46 @@ from typing import Any
 
 from torch import Tensor
 
-_compiled: dict[tuple, tuple[Any, tuple]] = {}
+from .library import current_stream
+
+CALLS = 1 << 14
+"""How many calls of a kernel are kept: one for every number of tokens and kind of layer that was met lately."""
 
 
-def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: Mapping[str, Any]) -> None:
-    """Run ``kernel[grid](*arguments, **constants)`` on the current stream of the current device, which must be the tensors'.
+class Call:
+    """``kernel[grid](*tensors, *numbers, **constants)``, to be called with the tensors, whose types and absences never change.
 
-    ``arguments`` are the kernel's first parameters: tensors, descriptors of tensors, numbers, None; ``constants`` its compile-time
-    parameters and launch options.
+    Functions that make one are cached by whatever decides the rest. ``numbers`` follow the tensors among the kernel's parameters;
+    ``constants`` are its compile-time parameters and launch options. Kernels run on the current stream of the current device, which must
+    be the first tensor's.
     """
-    device = next(argument.device.index for argument in arguments if isinstance(argument, Tensor))
-    key = (kernel, device, *map(_property, arguments), *constants.values())
-    found = _compiled.get(key)
-    if found is None:
-        compiled = kernel[grid](*arguments, **constants)
-        if compiled is not None:  # the interpreter compiles nothing
-            names = kernel.arg_names[len(arguments) :]
-            _compiled[key] = compiled, tuple(constants[name] for name in names)
-        return
-    compiled, rest = found
-    compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
 
+    __slots__ = ("_compiled", "_constants", "_grid", "_kernel", "_numbers")
 
-def _property(argument: Any) -> object:
-    """What Triton may compile differently for."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if type(argument) is int:
-        return 1 if argument == 1 else (argument % 16 == 0, argument.bit_length() > 31)
-    described = getattr(argument, "base", None)
-    return type(argument) if described is None else (described.dtype, *argument.block_shape)
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple, constants: Mapping[str, Any]) -> None:
+        self._kernel, self._grid, self._numbers, self._constants = kernel, (*grid, 1, 1)[:3], numbers, constants
+        self._compiled: dict[tuple, tuple[Any, tuple, tuple]] = {}
+
+    def __call__(self, *tensors: Any) -> None:
+        """Launch on tensors, descriptors of tensors, or None."""
+        addresses = [tensor.data_ptr() if isinstance(tensor, Tensor) else tensor for tensor in tensors]
+        first = tensors[0]
+        device = (first if isinstance(first, Tensor) else first.base).device.index
+        # Triton compiles anew for addresses that are not multiples of 16.
+        key = (device, *[type(address) is int and not address % 16 for address in addresses])
+        found = self._compiled.get(key)
+        if found is None:
+            self._compile(key, tensors)
+            return
+        run, before, after = found
+        run(*self._grid, current_stream(device), *before, *addresses, *after)
+
+    def _compile(self, key: tuple, tensors: tuple) -> None:
+        """The first launch, by Triton's own road, which compiles; and what the next ones need."""
+        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+        if compiled is None:  # the interpreter compiles nothing
+            return
+        names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
+        # No metadata for hooks, and no hooks around the launch.
+        before = (compiled.function, compiled.packed_metadata, None, None, None)
+        self._compiled[key] = compiled.run, before, (*self._numbers, *(self._constants[name] for name in names))

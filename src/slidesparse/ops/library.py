@@ -72,6 +72,17 @@ def current_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
+# What the compiler's own code calls; half the host time of torch.empty.
+_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+def allocate(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised ``[rows, columns]`` on the device of ``like``, which must be the current one."""
+    if like.is_cuda and _empty_strided is not None:
+        return _empty_strided((rows, columns), (columns, 1), dtype)
+    return like.new_empty((rows, columns), dtype=dtype)
+
+
 def runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether Triton kernels can read and write ``dtype`` on this device: e4m3 needs compute capability 8.9."""
     return has_triton() and (dtype != torch.float8_e4m3fn or capability(device) >= (8, 9))

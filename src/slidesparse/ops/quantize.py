@@ -14,9 +14,9 @@ from torch import Tensor
 from .. import reference
 from ..format import SCHEMES, Scheme
 from ..pattern import Pattern
-from . import launching
 from .launch import BOUNDS, Launch, gather_constants, is_hopper, row_constants, row_launch
-from .library import define, runs_kernels
+from .launching import CALLS, Call
+from .library import allocate, define, runs_kernels
 
 _INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -122,15 +122,21 @@ def _lift_oracle(x: Tensor, pattern: str, offset: int, width: int, rows: int) ->
     return _padded(reference.lift(x.contiguous(), parsed(pattern), offset), width, rows)
 
 
-def empty_rows(x: Tensor, dtype: torch.dtype, width: int, rows: int) -> Tensor:
-    """Memory for as many rows as x has, rounded up to a multiple of ``rows``."""
+def padded_rows(m: int, rows: int) -> int:
+    """``m`` rounded up to a multiple of ``rows``."""
+    return m if rows == 1 else (m + rows - 1) // rows * rows
+
+
+def fake(x: Tensor, dtype: torch.dtype, width: int, rows: int) -> tuple[Tensor, Tensor]:
+    """What stands for the result of `quantize` while nothing is computed."""
     m = x.shape[0]
-    return x.new_empty((m if rows == 1 else (m + rows - 1) // rows * rows, width), dtype=dtype)
+    return x.new_empty((padded_rows(m, rows), width), dtype=dtype), x.new_empty((m, 1), dtype=torch.float32)
 
 
 def empty(x: Tensor, dtype: torch.dtype, width: int, rows: int) -> tuple[Tensor, Tensor]:
     """Memory for what `quantize` gives."""
-    return empty_rows(x, dtype, width, rows), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    m = x.shape[0]
+    return allocate(x, padded_rows(m, rows), width, dtype), allocate(x, m, 1, torch.float32)
 
 
 def _quantize_cuda(x: Tensor, dtype: torch.dtype, width: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -171,17 +177,24 @@ def launch_quantize(
 def _launch_groups(
     x: Tensor, dtype: torch.dtype, width: int, rows: int, launch: Launch | None, fused: bool, group: int
 ) -> tuple[Tensor, Tensor]:
-    from . import kernels_quantize as kernels
-
     x = in_rows(x)
     q, scale = empty(x, dtype, width, rows)
-    m, k = x.shape
-    launch = launch or row_launch(m, k, group)
-    if m:
-        constants = row_constants(launch, k, width, group, dtype, fused, is_hopper(x.device))
-        arguments = (x, q, scale, m, k, width // 4 if group else width, x.stride(0))
-        launching.launch(kernels.quantize_kernel, (-(-m // launch.rows),), arguments, constants)
+    if x.shape[0]:
+        _groups_call(x.shape, x.stride(0), x.dtype, x.device, dtype, width, launch, fused, group)(x, q, scale)
     return q, scale
+
+
+@lru_cache(CALLS)
+def _groups_call(
+    shape: tuple[int, int], stride: int, x_dtype: torch.dtype, device: torch.device, dtype: torch.dtype, width: int, launch: Launch | None,
+    fused: bool, group: int,
+) -> Call:  # fmt: skip
+    from .kernels_quantize import quantize_kernel
+
+    m, k = shape
+    launch = launch or row_launch(m, k, group)
+    numbers = (m, k, width // 4 if group else width, stride)
+    return Call(quantize_kernel, (-(-m // launch.rows),), numbers, row_constants(launch, k, width, group, dtype, fused, is_hopper(device)))
 
 
 def launch_quantize_lift(
@@ -189,53 +202,68 @@ def launch_quantize_lift(
     fused: bool = True, gather: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run a quantise-and-lift kernel on the current device and stream; ``gather`` asks for the one that takes every pattern."""
-    from . import kernels_quantize as kernels
-
     if can_pair(pattern, offset, width) and not gather:
         return _launch_groups(x, dtype, width, rows, launch, fused, pattern.group)
     x = in_rows(x)
     q, scale = empty(x, dtype, width, rows)
-    m, k = x.shape
-    launch = launch or row_launch(m, k)
-    if m:
-        constants = gather_constants(launch, pattern, offset, width, is_hopper(x.device)) | {
-            "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": fused, "SPAN": launch.span, "CHUNKS": -(-k // (8 * launch.span)),
-        }  # fmt: skip
-        arguments = (x, q, scale, m, k, pattern.slid_k(k, offset), width, x.stride(0))
-        launching.launch(kernels.quantize_gather_kernel, (-(-m // launch.rows),), arguments, constants)
+    if x.shape[0]:
+        _gather_call(x.shape, x.stride(0), x.dtype, x.device, dtype, pattern, offset, width, launch, fused)(x, q, scale)
     return q, scale
+
+
+@lru_cache(CALLS)
+def _gather_call(
+    shape: tuple[int, int], stride: int, x_dtype: torch.dtype, device: torch.device, dtype: torch.dtype, pattern: Pattern, offset: int,
+    width: int, launch: Launch | None, fused: bool,
+) -> Call:  # fmt: skip
+    from .kernels_quantize import quantize_gather_kernel
+
+    m, k = shape
+    launch = launch or row_launch(m, k)
+    constants = gather_constants(launch, pattern, offset, width, is_hopper(device)) | {
+        "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": fused, "SPAN": launch.span, "CHUNKS": -(-k // (8 * launch.span)),
+    }  # fmt: skip
+    return Call(quantize_gather_kernel, (-(-m // launch.rows),), (m, k, pattern.slid_k(k, offset), width, stride), constants)
 
 
 def launch_lift(x: Tensor, pattern: Pattern, offset: int, width: int, rows: int = 1, launch: Launch | None = None) -> Tensor:
     """Run the lift kernel on the current device and stream; where the lift only pads, a copy does."""
-    from . import kernels_quantize as kernels
-
-    y = empty_rows(x, x.dtype, width, rows)
     m, k = x.shape
+    y = allocate(x, padded_rows(m, rows), width, x.dtype)
     integer = _INTEGERS[x.element_size()]
     if moves_nothing(pattern, offset):
         y[:m, :k] = x
         y.view(integer)[:m, k:] = 0
         return y
     x = in_rows(x)
-    launch = launch or row_launch(m, k)
     if m:
-        constants = gather_constants(launch, pattern, offset, width, is_hopper(x.device))
-        arguments = (x.view(integer), y.view(integer), m, k, pattern.slid_k(k, offset), width, x.stride(0))
-        launching.launch(kernels.lift_kernel, (-(-m // launch.rows),), arguments, constants)
+        _lift_call(x.shape, x.stride(0), integer, x.device, pattern, offset, width, launch)(x.view(integer), y.view(integer))
     return y
 
 
+@lru_cache(CALLS)
+def _lift_call(
+    shape: tuple[int, int], stride: int, integer: torch.dtype, device: torch.device, pattern: Pattern, offset: int, width: int,
+    launch: Launch | None,
+) -> Call:  # fmt: skip
+    from .kernels_quantize import lift_kernel
+
+    m, k = shape
+    launch = launch or row_launch(m, k)
+    constants = gather_constants(launch, pattern, offset, width, is_hopper(device))
+    return Call(lift_kernel, (-(-m // launch.rows),), (m, k, pattern.slid_k(k, offset), width, stride), constants)
+
+
 def _quantize_fake(x: Tensor, dtype: torch.dtype, width: int, rows: int) -> tuple[Tensor, Tensor]:
-    return empty(x, dtype, width, rows)
+    return fake(x, dtype, width, rows)
 
 
 def _quantize_lift_fake(x: Tensor, pattern: str, dtype: torch.dtype, offset: int, width: int, rows: int) -> tuple[Tensor, Tensor]:
-    return empty(x, dtype, width, rows)
+    return fake(x, dtype, width, rows)
 
 
 def _lift_fake(x: Tensor, pattern: str, offset: int, width: int, rows: int) -> Tensor:
-    return empty_rows(x, x.dtype, width, rows)
+    return x.new_empty((padded_rows(x.shape[0], rows), width))
 
 
 quantize_op = define(

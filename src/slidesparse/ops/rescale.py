@@ -5,11 +5,13 @@ On CUDA a Triton kernel runs, bitwise equal to the plain torch composition; else
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from . import launching
-from .library import define, runs_kernels
+from .launching import CALLS, Call
+from .library import allocate, define, runs_kernels
 
 _SUMS = (torch.int32, torch.bfloat16, torch.float16, torch.float32)
 _OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
@@ -74,17 +76,23 @@ def launch_rescale(
     tile: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """Run the kernel on the current device and stream; ``tile`` is columns a program, and warps."""
-    from . import kernels_rescale as kernels
-
     acc = acc if acc.stride(1) == 1 else acc.contiguous()
-    y = acc.new_empty((m, n), dtype=dtype)
-    if not y.numel():
-        return y
-    block, warps = tile or _tile(n)
-    arguments = (acc, y, _flat(x_scale), _flat(w_scale), _flat(bias), n, acc.stride(0))
-    constants = {"X": x_scale is not None, "W": w_scale is not None, "BIAS": bias is not None, "BLOCK": block, "num_warps": warps}
-    launching.launch(kernels.rescale_kernel, (-(-n // block) * m,), arguments, constants | {"enable_fp_fusion": False})
+    y = allocate(acc, m, n, dtype)
+    if m and n:
+        tensors = (acc, y, _flat(x_scale), _flat(w_scale), _flat(bias))
+        types = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+        _call(types, m, n, acc.stride(0), tile)(*tensors)
     return y
+
+
+@lru_cache(CALLS)
+def _call(types: tuple[torch.dtype | None, ...], m: int, n: int, stride: int, tile: tuple[int, int] | None) -> Call:
+    from .kernels_rescale import rescale_kernel
+
+    block, warps = tile or _tile(n)
+    _, _, x, w, bias = types
+    constants = {"X": x is not None, "W": w is not None, "BIAS": bias is not None, "BLOCK": block, "num_warps": warps}
+    return Call(rescale_kernel, (-(-n // block) * m,), (n, stride), constants | {"enable_fp_fusion": False})
 
 
 def _flat(vector: Tensor | None) -> Tensor | None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import launching
-from .library import capability, define, has_triton
+from .launching import CALLS, Call
+from .library import allocate, capability, define, has_triton
 
 WIDEST_K = 1 << 17
 """Widest K whose int8 products, at most 128 · 127 each, are sure to fit an int32 sum."""
@@ -157,14 +157,10 @@ def launch_w8a8(
     descriptors: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Run the kernels on the current device and stream; ``descriptors`` False reads through pointers."""
-    from triton.language import constexpr  # the interpreter, which alone runs on the CPU, loops to no other bound
-
-    from . import kernels_w8a8 as kernels
-
     q, weight = q.contiguous(), weight.contiguous()
     x_scale, w_scale, bias = x_scale.contiguous(), w_scale.contiguous(), None if bias is None else bias.contiguous()
-    m, n, k = x_scale.numel(), weight.shape[0], weight.shape[1]
-    y = q.new_empty((m, n), dtype=dtype)
+    m, (n, k) = x_scale.numel(), weight.shape
+    y = allocate(q, m, n, dtype)
     if not y.numel():
         return y
     tile = tile or tile_for(m, n, k, *_resources(q.device))
@@ -175,7 +171,22 @@ def launch_w8a8(
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         a, b = TensorDescriptor.from_tensor(q, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
-    out = y if tile.split == 1 else q.new_empty((tile.split, m, n), dtype=torch.int32)
+    out = y if tile.split == 1 else allocate(q, tile.split * m, n, torch.int32)
+    bias_type = None if bias is None else bias.dtype
+    _tile_call(q.shape[0], m, n, k, out.dtype, bias_type, tile, descriptors, q.is_cuda)(a, b, out, x_scale, w_scale, bias)
+    if tile.split > 1:
+        _sum_call(m, n, dtype, bias_type, tile.split)(out, y, x_scale, w_scale, bias)
+    return y
+
+
+@lru_cache(CALLS)
+def _tile_call(
+    rows: int, m: int, n: int, k: int, dtype: torch.dtype, bias: torch.dtype | None, tile: Tile, descriptors: bool, compiled: bool
+) -> Call:
+    from triton.language import constexpr
+
+    from .kernels_w8a8 import tile_kernel
+
     tiles = -(-m // tile.m) * -(-n // tile.n)
     steps = -(-k // (tile.k * tile.split))
     constants = {
@@ -183,13 +194,17 @@ def launch_w8a8(
         "EVEN": descriptors or k == steps * tile.k * tile.split, "DESCRIPTOR": descriptors, "BIAS": bias is not None,
         "PIECES": tile.pieces, "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False,
     }  # fmt: skip
-    arguments = (a, b, out, x_scale, w_scale, bias, q.shape[0], m, n, k, steps if q.is_cuda else constexpr(steps))
-    launching.launch(kernels.tile_kernel, (tiles * tile.split,), arguments, constants)
-    if tile.split > 1:
-        block = 256
-        constants = {"SPLIT": tile.split, "BLOCK": block, "BIAS": bias is not None, "num_warps": 2, "enable_fp_fusion": False}
-        launching.launch(kernels.sum_kernel, (-(-n // block) * m,), (out, y, x_scale, w_scale, bias, m, n), constants)
-    return y
+    # The interpreter loops to no other bound than a constant.
+    return Call(tile_kernel, (tiles * tile.split,), (rows, m, n, k, steps if compiled else constexpr(steps)), constants)
+
+
+@lru_cache(CALLS)
+def _sum_call(m: int, n: int, dtype: torch.dtype, bias: torch.dtype | None, split: int) -> Call:
+    from .kernels_w8a8 import sum_kernel
+
+    block = 256
+    constants = {"SPLIT": split, "BLOCK": block, "BIAS": bias is not None, "num_warps": 2, "enable_fp_fusion": False}
+    return Call(sum_kernel, (-(-n // block) * m,), (m, n), constants)
 
 
 def _w8a8_fake(q: Tensor, weight: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

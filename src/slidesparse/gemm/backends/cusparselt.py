@@ -77,7 +77,7 @@ class CuSparseLt:
         algorithm = variant.removeprefix(_EXACT).strip()
         alpha = None if exact else resident.get("alpha")
         sums = cusparselt.sparse_mm(q, resident["compressed"], alpha, _padded(problem)[0], self._sums(problem, exact), algorithm)
-        sums = sums[: x.shape[0], : problem.n]
+        sums = _cut(sums, x.shape[0], problem.n)
         if not problem.scheme.dynamic:
             return sums if bias is None else sums + bias
         return finish(problem, sums, x_scale, scale if alpha is None else None, bias)
@@ -90,7 +90,7 @@ class CuSparseLt:
         """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
         q, x_scale = self._activations(problem, x)
         sums = cusparselt.sparse_mm(q, resident["compressed"], None, _padded(problem)[0], torch.bfloat16, variant)
-        return sums[: x.shape[0], : problem.n], x_scale
+        return _cut(sums, x.shape[0], problem.n), x_scale
 
     @staticmethod
     def _activations(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -105,6 +105,11 @@ class CuSparseLt:
         if not problem.scheme.dynamic:
             return problem.dtype
         return torch.bfloat16 if not exact else torch.int32 if problem.scheme.dtype == torch.int8 else torch.float32
+
+
+def _cut(y: Tensor, m: int, n: int) -> Tensor:
+    """What of the padded product counts; a view costs host time, so none is made in vain."""
+    return y if tuple(y.shape) == (m, n) else y[:m, :n]
 
 
 def _padded(problem: Problem) -> tuple[int, int]:
