@@ -80,6 +80,16 @@ def test_where_a_compiler_fuses_the_rest_bare_products_decide():
     plan.add(KEY, Cell(256, whole | {"dense:other": at(9)}))
     assert plan.compares(KEY, "dense:triton") and plan.compares(KEY, "dense:triton", sums=True)
     assert not plan.compares(KEY, "dense:other") and not plan.compares((1, 1, "6:8", "int8"), "dense:triton")
+    assert list(plan.table(KEY)) == [16, 256] and list(plan.table(KEY, sums=True)) == [16]
+    assert plan.route(KEY, 4096, "fast", sums=True) == "cusparselt:" and plan.pays_from(KEY, sums=True) == 16
+
+
+def test_a_rival_found_wrong_was_compared():
+    plan, times = Plan(HERE), {"dense:triton": at(10)}
+    plan.add(KEY, Cell(16, times, {"sums of dense:other": "max error 5 (allowed 4)"}, times))
+    assert plan.compares(KEY, "dense:other", sums=True) and not plan.compares(KEY, "dense:other")
+    plan.add(KEY, Cell(256, times, {"dense:other": "max error 5 (allowed 4)"}))
+    assert plan.compares(KEY, "dense:other", sums=True) and not plan.compares(KEY, "dense:other")
 
 
 def test_a_plan_comes_back_from_its_file(tmp_path):

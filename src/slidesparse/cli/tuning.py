@@ -137,9 +137,8 @@ def plan_rows(plan: Plan, layers: list[Layer], vllm: bool = False) -> list[dict]
 
     rows = []
     for layer in dict.fromkeys(layers):
-        table, elsewhere = plan.cells.get(key_of(layer.problem), {}), _elsewhere(plan, layer)
-        for m in sorted(table):
-            cell, sums = table[m], vllm and layer.scheme.dynamic
+        sums, elsewhere = vllm and layer.scheme.dynamic, _elsewhere(plan, layer)
+        for m, cell in plan.table(key_of(layer.problem), sums=sums).items():
             times = cell.times(sums)
             others = [name for name in times if name.partition(":")[0] not in ("dense", "restore")]
             other = min(others, key=lambda name: times[name].p50, default=None)

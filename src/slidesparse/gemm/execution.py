@@ -171,10 +171,11 @@ class Execution:
             few, many = (named(self.backend, problem, m, sums=self.for_sums) for m in (FEW_TOKENS, FEW_TOKENS + 1))
             return _merged([(FEW_TOKENS, few), (maxsize, many)])
         plan = active_plan().plan if problem.device == "cuda" else None
-        if plan is None or not plan.cells.get(key_of(problem)):
+        table = {} if plan is None else plan.table(key_of(problem), sums=self.for_sums)
+        if plan is None or not table:
             few, many = (choose(problem, m, memory=self.memory, sums=self.for_sums) for m in (FEW_TOKENS, FEW_TOKENS + 1))
             return _merged([(FEW_TOKENS, few), (maxsize, many)])
-        edges = sorted({edge for m in plan.cells[key_of(problem)] for edge in (m - 1, m) if edge})
+        edges = sorted({edge for m in table for edge in (m - 1, m) if edge})
         without = _cannot_run(plan, problem)
         choices = [self._planned(plan, problem, edge, without) for edge in edges]
         return _merged(list(zip([*edges[:-1], maxsize], choices, strict=True)))

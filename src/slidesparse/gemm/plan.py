@@ -31,6 +31,10 @@ Key = tuple[int, int, str, str]
 """N, K, pattern, scheme."""
 
 
+SUMS_OF = "sums of "
+"""In front of a dropped route's name: its sums were wrong, its whole linear may be right."""
+
+
 def key_of(problem: Problem) -> Key:
     """What a plan files a problem under: types of activations and bias are left out, they hardly change the times."""
     return problem.n, problem.k, str(problem.pattern), problem.scheme.name
@@ -86,21 +90,27 @@ class Plan:
         """Put a cell in; one of the same number of tokens is replaced."""
         self.cells.setdefault(key, {})[cell.m] = cell
 
+    def table(self, key: Key, *, sums: bool = False) -> dict[int, Cell]:
+        """A layer's cells that hold such times, by number of tokens in rising order."""
+        cells = self.cells.get(key, {})
+        return {m: cells[m] for m in sorted(cells) if cells[m].times(sums)}
+
     def routes(self, key: Key) -> list[str]:
         """Every route that was timed for a layer."""
         return sorted({name for cell in self.cells.get(key, {}).values() for name in cell.timings | cell.sums})
 
     def compares(self, key: Key, route: str, *, sums: bool = False) -> bool:
-        """Whether a route was timed wherever the layer was."""
-        found = [times for cell in self.cells.get(key, {}).values() if (times := cell.times(sums))]
-        return bool(found) and all(route in times for times in found)
+        """Whether a route was timed, or found wrong, wherever the layer was timed."""
+        cells = self.table(key, sums=sums).values()
+        dropped = SUMS_OF + route if sums else route
+        return bool(cells) and all(route in cell.times(sums) or dropped in cell.dropped for cell in cells)
 
     def route(self, key: Key, m: int, memory: str, without: Collection[str] = (), *, sums: bool = False) -> str | None:
         """The route for ``m`` tokens, ``without`` those that cannot run here; None for a layer that was not measured."""
-        table = self.cells.get(key)
+        table = self.table(key, sums=sums)
         if not table:
             return None
-        ms = sorted(table)
+        ms = list(table)
         at = bisect_left(ms, m)
         above = table[ms[min(at, len(ms) - 1)]]
         if above.m == m or at == len(ms):
@@ -114,8 +124,8 @@ class Plan:
     def pays_from(self, key: Key, without: Collection[str] = (), *, sums: bool = False) -> int | None:
         """The fewest measured tokens from which every larger measured number runs on another backend than dense; None if none does."""
         first = None
-        for m in sorted(self.cells.get(key, {}), reverse=True):
-            if _backend(self.cells[key][m].pick("fast", without, sums=sums)) in (None, "dense"):
+        for m, cell in reversed(self.table(key, sums=sums).items()):
+            if _backend(cell.pick("fast", without, sums=sums)) in (None, "dense"):
                 break
             first = m
         return first

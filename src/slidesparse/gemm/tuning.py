@@ -22,7 +22,7 @@ from ..quant import quantize_weight
 from ..testing import deviation
 from .active import forget_plans, user_plan_path
 from .machine import this_machine
-from .plan import Cell, Key, Plan, key_of
+from .plan import SUMS_OF, Cell, Key, Plan, key_of
 from .problem import Problem, Weights
 from .registry import Backend, backends
 from .routes import route_refuses, run_sums, searched
@@ -36,7 +36,6 @@ _CHECKED_ROWS = 32
 _MOST_COPIES = 32
 _BLOCK_ROWS = 4096
 _SUMS_TIMED = 2
-_SUMS_OF = "sums of "
 
 Progress = Callable[[int, int, str], None]
 
@@ -148,7 +147,7 @@ def _lacks(plan: Plan, layer: Layer, m: int) -> bool:
         return True
     seen = cell.timings.keys() | cell.dropped.keys()
     new = [name for name in searched(layer.problem, m) if f"dense:{name}" not in seen and "dense" not in seen]
-    dropped = any(name.startswith(_SUMS_OF) for name in cell.dropped)
+    dropped = any(name.startswith(SUMS_OF) for name in cell.dropped)
     return bool(new) or bool(layer.scheme.dynamic and cell.timings and not cell.sums and not dropped)
 
 
@@ -260,7 +259,7 @@ class Bench:
                 if reason is None:
                     calls[name] = found
                 else:
-                    dropped[_SUMS_OF + name] = reason
+                    dropped[SUMS_OF + name] = reason
         return calls
 
     def _call(self, backend: Backend, variant: str, x: Tensor, resident: Mapping[str, Tensor]) -> Callable[[], Tensor]:
