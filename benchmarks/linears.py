@@ -17,6 +17,7 @@ import torch
 from records import records
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Cell, Plan, active_plan, use_plan
+from slidesparse.gemm.routes import is_known
 from slidesparse.gemm.tuning import Bench, Layer
 from slidesparse.pattern import Pattern
 
@@ -27,13 +28,12 @@ MODELS = {
 }
 
 
-def rows(name: str, layer: Layer, cell: Cell, plan: Plan | None, key: tuple) -> Iterator[dict[str, object]]:
-    """One row per route, and which of them the plan runs."""
+def rows(name: str, layer: Layer, cell: Cell, planned: dict[str, str | None]) -> Iterator[dict[str, object]]:
+    """One row per route, and which of them the plan runs, by memory policy."""
     dense = cell.best("dense")
-    runs = {memory: plan.route(key, cell.m, memory) if plan else None for memory in ("fast", "lean")}
     # Untuned means dense; a route that was not measured here cannot be claimed.
-    runs = {memory: route if route in cell.timings else cell.best(fallback) for (memory, route), fallback in
-            zip(runs.items(), ("dense", "restore"), strict=True)}  # fmt: skip
+    runs = {memory: route if (route := planned.get(memory)) in cell.timings else cell.best(fallback) for memory, fallback in
+            (("fast", "dense"), ("lean", "restore"))}  # fmt: skip
     for route, timing in cell.timings.items():
         yield {
             "layer": name, "m": cell.m, "n": layer.n, "k": layer.k, "pattern": str(layer.pattern), "scheme": layer.scheme.name,
@@ -46,10 +46,11 @@ def rows(name: str, layer: Layer, cell: Cell, plan: Plan | None, key: tuple) -> 
 
 def measured(model: str, layer_name: str, layer: Layer, ms: list[int], plan: Plan | None) -> Iterator[dict[str, object]]:
     bench = Bench(layer)
+    elsewhere = {route for route in plan.routes(bench.key) if not is_known(route)} if plan else set()
     for m in ms:
-        planned = [plan.route(bench.key, m, memory) for memory in ("fast", "lean")] if plan else []
+        planned = [plan.route(bench.key, m, memory, elsewhere) for memory in ("fast", "lean")] if plan else []
         cell = bench.cell(m, also=[route for route in planned if route])
-        for row in rows(layer_name, layer, cell, plan, bench.key):
+        for row in rows(layer_name, layer, cell, dict(zip(("fast", "lean"), planned, strict=False))):
             yield {"model": model} | row
         torch.cuda.empty_cache()
 

@@ -159,14 +159,14 @@ def _window_shape(pattern: Pattern, size: int) -> dict[str, int]:
     return {"GROUP": group, "WINDOWS": windows, "GROUPS": groups, "SIZE": size, "BYTES": -(-(8 - gcd(group, 8) + group) // 8)}
 
 
-def launch_restore(values: Tensor, keep: Tensor, pattern: Pattern, k: int, tile: Tile = _RESTORE, *, inline: bool = True) -> Tensor:
+def launch_restore(values: Tensor, keep: Tensor, pattern: Pattern, k: int, tile: Tile | None = None, *, inline: bool = True) -> Tensor:
     """Run the restore kernel on the current device and stream; ``inline`` is False under the interpreter, which has no assembly."""
     n, size = values.shape[0], values.element_size()
     dense = allocate(values, n, k, values.dtype)
     if dense.numel():
         values, keep = _aligned(values), keep.contiguous()
         out = dense.view(torch.int64 if _chunked(k, size) else _INTEGERS[size])
-        _restore_call(n, values.shape[1], keep.shape[1], size, pattern, k, tile, inline)(values.view(torch.int8), keep, out)
+        _restore_call(n, values.shape[1], keep.shape[1], size, pattern, k, tile or _RESTORE, inline)(values.view(torch.int8), keep, out)
     return dense
 
 
