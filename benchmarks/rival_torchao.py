@@ -35,6 +35,9 @@ class Torchao:
         data, meta = torch.ops.torchao.to_sparse_semi_structured_cutlass_sm9x_f8(ops.slide(weights.packed))
         return {"data": data, "meta": meta}
 
+    def roundings(self, variant: str) -> int:
+        return 1
+
     def gives_sums(self, variant: str) -> bool:
         return False
 

@@ -61,8 +61,10 @@ def check_rows(got: tuple[torch.Tensor, ...], h: torch.Tensor, scheme: Scheme, p
     assert not off.any(), f"scales differ: {scale[off]} and {expected_scale[off]}"
     real = ~scale.isnan()
     step = STEP[scheme.name] * torch.where(real, torch.maximum(scale, expected_scale), 0)
+    # The norm may differ in its last place before it is quantised.
+    allowed = 1.02 * step + torch.finfo(h.dtype).eps * (expected.float() * expected_scale).where(real, 0).abs()
     error = (q[:, :k].float() * scale - expected.float() * expected_scale).where(real, 0).abs()
-    assert (error <= 1.02 * step).all(), f"{(error - step).max()} more than a step"
+    assert (error <= allowed).all(), f"{(error - allowed).max()} more than a step"
     assert not q[:, :k].float().where(~real, 0).any()
     # Float32 is not rounded on the way, so there the order of a sum shows in many a last place.
     same = (scale == expected_scale) | ~real | (h.dtype == torch.float32)

@@ -31,19 +31,19 @@ def compiled(monkeypatch: pytest.MonkeyPatch, rank: Callable) -> None:
 @pytest.mark.parametrize(("pattern", "k", "size"), [("6:8", 96, 1), ("6:8", 96, 4), ("4:6", 3584, 2), ("8:10", 52, 2)])
 @pytest.mark.parametrize(("form", "name"), [("packed", "int8"), ("packed", "fp8"), ("dense", "int8"), ("dense", "fp8")])
 def test_ranks_compute_the_oracles_numbers(form: str, name: str, pattern: str, k: int, size: int, rank: Callable, compiled: None) -> None:
-    scheme, one = SCHEMES[name], part(8, k, SCHEMES[name], pattern, bias=True)
+    scheme, one = SCHEMES[name], part(64, k, SCHEMES[name], pattern, bias=True)
     ragged = {"in_features": {"a.down_proj": k}} if form == "packed" else {}
     for number in range(size):
         rank(number, size)
         config = config_of(form, name, pattern, **ragged)
-        layer = layers.RowParallelLinear(k, 8, bias=True, quant_config=config, prefix="a.down_proj")
+        layer = layers.RowParallelLinear(k, 64, bias=True, quant_config=config, prefix="a.down_proj")
         layer.reduce_results = False  # vLLM refuses that with a bias, which is to be tested on the first rank
         load(layer, {None: one}, form)
         assert layer.quant_method.opened
         columns, bias = slice(number * k // size, (number + 1) * k // size), layer.bias if number == 0 else None
         x, weight = torch.randn(2, 3, k // size), one.weight[:, columns].contiguous()
         with torch.inference_mode():
-            y = layer.quant_method.apply(layer, x, bias).view(6, 8)
+            y = layer.quant_method.apply(layer, x, bias).view(6, 64)
         x, exact = x.view(6, -1), oracle(x.view(6, -1), weight, one.scale, bias, scheme, torch.float64).detach()
         check_close(y, exact, oracle(x, weight, one.scale, bias, scheme).detach(), roundings=2)
 

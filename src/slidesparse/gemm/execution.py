@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..ops.launching import CALLS
+from ..ops.library import unwatched
 from .active import active_plan
 from .plan import MEMORY, Plan, key_of
 from .problem import Problem, Weights
-from .registry import Choice, choose, named, refusal
+from .registry import Bound, Choice, choose, named, refusal
 from .routes import FEW_TOKENS
 
 _LOG = logging.getLogger(__name__)
@@ -24,13 +26,17 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ready:
-    """What one kind of input needs: ``steps`` are pairs (most tokens, choice) in rising order; ``resident`` is by layout."""
+    """What one kind of input needs.
+
+    ``steps`` are pairs (most tokens, choice) in rising order; ``resident`` is by layout; equal layers share what is ``bound``.
+    """
 
     problem: Problem
     device: torch.device
     steps: tuple[tuple[int, Choice], ...]
     resident: dict[str, Mapping[str, Tensor]]
     scale: Tensor | None
+    bound: dict[tuple, Bound]
 
     def fits(self, x: Tensor, bias: Tensor | None) -> bool:
         """Whether it was made for such inputs."""
@@ -118,12 +124,35 @@ class Execution:
             with torch.autocast(x.device.type, enabled=False):
                 return self.sums(x)
         choice = ready.choice(m)
-        return choice.backend.sums(ready.problem, x, ready.resident[choice.backend.layout], choice.variant)
+        resident = ready.resident[choice.backend.layout]
+        bound = self._bound(ready, choice, x, sums=True)
+        if bound is not None:
+            return bound.sums(x, resident)
+        return choice.backend.sums(ready.problem, x, resident, choice.variant)
 
     def _run(self, ready: Ready, m: int, x: Tensor, bias: Tensor | None) -> Tensor:
         choice = ready.choice(m)
         resident = ready.resident[choice.backend.layout]
+        bound = self._bound(ready, choice, x, sums=False)
+        if bound is not None and (bias is None or bias.is_contiguous()):
+            return bound.run(x, resident, ready.scale, bias)
         return choice.backend.run(ready.problem, x, resident, ready.scale, bias, choice.variant)
+
+    @staticmethod
+    def _bound(ready: Ready, choice: Choice, x: Tensor, *, sums: bool) -> Bound | None:
+        """What was decided for such inputs, if the backend does so and nobody looks."""
+        bind = getattr(choice.backend, "bind", None)
+        if bind is None or not unwatched(x) or x.get_device() != torch.cuda.current_device():
+            return None
+        key = (x.shape[0], x.stride(), choice.variant, sums)
+        bound = ready.bound.get(key)
+        if bound is None:
+            bound = bind(ready.problem, x, ready.resident[choice.backend.layout], choice.variant, sums=sums)
+            if bound is not None:
+                if len(ready.bound) >= CALLS:
+                    ready.bound.clear()
+                ready.bound[key] = bound
+        return bound
 
     @torch.compiler.disable
     def prepare(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None = None) -> Ready:
@@ -147,7 +176,7 @@ class Execution:
                         resident[choice.backend.layout] = choice.backend.prepare(problem, weights)
             if device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # other streams and threads may use the copies from here on
-        self._ready = Ready(problem, device, steps, resident, weights.channel_scale)
+        self._ready = Ready(problem, device, steps, resident, weights.channel_scale, _BOUND.setdefault((problem, device), {}))
         return self._ready
 
     def release(self) -> Weights | None:
@@ -186,6 +215,10 @@ class Execution:
         if route is None:
             return choose(problem, m, memory=self.memory, sums=self.for_sums)
         return named(route, problem, m, sums=self.for_sums)
+
+
+# By problem and device: equal layers decide together.
+_BOUND: dict[tuple[Problem, torch.device], dict[tuple, Bound]] = {}
 
 
 def refuse_capture() -> None:

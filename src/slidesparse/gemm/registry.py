@@ -40,7 +40,8 @@ class Backend(Protocol):
     to run ``m`` tokens, the likely fastest first; ``search`` those worth timing for the tokens at hand. ``prepare`` derives the
     resident tensors; ``run`` computes ``y [M, N]`` from ``x [M, K]``, quantising it itself where the scheme asks for it. Where
     ``gives_sums`` says so of a variant, ``sums`` leaves the epilogue to the caller (8-bit schemes): it quantises ``x`` and returns the
-    product in bfloat16 ``[M, N]``, to which neither scales nor bias have been applied, with the token scales ``[M, 1]``.
+    product in bfloat16 ``[M, N]``, to which neither scales nor bias have been applied, with the token scales ``[M, 1]``. ``roundings``
+    is how often ``run`` rounds to 16 bits, which the tolerance policy wants to know.
     """
 
     name: str
@@ -58,9 +59,23 @@ class Backend(Protocol):
         self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None, variant: str
     ) -> Tensor: ...
 
+    def roundings(self, variant: str) -> int: ...
+
     def gives_sums(self, variant: str) -> bool: ...
 
     def sums(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str) -> tuple[Tensor, Tensor]: ...
+
+
+class Bound(Protocol):
+    """`Backend.run` and `Backend.sums` with what they decide and check in every call done once: little host time is left.
+
+    A backend may have ``bind(problem, x, resident, variant, *, sums) -> Bound | None``: for inputs of the shape, strides and type of
+    ``x``, on the current device; None where it cannot, or not before one such call was made. No op is called that others could see.
+    """
+
+    def run(self, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None) -> Tensor: ...
+
+    def sums(self, x: Tensor, resident: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)

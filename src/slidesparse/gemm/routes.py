@@ -22,11 +22,13 @@ class Route:
     """One way: ``refuses(problem)`` says why it cannot run; ``run(problem, x, weight, scale, bias)`` takes ``[M, K]`` to ``[M, N]``.
 
     ``sums(problem, q, weight)`` is the bare product of quantised activations ``[M, K]``, bfloat16 ``[M, N]``; None if there is none.
+    ``roundings`` is how often ``run`` rounds to 16 bits.
     """
 
     refuses: Callable[[Problem], str | None]
     run: Callable[[Problem, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
     sums: Callable[[Problem, Tensor, Tensor], Tensor] | None = None
+    roundings: int = 1
 
 
 def routes(problem: Problem, m: int) -> tuple[str, ...]:
@@ -78,6 +80,10 @@ class DenseRoutes:
     def search(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None) -> tuple[str, ...]:
         """See `searched`."""
         return searched(problem, x.shape[0])
+
+    def roundings(self, variant: str) -> int:
+        """What the route says of itself; an unknown one is held to one."""
+        return _ROUTES[variant].roundings if variant in _ROUTES else 1
 
     def gives_sums(self, variant: str) -> bool:
         """Whether the route can leave scales and bias to the caller."""
@@ -201,7 +207,7 @@ def _takes_all(problem: Problem) -> str | None:
 _ROUTES = {
     "native": Route(_not_native, _native),
     "rowwise": Route(_not_rowwise, _rowwise),
-    "tensorwise": Route(_not_scaled_mm, _tensorwise, _tensorwise_sums),
+    "tensorwise": Route(_not_scaled_mm, _tensorwise, _tensorwise_sums, roundings=2),
     "triton": Route(_not_triton, _triton, _triton_sums),
     "cublaslt": Route(_not_cublaslt, _cublaslt),
     "exact": Route(_takes_all, exact_linear, _exact_sums),

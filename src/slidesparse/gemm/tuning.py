@@ -219,7 +219,7 @@ class Bench:
             for variant in dict.fromkeys([*found, *asked]):
                 name = f"{backend.name}:{variant}"
                 calls = [self._call(backend, variant, x, held) for x, held in zip(inputs, resident, strict=False)]
-                reason = self._fault(calls[0], m, expected, same_dtype, roundings=2 if backend.layout == "slid" else 1)
+                reason = self._fault(calls[0], m, expected, same_dtype, roundings=backend.roundings(variant))
                 if reason is None:
                     variants[name] = calls
                 else:

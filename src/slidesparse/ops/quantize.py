@@ -167,20 +167,36 @@ def can_pair(pattern: Pattern, offset: int, width: int) -> bool:
     return (pattern.n, pattern.l) == (2, 4) and not offset and width % 4 == 0
 
 
+def quantize_call(
+    x: Tensor, pattern: Pattern | None, dtype: torch.dtype, offset: int, width: int, launch: Launch | None = None, *,
+    fused: bool = True, gather: bool = False,
+) -> Call:  # fmt: skip
+    """The launch, to be called with x, q and scale, that quantises rows like those of x, and lifts them if there is a pattern.
+
+    Elements of a row lie side by side. ``gather`` asks for the kernel that takes every pattern.
+    """
+    if pattern is None or (can_pair(pattern, offset, width) and not gather):
+        group = 0 if pattern is None else pattern.group
+        return _groups_call(x.shape, x.stride(0), x.dtype, x.device, dtype, width, launch, fused, group)
+    return _gather_call(x.shape, x.stride(0), x.dtype, x.device, dtype, pattern, offset, width, launch, fused)
+
+
 def launch_quantize(
     x: Tensor, dtype: torch.dtype, width: int, rows: int = 1, launch: Launch | None = None, *, fused: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the quantise kernel on the current device and stream."""
-    return _launch_groups(x, dtype, width, rows, launch, fused, 0)
+    return launch_quantize_lift(x, None, dtype, 0, width, rows, launch, fused=fused)
 
 
-def _launch_groups(
-    x: Tensor, dtype: torch.dtype, width: int, rows: int, launch: Launch | None, fused: bool, group: int
-) -> tuple[Tensor, Tensor]:
+def launch_quantize_lift(
+    x: Tensor, pattern: Pattern | None, dtype: torch.dtype, offset: int, width: int, rows: int = 1, launch: Launch | None = None, *,
+    fused: bool = True, gather: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run a kernel of `quantize_call` on the current device and stream."""
     x = in_rows(x)
     q, scale = empty(x, dtype, width, rows)
     if x.shape[0]:
-        _groups_call(x.shape, x.stride(0), x.dtype, x.device, dtype, width, launch, fused, group)(x, q, scale)
+        quantize_call(x, pattern, dtype, offset, width, launch, fused=fused, gather=gather)(x, q, scale)
     return q, scale
 
 
@@ -195,20 +211,6 @@ def _groups_call(
     launch = launch or row_launch(m, k, group)
     numbers = (m, k, width // 4 if group else width, stride)
     return Call(quantize_kernel, (-(-m // launch.rows),), numbers, row_constants(launch, k, width, group, dtype, fused, is_hopper(device)))
-
-
-def launch_quantize_lift(
-    x: Tensor, pattern: Pattern, dtype: torch.dtype, offset: int, width: int, rows: int = 1, launch: Launch | None = None, *,
-    fused: bool = True, gather: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run a quantise-and-lift kernel on the current device and stream; ``gather`` asks for the one that takes every pattern."""
-    if can_pair(pattern, offset, width) and not gather:
-        return _launch_groups(x, dtype, width, rows, launch, fused, pattern.group)
-    x = in_rows(x)
-    q, scale = empty(x, dtype, width, rows)
-    if x.shape[0]:
-        _gather_call(x.shape, x.stride(0), x.dtype, x.device, dtype, pattern, offset, width, launch, fused)(x, q, scale)
-    return q, scale
 
 
 @lru_cache(CALLS)

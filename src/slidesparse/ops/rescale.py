@@ -81,12 +81,13 @@ def launch_rescale(
     if m and n:
         tensors = (acc, y, _flat(x_scale), _flat(w_scale), _flat(bias))
         types = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
-        _call(types, m, n, acc.stride(0), tile)(*tensors)
+        rescale_call(types, m, n, acc.stride(0), tile)(*tensors)
     return y
 
 
 @lru_cache(CALLS)
-def _call(types: tuple[torch.dtype | None, ...], m: int, n: int, stride: int, tile: tuple[int, int] | None) -> Call:
+def rescale_call(types: tuple[torch.dtype | None, ...], m: int, n: int, stride: int, tile: tuple[int, int] | None = None) -> Call:
+    """The launch, to be called with sums of this row stride, outputs ``[m, n]``, token scales, weight scales and bias of these types."""
     from .kernels_rescale import rescale_kernel
 
     block, warps = tile or _tile(n)

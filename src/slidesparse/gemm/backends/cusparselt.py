@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,11 @@ from torch import Tensor
 
 from ... import ops
 from ...ops import cusparselt
+from ...ops.cusparselt_plans import Plan
+from ...ops.launching import Call
+from ...ops.library import allocate, runs_kernels
+from ...ops.quantize import moves_nothing, padded_rows, quantize_call
+from ...ops.rescale import rescale_call
 from ..numerics import finish, int32_overflow
 from ..problem import Problem, Weights
 
@@ -82,6 +88,10 @@ class CuSparseLt:
             return sums if bias is None else sums + bias
         return finish(problem, sums, x_scale, scale if alpha is None else None, bias)
 
+    def roundings(self, variant: str) -> int:
+        """Two where the library rounds to bfloat16, or to the 16-bit type before a bias is added."""
+        return 1 if variant.startswith(_EXACT) else 2
+
     def gives_sums(self, variant: str) -> bool:
         """What is rounded to bfloat16 anyway."""
         return not variant.startswith(_EXACT)
@@ -91,6 +101,22 @@ class CuSparseLt:
         q, x_scale = self._activations(problem, x)
         sums = cusparselt.sparse_mm(q, resident["compressed"], None, _padded(problem)[0], torch.bfloat16, variant)
         return _cut(sums, x.shape[0], problem.n), x_scale
+
+    def bind(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str, *, sums: bool) -> Bound | None:
+        """See `registry.Bound`: of 8-bit schemes, once the library has a plan for the number of tokens."""
+        dtype, shape = problem.scheme.dtype, (x.shape[0], problem.n)
+        if not problem.scheme.dynamic or x.stride(1) != 1 or not runs_kernels(x.device, dtype):
+            return None
+        exact = variant.startswith(_EXACT)
+        (n, width), rows = _padded(problem), padded_rows(x.shape[0], cusparselt.TOKENS)
+        between, scaled = self._sums(problem, exact), not (exact or sums) and "alpha" in resident
+        plan = cusparselt.plans.known((x.get_device(), n, width, rows, dtype, between, scaled, variant.removeprefix(_EXACT).strip()))
+        if plan is None:
+            return None
+        quantize = quantize_call(x, None if moves_nothing(problem.pattern, 0) else problem.pattern, dtype, 0, width)
+        types = (between, problem.dtype, torch.float32, None if scaled else torch.float32, problem.bias)
+        rescale = None if sums else rescale_call(types, *shape, n)
+        return Bound(quantize, plan, rescale, shape, (rows, n, width), dtype, between, problem.dtype, scaled)
 
     @staticmethod
     def _activations(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -105,6 +131,43 @@ class CuSparseLt:
         if not problem.scheme.dynamic:
             return problem.dtype
         return torch.bfloat16 if not exact else torch.int32 if problem.scheme.dtype == torch.int8 else torch.float32
+
+
+class Bound(NamedTuple):
+    """`CuSparseLt.run` and `CuSparseLt.sums` for inputs of one shape: checked and decided once, so that little host time is left.
+
+    ``shape`` is that of the output, ``padded`` M, N and K' as the library takes them; ``between`` is the type of its products.
+    """
+
+    quantize: Call
+    plan: Plan
+    rescale: Call | None
+    shape: tuple[int, int]
+    padded: tuple[int, int, int]
+    dtype: torch.dtype
+    between: torch.dtype
+    out: torch.dtype
+    scaled: bool
+
+    def sums(self, x: Tensor, resident: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
+        y, x_scale = self._product(x, resident)
+        return _cut(y, *self.shape), x_scale
+
+    def run(self, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        """``[M, K]`` → ``[M, N]``."""
+        sums, x_scale = self._product(x, resident)
+        y = allocate(x, *self.shape, self.out)
+        self.rescale(sums, y, x_scale, None if self.scaled else scale, bias)
+        return y
+
+    def _product(self, x: Tensor, resident: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        rows, n, width = self.padded
+        q, x_scale = allocate(x, rows, width, self.dtype), allocate(x, self.shape[0], 1, torch.float32)
+        self.quantize(x, q, x_scale)
+        y = allocate(x, rows, n, self.between)
+        self.plan.run(q, resident["compressed"], resident["alpha"] if self.scaled else None, y)
+        return y, x_scale
 
 
 def _cut(y: Tensor, m: int, n: int) -> Tensor:

@@ -34,6 +34,10 @@ class Reference:
         """The stored tensors themselves."""
         return weights.tensors()
 
+    def roundings(self, variant: str) -> int:
+        """One."""
+        return 1
+
     def gives_sums(self, variant: str) -> bool:
         """The oracle of the sums, too."""
         return True
