@@ -86,8 +86,8 @@ def test_vllms_route_says_why_it_cannot_run(n, k, scheme, dtype, device, bias, t
 def measured(sparse_from: int, *routes: str, families: tuple[str, ...] = ("whole", "sums")) -> Plan:
     """A plan in which a sparse route wins from so many tokens on, in whole linears, without their epilogue, or both."""
     plan = Plan(Machine("A card", "580", "13.0", "2.11.0", "3.6.0", "0.8.0", kernels_hash()))
-    quick, slow = Timing(1.0, 0.9, 1.1), Timing(9.0, 8.0, 10.0)
     for m in (1, 16, 256, 1024, 4096):
+        quick, slow = Timing(m, m * 0.9, m * 1.1), Timing(m * 9, m * 8, m * 10)
         dense = dict.fromkeys(routes, slow if m >= sparse_from else quick)
         sparse_wins = dense | {"cusparselt:": quick if m >= sparse_from else slow}
         dense_wins = dict.fromkeys(routes, quick) | {"cusparselt:": slow}
@@ -103,10 +103,15 @@ BOTH = ("dense:triton", "dense:cutlass")
 @pytest.mark.parametrize(
     ("plan", "captured", "told"),
     [
-        (measured(256, *BOTH), (8, 512), None),
+        (measured(256, *BOTH), (8, 256), None),
+        (
+            measured(1, *BOTH),
+            (8, 250),
+            "16 tokens take 16 µs, less than the host needs outside CUDA graphs; --max-cudagraph-capture-size 256",
+        ),
         (measured(1024, *BOTH), (8, 512), "above 512"),
         (measured(256, *BOTH), (), "above 0"),
-        (measured(1, *BOTH), (), None),
+        (measured(1, *BOTH), (), "1 tokens take 1 µs"),
         (measured(9999, *BOTH), (8, 512), "measured to be faster"),
         (measured(256, "dense:triton"), (8, 512), "not compared them"),
         (Plan(measured(1).machine), (8, 512), "nothing was measured: run"),
@@ -122,11 +127,17 @@ def test_layers_are_ours_where_that_is_sure_to_pay(plan, captured, told, sums, m
     [("whole", False, None), ("whole", True, "not compared them"), ("sums", True, None), ("sums", False, "measured to be faster")],
 )
 def test_what_decides_is_what_will_run(family: str, sums: bool, told: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    why = decided(measured(256, *BOTH, families=(family,)), (8, 512), sums, monkeypatch)
+    why = decided(measured(256, *BOTH, families=(family,)), (8, 256), sums, monkeypatch)
     assert why is None if told is None else told in why
 
 
-def decided(plan: Plan, captured: tuple[int, ...], sums: bool, monkeypatch: pytest.MonkeyPatch) -> str | None:
+def test_who_trusts_the_host_decides_by_the_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "less than the host needs" in decided(measured(1, *BOTH), (), False, monkeypatch)
+    assert decided(measured(1, *BOTH), (), False, monkeypatch, host_us=0) is None
+    assert "1 tokens take 1 µs" in decided(measured(1, *BOTH), (), False, monkeypatch, host_us=1e9)
+
+
+def decided(plan: Plan, captured: tuple[int, ...], sums: bool, monkeypatch: pytest.MonkeyPatch, **host: float) -> str | None:
     """Why the layer is given back, all routes being there."""
     for module in (execution, registry, dense):
         monkeypatch.setattr(module, "refusal", lambda name, problem, sums=False: None)
@@ -134,7 +145,7 @@ def decided(plan: Plan, captured: tuple[int, ...], sums: bool, monkeypatch: pyte
     weight, scale = weights(256, 512, "int8")
     use_plan(plan)
     try:
-        return dense.why_give_back(Execution(Weights(pack(weight, PATTERN), SCHEMES["int8"], scale), sums=sums), problem, captured)
+        return dense.why_give_back(Execution(Weights(pack(weight, PATTERN), SCHEMES["int8"], scale), sums=sums), problem, captured, **host)
     finally:
         use_plan(None)
 

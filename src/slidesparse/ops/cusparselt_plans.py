@@ -227,7 +227,7 @@ class Plan:
 class Plans:
     """The least recently used plans go first when there are more than ``bound``; calls under way keep theirs."""
 
-    def __init__(self, bound: int = 1024) -> None:
+    def __init__(self, bound: int = 4096) -> None:
         self.bound = bound
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()
         self._lock = Lock()

@@ -38,7 +38,7 @@ class CuSparseLt:
         if problem.device != "cuda":
             return "runs on CUDA"
         if problem.scheme.pair:
-            return "4-bit weights have no sparse route yet"
+            return "sparse FP4 has one scale for 32 slid weights, which nvfp4 scales by sixteens in another order (docs/theory.md)"
         pattern = problem.pattern
         if (pattern.n, pattern.l, pattern.unit) != (2, 4, 1):
             return f"pattern {pattern} is not one of 2:4 hardware and single weights"
@@ -108,7 +108,7 @@ class CuSparseLt:
         if not problem.scheme.dynamic or x.stride(1) != 1 or not runs_kernels(x.device, dtype):
             return None
         exact = variant.startswith(_EXACT)
-        (n, width), rows = _padded(problem), padded_rows(x.shape[0], cusparselt.TOKENS)
+        (n, width), rows = _padded(problem), padded_rows(x.shape[0], cusparselt.token_step(x.shape[0]))
         between, scaled = self._sums(problem, exact), not (exact or sums) and "alpha" in resident
         plan = cusparselt.plans.known((x.get_device(), n, width, rows, dtype, between, scaled, variant.removeprefix(_EXACT).strip()))
         if plan is None:
@@ -120,10 +120,10 @@ class CuSparseLt:
 
     @staticmethod
     def _activations(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        width = _padded(problem)[1]
+        width, rows = _padded(problem)[1], cusparselt.token_step(x.shape[0])
         if problem.scheme.dynamic:
-            return ops.quantize_lift(x, problem.pattern, problem.scheme, width=width, rows=cusparselt.TOKENS)
-        return ops.lift(x, problem.pattern, width=width, rows=cusparselt.TOKENS), None
+            return ops.quantize_lift(x, problem.pattern, problem.scheme, width=width, rows=rows)
+        return ops.lift(x, problem.pattern, width=width, rows=rows), None
 
     @staticmethod
     def _sums(problem: Problem, exact: bool) -> torch.dtype:

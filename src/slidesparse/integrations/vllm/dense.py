@@ -6,7 +6,7 @@ fusions of norm and activation with quantisation, which an op of ours would hide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 
 from ... import ops
 from ...format import Scheme
-from ...gemm import Execution, Problem, active_plan, key_of
+from ...gemm import Cell, Execution, Problem, active_plan, key_of
 from ...gemm.numerics import int32_overflow
 from ...gemm.registry import refusal
 from ...gemm.routes import Route, add_route, ones
@@ -26,6 +26,12 @@ Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 """Runs a layer: ``(layer, x [M, K], bias [N] or None)`` → ``[M, N]``."""
 
 ROUTE = "cutlass"
+
+HOST_US = 250.0
+"""Outside CUDA graphs a layer must keep the GPU busy for so long, or a step waits for the host, of which an op of ours takes more.
+
+On the host of an H100 vLLM took 160 µs a linear layer, with all that stands between two of them, and 90 more with an op of ours.
+"""
 
 
 def can_give_back(scheme: Scheme, device: torch.device) -> bool:
@@ -38,12 +44,12 @@ def _multiplies(scheme: Scheme) -> bool:
     return ops.capability() >= (8, 9) if scheme.name == "fp8" else (7, 5) <= ops.capability() < (10, 0)
 
 
-def why_give_back(execution: Execution, problem: Problem, captured: Sequence[int]) -> str | None:
+def why_give_back(execution: Execution, problem: Problem, captured: Sequence[int], host_us: float = HOST_US) -> str | None:
     """Why a layer had better be vLLM's own, None if it had not.
 
-    Beyond the numbers of tokens that vLLM captures in CUDA graphs, an op of ours costs the host up to 0.1 ms in every call, vLLM's own
-    a tenth of that: there a layer must run sparse for every number of tokens, or it is no gain. Where nobody timed vLLM's W8A8 product,
-    nobody knows; 16-bit products are torch's own in both.
+    Beyond the numbers of tokens that vLLM captures in CUDA graphs an op of ours costs the host more than vLLM's own: there a layer must
+    run sparse for every number of tokens, and never take less than ``host_us``, or it is no gain. Where nobody timed vLLM's W8A8
+    product, nobody knows; 16-bit products are torch's own in both.
     """
     plan, key, rival = active_plan().plan, key_of(problem), f"dense:{ROUTE}"
     if plan is None or not plan.cells.get(key):
@@ -55,7 +61,18 @@ def why_give_back(execution: Execution, problem: Problem, captured: Sequence[int
         return "nothing was measured to be faster"
     if any(most > largest and choice.backend.layout == "dense" for most, choice in steps):
         return f"sparse does not pay for all numbers of tokens above {largest}, the most that is captured in a CUDA graph"
-    return None
+    return _host_bound(plan.table(key, sums=execution.for_sums), largest, execution.for_sums, host_us)
+
+
+def _host_bound(table: Mapping[int, Cell], largest: int, sums: bool, host_us: float) -> str | None:
+    """Why the host would be what a step waits for, just beyond the largest number of tokens in a CUDA graph."""
+    took = {m: cell.times(sums)[route].p50 for m, cell in table.items() if (route := cell.pick("fast", sums=sums))}
+    m, us = max(((m, us) for m, us in took.items() if m <= largest + 1), default=next(iter(took.items())))
+    if us >= host_us:
+        return None
+    enough = min((m for m, us in took.items() if us >= host_us), default=None)
+    way_out = "" if enough is None else f"; --max-cudagraph-capture-size {enough} would change that"
+    return f"{m} tokens take {us:.0f} µs, less than the host needs outside CUDA graphs{way_out}"
 
 
 def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | None) -> Apply:

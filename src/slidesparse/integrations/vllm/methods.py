@@ -23,7 +23,7 @@ from ...pack import Shard
 from ...quant import scheme_of_dtype
 from ..claims import Claims
 from ..rank_weights import blank, cut, made_up, pack
-from .dense import Apply, can_give_back, give_back, why_give_back
+from .dense import HOST_US, Apply, can_give_back, give_back, why_give_back
 from .graph import compiles, enter_cache_key, open_linear
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
@@ -33,12 +33,13 @@ _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose h
 class Settings:
     """What the user set under ``slidesparse`` in vLLM's ``additional_config``, and what the adapter needs of the rest.
 
-    ``memory`` and ``backend`` are those of `Execution`; ``random`` weights take the place of a checkpoint's (``--load-format dummy``);
-    ``captured`` are the numbers of tokens for which vLLM captures CUDA graphs.
+    ``memory`` and ``backend`` are those of `Execution`, ``host_us`` that of `why_give_back`; ``random`` weights take the place of a
+    checkpoint's (``--load-format dummy``); ``captured`` are the numbers of tokens for which vLLM captures CUDA graphs.
     """
 
     memory: str = "fast"
     backend: str | None = None
+    host_us: float = HOST_US
     random: bool = False
     captured: tuple[int, ...] = ()
 
@@ -54,8 +55,10 @@ class Settings:
             return cls()
         additional = config.additional_config
         chosen = dict((additional.get(QUANT_METHOD) if isinstance(additional, dict) else None) or {})
-        if unknown := chosen.keys() - {"memory", "backend"}:
-            raise UnsupportedError(f"additional_config.slidesparse knows memory and backend, not {', '.join(sorted(unknown))}")
+        if unknown := chosen.keys() - {"memory", "backend", "host_us"}:
+            raise UnsupportedError(f"additional_config.slidesparse knows memory, backend and host_us, not {', '.join(sorted(unknown))}")
+        if not isinstance(chosen.get("host_us", 0), int | float) or not chosen.get("host_us", 0) >= 0:
+            raise UnsupportedError(f"additional_config.slidesparse.host_us is microseconds, 0 or more, not {chosen['host_us']!r}")
         sizes = tuple(config.compilation_config.cudagraph_capture_sizes or ())
         return cls(**chosen, random=str(config.load_config.load_format) == "dummy", captured=sizes)
 
@@ -144,7 +147,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
     def _why_give_back(self, execution: Execution, problem: Problem, device: torch.device) -> str | None:
         if self.settings.backend is not None or self.settings.memory != "fast" or not can_give_back(self.scheme, device):
             return None
-        return why_give_back(execution, problem, self.settings.captured)
+        return why_give_back(execution, problem, self.settings.captured, self.settings.host_us)
 
     def _weights(self, layer: nn.Module) -> tuple[Weights, tuple[int, int]]:
         raise NotImplementedError
