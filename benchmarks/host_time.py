@@ -1,14 +1,16 @@
-"""Host time of one eager call: a packed linear by every route, its steps, and nn.Linear, on a layer too small to keep the GPU busy.
+"""Host time of one call: a packed linear by every route, its steps, what a serving engine calls, and nn.Linear, on a small layer.
 
     python benchmarks/host_time.py OUT.csv COMMIT [--profile ROUTE]
 
-Microseconds per call of 300 calls queued without waiting, the median of 9 rounds.
+Microseconds per call of 300 calls queued without waiting, the median of 9 rounds; and of single calls between which the processor's caches
+were filled with other things, the median of 100: in a model, too, much else happens between two calls of a layer.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import importlib.util
 import pstats
 import statistics
 import time
@@ -20,6 +22,8 @@ import torch
 from records import records
 from slidesparse import Pattern, ops
 from slidesparse.format import SCHEMES
+from slidesparse.gemm import Execution, Weights
+from slidesparse.gemm.prepared import prepare
 from slidesparse.nn import SlideSparseLinear
 from slidesparse.ops import cusparselt
 from slidesparse.prune import prune
@@ -44,6 +48,18 @@ def host_us(call: Callable[[], object], count: int = 300) -> float:
     return statistics.median(times[1:])
 
 
+def cold_us(call: Callable[[], object], count: int = 100) -> float:
+    other, times = torch.ones(8 << 20), []
+    call()
+    for _ in range(count):
+        other.add_(1)
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(times) * 1e6
+
+
 def layer_for(scheme: str, route: str) -> SlideSparseLinear:
     weight = prune(torch.randn(N, K, device="cuda"), Pattern(6, 8)).bfloat16()
     layer = SlideSparseLinear.from_dense(weight, pattern="6:8", scheme=scheme)
@@ -61,12 +77,25 @@ def steps(scheme: str) -> dict[str, Callable[[], object]]:
     alpha = torch.ones(N, device="cuda") if scheme == "int8" else None
     q, scale = ops.quantize_lift(x, pattern, kind, rows=16)
     sums = cusparselt.sparse_mm(q, compressed, alpha, N, torch.bfloat16)
-    return {
+    execution, owner = Execution(Weights(layer.packed, kind, layer.weight_scale), backend="cusparselt", sums=True), torch.nn.Module()
+    name = prepare(owner, execution, torch.bfloat16, x.device, None)
+    engine = torch.ops.slidesparse.sums.default
+    found: dict[str, Callable[[], object]] = {
         "quantize": lambda: ops.quantize(x, kind),
         "quantize_lift": lambda: ops.quantize_lift(x, pattern, kind, rows=16),
         "sparse_mm": lambda: cusparselt.sparse_mm(q, compressed, alpha, N, torch.bfloat16),
         "rescale": lambda: ops.rescale(sums, scale, None, None, torch.bfloat16),
+        "sums, as in an engine": lambda owner=owner: engine(x, name, N),
     }
+    if importlib.util.find_spec("vllm"):
+        from vllm import _custom_ops as theirs
+
+        dense, one = torch.randn(N, K, device="cuda").to(kind.dtype).t(), torch.ones(N, 1, device="cuda")
+        quantised = theirs.scaled_int8_quant if scheme == "int8" else partial(theirs.scaled_fp8_quant, use_per_token_if_dynamic=True)
+        q8, s8 = quantised(x)[:2]
+        found["vLLM's quantisation"] = lambda: quantised(x)
+        found["vLLM's product"] = lambda: theirs.cutlass_scaled_mm(q8, dense, s8, one, torch.bfloat16)
+    return found
 
 
 def main() -> None:
@@ -86,9 +115,9 @@ def main() -> None:
         calls |= {(scheme, f"op {name}"): call for name, call in steps(scheme).items()}
     with torch.inference_mode(), records(arguments.out, arguments.commit) as record:
         for (scheme, what), call in calls.items():
-            us = host_us(call)
-            record({"scheme": scheme, "what": what, "m": M, "n": N, "k": K, "host_us": f"{us:.1f}"})
-            print(f"{scheme:5} {what:20} {us:7.1f} us", flush=True)
+            us, cold = host_us(call), cold_us(call)
+            record({"scheme": scheme, "what": what, "m": M, "n": N, "k": K, "host_us": f"{us:.1f}", "host_us_cold": f"{cold:.1f}"})
+            print(f"{scheme:5} {what:26} {us:7.1f} us, cold {cold:7.1f} us", flush=True)
         if arguments.profile:
             scheme, _, route = arguments.profile.partition(":")
             with cProfile.Profile() as profile:

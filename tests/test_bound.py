@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 from torch import Tensor
 
 from slidesparse import pack, reference
+from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Problem, execution
 from slidesparse.gemm.backends import cusparselt as backend
 from slidesparse.gemm.execution import Execution
+from slidesparse.gemm.registry import backends
 from slidesparse.ops import cusparselt, rescale
 from slidesparse.pattern import Pattern
 from slidesparse.testing import check_bitwise
@@ -30,13 +34,11 @@ class Product:
 
 
 @pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Python in place of kernels and library; counts what was made ready."""
-    counts = {"quantize": 0, "rescale": 0, "plan": 0}
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Python in place of kernels and library; the multiplications that plans are asked for."""
+    asked: list[tuple] = []
 
     def quantize_call(x: Tensor, pattern: Pattern | None, dtype: torch.dtype, offset: int, width: int) -> Callable:
-        counts["quantize"] += 1
-
         def call(x: Tensor, q: Tensor, scale: Tensor) -> None:
             values, found = reference.quantize(x, SCHEMES["int8" if dtype == torch.int8 else "fp8"])
             values = values if pattern is None else reference.lift(values, pattern)
@@ -46,9 +48,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return call
 
-    def rescale_call(types: tuple, m: int, n: int, stride: int) -> Callable:
-        counts["rescale"] += 1
-
+    def rescale_call(types: tuple, m: int, n: int, stride: int, tile: None) -> Callable:
         def call(acc: Tensor, y: Tensor, x_scale: Tensor, w_scale: Tensor | None, bias: Tensor | None) -> None:
             given = (acc, y, x_scale, w_scale, bias)
             assert types == tuple(None if tensor is None else tensor.dtype for tensor in given) and acc.stride(0) == stride
@@ -57,15 +57,26 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return call
 
     def known(wanted: tuple) -> Product:
-        counts["plan"] += 1
-        cusparselt.Algorithm.parse(wanted[-1])
+        asked.append(wanted)
         return Product()
 
     monkeypatch.setattr(backend, "quantize_call", quantize_call)
     monkeypatch.setattr(backend, "rescale_call", rescale_call)
     monkeypatch.setattr(backend, "runs_kernels", lambda device, dtype: True)
     monkeypatch.setattr(cusparselt.plans, "known", known)
-    return counts
+    return asked
+
+
+def multiplications(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Those that the ops make: what a plan must be known for."""
+    made: list[tuple] = []
+
+    def sparse_mm(q: Tensor, weight: Tensor, alpha: Tensor | None, n: int, dtype: torch.dtype, algorithm: str) -> Tensor:
+        made.append((q.get_device(), n, q.shape[1], q.shape[0], q.dtype, dtype, alpha is not None, algorithm))
+        return q.new_zeros((q.shape[0], n), dtype=dtype)
+
+    monkeypatch.setattr(cusparselt, "sparse_mm", sparse_mm)
+    return made
 
 
 def held(weights, dense: Tensor, problem: Problem) -> dict[str, Tensor]:
@@ -83,12 +94,13 @@ def held(weights, dense: Tensor, problem: Problem) -> dict[str, Tensor]:
 @pytest.mark.parametrize("variant", ["", "alg=3", "exact", "exact alg=3,split_k=2"])
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 @pytest.mark.parametrize(("pattern", "n", "k"), SHAPES)
-def test_bound_calls_are_the_layer(pattern: str, n: int, k: int, scheme: str, variant: str, stand_ins: dict[str, int]) -> None:
+def test_bound_calls_are_the_layer(pattern: str, n: int, k: int, scheme: str, variant: str, asked: list[tuple], monkeypatch) -> None:
     weights, dense = made(n, k, scheme, pattern)
+    made_by_ops = multiplications(monkeypatch)
     bias = torch.randn(n).bfloat16()
     problem = weights.problem(torch.bfloat16, torch.device("cpu"), torch.bfloat16)
     resident, sparse = held(weights, dense, problem), backend.CuSparseLt()
-    for m in (1, 16, 37):
+    for m in (1, 16, 37, 600):
         x = tokens(m, k + 8)[:, 3 : k + 3]
         q, x_scale = reference.quantize(x, SCHEMES[scheme])
         products = q.double() @ dense.double().t()
@@ -105,9 +117,13 @@ def test_bound_calls_are_the_layer(pattern: str, n: int, k: int, scheme: str, va
             between = (products.float() * alpha).to(torch.bfloat16).float()
         w_scale = None if scheme == "int8" and not variant.startswith("exact") else weights.channel_scale
         check_bitwise(y, rescale(between, x_scale, w_scale, bias, torch.bfloat16))
+        if sparse.gives_sums(variant):
+            sparse.sums(problem, x, resident, variant)
+        sparse.run(problem, x, resident, weights.channel_scale, bias, variant)
+    assert asked == made_by_ops
 
 
-def test_what_cannot_be_decided_beforehand_is_not(stand_ins: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_decided_beforehand_is_not(asked: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
     weights, dense = made(33, 100, "int8")
     problem = weights.problem(torch.bfloat16, torch.device("cpu"), None)
     resident, sparse, x = held(weights, dense, problem), backend.CuSparseLt(), tokens(4, 100)
@@ -121,26 +137,35 @@ def test_what_cannot_be_decided_beforehand_is_not(stand_ins: dict[str, int], mon
     assert sparse.bind(problem, x, resident, "", sums=False) is None
 
 
+def test_many_tokens_share_plans() -> None:
+    steps = {m: cusparselt.token_step(m) for m in (1, 512, 513, 4096, 4097, 1 << 20)}
+    assert steps == {1: 16, 512: 16, 513: 64, 4096: 64, 4097: 128, 1 << 20: 128}
+    assert len({-(-m // step) * step for m, step in ((m, cusparselt.token_step(m)) for m in range(1, 32769))}) < 320
+
+
+def test_a_traced_number_of_tokens_is_one_graph() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    run = torch.compile(lambda x: x.new_zeros(x.shape[0] // cusparselt.token_step(x.shape[0]), 1), backend=backend, dynamic=True)
+    for m in (32, 640, 6400):
+        assert len(run(torch.zeros(m, 2))) == m // 16
+    assert len(graphs) == 1
+
+
 class Binding:
-    """A backend that counts what it decides."""
+    """A backend that counts what it decides, whose results tell what was asked."""
 
     name, layout = "binding", "packed"
-    bound = 0
 
-    def refuses(self, problem, variant=None):
-        return None
-
-    def variants(self, problem, m):
-        return ("one",)
+    def __init__(self, offset: int = 0) -> None:
+        self.offset, self.bound = offset, 0
 
     def prepare(self, problem, weights):
         return weights.tensors()
-
-    def roundings(self, variant):
-        return 1
-
-    def gives_sums(self, variant):
-        return True
 
     def run(self, problem, x, resident, scale, bias, variant):
         return x.new_zeros(x.shape[0], problem.n)
@@ -150,36 +175,81 @@ class Binding:
 
     def bind(self, problem, x, resident, variant, *, sums):
         self.bound += 1
-        outer = self
+        result = self.offset + 10 * int(variant) + (2 if sums else 1)
 
         class Bound:
             def run(self, x, resident, scale, bias):
-                return outer.run(problem, x, resident, scale, bias, variant) + 1
+                assert not sums
+                return x.new_full((x.shape[0], problem.n), result)
 
             def sums(self, x, resident):
-                return self.run(x, resident, None, None), x.new_zeros(x.shape[0], 1)
+                assert sums
+                return x.new_full((x.shape[0], problem.n), result), x.new_zeros(x.shape[0], 1)
 
         return None if x.shape[0] == 7 else Bound()
 
 
-def test_decisions_are_shared_kept_bounded_and_not_taken_where_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    sparse, weights = Binding(), made(24, 64, "int8")[0]
-    monkeypatch.setattr(execution, "named", lambda route, problem, m, sums=False: execution.Choice(sparse, "one"))
+@pytest.fixture
+def binding(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Execution]:
+    """Layers on one set of weights that run on a backend in a variant, as if on the current CUDA device."""
+    weights = made(24, 64, "int8")[0]
     monkeypatch.setattr(execution, "unwatched", lambda x: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
-    monkeypatch.setattr(execution, "_BOUND", {})
-    one, other = (Execution(weights, backend="binding") for _ in range(2))
-    x = torch.randn(5, 64).bfloat16()
-    assert one(x).eq(1).all() and one(x).eq(1).all() and other(x).eq(1).all() and sparse.bound == 1
-    assert one(x[:3]).eq(1).all() and one(torch.randn(5, 80).bfloat16()[:, :64]).eq(1).all() and sparse.bound == 3
+
+    def build(sparse: Binding, variant: str = "1", sums: bool = False) -> Execution:
+        monkeypatch.setattr(execution, "named", lambda route, problem, m, sums=False: execution.Choice(sparse, variant))
+        layer = Execution(weights, backend="binding", sums=sums)
+        layer.prepare(torch.bfloat16, torch.device("cpu"), None)
+        return layer
+
+    return build
+
+
+def test_decisions_are_shared_by_equal_layers_and_kept_apart_otherwise(binding: Callable[..., Execution]) -> None:
+    sparse, x = Binding(), torch.randn(5, 64).bfloat16()
+    one, other = binding(sparse), binding(sparse)
+    for layer in (one, one, other):
+        assert layer(x).eq(11).all()
+    assert sparse.bound == 1
+    assert one(x[:3]).eq(11).all() and one(torch.randn(5, 80).bfloat16()[:, :64]).eq(11).all() and sparse.bound == 3
+    assert binding(sparse, "2")(x).eq(21).all() and binding(Binding(100))(x).eq(111).all() and one(x).eq(11).all()
+    assert binding(sparse, sums=True)._bound(one._ready, one._ready.choice(5), x, sums=True).sums(x, {})[0].eq(12).all()
     assert one(torch.randn(7, 64).bfloat16()).eq(0).all()
-    monkeypatch.setattr(execution, "CALLS", 3)
-    assert one(x[:2]).eq(1).all() and len(one._ready.bound) == 1
-    bare = Execution(weights, backend="binding", sums=True)
-    bare.prepare(torch.bfloat16, x.device)
-    assert bare.sums(x)[0].eq(1).all() and len(one._ready.bound) == 2
+
+
+def test_decisions_are_bounded_and_go_with_their_layers(binding: Callable[..., Execution], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "MOST_BOUND", 3)
+    layer = binding(Binding())
+    for m in range(1, 6):
+        layer(torch.zeros(m, 64).bfloat16())
+    assert len(layer._ready.bound) == 2
+    held = weakref.ref(layer._ready.bound)
+    del layer
+    gc.collect()
+    assert held() is None
+
+
+def test_nothing_is_decided_where_somebody_looks_or_something_does_not_fit(
+    binding: Callable[..., Execution], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, layer = torch.randn(5, 64).bfloat16(), binding(Binding())
+    weights = layer.weights
+    layer.prepare(torch.bfloat16, x.device, torch.bfloat16)
+    wide = torch.zeros(48).bfloat16()
+    assert layer(x, wide[:24]).eq(11).all() and layer(x, wide[:1]).eq(0).all() and layer(x, wide[::2]).eq(0).all()
+    layer = Execution(weights, backend="binding")
+    assert layer(x).eq(11).all()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert one(x).eq(0).all()
+    assert layer(x).eq(0).all()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(execution, "unwatched", lambda x: False)
-    assert one(x).eq(0).all() and bare.sums(x)[0].eq(0).all()
+    assert layer(x).eq(0).all()
+    bare = binding(Binding(), sums=True)
+    with pytest.raises(UnsupportedError, match=r"prepare the layer for torch\.float16"):
+        bare.sums(x.half())
+
+
+def test_backends_say_how_often_they_round() -> None:
+    said = {f"{one.name}:{variant}": one.roundings(variant) for one in backends() for variant in ("", "exact", "exact alg=3", "tensorwise")}
+    assert said["cusparselt:"] == 2 and said["cusparselt:exact"] == said["cusparselt:exact alg=3"] == 1
+    assert said["dense:tensorwise"] == said["restore:tensorwise"] == 2 and said["dense:exact"] == said["reference:"] == 1

@@ -11,9 +11,10 @@ from slidesparse import pack, prune, reference, testing
 from slidesparse.checkpoint import Recipe, convert
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES, Packed
-from slidesparse.gemm import Execution, Plan, key_of, use_plan
+from slidesparse.gemm import Execution, Plan, Weights, key_of, use_plan
 from slidesparse.gemm.tuning import Layer, tune
 from slidesparse.nn import SlideSparseLinear, place
+from slidesparse.ops import cusparselt
 from slidesparse.pattern import KNOWN, Pattern
 from slidesparse.quant import quantize_weight
 
@@ -132,19 +133,36 @@ def test_every_route_keeps_the_tolerance_policy(scheme, route, m):
 def test_later_calls_decide_nothing_anew_and_give_the_same(scheme, route, n, k, pattern):
     layer = layer_on_gpu(scheme, n, k, pattern)
     layer.backend = route
-    wide = tokens(100, k + 24, torch.bfloat16)
-    for x in (wide[:, 8 : k + 8], wide[:33, :k].contiguous(), wide[:1, 1 : k + 1]):
+    wide = tokens(600, k + 24, torch.bfloat16)
+    for x in (wide[:100, 8 : k + 8], wide[:33, :k].contiguous(), wide[:1, 1 : k + 1], wide[:, :k]):
         first = run_or_skip(layer, x)
         check_layer(layer, x, first)
-        for again in (x, x.clone().as_strided(x.shape, (k, 1)) if x.is_contiguous() else x):
-            testing.check_bitwise(layer(again), first)
-    execution = Execution(layer._execution.weights, backend="cusparselt", sums=True)
-    execution.prepare(torch.bfloat16, wide.device)
-    x = wide[:50, :k]
-    first, again = execution.sums(x), execution.sums(x)
-    assert execution._ready.bound
-    for one, other in zip(first, again, strict=True):
-        testing.check_bitwise(one.contiguous(), other.contiguous())
+        testing.check_bitwise(layer(x), first)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = layer(x)
+        captured.fill_(float("nan"))
+        graph.replay()
+        testing.check_bitwise(captured, first)
+    assert bool(layer._execution._ready.bound) == (route != "dense")
+    if route != "dense":
+        with pytest.raises(ValueError, match="bias must hold"):
+            layer._execution(wide[:100, 8 : k + 8], layer.bias[:-1])
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize(("n", "k"), [(264, 508), (272, 528)])
+def test_later_sums_are_the_first(scheme, n, k):
+    if reason := cusparselt.unavailable("cuda"):
+        pytest.skip(reason)
+    layer, x = layer_on_gpu(scheme, n, k, bias=False), tokens(600, k, torch.bfloat16)
+    execution = Execution(Weights(layer.packed, layer.scheme, layer.weight_scale), backend="cusparselt", sums=True)
+    execution.prepare(torch.bfloat16, x.device)
+    for part in (x[:50], x):
+        first, again = execution.sums(part), execution.sums(part)
+        for one, other in zip(first, again, strict=True):
+            testing.check_bitwise(one.contiguous(), other.contiguous())
+    assert len(execution._ready.bound) == 2
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:6", "8:10", "14:16"])

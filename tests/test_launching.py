@@ -47,7 +47,7 @@ def test_the_second_call_goes_straight_to_the_compiled_kernel_with_addresses():
     call(x, None)
     call(y, None)
     assert kernel.compiled == [((5, 2, 1), (x, None, 48, 1), CONSTANTS)]
-    assert kernel.direct == [(5, 2, 1, ("stream of", None), 7, ("metadata",), None, None, None, y.data_ptr(), None, 48, 1, 32, True)]
+    assert kernel.direct == [(5, 2, 1, ("stream of", -1), 7, ("metadata",), None, None, None, y.data_ptr(), None, 48, 1, 32, True)]
 
 
 def test_another_alignment_compiles_anew_and_both_are_kept():
@@ -60,15 +60,24 @@ def test_another_alignment_compiles_anew_and_both_are_kept():
     assert len(kernel.direct) == 2
 
 
-def test_descriptors_pass_through_and_tell_the_device_by_their_base():
-    class Descriptor:
-        base = torch.zeros(16, dtype=torch.int8)
-
-    kernel, descriptor = Kernel(), Descriptor()
+def test_descriptors_pass_through():
+    kernel, descriptor, x = Kernel(), object(), torch.zeros(16, dtype=torch.int8)
     call = Call(kernel, (1,), (48, 2), CONSTANTS)
-    call(descriptor, None)
-    call(descriptor, None)
-    assert kernel.direct[0][9:11] == (descriptor, None)
+    call(descriptor, x)
+    call(descriptor, x)
+    assert kernel.direct[0][9:11] == (descriptor, x.data_ptr())
+
+
+def test_a_tensor_of_another_device_goes_to_triton_which_refuses_it():
+    class Elsewhere(torch.Tensor):
+        def get_device(self) -> int:
+            return 3
+
+    kernel, x = Kernel(), torch.zeros(64, dtype=torch.int8)
+    call = Call(kernel, (1,), (48, 2), CONSTANTS)
+    call(x, x)
+    call(x, x.as_subclass(Elsewhere))
+    assert len(kernel.compiled) == 2 and not kernel.direct
 
 
 def test_nothing_is_kept_of_an_interpreter():

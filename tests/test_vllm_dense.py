@@ -112,6 +112,7 @@ BOTH = ("dense:triton", "dense:cutlass")
         (measured(1024, *BOTH), (8, 512), "above 512"),
         (measured(256, *BOTH), (), "above 0"),
         (measured(1, *BOTH), (), "1 tokens take 1 µs"),
+        (measured(1, *BOTH), (8, 1024), None),
         (measured(9999, *BOTH), (8, 512), "measured to be faster"),
         (measured(256, "dense:triton"), (8, 512), "not compared them"),
         (Plan(measured(1).machine), (8, 512), "nothing was measured: run"),
@@ -134,7 +135,37 @@ def test_what_decides_is_what_will_run(family: str, sums: bool, told: str | None
 def test_who_trusts_the_host_decides_by_the_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "less than the host needs" in decided(measured(1, *BOTH), (), False, monkeypatch)
     assert decided(measured(1, *BOTH), (), False, monkeypatch, host_us=0) is None
-    assert "1 tokens take 1 µs" in decided(measured(1, *BOTH), (), False, monkeypatch, host_us=1e9)
+    told = decided(measured(1, *BOTH), (), False, monkeypatch, host_us=1e9)
+    assert "1 tokens take 1 µs" in told and "capture" not in told
+    told = decided(measured(1, *BOTH), (8, 1024), False, monkeypatch, host_us=1500)
+    assert "1024 tokens take 1024 µs" in told and told.endswith("--max-cudagraph-capture-size 4096 would change that")
+
+
+def test_where_every_step_is_in_a_graph_the_host_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decided(measured(256, *BOTH), (8, 512), False, monkeypatch, most=512) is None
+    assert "above 16" in decided(measured(256, *BOTH), (8, 16), False, monkeypatch, most=512)
+    assert "measured to be faster" in decided(measured(9999, *BOTH), (8, 512), False, monkeypatch, most=512)
+
+
+def test_a_layer_is_judged_by_what_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quickest route in the plan is one that cannot run here."""
+    plan = measured(1, *BOTH)
+    for table in plan.cells.values():
+        for m, cell in table.items():
+            cell.timings["cusparselt:alg=9"] = Timing(m * 0.5, m * 0.4, m * 0.6)
+    monkeypatch.setattr(execution, "_cannot_run", lambda plan, problem: frozenset({"cusparselt:alg=9"}))
+    assert "128 µs" not in (decided(plan, (8, 256), False, monkeypatch) or "")
+    assert decided(plan, (8, 256), False, monkeypatch) is None
+
+
+def test_settings_say_how_many_tokens_a_step_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {}
+    monkeypatch.setattr(methods, "why_give_back", lambda *_, **how: told.update(how))
+    monkeypatch.setattr(methods, "can_give_back", lambda *_: True)
+    method = methods.PackedLinearMethod.__new__(methods.PackedLinearMethod)
+    method.settings, method.scheme = methods.Settings(most=77, host_us=3.0), SCHEMES["int8"]
+    method._why_give_back(None, None, torch.device("cuda"))
+    assert told == {"most": 77, "host_us": 3.0}
 
 
 def decided(plan: Plan, captured: tuple[int, ...], sums: bool, monkeypatch: pytest.MonkeyPatch, **host: float) -> str | None:

@@ -8,12 +8,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from sys import maxsize
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..ops.launching import CALLS
 from ..ops.library import unwatched
 from .active import active_plan
 from .plan import MEMORY, Plan, key_of
@@ -36,7 +36,7 @@ class Ready:
     steps: tuple[tuple[int, Choice], ...]
     resident: dict[str, Mapping[str, Tensor]]
     scale: Tensor | None
-    bound: dict[tuple, Bound]
+    bound: Decided
 
     def fits(self, x: Tensor, bias: Tensor | None) -> bool:
         """Whether it was made for such inputs."""
@@ -113,11 +113,11 @@ class Execution:
         """``x [M, K]`` → bfloat16 ``[M, N]``, to which neither scales nor bias have been applied, and its token scales ``[M, 1]``.
 
         Raises:
-            UnsupportedError: the layer was not prepared.
+            UnsupportedError: the layer was not prepared for such activations.
         """
         ready, m = self._ready, x.shape[0]
-        if ready is None:
-            raise UnsupportedError("prepare the layer before asking for its sums")
+        if ready is None or x.dtype != ready.problem.dtype or x.device != ready.device:
+            raise UnsupportedError(f"prepare the layer for {x.dtype} on {x.device} before asking for its sums")
         if m == 0:
             return x.new_empty((0, ready.problem.n), dtype=torch.bfloat16), x.new_empty((0, 1), dtype=torch.float32)
         if torch.is_autocast_enabled(x.device.type):
@@ -125,7 +125,8 @@ class Execution:
                 return self.sums(x)
         choice = ready.choice(m)
         resident = ready.resident[choice.backend.layout]
-        bound = self._bound(ready, choice, x, sums=True)
+        # Whoever asks for sums is an op itself, on the device of x.
+        bound = self._bound(ready, choice, x, sums=True) if x.is_cuda else None
         if bound is not None:
             return bound.sums(x, resident)
         return choice.backend.sums(ready.problem, x, resident, choice.variant)
@@ -133,23 +134,24 @@ class Execution:
     def _run(self, ready: Ready, m: int, x: Tensor, bias: Tensor | None) -> Tensor:
         choice = ready.choice(m)
         resident = ready.resident[choice.backend.layout]
-        bound = self._bound(ready, choice, x, sums=False)
-        if bound is not None and (bias is None or bias.is_contiguous()):
-            return bound.run(x, resident, ready.scale, bias)
+        if unwatched(x) and x.get_device() == torch.cuda.current_device():
+            bound = self._bound(ready, choice, x, sums=False)
+            if bound is not None and (bias is None or (bias.is_contiguous() and bias.shape == (ready.problem.n,))):
+                return bound.run(x, resident, ready.scale, bias)
         return choice.backend.run(ready.problem, x, resident, ready.scale, bias, choice.variant)
 
     @staticmethod
     def _bound(ready: Ready, choice: Choice, x: Tensor, *, sums: bool) -> Bound | None:
-        """What was decided for such inputs, if the backend does so and nobody looks."""
+        """What was decided for such inputs, if the backend does so."""
         bind = getattr(choice.backend, "bind", None)
-        if bind is None or not unwatched(x) or x.get_device() != torch.cuda.current_device():
+        if bind is None:
             return None
-        key = (x.shape[0], x.stride(), choice.variant, sums)
+        key = (choice.backend, choice.variant, sums, x.shape, x.stride())
         bound = ready.bound.get(key)
         if bound is None:
             bound = bind(ready.problem, x, ready.resident[choice.backend.layout], choice.variant, sums=sums)
             if bound is not None:
-                if len(ready.bound) >= CALLS:
+                if len(ready.bound) >= MOST_BOUND:
                     ready.bound.clear()
                 ready.bound[key] = bound
         return bound
@@ -176,7 +178,7 @@ class Execution:
                         resident[choice.backend.layout] = choice.backend.prepare(problem, weights)
             if device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # other streams and threads may use the copies from here on
-        self._ready = Ready(problem, device, steps, resident, weights.channel_scale, _BOUND.setdefault((problem, device), {}))
+        self._ready = Ready(problem, device, steps, resident, weights.channel_scale, _DECIDED.setdefault((problem, device), Decided()))
         return self._ready
 
     def release(self) -> Weights | None:
@@ -217,8 +219,16 @@ class Execution:
         return named(route, problem, m, sums=self.for_sums)
 
 
-# By problem and device: equal layers decide together.
-_BOUND: dict[tuple[Problem, torch.device], dict[tuple, Bound]] = {}
+MOST_BOUND = 1024
+"""Inputs, for each kind of layer, of which is kept what was decided for them."""
+
+
+class Decided(dict[tuple, Bound]):
+    """What was decided for the inputs of equal layers, as long as there are any."""
+
+
+# By problem and device.
+_DECIDED: WeakValueDictionary[tuple[Problem, torch.device], Decided] = WeakValueDictionary()
 
 
 def refuse_capture() -> None:

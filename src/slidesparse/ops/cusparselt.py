@@ -26,10 +26,10 @@ TOKENS = 16
 def token_step(m: int) -> int:
     """What ``m`` tokens had better be a multiple of, so that serving engines, which meet every number, need few plans.
 
-    At most an eighth more rows, a thirtieth beyond 4096, most of which large tiles compute anyway. Traced numbers keep the smallest
-    step: a larger one would be a recompilation.
+    At most an eighth more rows, a thirtieth beyond 4096, most of which large tiles compute anyway. While a graph is traced it is the
+    smallest step: others would be graphs of their own.
     """
-    if not isinstance(m, int) or m <= 512:
+    if torch.compiler.is_compiling() or m <= 512:
         return TOKENS
     return 64 if m <= 4096 else 128
 

@@ -225,7 +225,7 @@ class Plan:
 
 
 class Plans:
-    """The least recently used plans go first when there are more than ``bound``; calls under way keep theirs."""
+    """The least recently used plans go first when there are more than ``bound``; who holds one keeps it."""
 
     def __init__(self, bound: int = 4096) -> None:
         self.bound = bound

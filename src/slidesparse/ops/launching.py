@@ -22,7 +22,7 @@ class Call:
 
     Functions that make one are cached by whatever decides the rest. ``numbers`` follow the tensors among the kernel's parameters;
     ``constants`` are its compile-time parameters and launch options. Kernels run on the current stream of the current device, which must
-    be the first tensor's.
+    be the tensors'.
     """
 
     __slots__ = ("_compiled", "_constants", "_grid", "_kernel", "_numbers")
@@ -33,17 +33,21 @@ class Call:
 
     def __call__(self, *tensors: Any) -> None:
         """Launch on tensors, descriptors of tensors, or None."""
-        addresses = [tensor.data_ptr() if isinstance(tensor, Tensor) else tensor for tensor in tensors]
-        first = tensors[0]
-        device = (first if isinstance(first, Tensor) else first.base).device.index
-        # Triton compiles anew for addresses that are not multiples of 16.
-        key = (device, *[type(address) is int and not address % 16 for address in addresses])
-        found = self._compiled.get(key)
+        addresses, key = [], []
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                address = tensor.data_ptr()
+                addresses.append(address)
+                # Triton compiles anew for addresses that are not multiples of 16, and refuses tensors of the host.
+                key.append((tensor.get_device(), address % 16 == 0))
+            else:
+                addresses.append(tensor)
+        found = self._compiled.get(tuple(key))
         if found is None:
-            self._compile(key, tensors)
+            self._compile(tuple(key), tensors)
             return
-        run, before, after = found
-        run(*self._grid, current_stream(device), *before, *addresses, *after)
+        compiled, before, after = found
+        compiled.run(*self._grid, current_stream(key[-1][0]), *before, *addresses, *after)
 
     def _compile(self, key: tuple, tensors: tuple) -> None:
         """The first launch, by Triton's own road, which compiles; and what the next ones need."""
@@ -53,4 +57,4 @@ class Call:
         names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
         # No metadata for hooks, and no hooks around the launch.
         before = (compiled.function, compiled.packed_metadata, None, None, None)
-        self._compiled[key] = compiled.run, before, (*self._numbers, *(self._constants[name] for name in names))
+        self._compiled[key] = compiled, before, (*self._numbers, *(self._constants[name] for name in names))

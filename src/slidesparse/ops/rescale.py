@@ -86,7 +86,7 @@ def launch_rescale(
 
 
 @lru_cache(CALLS)
-def rescale_call(types: tuple[torch.dtype | None, ...], m: int, n: int, stride: int, tile: tuple[int, int] | None = None) -> Call:
+def rescale_call(types: tuple[torch.dtype | None, ...], m: int, n: int, stride: int, tile: tuple[int, int] | None) -> Call:
     """The launch, to be called with sums of this row stride, outputs ``[m, n]``, token scales, weight scales and bias of these types."""
     from .kernels_rescale import rescale_kernel
 

@@ -115,7 +115,7 @@ class CuSparseLt:
             return None
         quantize = quantize_call(x, None if moves_nothing(problem.pattern, 0) else problem.pattern, dtype, 0, width)
         types = (between, problem.dtype, torch.float32, None if scaled else torch.float32, problem.bias)
-        rescale = None if sums else rescale_call(types, *shape, n)
+        rescale = None if sums else rescale_call(types, *shape, n, None)
         return Bound(quantize, plan, rescale, shape, (rows, n, width), dtype, between, problem.dtype, scaled)
 
     @staticmethod

@@ -7,6 +7,7 @@ fusions of norm and activation with quantisation, which an op of ours would hide
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from sys import maxsize
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -17,7 +18,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 
 from ... import ops
 from ...format import Scheme
-from ...gemm import Cell, Execution, Problem, active_plan, key_of
+from ...gemm import Execution, Problem, active_plan, key_of
 from ...gemm.numerics import int32_overflow
 from ...gemm.registry import refusal
 from ...gemm.routes import Route, add_route, ones
@@ -44,12 +45,14 @@ def _multiplies(scheme: Scheme) -> bool:
     return ops.capability() >= (8, 9) if scheme.name == "fp8" else (7, 5) <= ops.capability() < (10, 0)
 
 
-def why_give_back(execution: Execution, problem: Problem, captured: Sequence[int], host_us: float = HOST_US) -> str | None:
+def why_give_back(
+    execution: Execution, problem: Problem, captured: Sequence[int], *, most: int = maxsize, host_us: float = HOST_US
+) -> str | None:
     """Why a layer had better be vLLM's own, None if it had not.
 
     Beyond the numbers of tokens that vLLM captures in CUDA graphs an op of ours costs the host more than vLLM's own: there a layer must
     run sparse for every number of tokens, and never take less than ``host_us``, or it is no gain. Where nobody timed vLLM's W8A8
-    product, nobody knows; 16-bit products are torch's own in both.
+    product, nobody knows; 16-bit products are torch's own in both. No step has more than ``most`` tokens.
     """
     plan, key, rival = active_plan().plan, key_of(problem), f"dense:{ROUTE}"
     if plan is None or not plan.cells.get(key):
@@ -59,18 +62,24 @@ def why_give_back(execution: Execution, problem: Problem, captured: Sequence[int
     steps, largest = execution.planned_steps(problem), max(captured, default=0)
     if all(choice.backend.layout == "dense" for _, choice in steps):
         return "nothing was measured to be faster"
-    if any(most > largest and choice.backend.layout == "dense" for most, choice in steps):
+    if most <= largest:
+        return None
+    if any(last > largest and choice.backend.layout == "dense" for last, choice in steps):
         return f"sparse does not pay for all numbers of tokens above {largest}, the most that is captured in a CUDA graph"
-    return _host_bound(plan.table(key, sums=execution.for_sums), largest, execution.for_sums, host_us)
+    times = {m: cell.times(execution.for_sums) for m, cell in plan.table(key, sums=execution.for_sums).items()}
+    runs = {m: str(next(choice for last, choice in steps if m <= last)) for m in times}
+    return _host_bound({m: times[m][route].p50 for m, route in runs.items() if route in times[m]}, largest, host_us)
 
 
-def _host_bound(table: Mapping[int, Cell], largest: int, sums: bool, host_us: float) -> str | None:
-    """Why the host would be what a step waits for, just beyond the largest number of tokens in a CUDA graph."""
-    took = {m: cell.times(sums)[route].p50 for m, cell in table.items() if (route := cell.pick("fast", sums=sums))}
-    m, us = max(((m, us) for m, us in took.items() if m <= largest + 1), default=next(iter(took.items())))
+def _host_bound(took: Mapping[int, float], largest: int, host_us: float) -> str | None:
+    """Why the host would be what a step waits for, just beyond the largest number of tokens in a CUDA graph; microseconds by tokens."""
+    if not took:
+        return None
+    m = max((m for m in took if m <= largest + 1), default=min(took))
+    us = took[m]
     if us >= host_us:
         return None
-    enough = min((m for m, us in took.items() if us >= host_us), default=None)
+    enough = min((m for m, us in took.items() if m > largest and us >= host_us), default=None)
     way_out = "" if enough is None else f"; --max-cudagraph-capture-size {enough} would change that"
     return f"{m} tokens take {us:.0f} µs, less than the host needs outside CUDA graphs{way_out}"
 

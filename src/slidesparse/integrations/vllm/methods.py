@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cache
+from sys import maxsize
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class Settings:
     """What the user set under ``slidesparse`` in vLLM's ``additional_config``, and what the adapter needs of the rest.
 
     ``memory`` and ``backend`` are those of `Execution`, ``host_us`` that of `why_give_back`; ``random`` weights take the place of a
-    checkpoint's (``--load-format dummy``); ``captured`` are the numbers of tokens for which vLLM captures CUDA graphs.
+    checkpoint's (``--load-format dummy``); ``captured`` are the numbers of tokens for which vLLM captures CUDA graphs, and ``most`` is how
+    many a step can have.
     """
 
     memory: str = "fast"
@@ -42,6 +44,7 @@ class Settings:
     host_us: float = HOST_US
     random: bool = False
     captured: tuple[int, ...] = ()
+    most: int = maxsize
 
     @classmethod
     def current(cls) -> Settings:
@@ -57,10 +60,11 @@ class Settings:
         chosen = dict((additional.get(QUANT_METHOD) if isinstance(additional, dict) else None) or {})
         if unknown := chosen.keys() - {"memory", "backend", "host_us"}:
             raise UnsupportedError(f"additional_config.slidesparse knows memory, backend and host_us, not {', '.join(sorted(unknown))}")
-        if not isinstance(chosen.get("host_us", 0), int | float) or not chosen.get("host_us", 0) >= 0:
+        if type(chosen.get("host_us", 0)) not in (int, float) or not chosen.get("host_us", 0) >= 0:
             raise UnsupportedError(f"additional_config.slidesparse.host_us is microseconds, 0 or more, not {chosen['host_us']!r}")
         sizes = tuple(config.compilation_config.cudagraph_capture_sizes or ())
-        return cls(**chosen, random=str(config.load_config.load_format) == "dummy", captured=sizes)
+        random, most = str(config.load_config.load_format) == "dummy", config.scheduler_config.max_num_batched_tokens
+        return cls(**chosen, random=random, captured=sizes, most=most)
 
 
 class PackedParameter(ModelWeightParameter):
@@ -147,7 +151,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
     def _why_give_back(self, execution: Execution, problem: Problem, device: torch.device) -> str | None:
         if self.settings.backend is not None or self.settings.memory != "fast" or not can_give_back(self.scheme, device):
             return None
-        return why_give_back(execution, problem, self.settings.captured, self.settings.host_us)
+        return why_give_back(execution, problem, self.settings.captured, most=self.settings.most, host_us=self.settings.host_us)
 
     def _weights(self, layer: nn.Module) -> tuple[Weights, tuple[int, int]]:
         raise NotImplementedError
