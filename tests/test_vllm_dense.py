@@ -16,18 +16,18 @@ from vllm.model_executor.layers import linear as layers  # noqa: E402
 
 from slidesparse import reference  # noqa: E402
 from slidesparse.format import SCHEMES, PackedConfig  # noqa: E402
-from slidesparse.gemm import Cell, Execution, Plan, Problem, Weights, execution, registry, use_plan  # noqa: E402  # noqa: E402
+from slidesparse.gemm import Execution, Plan, Problem, Weights, use_plan  # noqa: E402
 from slidesparse.gemm.machine import Machine, kernels_hash  # noqa: E402
 from slidesparse.gemm.registry import refusal  # noqa: E402
 from slidesparse.gemm.tuning import Layer, tune  # noqa: E402
 from slidesparse.integrations import vllm as adapter  # noqa: E402
 from slidesparse.integrations.vllm import dense, methods  # noqa: E402
-from slidesparse.measure import Timing  # noqa: E402
 from slidesparse.pack import pack  # noqa: E402
 from slidesparse.pattern import Pattern  # noqa: E402
 from slidesparse.prune import prune  # noqa: E402
 from slidesparse.quant import quantize_weight  # noqa: E402
 from slidesparse.testing import check_bitwise  # noqa: E402
+from test_handover import measured  # noqa: E402
 from vllm_layers import config_of, load, model_config, part  # noqa: E402
 
 PATTERN, DTYPE = Pattern(6, 8), torch.bfloat16
@@ -83,102 +83,34 @@ def test_vllms_route_says_why_it_cannot_run(n, k, scheme, dtype, device, bias, t
     assert told in refusal(f"dense:{dense.ROUTE}", problem)
 
 
-def measured(sparse_from: int, *routes: str, families: tuple[str, ...] = ("whole", "sums")) -> Plan:
-    """A plan in which a sparse route wins from so many tokens on, in whole linears, without their epilogue, or both."""
+def test_the_plan_in_force_decides_with_what_vllm_has_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, object] = {}
+    monkeypatch.setattr(dense, "why_theirs", lambda plan, key, rival, **rest: told.update(rest, plan=plan, key=key, rival=rival))
+    monkeypatch.setattr(dense, "cannot_run", lambda plan, problem: frozenset({"cusparselt:alg=9"}))
     plan = Plan(Machine("A card", "580", "13.0", "2.11.0", "3.6.0", "0.8.0", kernels_hash()))
-    for m in (1, 16, 256, 1024, 4096):
-        quick, slow = Timing(m, m * 0.9, m * 1.1), Timing(m * 9, m * 8, m * 10)
-        dense = dict.fromkeys(routes, slow if m >= sparse_from else quick)
-        sparse_wins = dense | {"cusparselt:": quick if m >= sparse_from else slow}
-        dense_wins = dict.fromkeys(routes, quick) | {"cusparselt:": slow}
-        whole, sums = (sparse_wins if family in families else dense_wins for family in ("whole", "sums"))
-        plan.add((256, 512, "6:8", "int8"), Cell(m, whole, {}, sums if "sums" in families else {}))
-    return plan
-
-
-BOTH = ("dense:triton", "dense:cutlass")
-
-
-@pytest.mark.parametrize("sums", [False, True])
-@pytest.mark.parametrize(
-    ("plan", "captured", "told"),
-    [
-        (measured(256, *BOTH), (8, 256), None),
-        (
-            measured(1, *BOTH),
-            (8, 250),
-            "16 tokens take 16 µs, less than the host needs outside CUDA graphs; --max-cudagraph-capture-size 256",
-        ),
-        (measured(1024, *BOTH), (8, 512), "above 512"),
-        (measured(256, *BOTH), (), "above 0"),
-        (measured(1, *BOTH), (), "1 tokens take 1 µs"),
-        (measured(1, *BOTH), (8, 1024), None),
-        (measured(9999, *BOTH), (8, 512), "measured to be faster"),
-        (measured(256, "dense:triton"), (8, 512), "not compared them"),
-        (Plan(measured(1).machine), (8, 512), "nothing was measured: run"),
-    ],
-)
-def test_layers_are_ours_where_that_is_sure_to_pay(plan, captured, told, sums, monkeypatch: pytest.MonkeyPatch) -> None:
-    why = decided(plan, captured, sums, monkeypatch)
-    assert why is None if told is None else told in why
-
-
-@pytest.mark.parametrize(
-    ("family", "sums", "told"),
-    [("whole", False, None), ("whole", True, "not compared them"), ("sums", True, None), ("sums", False, "measured to be faster")],
-)
-def test_what_decides_is_what_will_run(family: str, sums: bool, told: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    why = decided(measured(256, *BOTH, families=(family,)), (8, 256), sums, monkeypatch)
-    assert why is None if told is None else told in why
-
-
-def test_who_trusts_the_host_decides_by_the_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "less than the host needs" in decided(measured(1, *BOTH), (), False, monkeypatch)
-    assert decided(measured(1, *BOTH), (), False, monkeypatch, host_us=0) is None
-    told = decided(measured(1, *BOTH), (), False, monkeypatch, host_us=1e9)
-    assert "1 tokens take 1 µs" in told and "capture" not in told
-    told = decided(measured(1, *BOTH), (8, 1024), False, monkeypatch, host_us=1500)
-    assert "1024 tokens take 1024 µs" in told and told.endswith("--max-cudagraph-capture-size 4096 would change that")
-
-
-def test_where_every_step_is_in_a_graph_the_host_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert decided(measured(256, *BOTH), (8, 512), False, monkeypatch, most=512) is None
-    assert "above 16" in decided(measured(256, *BOTH), (8, 16), False, monkeypatch, most=512)
-    assert "measured to be faster" in decided(measured(9999, *BOTH), (8, 512), False, monkeypatch, most=512)
-
-
-def test_a_layer_is_judged_by_what_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quickest route in the plan is one that cannot run here."""
-    plan = measured(1, *BOTH)
-    for table in plan.cells.values():
-        for m, cell in table.items():
-            cell.timings["cusparselt:alg=9"] = Timing(m * 0.5, m * 0.4, m * 0.6)
-    monkeypatch.setattr(execution, "_cannot_run", lambda plan, problem: frozenset({"cusparselt:alg=9"}))
-    assert "128 µs" not in (decided(plan, (8, 256), False, monkeypatch) or "")
-    assert decided(plan, (8, 256), False, monkeypatch) is None
-
-
-def test_settings_say_how_many_tokens_a_step_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {}
-    monkeypatch.setattr(methods, "why_give_back", lambda *_, **how: told.update(how))
-    monkeypatch.setattr(methods, "can_give_back", lambda *_: True)
-    method = methods.PackedLinearMethod.__new__(methods.PackedLinearMethod)
-    method.settings, method.scheme = methods.Settings(most=77, host_us=3.0), SCHEMES["int8"]
-    method._why_give_back(None, None, torch.device("cuda"))
-    assert told == {"most": 77, "host_us": 3.0}
-
-
-def decided(plan: Plan, captured: tuple[int, ...], sums: bool, monkeypatch: pytest.MonkeyPatch, **host: float) -> str | None:
-    """Why the layer is given back, all routes being there."""
-    for module in (execution, registry, dense):
-        monkeypatch.setattr(module, "refusal", lambda name, problem, sums=False: None)
-    problem = Problem(256, 512, PATTERN, SCHEMES["int8"], "cuda", DTYPE)
-    weight, scale = weights(256, 512, "int8")
     use_plan(plan)
     try:
-        return dense.why_give_back(Execution(Weights(pack(weight, PATTERN), SCHEMES["int8"], scale), sums=sums), problem, captured, **host)
+        monkeypatch.setattr(dense, "refusal", lambda name, problem: None if name == "dense:cutlass" else "unknown")
+        dense.why_give_back(Problem(256, 512, PATTERN, SCHEMES["int8"], "cuda", DTYPE), (8, 512, 16), sums=True, most=77, host_us=3.0)
+        assert told == {
+            "plan": plan, "key": (256, 512, "6:8", "int8"), "rival": "dense:cutlass", "sums": True, "without": {"cusparselt:alg=9"},
+            "largest": 512, "most": 77, "host_us": 3.0,
+        }  # fmt: skip
+        monkeypatch.setattr(dense, "refusal", lambda name, problem: "multiplies int8 and fp8")
+        dense.why_give_back(Problem(256, 512, PATTERN, SCHEMES["bf16"], "cuda", DTYPE), (), sums=False)
+        assert told["rival"] is None and told["largest"] == 0
     finally:
         use_plan(None)
+
+
+def test_settings_reach_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, object] = {}
+    monkeypatch.setattr(methods, "why_give_back", lambda problem, captured, **rest: told.update(rest, captured=captured))
+    monkeypatch.setattr(methods, "can_give_back", lambda *_: True)
+    method = methods.PackedLinearMethod.__new__(methods.PackedLinearMethod)
+    method.settings, method.scheme = methods.Settings(most=77, host_us=3.0, captured=(8, 16)), SCHEMES["int8"]
+    method._why_give_back(None, torch.device("cuda"), True)
+    assert told == {"captured": (8, 16), "sums": True, "most": 77, "host_us": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -256,6 +188,7 @@ def test_vllms_product_is_timed_and_runs_where_a_plan_chose_it(scheme: str, conf
 @pytest.mark.needs_gpu
 @on_gpu
 def test_a_layer_that_pays_is_ours(config: VllmConfig) -> None:
+    config.additional_config = {"slidesparse": {"host_us": 0}}
     use_plan(measured(1, "dense:triton", "dense:cutlass"))
     try:
         weight, scale = weights(256, 512, "int8")

@@ -207,7 +207,7 @@ class Execution:
             few, many = (choose(problem, m, memory=self.memory, sums=self.for_sums) for m in (FEW_TOKENS, FEW_TOKENS + 1))
             return _merged([(FEW_TOKENS, few), (maxsize, many)])
         edges = sorted({edge for m in table for edge in (m - 1, m) if edge})
-        without = _cannot_run(plan, problem)
+        without = cannot_run(plan, problem)
         choices = [self._planned(plan, problem, edge, without) for edge in edges]
         return _merged(list(zip([*edges[:-1], maxsize], choices, strict=True)))
 
@@ -241,7 +241,7 @@ def refuse_capture() -> None:
         raise UnsupportedError("run the layer once before capturing a CUDA graph: its resident weights are made then")
 
 
-def _cannot_run(plan: Plan, problem: Problem) -> frozenset[str]:
+def cannot_run(plan: Plan, problem: Problem) -> frozenset[str]:
     """Routes of the plan that cannot run this very problem here."""
     reasons = {route: refusal(route, problem) for route in plan.routes(key_of(problem))}
     for route, reason in reasons.items():

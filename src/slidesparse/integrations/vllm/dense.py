@@ -6,7 +6,7 @@ fusions of norm and activation with quantisation, which an op of ours would hide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from sys import maxsize
 
 import torch
@@ -18,7 +18,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 
 from ... import ops
 from ...format import Scheme
-from ...gemm import Execution, Problem, active_plan, key_of
+from ...gemm import Problem, active_plan, key_of
+from ...gemm.execution import cannot_run
+from ...gemm.handover import HOST_US, RIVAL, why_theirs
 from ...gemm.numerics import int32_overflow
 from ...gemm.registry import refusal
 from ...gemm.routes import Route, add_route, ones
@@ -26,13 +28,7 @@ from ...gemm.routes import Route, add_route, ones
 Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 """Runs a layer: ``(layer, x [M, K], bias [N] or None)`` → ``[M, N]``."""
 
-ROUTE = "cutlass"
-
-HOST_US = 250.0
-"""Outside CUDA graphs a layer must keep the GPU busy for so long, or a step waits for the host, of which an op of ours takes more.
-
-On the host of an H100 vLLM took 160 µs a linear layer, with all that stands between two of them, and 90 more with an op of ours.
-"""
+ROUTE = RIVAL.partition(":")[2]
 
 
 def can_give_back(scheme: Scheme, device: torch.device) -> bool:
@@ -45,43 +41,15 @@ def _multiplies(scheme: Scheme) -> bool:
     return ops.capability() >= (8, 9) if scheme.name == "fp8" else (7, 5) <= ops.capability() < (10, 0)
 
 
-def why_give_back(
-    execution: Execution, problem: Problem, captured: Sequence[int], *, most: int = maxsize, host_us: float = HOST_US
-) -> str | None:
-    """Why a layer had better be vLLM's own, None if it had not.
+def why_give_back(problem: Problem, captured: Sequence[int], *, sums: bool, most: int = maxsize, host_us: float = HOST_US) -> str | None:
+    """Why a layer had better be vLLM's own, None if it had not: `gemm.handover.why_theirs` by the plan in force.
 
-    Beyond the numbers of tokens that vLLM captures in CUDA graphs an op of ours costs the host more than vLLM's own: there a layer must
-    run sparse for every number of tokens, and never take less than ``host_us``, or it is no gain. Where nobody timed vLLM's W8A8
-    product, nobody knows; 16-bit products are torch's own in both. No step has more than ``most`` tokens.
+    vLLM's W8A8 product must have been timed where it takes the problem; 16-bit products are torch's own in both.
     """
-    plan, key, rival = active_plan().plan, key_of(problem), f"dense:{ROUTE}"
-    if plan is None or not plan.cells.get(key):
-        return "nothing was measured: run `slidesparse tune --vllm`"
-    if refusal(rival, problem) is None and not plan.compares(key, rival, sums=execution.for_sums):
-        return "the plan has not compared them: run `slidesparse tune --vllm`"
-    steps, largest = execution.planned_steps(problem), max(captured, default=0)
-    if all(choice.backend.layout == "dense" for _, choice in steps):
-        return "nothing was measured to be faster"
-    if most <= largest:
-        return None
-    if any(last > largest and choice.backend.layout == "dense" for last, choice in steps):
-        return f"sparse does not pay for all numbers of tokens above {largest}, the most that is captured in a CUDA graph"
-    times = {m: cell.times(execution.for_sums) for m, cell in plan.table(key, sums=execution.for_sums).items()}
-    runs = {m: str(next(choice for last, choice in steps if m <= last)) for m in times}
-    return _host_bound({m: times[m][route].p50 for m, route in runs.items() if route in times[m]}, largest, host_us)
-
-
-def _host_bound(took: Mapping[int, float], largest: int, host_us: float) -> str | None:
-    """Why the host would be what a step waits for, just beyond the largest number of tokens in a CUDA graph; microseconds by tokens."""
-    if not took:
-        return None
-    m = max((m for m in took if m <= largest + 1), default=min(took))
-    us = took[m]
-    if us >= host_us:
-        return None
-    enough = min((m for m, us in took.items() if m > largest and us >= host_us), default=None)
-    way_out = "" if enough is None else f"; --max-cudagraph-capture-size {enough} would change that"
-    return f"{m} tokens take {us:.0f} µs, less than the host needs outside CUDA graphs{way_out}"
+    plan, rival = active_plan().plan, None if refusal(RIVAL, problem) else RIVAL
+    without = frozenset() if plan is None else cannot_run(plan, problem)
+    largest = max(captured, default=0)
+    return why_theirs(plan, key_of(problem), rival, sums=sums, without=without, largest=largest, most=most, host_us=host_us)
 
 
 def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | None) -> Apply:

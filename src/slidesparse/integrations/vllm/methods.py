@@ -18,13 +18,14 @@ from ... import ops
 from ...errors import PatternError, UnsupportedError, WeightError
 from ...format import QUANT_METHOD, Packed, Scheme, packed_tensors
 from ...gemm import Execution, Problem, Weights
+from ...gemm.handover import HOST_US
 from ...gemm.prepared import linear, prepare, warm
 from ...gemm.registry import refusal
 from ...pack import Shard
 from ...quant import scheme_of_dtype
 from ..claims import Claims
 from ..rank_weights import blank, cut, made_up, pack
-from .dense import HOST_US, Apply, can_give_back, give_back, why_give_back
+from .dense import Apply, can_give_back, give_back, why_give_back
 from .graph import compiles, enter_cache_key, open_linear
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
@@ -34,7 +35,7 @@ _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose h
 class Settings:
     """What the user set under ``slidesparse`` in vLLM's ``additional_config``, and what the adapter needs of the rest.
 
-    ``memory`` and ``backend`` are those of `Execution`, ``host_us`` that of `why_give_back`; ``random`` weights take the place of a
+    ``memory`` and ``backend`` are those of `Execution`, ``host_us`` that of `why_theirs`; ``random`` weights take the place of a
     checkpoint's (``--load-format dummy``); ``captured`` are the numbers of tokens for which vLLM captures CUDA graphs, and ``most`` is how
     many a step can have.
     """
@@ -124,7 +125,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
         problem = weights.problem(layer.params_dtype, device, None if bias is None else bias.dtype)
         opened = self._can_open(layer, problem) and enter_cache_key(configs, self.layer, "sums")
         execution = Execution(weights, memory=self.settings.memory, backend=self.settings.backend, sums=opened)
-        why = self._why_give_back(execution, problem, device)
+        why = self._why_give_back(problem, device, opened)
         if why is not None and enter_cache_key(configs, self.layer, "dense"):
             dense = ops.restore(weights.packed)[:, margins[0] : weights.k - margins[1]]
             self.stock = give_back(layer, self.scheme, dense.contiguous(), weights.channel_scale)
@@ -148,10 +149,11 @@ class SlideSparseLinearMethod(LinearMethodBase):
         backend = self.settings.backend
         return not summed and (backend is None or refusal(backend, problem, sums=True) is None)
 
-    def _why_give_back(self, execution: Execution, problem: Problem, device: torch.device) -> str | None:
+    def _why_give_back(self, problem: Problem, device: torch.device, sums: bool) -> str | None:
         if self.settings.backend is not None or self.settings.memory != "fast" or not can_give_back(self.scheme, device):
             return None
-        return why_give_back(execution, problem, self.settings.captured, most=self.settings.most, host_us=self.settings.host_us)
+        chosen = self.settings
+        return why_give_back(problem, chosen.captured, sums=sums, most=chosen.most, host_us=chosen.host_us)
 
     def _weights(self, layer: nn.Module) -> tuple[Weights, tuple[int, int]]:
         raise NotImplementedError
