@@ -5,7 +5,8 @@
 Packed layers are made to run on sparse tensor cores (``backend: cusparselt``), whatever a plan would choose. Beside them stands what stock
 vLLM does with the dense twin, the same weights and scheme, in the same comparison, and what float32 in place of bfloat16 does around the
 layers in transformers: 8-bit activations round anew after every change. Log-probabilities are those of the text's own tokens.
-Two greedy texts part where the first token differs; what counts there is how close the first run's two best tokens were.
+Two greedy texts part where the first token differs; what counts there is how close the first run's two best tokens were. Interrupted, it
+goes on where it was: runs of this COMMIT that are in WORKDIR are not made again.
 """
 
 from __future__ import annotations
@@ -129,7 +130,9 @@ def compare(arguments: argparse.Namespace, scheme: str, pattern: str, record: Ca
     runs: dict[str, dict[str, list]] = {}
 
     def run(name: str, asked: dict, label: str) -> None:
-        runs[name] = in_a_process(__file__, asked, arguments.folder / f"{stem}-{label}", alone=asked["ranks"] == 1)
+        place = arguments.folder / f"{stem}-{label}-{arguments.commit}"
+        kept = Path(f"{place}.json")
+        runs[name] = json.loads(kept.read_text()) if kept.exists() else in_a_process(__file__, asked, place, alone=asked["ranks"] == 1)
 
     for form, method, settings in (("packed", "slidesparse", {"backend": "cusparselt"}), ("dense", "compressed-tensors", {})):
         made = checkpoint(arguments.dense, arguments.folder, scheme, pattern, form)
