@@ -77,6 +77,11 @@ def test_where_a_compiler_fuses_the_rest_bare_products_decide():
     assert plan.route(KEY, 16, "fast") == "dense:triton"
     assert plan.route(KEY, 16, "fast", sums=True) == "cusparselt:" and plan.route(KEY, 16, "lean", sums=True) == "restore:exact"
     assert "restore:exact" in plan.routes(KEY)
+    assert plan.cells[KEY][16].dense() == ("dense:triton", at(10)) and plan.cells[KEY][16].dense(sums=True) == ("dense:triton", at(8))
+    quick = Cell(16, whole | {"dense:rowwise": at(6)}, {}, {"dense:triton": at(8), "cusparselt:": at(7)})
+    assert quick.dense(sums=True) == ("dense:rowwise", at(6)), "a whole linear leaves the consumer nothing to do"
+    assert quick.pick("fast", sums=True) == "dense:triton" and quick.pick("fast", {"dense:rowwise"}, sums=True) == "cusparselt:"
+    assert Cell(16, {"cusparselt:": at(1)}).dense() is None
     plan.add(KEY, Cell(256, whole | {"dense:other": at(9)}))
     assert plan.compares(KEY, "dense:triton") and plan.compares(KEY, "dense:triton", sums=True)
     assert not plan.compares(KEY, "dense:other") and not plan.compares((1, 1, "6:8", "int8"), "dense:triton")

@@ -135,8 +135,9 @@ def _elsewhere(plan: Plan, layer: Layer) -> set[str]:
 def plan_rows(plan: Plan, layers: list[Layer], vllm: bool = False) -> list[dict]:
     """What `print_plan` shows, one entry per layer shape and number of tokens; ``other`` is the best route that is not dense.
 
-    Whole linears; with ``vllm`` 8-bit layers without scales and bias, which its compiler fuses into what follows, and ``given_back``: why
-    vLLM with its default settings would run the layer on its own kernels, None if it would not.
+    Whole linears; with ``vllm`` 8-bit layers without scales and bias, which its compiler fuses into what follows (of dense routes the whole
+    linear where that is quicker), and ``given_back``: why vLLM with its default settings would run the layer on its own kernels, None if it
+    would not.
     """
     from ..gemm import key_of
     from ..gemm.handover import RIVAL, why_theirs
@@ -150,14 +151,16 @@ def plan_rows(plan: Plan, layers: list[Layer], vllm: bool = False) -> list[dict]
             others = [name for name in times if name.partition(":")[0] not in ("dense", "restore")]
             other = min(others, key=lambda name: times[name].p50, default=None)
             picked = {memory: cell.pick(memory, elsewhere, sums=sums) for memory in ("fast", "lean")}
-            picked |= {"dense": cell.best("dense", elsewhere, sums=sums), "other": other}
+            picked |= {"other": other}
             row: dict[str, object] = {"n": layer.n, "k": layer.k, "pattern": str(layer.pattern), "scheme": layer.scheme.name, "m": m}
             if vllm:
                 row["given_back"] = why
             for part, name in picked.items():
                 row |= {part: name, f"{part}_us": None if name is None else times[name].p50}
-            rows.append(row)
-    return [row for row in rows if row["dense_us"] is not None]
+            dense = cell.dense(elsewhere, sums=sums)
+            if dense is not None:
+                rows.append(row | {"dense": dense[0], "dense_us": dense[1].p50})
+    return rows
 
 
 def model_layers(model: Path, pattern: Pattern | None, scheme: str | None) -> dict[str, Layer]:
