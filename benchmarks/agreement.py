@@ -132,7 +132,11 @@ def compare(arguments: argparse.Namespace, scheme: str, pattern: str, record: Ca
     def run(name: str, asked: dict, label: str) -> None:
         place = arguments.folder / f"{stem}-{label}-{arguments.commit}"
         kept = Path(f"{place}.json")
-        runs[name] = json.loads(kept.read_text()) if kept.exists() else in_a_process(__file__, asked, place, alone=asked["ranks"] == 1)
+        runs[name] = (
+            json.loads(kept.read_text(encoding="utf-8"))
+            if kept.exists()
+            else in_a_process(__file__, asked, place, alone=asked["ranks"] == 1)
+        )
 
     for form, method, settings in (("packed", "slidesparse", {"backend": "cusparselt"}), ("dense", "compressed-tensors", {})):
         made = checkpoint(arguments.dense, arguments.folder, scheme, pattern, form)

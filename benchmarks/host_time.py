@@ -79,7 +79,7 @@ def steps(scheme: str) -> dict[str, Callable[[], object]]:
     sums = cusparselt.sparse_mm(q, compressed, alpha, N, torch.bfloat16)
     execution, owner = Execution(Weights(layer.packed, kind, layer.weight_scale), backend="cusparselt", sums=True), torch.nn.Module()
     name = prepare(owner, execution, torch.bfloat16, x.device, None)
-    engine = torch.ops.slidesparse.sums.default
+    engine = torch.ops.slidesparse.sums.default  # the layer lives as long as its owner, which the call holds
     found: dict[str, Callable[[], object]] = {
         "quantize": lambda: ops.quantize(x, kind),
         "quantize_lift": lambda: ops.quantize_lift(x, pattern, kind, rows=16),

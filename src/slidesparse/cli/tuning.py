@@ -150,8 +150,7 @@ def plan_rows(plan: Plan, layers: list[Layer], vllm: bool = False) -> list[dict]
             times = cell.times(sums)
             others = [name for name in times if name.partition(":")[0] not in ("dense", "restore")]
             other = min(others, key=lambda name: times[name].p50, default=None)
-            picked = {memory: cell.pick(memory, elsewhere, sums=sums) for memory in ("fast", "lean")}
-            picked |= {"other": other}
+            picked = {memory: cell.pick(memory, elsewhere, sums=sums) for memory in ("fast", "lean")} | {"other": other}
             row: dict[str, object] = {"n": layer.n, "k": layer.k, "pattern": str(layer.pattern), "scheme": layer.scheme.name, "m": m}
             if vllm:
                 row["given_back"] = why

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from sys import maxsize
 
-from .plan import Key, Plan
+from .plan import Key, Plan, backend_of
 
 RIVAL = "dense:cutlass"
 """vLLM's W8A8 product among the dense routes."""
@@ -22,6 +22,8 @@ HOST_US = 250.0
 
 On the host of an H100 vLLM took 160 µs a linear layer, with all that stands between two of them, and 90 more with an op of ours.
 """
+
+_DENSE = (None, "dense")  # nothing that was timed can run: then dense does
 
 
 def why_theirs(
@@ -50,19 +52,15 @@ def why_theirs(
     if rival is not None and not plan.compares(key, rival, sums=sums):
         return "the plan has not compared them: run `slidesparse tune --vllm`"
     runs = {m: plan.route(key, m, "fast", without, sums=sums) for m in plan.table(key, sums=sums)}
-    if all(_dense(route) for route in runs.values()):
+    if all(backend_of(route) in _DENSE for route in runs.values()):
         return "nothing was measured to be faster"
     if most <= largest:
         return None
     beyond = [plan.route(key, largest + 1, "fast", without, sums=sums), *(route for m, route in runs.items() if m > largest)]
-    if any(_dense(route) for route in beyond):
+    if any(backend_of(route) in _DENSE for route in beyond):
         return f"sparse does not pay for all numbers of tokens above {largest}, the most that is captured in a CUDA graph"
     took = {m: plan.cells[key][m].times(sums)[route].p50 for m, route in runs.items() if route is not None}
     return _host_bound(took, largest, host_us)
-
-
-def _dense(route: str | None) -> bool:
-    return route is None or route.partition(":")[0] == "dense"
 
 
 def _host_bound(took: Mapping[int, float], largest: int, host_us: float) -> str | None:

@@ -125,7 +125,7 @@ class Plan:
             return above.pick(memory, without, sums=sums)
         below = table[ms[at - 1]] if at else None
         high, low = above.pick(memory, without, sums=sums), below.pick(memory, without, sums=sums) if below else None
-        if high is None or _backend(high) == _backend(low):
+        if high is None or backend_of(high) == backend_of(low):
             return high
         return above.best("dense" if memory == "fast" else "restore", without, sums=sums)
 
@@ -133,7 +133,7 @@ class Plan:
         """The fewest measured tokens from which every larger measured number runs on another backend than dense; None if none does."""
         first = None
         for m, cell in reversed(self.table(key, sums=sums).items()):
-            if _backend(cell.pick("fast", without, sums=sums)) in (None, "dense"):
+            if backend_of(cell.pick("fast", without, sums=sums)) in (None, "dense"):
                 break
             first = m
         return first
@@ -189,7 +189,8 @@ class Plan:
         return plan
 
 
-def _backend(route: str | None) -> str | None:
+def backend_of(route: str | None) -> str | None:
+    """The backend of a route ``backend:variant``, None of none."""
     return None if route is None else route.partition(":")[0]
 
 

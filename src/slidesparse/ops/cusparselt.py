@@ -17,22 +17,10 @@ from . import cusparselt_search
 from .cusparselt_plans import Algorithm, Plans, Sparse, handle, library
 from .library import allocate, capability, define
 
-__all__ = ["TOKENS", "Algorithm", "alignment", "compress", "scales_rows", "search", "sparse_mm", "unavailable", "version"]
+__all__ = ["TOKENS", "Algorithm", "alignment", "compress", "scales_rows", "search", "sparse_mm", "token_step", "unavailable", "version"]
 
 TOKENS = 16
 """M must be a multiple of this."""
-
-
-def token_step(m: int) -> int:
-    """What ``m`` tokens had better be a multiple of, so that serving engines, which meet every number, need few plans.
-
-    At most an eighth more rows, a thirtieth beyond 4096, most of which large tiles compute anyway. While a graph is traced it is the
-    smallest step: others would be graphs of their own.
-    """
-    if torch.compiler.is_compiling() or m <= 512:
-        return TOKENS
-    return 64 if m <= 4096 else 128
-
 
 OUT_DTYPES = {
     torch.int8: (torch.bfloat16, torch.float16, torch.int32),
@@ -91,6 +79,17 @@ def alignment(dtype: torch.dtype) -> int:
     if dtype not in OUT_DTYPES:
         raise ValueError(f"cuSPARSELt does not multiply {dtype}: give int8, float8_e4m3fn, bfloat16 or float16")
     return 32 // dtype.itemsize
+
+
+def token_step(m: int) -> int:
+    """What ``m`` tokens had better be a multiple of, so that serving engines, which meet every number, need few plans.
+
+    At most an eighth more rows, a thirtieth beyond 4096, most of which large tiles compute anyway. While a graph is traced it is the
+    smallest step: others would be graphs of their own.
+    """
+    if torch.compiler.is_compiling() or m <= 512:
+        return TOKENS
+    return 64 if m <= 4096 else 128
 
 
 def scales_rows(dtype: torch.dtype, out_dtype: torch.dtype) -> bool:

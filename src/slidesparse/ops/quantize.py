@@ -101,7 +101,7 @@ def _padded(y: Tensor, width: int, rows: int) -> Tensor:
     m, k = y.shape
     if width == k and m % rows == 0:
         return y
-    wide = torch.zeros(-(-m // rows) * rows, width, dtype=_INTEGERS[y.element_size()], device=y.device)
+    wide = torch.zeros(padded_rows(m, rows), width, dtype=_INTEGERS[y.element_size()], device=y.device)
     wide[:m, :k] = y.view(wide.dtype)
     return wide.view(y.dtype)
 

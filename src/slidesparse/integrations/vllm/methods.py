@@ -124,7 +124,6 @@ class SlideSparseLinearMethod(LinearMethodBase):
             bias = None  # vLLM adds it elsewhere
         problem = weights.problem(layer.params_dtype, device, None if bias is None else bias.dtype)
         opened = self._can_open(layer, problem) and enter_cache_key(configs, self.layer, "sums")
-        execution = Execution(weights, memory=self.settings.memory, backend=self.settings.backend, sums=opened)
         why = self._why_give_back(problem, device, opened)
         if why is not None and enter_cache_key(configs, self.layer, "dense"):
             dense = ops.restore(weights.packed)[:, margins[0] : weights.k - margins[1]]
@@ -132,6 +131,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
             _report(self.layer, weights, f"vLLM's own dense kernels: {why}")
             return
         self.opened = opened
+        execution = Execution(weights, memory=self.settings.memory, backend=self.settings.backend, sums=opened)
         name = prepare(layer, execution, layer.params_dtype, device, problem.bias, margins=margins)
         layer.register_buffer("slidesparse_name", name, persistent=False)
         layer.slidesparse_outputs = weights.packed.n
