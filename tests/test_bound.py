@@ -194,7 +194,7 @@ def binding(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Execution]:
     """Layers on one set of weights that run on a backend in a variant, as if on the current CUDA device."""
     weights = made(24, 64, "int8")[0]
     monkeypatch.setattr(execution, "unwatched", lambda x: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(execution, "current_device", lambda: -1)
 
     def build(sparse: Binding, variant: str = "1", sums: bool = False) -> Execution:
         monkeypatch.setattr(execution, "named", lambda route, problem, m, sums=False: execution.Choice(sparse, variant))
@@ -208,22 +208,30 @@ def binding(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Execution]:
 def test_decisions_are_shared_by_equal_layers_and_kept_apart_otherwise(binding: Callable[..., Execution]) -> None:
     sparse, x = Binding(), torch.randn(5, 64).bfloat16()
     one, other = binding(sparse), binding(sparse)
+    assert one(x).eq(0).all()  # the first call decides
     for layer in (one, one, other):
         assert layer(x).eq(11).all()
     assert sparse.bound == 1
-    assert one(x[:3]).eq(11).all() and one(torch.randn(5, 80).bfloat16()[:, :64]).eq(11).all() and sparse.bound == 3
-    assert binding(sparse, "2")(x).eq(21).all() and binding(Binding(100))(x).eq(111).all() and one(x).eq(11).all()
-    assert binding(sparse, sums=True)._bound(one._ready, one._ready.choice(5), x, sums=True).sums(x, {})[0].eq(12).all()
-    assert one(torch.randn(7, 64).bfloat16()).eq(0).all()
+    for part in (x[:3], torch.randn(5, 80).bfloat16()[:, :64]):
+        assert one(part).eq(0).all() and one(part).eq(11).all()
+    assert sparse.bound == 3
+    second, third, bare = binding(sparse, "2"), binding(Binding(100)), binding(sparse, sums=True)
+    for layer, result in ((second, 21), (third, 111), (one, 11)):
+        layer(x)
+        assert layer(x).eq(result).all()
+    assert bare(x).eq(0).all() and bare(x).eq(0).all()
+    assert bare.sums(x)[0].eq(0).all() and bare.sums(x)[0].eq(12).all()
+    seven = torch.randn(7, 64).bfloat16()
+    assert one(seven).eq(0).all() and one(seven).eq(0).all()
 
 
 def test_decisions_are_bounded_and_go_with_their_layers(binding: Callable[..., Execution], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution, "MOST_BOUND", 3)
+    monkeypatch.setattr(execution, "MOST_DECIDED", 3)
     layer = binding(Binding())
     for m in range(1, 6):
         layer(torch.zeros(m, 64).bfloat16())
-    assert len(layer._ready.bound) == 2
-    held = weakref.ref(layer._ready.bound)
+    assert len(layer._ready.decided) == 2
+    held = weakref.ref(layer._ready.decided)
     del layer
     gc.collect()
     assert held() is None
@@ -236,12 +244,16 @@ def test_nothing_is_decided_where_somebody_looks_or_something_does_not_fit(
     weights = layer.weights
     layer.prepare(torch.bfloat16, x.device, torch.bfloat16)
     wide = torch.zeros(48).bfloat16()
+    layer(x, wide[:24])
     assert layer(x, wide[:24]).eq(11).all() and layer(x, wide[:1]).eq(0).all() and layer(x, wide[::2]).eq(0).all()
+    assert layer(x).eq(0).all()  # prepared anew, for no bias
+    assert layer(x).eq(11).all() and layer(x.float()).dtype == torch.float32
     layer = Execution(weights, backend="binding")
+    layer(x)
     assert layer(x).eq(11).all()
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(execution, "current_device", lambda: 0)
     assert layer(x).eq(0).all()
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(execution, "current_device", lambda: -1)
     monkeypatch.setattr(execution, "unwatched", lambda x: False)
     assert layer(x).eq(0).all()
     bare = binding(Binding(), sums=True)

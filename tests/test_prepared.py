@@ -52,7 +52,7 @@ def test_packed_weights_are_let_go_unless_a_route_reads_them() -> None:
     shard = Shard.even(Pattern.parse("6:8"), 32, 0, 1)
     for memory, device in (("fast", "meta"), ("lean", "cpu")):
         owner, name, *_ = layer(shard, memory=memory)
-        assert prepared._named(name).execution.weights.packed.values.device.type == device
+        assert prepared._PREPARED[int(name)].execution.weights.packed.values.device.type == device
         del owner
 
 

@@ -94,7 +94,7 @@ def test_the_prepared_op_widens_a_cut_shard(rank: int) -> None:
         check(prepared.sums(x, name, 16), x, weight, scheme)
         prepared.warm(name, (1, 8))
         torch.library.opcheck(torch.ops.slidesparse.sums, (x, name, 16))
-        with pytest.raises(UnsupportedError, match="prepared for sums"):
+        with pytest.raises(UnsupportedError, match="before asking for its sums"):
             prepared.sums(x.float(), name, 16)
 
 

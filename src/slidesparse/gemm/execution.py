@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..ops.library import unwatched
+from ..ops.library import current_device, unwatched
 from .active import active_plan
 from .plan import MEMORY, Plan, key_of
 from .problem import Problem, Weights
@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 class Ready:
     """What one kind of input needs.
 
-    ``steps`` are pairs (most tokens, choice) in rising order; ``resident`` is by layout; equal layers share what is ``bound``.
+    ``steps`` are pairs (most tokens, choice) in rising order; ``resident`` is by layout; equal layers share what is ``decided``.
     """
 
     problem: Problem
@@ -36,12 +36,18 @@ class Ready:
     steps: tuple[tuple[int, Choice], ...]
     resident: dict[str, Mapping[str, Tensor]]
     scale: Tensor | None
-    bound: Decided
+    decided: Decided
 
     def fits(self, x: Tensor, bias: Tensor | None) -> bool:
         """Whether it was made for such inputs."""
         wanted = None if bias is None else bias.dtype
         return x.dtype == self.problem.dtype and wanted == self.problem.bias and x.device == self.device
+
+    def adds(self, bias: Tensor | None) -> bool:
+        """Whether a `Bound` can add it."""
+        if bias is None:
+            return self.problem.bias is None
+        return bias.dtype == self.problem.bias and bias.shape == (self.problem.n,) and bias.is_contiguous()
 
     def choice(self, m: int) -> Choice:
         """Who runs ``m`` tokens."""
@@ -98,7 +104,12 @@ class Execution:
         Raises:
             UnsupportedError: the backend asked for cannot run this, or a CUDA graph is captured before the layer has run once.
         """
-        m, ready = x.shape[0], self._ready
+        ready, m = self._ready, x.shape[0]
+        if ready is not None and not self.for_sums and unwatched(x) and x.get_device() == current_device():
+            found = ready.decided.get((x.get_device(), x.dtype, x.shape, x.stride()))
+            if found is not None and ready.adds(bias):
+                layout, bound = found
+                return bound.run(x, ready.resident[layout], ready.scale, bias)
         if ready is None or not ready.fits(x, bias):
             ready = self.prepare(x.dtype, x.device, None if bias is None else bias.dtype)
         if isinstance(m, int) and m == 0:
@@ -115,46 +126,41 @@ class Execution:
         Raises:
             UnsupportedError: the layer was not prepared for such activations.
         """
-        ready, m = self._ready, x.shape[0]
+        ready = self._ready
+        # Whoever asks for sums is an op itself, on the device of x.
+        found = None if ready is None else ready.decided.get((x.get_device(), x.dtype, x.shape, x.stride()))
+        if found is not None:
+            layout, bound = found
+            return bound.sums(x, ready.resident[layout])
         if ready is None or x.dtype != ready.problem.dtype or x.device != ready.device:
             raise UnsupportedError(f"prepare the layer for {x.dtype} on {x.device} before asking for its sums")
+        m = x.shape[0]
         if m == 0:
             return x.new_empty((0, ready.problem.n), dtype=torch.bfloat16), x.new_empty((0, 1), dtype=torch.float32)
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self.sums(x)
         choice = ready.choice(m)
-        resident = ready.resident[choice.backend.layout]
-        # Whoever asks for sums is an op itself, on the device of x.
-        bound = self._bound(ready, choice, x, sums=True) if x.is_cuda else None
-        if bound is not None:
-            return bound.sums(x, resident)
-        return choice.backend.sums(ready.problem, x, resident, choice.variant)
+        results = choice.backend.sums(ready.problem, x, ready.resident[choice.backend.layout], choice.variant)
+        self._decide(ready, choice, x)
+        return results
 
     def _run(self, ready: Ready, m: int, x: Tensor, bias: Tensor | None) -> Tensor:
         choice = ready.choice(m)
-        resident = ready.resident[choice.backend.layout]
-        if unwatched(x) and x.get_device() == torch.cuda.current_device():
-            bound = self._bound(ready, choice, x, sums=False)
-            if bound is not None and (bias is None or (bias.is_contiguous() and bias.shape == (ready.problem.n,))):
-                return bound.run(x, resident, ready.scale, bias)
-        return choice.backend.run(ready.problem, x, resident, ready.scale, bias, choice.variant)
+        y = choice.backend.run(ready.problem, x, ready.resident[choice.backend.layout], ready.scale, bias, choice.variant)
+        if unwatched(x) and not self.for_sums:
+            self._decide(ready, choice, x)
+        return y
 
-    @staticmethod
-    def _bound(ready: Ready, choice: Choice, x: Tensor, *, sums: bool) -> Bound | None:
-        """What was decided for such inputs, if the backend does so."""
+    def _decide(self, ready: Ready, choice: Choice, x: Tensor) -> None:
+        """Keep what the call that was just made decided, if the backend can, for the next ones with such inputs."""
         bind = getattr(choice.backend, "bind", None)
-        if bind is None:
-            return None
-        key = (choice.backend, choice.variant, sums, x.shape, x.stride())
-        bound = ready.bound.get(key)
-        if bound is None:
-            bound = bind(ready.problem, x, ready.resident[choice.backend.layout], choice.variant, sums=sums)
-            if bound is not None:
-                if len(ready.bound) >= MOST_BOUND:
-                    ready.bound.clear()
-                ready.bound[key] = bound
-        return bound
+        layout = choice.backend.layout
+        bound = bind and bind(ready.problem, x, ready.resident[layout], choice.variant, sums=self.for_sums)
+        if bound is not None:
+            if len(ready.decided) >= MOST_DECIDED:
+                ready.decided.clear()
+            ready.decided[x.get_device(), x.dtype, x.shape, x.stride()] = layout, bound
 
     @torch.compiler.disable
     def prepare(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None = None) -> Ready:
@@ -178,7 +184,8 @@ class Execution:
                         resident[choice.backend.layout] = choice.backend.prepare(problem, weights)
             if device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # other streams and threads may use the copies from here on
-        self._ready = Ready(problem, device, steps, resident, weights.channel_scale, _DECIDED.setdefault((problem, device), Decided()))
+        equal = (problem, device, self.for_sums, *((most, choice.backend, choice.variant) for most, choice in steps))
+        self._ready = Ready(problem, device, steps, resident, weights.channel_scale, _DECIDED.setdefault(equal, Decided()))
         return self._ready
 
     def release(self) -> Weights | None:
@@ -219,16 +226,15 @@ class Execution:
         return named(route, problem, m, sums=self.for_sums)
 
 
-MOST_BOUND = 1024
+MOST_DECIDED = 1024
 """Inputs, for each kind of layer, of which is kept what was decided for them."""
 
 
-class Decided(dict[tuple, Bound]):
-    """What was decided for the inputs of equal layers, as long as there are any."""
+class Decided(dict[tuple, tuple[str, Bound]]):
+    """Layout and `Bound` by device, type, shape and strides of inputs: what equal layers share, as long as there are any."""
 
 
-# By problem and device.
-_DECIDED: WeakValueDictionary[tuple[Problem, torch.device], Decided] = WeakValueDictionary()
+_DECIDED: WeakValueDictionary[tuple, Decided] = WeakValueDictionary()
 
 
 def refuse_capture() -> None:

@@ -54,7 +54,7 @@ def finish(problem: Problem, sums: Tensor, x_scale: Tensor | None, scale: Tensor
     One pass by a kernel in eager mode; plain torch under torch.compile, which fuses it with whatever consumes the output.
     """
     if sums.device.type == "cuda" and not torch.compiler.is_compiling():
-        return ops.rescale(sums, x_scale, scale, bias, problem.dtype)
+        return ops.rescale(sums, x_scale, scale, bias, problem.dtype, n=problem.n)
     y = sums.to(torch.float32)
     if scale is not None:
         y = y * scale.view(1, -1)

@@ -36,17 +36,19 @@ class Prepared:
         """``x [M, K - left - right]`` → ``[M, N]``."""
         if bias is None and self.problem.bias is not None:
             bias = x.new_zeros(self.problem.n, dtype=self.problem.bias)
-        return self.execution(self._widened(x), bias)
+        return self.execution(self.widened(x), bias)
 
-    def sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x [M, K - left - right]`` → bfloat16 ``[M, N]``, token scales ``[M, 1]``."""
-        return self.execution.sums(self._widened(x))
-
-    def _widened(self, x: Tensor) -> Tensor:
+    def widened(self, x: Tensor) -> Tensor:
+        """``x [M, K - left - right]`` → ``[M, K]``."""
         return F.pad(x, (self.left, self.right)) if self.left or self.right else x
 
 
-_PREPARED: dict[int, Prepared] = {}
+class _ByNumber(dict[int, Prepared]):
+    def __missing__(self, number: int) -> Prepared:
+        raise UnsupportedError(f"there is no prepared layer {number}: its model was deleted, or it belongs to another process")
+
+
+_PREPARED = _ByNumber()
 _NUMBERS = itertools.count(1)
 _warmed: set[tuple[Problem, int, torch.device, str, bool]] = set()
 
@@ -83,14 +85,14 @@ def prepare(
 
 def warm(name: Tensor, tokens: Iterable[int]) -> None:
     """Run a prepared layer once for each number of tokens, unless one of the same shape was: CUDA graphs may capture it afterwards."""
-    prepared = _named(name)
+    prepared = _PREPARED[int(name)]
     for m in tokens:
         sums, wanted = prepared.execution.for_sums, prepared.problem
         key = (wanted, m, prepared.device, prepared.execution.route(m), sums)
         if key in _warmed:
             continue
         x = torch.zeros(m, wanted.k - prepared.left - prepared.right, dtype=wanted.dtype, device=prepared.device)
-        prepared.sums(x) if sums else prepared(x, None)
+        prepared.execution.sums(prepared.widened(x)) if sums else prepared(x, None)
         _warmed.add(key)
 
 
@@ -114,15 +116,8 @@ def sums(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return _sums_op(x, name, n)
 
 
-def _named(name: Tensor) -> Prepared:
-    prepared = _PREPARED.get(int(name))
-    if prepared is None:
-        raise UnsupportedError(f"there is no prepared layer {int(name)}: its model was deleted, or it belongs to another process")
-    return prepared
-
-
 def _run(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    prepared = _named(name)
+    prepared = _PREPARED[int(name)]
     wanted = prepared.problem
     if x.device != prepared.device:
         raise UnsupportedError(f"a layer prepared on {prepared.device} was given activations on {x.device}")
@@ -135,12 +130,13 @@ def _run(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
 
 
 def _run_sums(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    prepared = _named(name)
-    wanted = prepared.problem
-    if x.device != prepared.device or x.dtype != wanted.dtype or not prepared.execution.for_sums:
-        kind = "sums" if prepared.execution.for_sums else "whole linears"
-        raise UnsupportedError(f"a layer prepared for {kind} of {wanted.dtype} on {prepared.device} was given {x.dtype} on {x.device}")
-    y, scale = prepared.sums(x)
+    prepared = _PREPARED[int(name)]
+    execution = prepared.execution
+    if not execution.for_sums:
+        raise UnsupportedError("a layer prepared for whole linears was asked for its sums")
+    if prepared.left or prepared.right:
+        x = prepared.widened(x)
+    y, scale = execution.sums(x)
     return y.contiguous(), scale
 
 

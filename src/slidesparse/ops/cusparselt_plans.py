@@ -159,11 +159,12 @@ class Plan:
         UnsupportedError: the library refuses the multiplication or the algorithm.
     """
 
-    __slots__ = ("__weakref__", "_bindings", "_plan", "_selection", "_wanted", "compressed_bytes", "handle", "workspace")
+    __slots__ = ("__weakref__", "_bindings", "_multiply", "_plan", "_selection", "_wanted", "compressed_bytes", "handle", "workspace")
 
     def __init__(self, wanted: Multiplication) -> None:
         self._wanted, self._bindings, self.handle = wanted, library(), handle(wanted.device)
         bindings = self._bindings
+        self._multiply = bindings.matmul
         with refusals(str(wanted)), ExitStack() as made:
             # The stack undoes in the opposite order, which is the one the library wants.
             description, self.compressed_bytes = _describe(made, self.handle, wanted)
@@ -201,24 +202,21 @@ class Plan:
         """The algorithm selected now."""
         return Algorithm(*(self.get(attribute) for attribute in (_CONFIG_ID, _SPLIT_K, _SPLIT_K_MODE, _SPLIT_K_BUFFERS)))
 
-    def run(self, q: Tensor, compressed: Tensor, alpha: Tensor | None, y: Tensor) -> None:
-        """Multiply into ``y [M, N]`` on the current stream. What it is given must be what the plan was made for."""
-        self._call(self._bindings.matmul, q, compressed, alpha, y, self.workspace)
+    def run(self, q: Tensor, compressed: Tensor, alpha: Tensor | None, y: Tensor, *, search: int | None = None) -> None:
+        """Multiply into ``y [M, N]`` on the current stream. What it is given must be what the plan was made for.
 
-    def search(self, q: Tensor, compressed: Tensor, alpha: Tensor | None, y: Tensor, workspace: int) -> None:
-        """Let the library time its algorithms and select the fastest; it waits for the device."""
-        self._call(self._bindings.matmul_search, q, compressed, alpha, y, max(workspace, self.workspace))
-
-    def _call(self, function: Callable, q: Tensor, compressed: Tensor, alpha: Tensor | None, y: Tensor, workspace: int) -> None:
+        With ``search`` bytes of scratch the library times its algorithms and selects the fastest; it waits for the device.
+        """
+        function, workspace = self._multiply, self.workspace
+        if search is not None:
+            function, workspace = self._bindings.matmul_search, max(search, workspace)
         # From the caching allocator: safe to free in stream order, private to a graph under capture.
         scratch = allocate(y, 1, workspace, torch.uint8) if workspace else None
-        stream = c_void_p(current_stream(self._wanted.device))
-        out = y.data_ptr()
-        scale = _ONE_AT if alpha is None else alpha.data_ptr()
+        stream, out = c_void_p(current_stream(self._wanted.device)), y.data_ptr()
         try:
             function(
-                self.handle, self._plan, scale, compressed.data_ptr(), q.data_ptr(), _ZERO_AT, out, out,
-                0 if scratch is None else scratch.data_ptr(), addressof(stream), 1,
+                self.handle, self._plan, _ONE_AT if alpha is None else alpha.data_ptr(), compressed.data_ptr(), q.data_ptr(), _ZERO_AT,
+                out, out, 0 if scratch is None else scratch.data_ptr(), addressof(stream), 1,
             )  # fmt: skip
         except self._bindings.cuSPARSELtError as error:
             raise UnsupportedError(f"cuSPARSELt fails at {self._wanted}: {error}") from error

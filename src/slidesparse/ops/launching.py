@@ -6,7 +6,7 @@ but its tensors: the second time, the compiled kernel is called with their addre
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -29,27 +29,27 @@ class Call:
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple, constants: Mapping[str, Any]) -> None:
         self._kernel, self._grid, self._numbers, self._constants = kernel, (*grid, 1, 1)[:3], numbers, constants
-        self._compiled: dict[tuple, tuple[Any, tuple, tuple]] = {}
+        self._compiled: dict[int, tuple[Callable, tuple, tuple]] = {}
 
     def __call__(self, *tensors: Any) -> None:
         """Launch on tensors, descriptors of tensors, or None."""
-        addresses, key = [], []
+        addresses, key, device = [], 0, -1
         for tensor in tensors:
             if isinstance(tensor, Tensor):
-                address = tensor.data_ptr()
+                address, device = tensor.data_ptr(), tensor.get_device()
                 addresses.append(address)
                 # Triton compiles anew for addresses that are not multiples of 16, and refuses tensors of the host.
-                key.append((tensor.get_device(), address % 16 == 0))
+                key = (key << 16) | ((device + 2) << 1) | (address & 15 != 0)
             else:
                 addresses.append(tensor)
-        found = self._compiled.get(tuple(key))
+        found = self._compiled.get(key)
         if found is None:
-            self._compile(tuple(key), tensors)
+            self._compile(key, tensors)
             return
-        compiled, before, after = found
-        compiled.run(*self._grid, current_stream(key[-1][0]), *before, *addresses, *after)
+        run, before, after = found
+        run(*self._grid, current_stream(device), *before, *addresses, *after)
 
-    def _compile(self, key: tuple, tensors: tuple) -> None:
+    def _compile(self, key: int, tensors: tuple) -> None:
         """The first launch, by Triton's own road, which compiles; and what the next ones need."""
         compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
         if compiled is None:  # the interpreter compiles nothing
@@ -57,4 +57,4 @@ class Call:
         names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
         # No metadata for hooks, and no hooks around the launch.
         before = (compiled.function, compiled.packed_metadata, None, None, None)
-        self._compiled[key] = compiled, before, (*self._numbers, *(self._constants[name] for name in names))
+        self._compiled[key] = compiled.run, before, (*self._numbers, *(self._constants[name] for name in names))

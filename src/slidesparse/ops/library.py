@@ -24,7 +24,7 @@ def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | No
         _LIBRARY.impl(name, oracle, "CompositeExplicitAutograd")
 
     def on_its_device(first: Tensor, *arguments: object) -> object:
-        if first.device.index == torch.cuda.current_device():  # switching costs host time in every call
+        if first.get_device() == current_device():  # switching costs host time in every call
             return cuda(first, *arguments)
         with torch.cuda.device(first.device):
             return cuda(first, *arguments)
@@ -72,20 +72,30 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def current_stream(device: int) -> int:
-    """The current stream of a CUDA device as a number: what ``torch.cuda.current_stream`` gives, in a tenth of its host time."""
-    return torch._C._cuda_getCurrentRawStream(device)
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+"""The current CUDA device's index, once CUDA is initialised: what ``torch.cuda.current_device`` gives, in a tenth of its host time."""
+
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", torch.cuda.current_stream)
+"""The current stream of a CUDA device as a number: what ``torch.cuda.current_stream`` gives, in a tenth of its host time."""
 
 
-# What the compiler's own code calls; half the host time of torch.empty.
-_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
+    """A function of size, strides and type that gives uninitialised memory on the current device of this kind.
+
+    What the compiler's own code calls, where torch has it: half the host time of ``torch.empty``.
+    """
+    compilers = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+    if device.type == "cuda" and compilers is not None:
+        return compilers
+    return lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype, device=device)
+
+
+_on_cuda = allocator(torch.device("cuda"))
 
 
 def allocate(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised ``[rows, columns]`` on the device of ``like``, which must be the current one."""
-    if like.is_cuda and _empty_strided is not None:
-        return _empty_strided((rows, columns), (columns, 1), dtype)
-    return like.new_empty((rows, columns), dtype=dtype)
+    return _on_cuda((rows, columns), (columns, 1), dtype) if like.is_cuda else like.new_empty((rows, columns), dtype=dtype)
 
 
 def runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from ... import ops
 from ...ops import cusparselt
 from ...ops.cusparselt_plans import Plan
 from ...ops.launching import Call
-from ...ops.library import allocate, runs_kernels
+from ...ops.library import allocator, runs_kernels
 from ...ops.quantize import moves_nothing, padded_rows, quantize_call
 from ...ops.rescale import rescale_call
 from ..numerics import finish, int32_overflow
@@ -116,7 +116,10 @@ class CuSparseLt:
         quantize = quantize_call(x, None if moves_nothing(problem.pattern, 0) else problem.pattern, dtype, 0, width)
         types = (between, problem.dtype, torch.float32, None if scaled else torch.float32, problem.bias)
         rescale = None if sums else rescale_call(types, *shape, n, None)
-        return Bound(quantize, plan, rescale, shape, (rows, n, width), dtype, between, problem.dtype, scaled)
+        sizes = ((rows, width), dtype), ((shape[0], 1), torch.float32), ((rows, n), between), (shape, problem.dtype)
+        q, scales, products, out = ((size, (size[1], 1), kind) for size, kind in sizes)
+        cut = None if (rows, n) == shape else shape
+        return Bound(allocator(x.device), quantize, plan, rescale, scaled, q, scales, products, cut, out)
 
     @staticmethod
     def _activations(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -136,38 +139,35 @@ class CuSparseLt:
 class Bound(NamedTuple):
     """`CuSparseLt.run` and `CuSparseLt.sums` for inputs of one shape: checked and decided once, so that little host time is left.
 
-    ``shape`` is that of the output, ``padded`` M, N and K' as the library takes them; ``between`` is the type of its products.
+    ``q``, ``scales``, ``products`` and ``out`` are size, strides and type of what is allocated; ``cut`` is what of the products counts,
+    None if all does.
     """
 
+    empty: Callable[..., Tensor]
     quantize: Call
     plan: Plan
     rescale: Call | None
-    shape: tuple[int, int]
-    padded: tuple[int, int, int]
-    dtype: torch.dtype
-    between: torch.dtype
-    out: torch.dtype
     scaled: bool
+    q: tuple
+    scales: tuple
+    products: tuple
+    cut: tuple[int, int] | None
+    out: tuple
 
     def sums(self, x: Tensor, resident: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
-        y, x_scale = self._product(x, resident)
-        return _cut(y, *self.shape), x_scale
+        empty = self.empty
+        q, x_scale, y = empty(*self.q), empty(*self.scales), empty(*self.products)
+        self.quantize(x, q, x_scale)
+        self.plan.run(q, resident["compressed"], resident["alpha"] if self.scaled else None, y)
+        return y if self.cut is None else y[: self.cut[0], : self.cut[1]], x_scale
 
     def run(self, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None) -> Tensor:
         """``[M, K]`` → ``[M, N]``."""
-        sums, x_scale = self._product(x, resident)
-        y = allocate(x, *self.shape, self.out)
+        sums, x_scale = self.sums(x, resident)
+        y = self.empty(*self.out)
         self.rescale(sums, y, x_scale, None if self.scaled else scale, bias)
         return y
-
-    def _product(self, x: Tensor, resident: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        rows, n, width = self.padded
-        q, x_scale = allocate(x, rows, width, self.dtype), allocate(x, self.shape[0], 1, torch.float32)
-        self.quantize(x, q, x_scale)
-        y = allocate(x, rows, n, self.between)
-        self.plan.run(q, resident["compressed"], resident["alpha"] if self.scaled else None, y)
-        return y, x_scale
 
 
 def _cut(y: Tensor, m: int, n: int) -> Tensor:
