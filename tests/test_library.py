@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +34,10 @@ def test_modes_profilers_and_transforms_watch() -> None:
 class OnCard:
     """Stands for a tensor on a card."""
 
-    is_cuda, device = True, SimpleNamespace(index=0)
+    is_cuda = True
+
+    def get_device(self) -> int:
+        return 0
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def op():
 
 
 def test_a_plain_tensor_on_a_card_goes_to_the_kernel(op, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(library, "current_device", lambda: 0)
     monkeypatch.setattr(library, "_PLAIN", (OnCard,))
     assert op(OnCard(), 3) == ("kernel", 3)
     for watcher in watchers():
