@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from slidesparse import pack, reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Problem, execution
+from slidesparse.gemm import Problem, execution, routes
 from slidesparse.gemm.backends import cusparselt as backend
+from slidesparse.gemm.backends import dense as dense_backend
 from slidesparse.gemm.execution import Execution
 from slidesparse.gemm.registry import backends
 from slidesparse.ops import cusparselt, rescale
@@ -137,6 +139,31 @@ def test_what_cannot_be_decided_beforehand_is_not(asked: list[tuple], monkeypatc
     assert sparse.bind(problem, x, resident, "", sums=False) is None
 
 
+@pytest.mark.parametrize("route", ["exact", "padded"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_bound_dense_calls_are_the_layer(scheme: str, route: str, asked: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, dense = made(33, 100, scheme)
+    exact = routes.route_named("exact")
+    padded = replace(exact, run=lambda problem, q, *rest: exact.run(problem, q[: rest[0].shape[0]], *rest), rows=32)
+    monkeypatch.setitem(routes._ROUTES, "padded", padded)
+    monkeypatch.setattr(dense_backend, "quantize_call", backend.quantize_call)
+    monkeypatch.setattr(dense_backend, "runs_kernels", lambda device, dtype: True)
+    bias = torch.randn(33).bfloat16()
+    problem = weights.problem(torch.bfloat16, torch.device("cpu"), torch.bfloat16)
+    resident, one = {"weight": dense}, dense_backend.Dense()
+    assert one.bind(problem, tokens(3, 100), resident, route, sums=True) is None  # on a CPU
+    on_card = replace(problem, device="cuda")
+    for m in (1, 37):
+        x = tokens(m, 108)[:, 3:103]
+        sums, scale = one.bind(on_card, x, resident, route, sums=True).sums(x, resident)
+        for found, expected in zip((sums, scale), one.sums(problem, x, resident, route), strict=True):
+            check_bitwise(found, expected)
+        y = one.bind(on_card, x, resident, route, sums=False).run(x, resident, weights.channel_scale, bias)
+        check_bitwise(y, one.run(problem, x, resident, weights.channel_scale, bias, route))
+    assert one.bind(on_card, x.t().contiguous().t(), resident, route, sums=True) is None
+    assert one.bind(replace(on_card, scheme=SCHEMES["bf16"]), x, resident, "native", sums=False) is None
+
+
 def test_many_tokens_share_plans() -> None:
     steps = {m: cusparselt.token_step(m) for m in (1, 512, 513, 4096, 4097, 1 << 20)}
     assert steps == {1: 16, 512: 16, 513: 64, 4096: 64, 4097: 128, 1 << 20: 128}
@@ -208,19 +235,15 @@ def binding(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Execution]:
 def test_decisions_are_shared_by_equal_layers_and_kept_apart_otherwise(binding: Callable[..., Execution]) -> None:
     sparse, x = Binding(), torch.randn(5, 64).bfloat16()
     one, other = binding(sparse), binding(sparse)
-    assert one(x).eq(0).all()  # the first call decides
     for layer in (one, one, other):
         assert layer(x).eq(11).all()
     assert sparse.bound == 1
     for part in (x[:3], torch.randn(5, 80).bfloat16()[:, :64]):
-        assert one(part).eq(0).all() and one(part).eq(11).all()
+        assert one(part).eq(11).all() and one(part).eq(11).all()
     assert sparse.bound == 3
     second, third, bare = binding(sparse, "2"), binding(Binding(100)), binding(sparse, sums=True)
-    for layer, result in ((second, 21), (third, 111), (one, 11)):
-        layer(x)
-        assert layer(x).eq(result).all()
-    assert bare(x).eq(0).all() and bare(x).eq(0).all()
-    assert bare.sums(x)[0].eq(0).all() and bare.sums(x)[0].eq(12).all()
+    assert second(x).eq(21).all() and third(x).eq(111).all() and one(x).eq(11).all()
+    assert bare(x).eq(0).all() and bare.sums(x)[0].eq(12).all() and bare(x).eq(0).all()
     seven = torch.randn(7, 64).bfloat16()
     assert one(seven).eq(0).all() and one(seven).eq(0).all()
 
@@ -244,12 +267,14 @@ def test_nothing_is_decided_where_somebody_looks_or_something_does_not_fit(
     weights = layer.weights
     layer.prepare(torch.bfloat16, x.device, torch.bfloat16)
     wide = torch.zeros(48).bfloat16()
-    layer(x, wide[:24])
-    assert layer(x, wide[:24]).eq(11).all() and layer(x, wide[:1]).eq(0).all() and layer(x, wide[::2]).eq(0).all()
-    assert layer(x).eq(0).all()  # prepared anew, for no bias
-    assert layer(x).eq(11).all() and layer(x.float()).dtype == torch.float32
+    assert (
+        layer(x, wide[:1]).eq(0).all()
+        and layer(x, wide[:24]).eq(11).all()
+        and layer(x, wide[:1]).eq(0).all()
+        and layer(x, wide[::2]).eq(0).all()
+    )
+    assert layer(x).eq(11).all() and layer(x.float()).dtype == torch.float32  # prepared anew
     layer = Execution(weights, backend="binding")
-    layer(x)
     assert layer(x).eq(11).all()
     monkeypatch.setattr(execution, "current_device", lambda: 0)
     assert layer(x).eq(0).all()

@@ -60,6 +60,33 @@ def test_another_alignment_compiles_anew_and_both_are_kept():
     assert len(kernel.direct) == 2
 
 
+def test_another_number_that_compiles_to_the_same_goes_straight_to_what_was_compiled():
+    kernel, x = Kernel(), torch.zeros(64, dtype=torch.int8)
+    for m in (32, 48, 33, 1, 35, 1 << 31, (1 << 31) + 16):
+        Call(kernel, (m,), (m, 2), CONSTANTS)(x, None)
+    assert [arguments[2] for _, arguments, _ in kernel.compiled] == [32, 33, 1, 1 << 31]
+    assert [(call[0], call[11]) for call in kernel.direct] == [(48, 48), (35, 35), ((1 << 31) + 16,) * 2]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda kernel, x: Call(Kernel(), (1,), (32, 2), CONSTANTS)(x, None),
+        lambda kernel, x: Call(kernel, (1,), (32, 2), CONSTANTS | {"BLOCK": 64})(x, None),
+        lambda kernel, x: Call(kernel, (1,), (32, 2.0), CONSTANTS)(x, None),
+        lambda kernel, x: Call(kernel, (1,), (32, 2), CONSTANTS)(x.view(torch.int32), None),
+        lambda kernel, x: Call(kernel, (1,), (32, 2), CONSTANTS)(x, x),
+        lambda kernel, x: Call(kernel, (1,), (32, 2), CONSTANTS)(x[1:], None),
+    ],
+    ids=["kernel", "constant", "kind of number", "type", "presence", "alignment"],
+)
+def test_what_compiles_to_something_else_is_not_shared(other):
+    kernel, x = Kernel(), torch.zeros(64, dtype=torch.int8)
+    Call(kernel, (1,), (32, 2), CONSTANTS)(x, None)
+    other(kernel, x)
+    assert not kernel.direct
+
+
 def test_descriptors_pass_through():
     kernel, descriptor, x = Kernel(), object(), torch.zeros(16, dtype=torch.int8)
     call = Call(kernel, (1,), (48, 2), CONSTANTS)

@@ -105,7 +105,7 @@ class Execution:
             UnsupportedError: the backend asked for cannot run this, or a CUDA graph is captured before the layer has run once.
         """
         ready, m = self._ready, x.shape[0]
-        if ready is not None and not self.for_sums and unwatched(x) and x.get_device() == current_device():
+        if ready is not None and self._may_launch(x):
             found = ready.decided.get((x.get_device(), x.dtype, x.shape, x.stride()))
             if found is not None and ready.adds(bias):
                 layout, bound = found
@@ -141,26 +141,34 @@ class Execution:
             with torch.autocast(x.device.type, enabled=False):
                 return self.sums(x)
         choice = ready.choice(m)
-        results = choice.backend.sums(ready.problem, x, ready.resident[choice.backend.layout], choice.variant)
-        self._decide(ready, choice, x)
-        return results
+        resident = ready.resident[choice.backend.layout]
+        bound = self._decide(ready, choice, x)
+        return choice.backend.sums(ready.problem, x, resident, choice.variant) if bound is None else bound.sums(x, resident)
 
     def _run(self, ready: Ready, m: int, x: Tensor, bias: Tensor | None) -> Tensor:
         choice = ready.choice(m)
-        y = choice.backend.run(ready.problem, x, ready.resident[choice.backend.layout], ready.scale, bias, choice.variant)
-        if unwatched(x) and not self.for_sums:
-            self._decide(ready, choice, x)
-        return y
+        resident = ready.resident[choice.backend.layout]
+        bound = self._decide(ready, choice, x) if self._may_launch(x) and ready.adds(bias) else None
+        if bound is not None:
+            return bound.run(x, resident, ready.scale, bias)
+        return choice.backend.run(ready.problem, x, resident, ready.scale, bias, choice.variant)
 
-    def _decide(self, ready: Ready, choice: Choice, x: Tensor) -> None:
-        """Keep what the call that was just made decided, if the backend can, for the next ones with such inputs."""
+    def _may_launch(self, x: Tensor) -> bool:
+        """Whether a `Bound` may run whole linears: nobody looks, and x is on the current device."""
+        return not self.for_sums and unwatched(x) and x.get_device() == current_device()
+
+    def _decide(self, ready: Ready, choice: Choice, x: Tensor) -> Bound | None:
+        """Decide, if the backend can, for this call and for later ones with such inputs."""
         bind = getattr(choice.backend, "bind", None)
+        if bind is None:
+            return None
         layout = choice.backend.layout
-        bound = bind and bind(ready.problem, x, ready.resident[layout], choice.variant, sums=self.for_sums)
+        bound = bind(ready.problem, x, ready.resident[layout], choice.variant, sums=self.for_sums)
         if bound is not None:
             if len(ready.decided) >= MOST_DECIDED:
                 ready.decided.clear()
             ready.decided[x.get_device(), x.dtype, x.shape, x.stride()] = layout, bound
+        return bound
 
     @torch.compiler.disable
     def prepare(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None = None) -> Ready:

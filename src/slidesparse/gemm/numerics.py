@@ -32,17 +32,6 @@ def dense_weights(problem: Problem, weights: Weights) -> Tensor:
     return dense.to(problem.compute_dtype)
 
 
-def exact_linear(problem: Problem, x: Tensor, dense: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The whole linear on any device, ``[M, K]`` → ``[M, N]``: integer sums exact, others in float32, one rounding to the output."""
-    x_scale = None
-    if problem.scheme.dynamic:
-        q, x_scale = ops.quantize(x, problem.scheme)
-        y = products(q, dense)
-    else:
-        y = x.to(dense.dtype) @ dense.t()
-    return finish(problem, y, x_scale, scale, bias)
-
-
 def products(q: Tensor, dense: Tensor) -> Tensor:
     """Sums of 8-bit products, ``[M, K]`` · ``[N, K]``ᵀ: int32 and exact of int8, float32 of the others."""
     return int_matmul(q, dense) if q.dtype == torch.int8 else q.to(torch.float32) @ dense.to(torch.float32).t()

@@ -1,4 +1,4 @@
-"""The ways to multiply by dense weights, each a whole linear: quantise, GEMM, scales, bias, one rounding to the output's type."""
+"""The ways to multiply by dense weights: GEMM, scales, bias, one rounding to the output's type, of activations quantised before."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from .numerics import exact_linear, finish, int32_overflow, products
+from .numerics import finish, int32_overflow, products
 from .problem import Problem
 
 FEW_TOKENS = 64
 """Up to here row-wise fp8 lost to tensor-wise with a second pass on an H200, beyond it won: the order in which untuned layers ask."""
 
+Maybe = Tensor | None
+
 
 @dataclass(frozen=True)
 class Route:
-    """One way: ``refuses(problem)`` says why it cannot run; ``run(problem, x, weight, scale, bias)`` takes ``[M, K]`` to ``[M, N]``.
+    """One way: ``refuses(problem)`` says why it cannot run; ``run(problem, q, x_scale, weight, scale, bias)`` gives ``[M, N]``.
 
-    ``sums(problem, q, weight)`` is the bare product of quantised activations ``[M, K]``, bfloat16 ``[M, N]``; None if there is none.
-    ``roundings`` is how often ``run`` rounds to 16 bits.
+    ``q [M, K]`` are activations quantised with ``x_scale [M, 1]``, M of q rounded up to a multiple of ``rows``; the activations
+    themselves, and None, where the scheme does not quantise them. ``sums(problem, q, weight)`` is the bare product, bfloat16 ``[M, N]``;
+    None if there is none. ``roundings`` is how often ``run`` rounds to 16 bits.
     """
 
     refuses: Callable[[Problem], str | None]
-    run: Callable[[Problem, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+    run: Callable[[Problem, Tensor, Maybe, Tensor, Maybe, Maybe], Tensor]
     sums: Callable[[Problem, Tensor, Tensor], Tensor] | None = None
     roundings: int = 1
+    rows: int = 1
 
 
 def routes(problem: Problem, m: int) -> tuple[str, ...]:
@@ -95,6 +99,12 @@ def make_ready(device: torch.device) -> None:
     if device.type == "cuda" and device not in _ONES:
         with torch.inference_mode(False):
             _ONES[device] = torch.ones(_MOST_ONES, dtype=torch.float32, device=device)
+            _ONE[device] = _ONES[device][:1]
+
+
+def one(device: torch.device) -> Tensor:
+    """A float32 one, without a kernel that writes it and without a view."""
+    return torch.ones(1, dtype=torch.float32, device=device) if torch.compiler.is_compiling() or device not in _ONE else _ONE[device]
 
 
 def ones(device: torch.device, count: int) -> Tensor:
@@ -107,12 +117,20 @@ def ones(device: torch.device, count: int) -> Tensor:
 
 # By device. Made before a CUDA graph is captured: filling them in every call would be a kernel of its own.
 _ONES: dict[torch.device, Tensor] = {}
+_ONE: dict[torch.device, Tensor] = {}
 _MOST_ONES = 1 << 17
 
 
-def run_route(name: str, problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Run the route of that name on dense weights ``[N, K]``."""
-    return _ROUTES[name].run(problem, x, weight, scale, bias)
+def route_named(name: str) -> Route:
+    """The route of that name, which must exist."""
+    return _ROUTES[name]
+
+
+def run_route(name: str, problem: Problem, x: Tensor, weight: Tensor, scale: Maybe, bias: Maybe) -> Tensor:
+    """Quantise where the scheme asks for it, and run the route of that name on dense weights ``[N, K]``."""
+    route = _ROUTES[name]
+    q, x_scale = ops.quantize(x, problem.scheme, rows=route.rows) if problem.scheme.dynamic else (x, None)
+    return route.run(problem, q, x_scale, weight, scale, bias)
 
 
 def run_sums(name: str, problem: Problem, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,17 +139,16 @@ def run_sums(name: str, problem: Problem, x: Tensor, weight: Tensor) -> tuple[Te
     return _ROUTES[name].sums(problem, q, weight), x_scale
 
 
-def _native(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def _native(problem: Problem, q: Tensor, x_scale: Maybe, weight: Tensor, scale: Maybe, bias: Maybe) -> Tensor:
     # The library adds the bias to its fp32 sums. There is no scale for it to come before.
-    return F.linear(x, weight, bias)
+    return F.linear(q, weight, bias)
 
 
 def _not_native(problem: Problem) -> str | None:
     return None if problem.native else "weights, activations and bias are not of one 16-bit type"
 
 
-def _rowwise(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    q, x_scale = ops.quantize(x, problem.scheme)
+def _rowwise(problem: Problem, q: Tensor, x_scale: Maybe, weight: Tensor, scale: Maybe, bias: Maybe) -> Tensor:
     return torch._scaled_mm(q, weight.t(), x_scale, scale.view(1, -1), bias, out_dtype=problem.dtype, use_fast_accum=True)
 
 
@@ -141,8 +158,7 @@ def _not_rowwise(problem: Problem) -> str | None:
     return _not_scaled_mm(problem)
 
 
-def _tensorwise(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    q, x_scale = ops.quantize(x, problem.scheme)
+def _tensorwise(problem: Problem, q: Tensor, x_scale: Maybe, weight: Tensor, scale: Maybe, bias: Maybe) -> Tensor:
     # fp16 could overflow before the scales are applied.
     between = torch.bfloat16 if problem.dtype == torch.bfloat16 else torch.float32
     return finish(problem, _unscaled(q, weight, between), x_scale, scale, bias)
@@ -153,8 +169,8 @@ def _tensorwise_sums(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
 
 
 def _unscaled(q: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    one = ones(q.device, 1).view(())
-    return torch._scaled_mm(q, weight.t(), one, one, out_dtype=dtype, use_fast_accum=True)
+    unit = one(q.device).view(())
+    return torch._scaled_mm(q, weight.t(), unit, unit, out_dtype=dtype, use_fast_accum=True)
 
 
 def _not_scaled_mm(problem: Problem) -> str | None:
@@ -167,8 +183,7 @@ def _not_scaled_mm(problem: Problem) -> str | None:
     return None
 
 
-def _triton(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    q, x_scale = ops.quantize(x, problem.scheme)
+def _triton(problem: Problem, q: Tensor, x_scale: Maybe, weight: Tensor, scale: Maybe, bias: Maybe) -> Tensor:
     return ops.w8a8(q, weight, x_scale, scale, bias, problem.dtype)
 
 
@@ -182,10 +197,8 @@ def _not_triton(problem: Problem) -> str | None:
     return int32_overflow(problem) if ops.has_triton() else "triton is not installed"
 
 
-def _cublaslt(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    # The library wants more than 16 rows.
-    q, x_scale = ops.quantize(x, problem.scheme, rows=32)
-    return finish(problem, torch._int_mm(q, weight.t())[: x.shape[0]], x_scale, scale, bias)
+def _cublaslt(problem: Problem, q: Tensor, x_scale: Maybe, weight: Tensor, scale: Maybe, bias: Maybe) -> Tensor:
+    return finish(problem, torch._int_mm(q, weight.t())[: x_scale.shape[0]], x_scale, scale, bias)
 
 
 def _not_cublaslt(problem: Problem) -> str | None:
@@ -194,6 +207,12 @@ def _not_cublaslt(problem: Problem) -> str | None:
     if problem.n % 8 or problem.k % 8:
         return f"N = {problem.n} and K = {problem.k} must be multiples of 8"
     return int32_overflow(problem)
+
+
+def _exact(problem: Problem, q: Tensor, x_scale: Maybe, weight: Tensor, scale: Maybe, bias: Maybe) -> Tensor:
+    """On any device: integer sums exact, others in float32, one rounding."""
+    sums = products(q, weight) if problem.scheme.dynamic else q.to(weight.dtype) @ weight.t()
+    return finish(problem, sums, x_scale, scale, bias)
 
 
 def _exact_sums(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
@@ -209,6 +228,6 @@ _ROUTES = {
     "rowwise": Route(_not_rowwise, _rowwise),
     "tensorwise": Route(_not_scaled_mm, _tensorwise, _tensorwise_sums, roundings=2),
     "triton": Route(_not_triton, _triton, _triton_sums),
-    "cublaslt": Route(_not_cublaslt, _cublaslt),
-    "exact": Route(_takes_all, exact_linear, _exact_sums),
+    "cublaslt": Route(_not_cublaslt, _cublaslt, rows=32),  # the library wants more than 16 rows
+    "exact": Route(_takes_all, _exact, _exact_sums),
 }

@@ -1,7 +1,8 @@
 """Launching Triton kernels with little host time.
 
 ``kernel[grid](...)`` binds and specialises every argument anew, 45 µs a call on a server's CPU. A `Call` is a launch worked out once, all
-but its tensors: the second time, the compiled kernel is called with their addresses.
+but its tensors: the second time, the compiled kernel is called with their addresses. Calls that differ in nothing that Triton compiles
+for share what it compiled, so that a number of tokens that was not met before costs little.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .library import current_stream
@@ -50,11 +52,35 @@ class Call:
         run(*self._grid, current_stream(device), *before, *addresses, *after)
 
     def _compile(self, key: int, tensors: tuple) -> None:
-        """The first launch, by Triton's own road, which compiles; and what the next ones need."""
-        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
-        if compiled is None:  # the interpreter compiles nothing
-            return
-        names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
-        # No metadata for hooks, and no hooks around the launch.
-        before = (compiled.function, compiled.packed_metadata, None, None, None)
-        self._compiled[key] = compiled.run, before, (*self._numbers, *(self._constants[name] for name in names))
+        """The first launch, and what the next ones need: by Triton's own road, which compiles, unless that was gone before."""
+        kind = self._kind(key, tensors)
+        found = _COMPILED.get(kind)
+        if found is None:
+            compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+            if compiled is None:  # the interpreter compiles nothing
+                return
+            # No metadata for hooks, and no hooks around the launch.
+            found = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
+            if kind is not None:
+                _COMPILED[kind] = found
+            self._compiled[key] = *found, self._after(len(tensors))
+        else:
+            self._compiled[key] = *found, self._after(len(tensors))
+            self(*tensors)
+
+    def _after(self, tensors: int) -> tuple:
+        """The arguments behind so many tensors."""
+        names = self._kernel.arg_names[tensors + len(self._numbers) :]
+        return (*self._numbers, *(self._constants[name] for name in names))
+
+    def _kind(self, key: int, tensors: tuple) -> tuple | None:
+        """What Triton compiles for; None where that cannot be told, as of descriptors."""
+        types = [tensor.dtype if isinstance(tensor, Tensor) else tensor for tensor in tensors]
+        if not all(kind is None or isinstance(kind, torch.dtype) for kind in types):
+            return None
+        # It folds ones, and asks of whole numbers whether 16 divides them and 32 bits hold them.
+        numbers = [(n == 1, n % 16 == 0, n.bit_length() > 31) if type(n) is int else type(n) for n in self._numbers]
+        return (self._kernel, key, *types, *numbers, *sorted(self._constants.items()))
+
+
+_COMPILED: dict[tuple | None, tuple[Callable, tuple]] = {}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from ...ops.launching import Call
+from ...ops.library import allocator, runs_kernels
+from ...ops.quantize import padded_rows, quantize_call
 from ..numerics import dense_weights
 from ..problem import Problem, Weights
-from ..routes import DenseRoutes, make_ready, run_route, run_sums
+from ..routes import DenseRoutes, Route, make_ready, route_named, run_route, run_sums
 
 
 class Dense(DenseRoutes):
@@ -31,3 +36,35 @@ class Dense(DenseRoutes):
     def sums(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str) -> tuple[Tensor, Tensor]:
         """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
         return run_sums(variant, problem, x, resident["weight"])
+
+    def bind(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str, *, sums: bool) -> Bound | None:
+        """See `registry.Bound`: of schemes that quantise activations."""
+        dtype = problem.scheme.dtype
+        if problem.device != "cuda" or not problem.scheme.dynamic or x.stride(1) != 1 or not runs_kernels(x.device, dtype):
+            return None
+        route, (m, k) = route_named(variant), x.shape
+        q = (padded_rows(m, 1 if sums else route.rows), k), (k, 1), dtype
+        return Bound(allocator(x.device), quantize_call(x, None, dtype, 0, k), q, ((m, 1), (1, 1), torch.float32), problem, route)
+
+
+class Bound(NamedTuple):
+    """`Dense.run` and `Dense.sums` for inputs of one shape; ``q`` and ``scales`` are size, strides and type of what is allocated."""
+
+    empty: Callable[..., Tensor]
+    quantize: Call
+    q: tuple
+    scales: tuple
+    problem: Problem
+    route: Route
+
+    def sums(self, x: Tensor, resident: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
+        q, x_scale = self.empty(*self.q), self.empty(*self.scales)
+        self.quantize(x, q, x_scale)
+        return self.route.sums(self.problem, q, resident["weight"]), x_scale
+
+    def run(self, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        """``[M, K]`` → ``[M, N]``."""
+        q, x_scale = self.empty(*self.q), self.empty(*self.scales)
+        self.quantize(x, q, x_scale)
+        return self.route.run(self.problem, q, x_scale, resident["weight"], scale, bias)

@@ -23,7 +23,7 @@ from ...gemm.execution import cannot_run
 from ...gemm.handover import HOST_US, RIVAL, why_theirs
 from ...gemm.numerics import int32_overflow
 from ...gemm.registry import refusal
-from ...gemm.routes import Route, add_route, ones
+from ...gemm.routes import Maybe, Route, add_route, one
 
 Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 """Runs a layer: ``(layer, x [M, K], bias [N] or None)`` → ``[M, N]``."""
@@ -98,11 +98,10 @@ def _refuses(problem: Problem) -> str | None:
     return int32_overflow(problem)
 
 
-def _run(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    q, x_scale = ops.quantize(x, problem.scheme)
+def _run(problem: Problem, q: Tensor, x_scale: Maybe, weight: Tensor, scale: Maybe, bias: Maybe) -> Tensor:
     return _custom_ops.cutlass_scaled_mm(q, weight.t(), x_scale, scale, problem.dtype, bias)
 
 
 def _sums(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
-    one = ones(q.device, 1)
-    return _custom_ops.cutlass_scaled_mm(q, weight.t(), one, one, torch.bfloat16)
+    unit = one(q.device)
+    return _custom_ops.cutlass_scaled_mm(q, weight.t(), unit, unit, torch.bfloat16)
