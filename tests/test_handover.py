@@ -1,4 +1,4 @@
-"""Layers are left to a serving engine's own kernels unless a plan makes sure that ours pay."""
+"""Layers are left to a serving engine's own kernels unless a plan says that ours pay."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from slidesparse.cli import tuning
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Cell, Plan
-from slidesparse.gemm.handover import RIVAL, why_theirs
+from slidesparse.gemm.handover import RIVAL, average, gains, why_theirs
 from slidesparse.gemm.machine import Machine
 from slidesparse.gemm.tuning import Layer
 from slidesparse.measure import Timing
@@ -36,28 +36,55 @@ def check(why: str | None, told: str | None) -> None:
 
 @pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize(
-    ("plan", "largest", "told"),
+    ("plan", "most", "told"),
     [
-        (measured(256, *BOTH), 256, None),
-        (measured(1, *BOTH), 250, "16 tokens take 16 µs, less than the host needs outside CUDA graphs; --max-cudagraph-capture-size 256"),
-        (measured(1024, *BOTH), 512, "above 512"),
-        (measured(1024, *BOTH), 1023, None),
-        (measured(256, *BOTH), 0, "above 0"),
-        (measured(1, *BOTH), 0, "1 tokens take 1 µs"),
-        (measured(1, *BOTH), 1024, None),
-        (measured(1, *BOTH), 99999, None),
-        (measured(9999, *BOTH), 512, "measured to be faster"),
-        (measured(256, "dense:triton"), 512, "not compared them"),
-        (Plan(measured(1).machine), 512, "nothing was measured: run"),
-        (None, 512, "nothing was measured: run"),
+        (measured(256, *BOTH), 4096, None),
+        (measured(1, *BOTH), 4096, None),
+        (measured(4096, *BOTH), 4096, None),
+        (measured(4096, *BOTH), 4095, "measured to be faster"),  # no step has so many tokens
+        (measured(16, *BOTH), 1, "measured to be faster"),
+        (measured(16, *BOTH), 0, "measured to be faster"),  # fewer than any that was measured: the fewest tells
+        (measured(1, *BOTH), 0, None),
+        (measured(9999, *BOTH), 4096, "measured to be faster"),
+        (measured(256, "dense:triton"), 4096, "not compared them"),
+        (Plan(measured(1).machine), 4096, "nothing was measured: run"),
+        (None, 4096, "nothing was measured: run"),
     ],
 )
-def test_layers_are_ours_where_that_is_sure_to_pay(plan: Plan | None, largest: int, told: str | None, sums: bool) -> None:
-    check(why_theirs(plan, KEY, RIVAL, sums=sums, largest=largest), told)
+def test_layers_are_ours_where_that_pays(plan: Plan | None, most: int, told: str | None, sums: bool) -> None:
+    check(why_theirs(plan, KEY, RIVAL, sums=sums, most=most), told)
 
 
-def test_an_engine_without_a_kernel_of_its_own_need_not_be_compared() -> None:
-    assert why_theirs(measured(256, "dense:triton"), KEY, None, sums=False, largest=256) is None
+@pytest.mark.parametrize(("faster", "told"), [(1.031, None), (1.029, "1.029 times as fast on average over 1 to 4096 tokens, and 1.03")])
+def test_it_must_be_worth_a_copy(faster: float, told: str | None) -> None:
+    plan = Plan(measured(1).machine)
+    for m in (1, 16, 4096):
+        theirs, ours = Timing(100.0, 100.0, 100.0), Timing(100 / faster, 100 / faster, 100 / faster)
+        plan.add(KEY, Cell(m, {RIVAL: theirs, "cusparselt:": ours}))
+    check(why_theirs(plan, KEY, RIVAL, sums=False), told)
+
+
+def test_dense_kernels_that_beat_the_engines_count_and_losses_do_too() -> None:
+    plan = Plan(measured(1).machine)
+    for m, us in ((1, 50.0), (16, 100.0), (256, 200.0)):
+        plan.add(KEY, Cell(m, {RIVAL: Timing(100.0, 100.0, 100.0), "dense:triton": Timing(us, us, us)}))
+    assert gains(plan, KEY, RIVAL, sums=False) == {1: 2, 16: 1, 256: 1}
+    assert average({1: 2.0, 16: 1.0, 256: 0.5}) == pytest.approx(1) and average({}) == 1
+
+
+def test_the_engine_is_taken_at_its_quickest() -> None:
+    """Its whole linear leaves nothing to the compiler, whatever its bare product takes."""
+    cell = Cell(16, {RIVAL: Timing(90.0, 90.0, 90.0)}, {}, {RIVAL: Timing(100.0, 100.0, 100.0), "cusparselt:": Timing(45.0, 45.0, 45.0)})
+    plan = Plan(measured(1).machine)
+    plan.add(KEY, cell)
+    assert gains(plan, KEY, RIVAL, sums=True) == {16: 2}
+    plan.add(KEY, Cell(64, {}, {f"sums of {RIVAL}": "wrong", RIVAL: "wrong"}, {"cusparselt:": Timing(45.0, 45.0, 45.0)}))
+    assert gains(plan, KEY, RIVAL, sums=True) == {16: 2} and why_theirs(plan, KEY, RIVAL, sums=True) is None
+
+
+def test_of_16_bit_layers_the_engines_kernel_is_torchs() -> None:
+    assert why_theirs(measured(256, "dense:native"), KEY, None, sums=False) is None
+    assert gains(measured(256, "dense:triton"), KEY, None, sums=False) == {}
 
 
 @pytest.mark.parametrize(
@@ -65,22 +92,7 @@ def test_an_engine_without_a_kernel_of_its_own_need_not_be_compared() -> None:
     [("whole", False, None), ("whole", True, "not compared them"), ("sums", True, None), ("sums", False, "measured to be faster")],
 )
 def test_what_decides_is_what_will_run(family: str, sums: bool, told: str | None) -> None:
-    check(why_theirs(measured(256, *BOTH, families=(family,)), KEY, RIVAL, sums=sums, largest=256), told)
-
-
-def test_who_trusts_the_host_decides_by_the_gpu_alone() -> None:
-    plan = measured(1, *BOTH)
-    assert why_theirs(plan, KEY, RIVAL, sums=False, largest=0, host_us=0) is None
-    told = why_theirs(plan, KEY, RIVAL, sums=False, largest=0, host_us=1e9)
-    assert "1 tokens take 1 µs" in told and "capture" not in told
-    told = why_theirs(plan, KEY, RIVAL, sums=False, largest=1024, host_us=1500)
-    assert "1024 tokens take 1024 µs" in told and told.endswith("--max-cudagraph-capture-size 4096 would change that")
-
-
-def test_where_every_step_is_in_a_graph_the_host_does_not_matter() -> None:
-    assert why_theirs(measured(256, *BOTH), KEY, RIVAL, sums=False, largest=512, most=512, host_us=1e9) is None
-    assert "above 16" in why_theirs(measured(256, *BOTH), KEY, RIVAL, sums=False, largest=16, most=512)
-    assert "measured to be faster" in why_theirs(measured(9999, *BOTH), KEY, RIVAL, sums=False, largest=512, most=512)
+    check(why_theirs(measured(256, *BOTH, families=(family,)), KEY, RIVAL, sums=sums), told)
 
 
 def test_a_layer_is_judged_by_what_would_run() -> None:
@@ -88,20 +100,20 @@ def test_a_layer_is_judged_by_what_would_run() -> None:
     plan = measured(1, *BOTH)
     for m, cell in plan.cells[KEY].items():
         cell.timings["cusparselt:alg=9"] = Timing(m * 0.5, m * 0.4, m * 0.6)
-    assert "256 tokens take 128 µs" in why_theirs(plan, KEY, RIVAL, sums=False, largest=256)
-    assert why_theirs(plan, KEY, RIVAL, sums=False, largest=256, without={"cusparselt:alg=9"}) is None
+    assert gains(plan, KEY, RIVAL, sums=False) == dict.fromkeys((1, 16, 256, 1024, 4096), 18)
+    assert gains(plan, KEY, RIVAL, sums=False, without={"cusparselt:alg=9"}) == dict.fromkeys((1, 16, 256, 1024, 4096), 9)
     assert "measured to be faster" in why_theirs(plan, KEY, RIVAL, sums=False, without={"cusparselt:alg=9", "cusparselt:"})
 
 
 def test_a_plan_shown_for_vllm_says_whose_the_layers_are(capsys: pytest.CaptureFixture[str]) -> None:
     layer = Layer(256, 512, Pattern(6, 8), SCHEMES["int8"])
-    for plan, told in ((measured(1, *BOTH), "256 tokens take 256 µs"), (measured(9999, *BOTH), "measured to be faster")):
+    for plan, told in ((measured(1, *BOTH), None), (measured(9999, *BOTH), "measured to be faster")):
         rows = tuning.plan_rows(plan, [layer], vllm=True)
         why = why_theirs(plan, KEY, RIVAL, sums=True)
         assert rows and all(row["given_back"] == why for row in rows)
         assert all("given_back" not in row for row in tuning.plan_rows(plan, [layer]))
         tuning.print_plan(plan, [layer], vllm=True)
         shown = capsys.readouterr().out
-        assert ("up to 512 tokens: ours" in shown) == (why is None) and (why is None or told in shown)
+        assert "up to 8192 tokens in a step: " + ("ours" if told is None else "its own kernels: ") in shown and (told or "") in shown
         tuning.print_plan(plan, [layer])
         assert "in vLLM" not in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from sys import maxsize
 
 import pytest
 import torch
@@ -57,6 +58,25 @@ def test_between_measured_numbers_both_neighbours_must_agree():
     assert plan.pays_from(KEY) is None
     plan.add(KEY, cell(4096, sparse=3))
     assert plan.pays_from(KEY) == 256 and plan.route(KEY, 90000, "fast") == "cusparselt:"
+
+
+def test_a_median_is_enough_next_to_a_number_that_leaves_no_doubt():
+    sure, likely, dense = cell(16, sparse=5), cell(16, sparse=9.5, spread=1), cell(16, sparse=10)
+    for cells, sparse in (
+        ((sure, likely, sure), {1, 2, 3, 4, 5}),
+        ((likely, likely, sure), {3, 4, 5}),
+        ((sure, likely, dense), {1, 2, 3}),
+        ((dense, likely, dense), set()),
+        ((likely, dense, sure), {5}),
+        ((likely,), set()),
+    ):
+        plan = Plan(HERE)
+        for m, one in zip((1, 3, 5), cells, strict=False):
+            plan.add(KEY, replace(one, m=m))
+        assert {m for m in range(1, 6) if plan.route(KEY, m, "fast") == "cusparselt:"} == sparse
+        assert {plan.route(KEY, m, "lean") for m in range(1, 6)} == {"restore:exact"}
+    plan.add(KEY, replace(sure, m=3))
+    assert plan.route(KEY, 1, "fast", {"cusparselt:"}) == "dense:triton"
 
 
 def test_routes_that_cannot_run_here_make_way_for_the_next_best():
@@ -151,6 +171,19 @@ def test_a_layer_follows_the_plan_by_number_of_tokens(monkeypatch):
     # Routes that cannot run here, or that neighbours do not share, give way to dense.
     assert chosen[0] == (16, "reference:float64") and all(name.startswith("dense:") for _, name in chosen[1:])
     assert [str(choice) for _, choice in run.planned_steps(problem)] == ["dense:exact"], "a CPU has no plan"
+
+
+@pytest.mark.parametrize(
+    ("most", "backends"), [(1, "d"), (15, "d"), (16, "dr"), (17, "dr"), (64, "dr"), (65, "drd"), (99, "drd"), (128, "drd"), (999, "drd")]
+)
+def test_what_only_more_tokens_than_a_call_has_would_run_is_left_out(most, backends, monkeypatch):
+    weights, _ = layer(24, 64, "int8")
+    plan = Plan(HERE)
+    for m, other in ((1, at(20)), (16, at(5)), (64, at(5)), (128, at(20))):
+        plan.add(KEY, Cell(m, {"dense:exact": at(10), "reference:float64": other}))
+    monkeypatch.setattr(execution, "active_plan", lambda: active.Active(plan, ()))
+    steps = Execution(weights, most=most).planned_steps(Problem(24, 64, Pattern(6, 8), SCHEMES["int8"], "cuda", torch.bfloat16))
+    assert "".join(str(choice)[0] for _, choice in steps) == backends and steps[-1][0] == maxsize
 
 
 def test_plans_of_other_machines_stay_unused(tmp_path, monkeypatch):

@@ -91,26 +91,26 @@ def test_the_plan_in_force_decides_with_what_vllm_has_here(monkeypatch: pytest.M
     use_plan(plan)
     try:
         monkeypatch.setattr(dense, "refusal", lambda name, problem: None if name == "dense:cutlass" else "unknown")
-        dense.why_give_back(Problem(256, 512, PATTERN, SCHEMES["int8"], "cuda", DTYPE), (8, 512, 16), sums=True, most=77, host_us=3.0)
+        dense.why_give_back(Problem(256, 512, PATTERN, SCHEMES["int8"], "cuda", DTYPE), sums=True, most=77)
         assert told == {
             "plan": plan, "key": (256, 512, "6:8", "int8"), "rival": "dense:cutlass", "sums": True, "without": {"cusparselt:alg=9"},
-            "largest": 512, "most": 77, "host_us": 3.0,
+            "most": 77,
         }  # fmt: skip
         monkeypatch.setattr(dense, "refusal", lambda name, problem: "multiplies int8 and fp8")
-        dense.why_give_back(Problem(256, 512, PATTERN, SCHEMES["bf16"], "cuda", DTYPE), (), sums=False)
-        assert told["rival"] is None and told["largest"] == 0
+        dense.why_give_back(Problem(256, 512, PATTERN, SCHEMES["bf16"], "cuda", DTYPE), sums=False, most=77)
+        assert told["rival"] is None
     finally:
         use_plan(None)
 
 
 def test_settings_reach_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, object] = {}
-    monkeypatch.setattr(methods, "why_give_back", lambda problem, captured, **rest: told.update(rest, captured=captured))
+    monkeypatch.setattr(methods, "why_give_back", lambda problem, **rest: told.update(rest))
     monkeypatch.setattr(methods, "can_give_back", lambda *_: True)
     method = methods.PackedLinearMethod.__new__(methods.PackedLinearMethod)
-    method.settings, method.scheme = methods.Settings(most=77, host_us=3.0, captured=(8, 16)), SCHEMES["int8"]
+    method.settings, method.scheme = methods.Settings(most=77), SCHEMES["int8"]
     method._why_give_back(None, torch.device("cuda"), True)
-    assert told == {"captured": (8, 16), "sums": True, "most": 77, "host_us": 3.0}
+    assert told == {"sums": True, "most": 77}
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,6 @@ def test_vllms_product_is_timed_and_runs_where_a_plan_chose_it(scheme: str, conf
 @pytest.mark.needs_gpu
 @on_gpu
 def test_a_layer_that_pays_is_ours(config: VllmConfig) -> None:
-    config.additional_config = {"slidesparse": {"host_us": 0}}
     use_plan(measured(1, "dense:triton", "dense:cutlass"))
     try:
         weight, scale = weights(256, 512, "int8")

@@ -41,10 +41,10 @@ def test_ranks_compute_the_oracles_numbers(form: str, name: str, pattern: str, k
         load(layer, {None: one}, form)
         assert layer.quant_method.opened
         columns, bias = slice(number * k // size, (number + 1) * k // size), layer.bias if number == 0 else None
-        x, weight = torch.randn(2, 3, k // size), one.weight[:, columns].contiguous()
+        x, weight = torch.randn(2, 30, k // size), one.weight[:, columns].contiguous()
         with torch.inference_mode():
-            y = layer.quant_method.apply(layer, x, bias).view(6, 64)
-        x, exact = x.view(6, -1), oracle(x.view(6, -1), weight, one.scale, bias, scheme, torch.float64).detach()
+            y = layer.quant_method.apply(layer, x, bias).view(60, 64)
+        x, exact = x.view(60, -1), oracle(x.view(60, -1), weight, one.scale, bias, scheme, torch.float64).detach()
         check_close(y, exact, oracle(x, weight, one.scale, bias, scheme).detach(), roundings=2)
 
 

@@ -94,7 +94,7 @@ def offer_vllm() -> None:
 def print_plan(plan: Plan, layers: list[Layer], vllm: bool = False) -> None:
     """A table per layer shape: who runs how many tokens, against the best dense route; see `plan_rows`."""
     from ..gemm import key_of
-    from ..gemm.handover import GRAPHS
+    from ..gemm.handover import STEP
 
     for layer in dict.fromkeys(layers):
         key = key_of(layer.problem)
@@ -121,7 +121,7 @@ def print_plan(plan: Plan, layers: list[Layer], vllm: bool = False) -> None:
             screen.out.print(f"also timed, but not to be had here without --vllm: {names}", style="dim")
         if vllm:
             why = rows[0]["given_back"]
-            screen.out.print(f"in vLLM, with CUDA graphs of up to {GRAPHS} tokens: {'ours' if why is None else f'its own kernels: {why}'}")
+            screen.out.print(f"in vLLM, with up to {STEP} tokens in a step: {'ours' if why is None else f'its own kernels: {why}'}")
 
 
 def _elsewhere(plan: Plan, layer: Layer) -> set[str]:
@@ -136,21 +136,23 @@ def plan_rows(plan: Plan, layers: list[Layer], vllm: bool = False) -> list[dict]
     """What `print_plan` shows, one entry per layer shape and number of tokens; ``other`` is the best route that is not dense.
 
     Whole linears; with ``vllm`` 8-bit layers without scales and bias, which its compiler fuses into what follows (of dense routes the whole
-    linear where that is quicker), and ``given_back``: why vLLM with its default settings would run the layer on its own kernels, None if it
-    would not.
+    linear where that is quicker), and ``given_back``: why vLLM's server with its default settings would run the layer on its own kernels,
+    None if it would not.
     """
     from ..gemm import key_of
-    from ..gemm.handover import RIVAL, why_theirs
+    from ..gemm.handover import RIVAL, STEP, why_theirs
 
     rows = []
     for layer in dict.fromkeys(layers):
         sums, elsewhere = vllm and layer.scheme.dynamic, _elsewhere(plan, layer)
-        why = why_theirs(plan, key_of(layer.problem), RIVAL if layer.scheme.dynamic else None, sums=sums, without=elsewhere)
+        rival = RIVAL if layer.scheme.dynamic else None
+        why = why_theirs(plan, key_of(layer.problem), rival, sums=sums, without=elsewhere, most=STEP)
         for m, cell in plan.table(key_of(layer.problem), sums=sums).items():
             times = cell.times(sums)
             others = [name for name in times if name.partition(":")[0] not in ("dense", "restore")]
             other = min(others, key=lambda name: times[name].p50, default=None)
-            picked = {memory: cell.pick(memory, elsewhere, sums=sums) for memory in ("fast", "lean")} | {"other": other}
+            key = key_of(layer.problem)
+            picked = {memory: plan.route(key, m, memory, elsewhere, sums=sums) for memory in ("fast", "lean")} | {"other": other}
             row: dict[str, object] = {"n": layer.n, "k": layer.k, "pattern": str(layer.pattern), "scheme": layer.scheme.name, "m": m}
             if vllm:
                 row["given_back"] = why

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -64,15 +65,18 @@ class Execution:
         memory: one of `MEMORY`.
         backend: a backend that must run, ``NAME`` or ``NAME:VARIANT``; None lets the plan choose, and dense where nothing was measured.
         sums: the epilogue is the caller's (`sums`): routes are chosen by how fast they are without it.
+        most: the most tokens of a call; what the plan would run for more, and the copies that it would read, are left out.
 
     Raises:
         ValueError: unknown memory policy.
     """
 
-    def __init__(self, weights: Weights, *, memory: str = "fast", backend: str | None = None, sums: bool = False) -> None:
+    def __init__(
+        self, weights: Weights, *, memory: str = "fast", backend: str | None = None, sums: bool = False, most: int = maxsize
+    ) -> None:
         if memory not in MEMORY:
             raise ValueError(f"unknown memory policy {memory!r}: choose one of {', '.join(MEMORY)}")
-        self.weights, self.memory, self.backend, self.for_sums = weights, memory, backend, sums
+        self.weights, self.memory, self.backend, self.for_sums, self.most = weights, memory, backend, sums, most
         self._ready: Ready | None = None
 
     @property
@@ -222,6 +226,7 @@ class Execution:
             few, many = (choose(problem, m, memory=self.memory, sums=self.for_sums) for m in (FEW_TOKENS, FEW_TOKENS + 1))
             return _merged([(FEW_TOKENS, few), (maxsize, many)])
         edges = sorted({edge for m in table for edge in (m - 1, m) if edge})
+        edges = edges[: bisect_left(edges, self.most) + 1]
         without = cannot_run(plan, problem)
         choices = [self._planned(plan, problem, edge, without) for edge in edges]
         return _merged(list(zip([*edges[:-1], maxsize], choices, strict=True)))

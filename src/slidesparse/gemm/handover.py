@@ -1,74 +1,69 @@
-"""Layers that had better run on a serving engine's own dense kernels: told from a plan, for engines that replay CUDA graphs.
+"""Layers that had better run on a serving engine's own dense kernels: told from a plan.
 
-Up to some number of tokens such an engine replays a graph, which costs the host nothing whatever runs in it. Beyond, an op of ours costs
-the host more than the engine's own, and a step that waits for the host is no quicker for a faster kernel.
+An op of ours costs an engine's host no more than its own quantisation and product do (`benchmarks/host_time.py`), so that the GPU's times
+decide. The engine's kernel is one of the dense routes, and what is ours runs it where nothing else is faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
+from math import exp, fsum, log
 from sys import maxsize
 
-from .plan import Key, Plan, backend_of
+from .plan import Key, Plan
 
 RIVAL = "dense:cutlass"
-"""vLLM's W8A8 product among the dense routes."""
+"""vLLM's W8A8 product among the dense routes; of 16-bit schemes torch's own is."""
 
-GRAPHS = 512
-"""Most tokens in a CUDA graph of vLLM, unless it is told otherwise."""
+NATIVE = "dense:native"
 
-HOST_US = 250.0
-"""Outside CUDA graphs a layer must keep the GPU busy for so long, or a step waits for the host.
+STEP = 8192
+"""Most tokens in a step of vLLM's server on a card of 70 GB and more, unless it is told otherwise."""
 
-On the host of an H100 vLLM took 160 µs a linear layer, with all that stands between two of them, and 90 more with an op of ours.
-"""
+WORTH = 1.03
+"""How many times as fast a layer must be, on average, to be ours: less is hardly more than noise, and a second copy costs memory."""
 
-_DENSE = (None, "dense")  # nothing that was timed can run: then dense does
+
+def gains(plan: Plan, key: Key, rival: str | None, *, sums: bool, without: Collection[str] = (), most: int = maxsize) -> dict[int, float]:
+    """How many times as fast as the engine's own the plan's choice is, by measured number of tokens, up to ``most`` of a step.
+
+    The engine's is the quicker of the two forms in which it was timed. Numbers at which it was not timed, or found wrong, are left out,
+    and so are those at which nothing that was timed can run here.
+    """
+    table = plan.table(key, sums=sums)
+    found = {}
+    for m in [m for m in table if m <= most] or [*table][:1]:
+        theirs = [times[rival or NATIVE].p50 for times in (table[m].times(sums), table[m].timings) if (rival or NATIVE) in times]
+        ours = plan.route(key, m, "fast", without, sums=sums)
+        if theirs and ours is not None:
+            found[m] = min(theirs) / table[m].times(sums)[ours].p50
+    return found
 
 
 def why_theirs(
-    plan: Plan | None,
-    key: Key,
-    rival: str | None,
-    *,
-    sums: bool,
-    without: Collection[str] = (),
-    largest: int = GRAPHS,
-    most: int = maxsize,
-    host_us: float = HOST_US,
+    plan: Plan | None, key: Key, rival: str | None, *, sums: bool, without: Collection[str] = (), most: int = maxsize
 ) -> str | None:
     """Why a layer had better be the engine's own, None if it had not.
 
     Args:
-        rival: the engine's own route, which the plan must have timed; None if that is one of ours.
+        rival: the engine's own route, which the plan must have timed; None if that is torch's.
         sums: scales and bias are left to the engine's compiler.
         without: routes that cannot run here.
-        largest: the most tokens in a CUDA graph.
         most: the most tokens in a step.
-        host_us: microseconds that the layer must take outside CUDA graphs.
     """
     if plan is None or not plan.cells.get(key):
         return "nothing was measured: run `slidesparse tune --vllm`"
     if rival is not None and not plan.compares(key, rival, sums=sums):
         return "the plan has not compared them: run `slidesparse tune --vllm`"
-    runs = {m: plan.route(key, m, "fast", without, sums=sums) for m in plan.table(key, sums=sums)}
-    if all(backend_of(route) in _DENSE for route in runs.values()):
+    found = gains(plan, key, rival, sums=sums, without=without, most=most)
+    mean = average(found)
+    if mean >= WORTH:
+        return None
+    if max(found.values(), default=1.0) <= 1:
         return "nothing was measured to be faster"
-    if most <= largest:
-        return None
-    beyond = [plan.route(key, largest + 1, "fast", without, sums=sums), *(route for m, route in runs.items() if m > largest)]
-    if any(backend_of(route) in _DENSE for route in beyond):
-        return f"sparse does not pay for all numbers of tokens above {largest}, the most that is captured in a CUDA graph"
-    took = {m: plan.cells[key][m].times(sums)[route].p50 for m, route in runs.items() if route is not None}
-    return _host_bound(took, largest, host_us)
+    return f"ours would be {mean:.3f} times as fast on average over {min(found)} to {max(found)} tokens, and {WORTH} is asked"
 
 
-def _host_bound(took: Mapping[int, float], largest: int, host_us: float) -> str | None:
-    """Why the host would be what a step waits for, just beyond the largest number of tokens in a CUDA graph; microseconds by tokens."""
-    m = max((m for m in took if m <= largest + 1), default=min(took))
-    us = took[m]
-    if us >= host_us:
-        return None
-    enough = min((m for m, us in took.items() if m > largest and us >= host_us), default=None)
-    way_out = "" if enough is None else f"; --max-cudagraph-capture-size {enough} would change that"
-    return f"{m} tokens take {us:.0f} µs, less than the host needs outside CUDA graphs{way_out}"
+def average(found: dict[int, float]) -> float:
+    """Geometric mean; 1 of nothing."""
+    return exp(fsum(map(log, found.values())) / len(found)) if found else 1.0

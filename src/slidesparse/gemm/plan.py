@@ -1,8 +1,9 @@
 """Plans: measured whole linears by layer shape and number of tokens, and the choice that follows from them.
 
 A plan keeps timings, not decisions. Dense is an ordinary candidate; another backend is chosen only where even its slow runs (80th
-percentile) beat dense's quick ones (20th). Between two measured numbers of tokens a backend other than dense runs only if both chose
-it. Where scales and bias are fused into whatever consumes the output, quantisation and product without them are compared (``sums``).
+percentile) beat dense's quick ones (20th), or where its median does and they do so at the next smaller or larger number of tokens.
+Between two measured numbers of tokens a backend other than dense runs only if both chose it. Where scales and bias are fused into whatever
+consumes the output, quantisation and product without them are compared (``sums``).
 """
 
 from __future__ import annotations
@@ -80,10 +81,18 @@ class Cell:
         if base is None or memory == "lean":
             return base
         bar = min(times[base].p20, self.dense(without, sums=sums)[1].p20)
-        # Routes on packed weights would keep a third layout in memory.
-        others = [name for name in times if name.partition(":")[0] not in ("dense", "restore") and name not in without]
-        better = [name for name in others if times[name].p80 < bar]
+        better = [name for name in self._others(without, sums) if times[name].p80 < bar]
         return min(better, key=lambda name: times[name].p50, default=base)
+
+    def likely(self, without: Collection[str] = (), *, sums: bool = False) -> str | None:
+        """The quickest route that keeps a layout of its own, by its median, if that beats dense's; None if it does not."""
+        times, dense = self.times(sums), self.dense(without, sums=sums)
+        other = min(self._others(without, sums), key=lambda name: times[name].p50, default=None)
+        return other if other is not None and dense is not None and times[other].p50 < dense[1].p50 else None
+
+    def _others(self, without: Collection[str], sums: bool) -> list[str]:
+        # Routes on packed weights would keep a third layout in memory.
+        return [name for name in self.times(sums) if name.partition(":")[0] not in ("dense", "restore") and name not in without]
 
 
 @dataclass
@@ -120,20 +129,30 @@ class Plan:
             return None
         ms = list(table)
         at = bisect_left(ms, m)
-        above = table[ms[min(at, len(ms) - 1)]]
-        if above.m == m or at == len(ms):
-            return above.pick(memory, without, sums=sums)
-        below = table[ms[at - 1]] if at else None
-        high, low = above.pick(memory, without, sums=sums), below.pick(memory, without, sums=sums) if below else None
+        above = min(at, len(ms) - 1)
+        high = self._measured(table, above, memory, without, sums)
+        if ms[above] == m or at == len(ms):
+            return high
+        low = self._measured(table, at - 1, memory, without, sums) if at else None
         if high is None or backend_of(high) == backend_of(low):
             return high
-        return above.best("dense" if memory == "fast" else "restore", without, sums=sums)
+        return table[ms[above]].best("dense" if memory == "fast" else "restore", without, sums=sums)
+
+    @staticmethod
+    def _measured(table: dict[int, Cell], at: int, memory: str, without: Collection[str], sums: bool) -> str | None:
+        """The route at the cell of that position."""
+        cells = list(table.values())
+        pick, likely = cells[at].pick(memory, without, sums=sums), cells[at].likely(without, sums=sums)
+        if memory == "lean" or likely is None or backend_of(pick) not in (None, "dense"):
+            return pick
+        sure = {backend_of(near.pick(memory, without, sums=sums)) for near in cells[max(at - 1, 0) : at + 2]}
+        return likely if backend_of(likely) in sure else pick
 
     def pays_from(self, key: Key, without: Collection[str] = (), *, sums: bool = False) -> int | None:
         """The fewest measured tokens from which every larger measured number runs on another backend than dense; None if none does."""
         first = None
-        for m, cell in reversed(self.table(key, sums=sums).items()):
-            if backend_of(cell.pick("fast", without, sums=sums)) in (None, "dense"):
+        for m in reversed(self.table(key, sums=sums)):
+            if backend_of(self.route(key, m, "fast", without, sums=sums)) in (None, "dense"):
                 break
             first = m
         return first

@@ -6,8 +6,7 @@ fusions of norm and activation with quantisation, which an op of ours would hide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from sys import maxsize
+from collections.abc import Callable
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -20,7 +19,7 @@ from ... import ops
 from ...format import Scheme
 from ...gemm import Problem, active_plan, key_of
 from ...gemm.execution import cannot_run
-from ...gemm.handover import HOST_US, RIVAL, why_theirs
+from ...gemm.handover import RIVAL, why_theirs
 from ...gemm.numerics import int32_overflow
 from ...gemm.registry import refusal
 from ...gemm.routes import Maybe, Route, add_route, one
@@ -41,15 +40,14 @@ def _multiplies(scheme: Scheme) -> bool:
     return ops.capability() >= (8, 9) if scheme.name == "fp8" else (7, 5) <= ops.capability() < (10, 0)
 
 
-def why_give_back(problem: Problem, captured: Sequence[int], *, sums: bool, most: int = maxsize, host_us: float = HOST_US) -> str | None:
+def why_give_back(problem: Problem, *, sums: bool, most: int) -> str | None:
     """Why a layer had better be vLLM's own, None if it had not: `gemm.handover.why_theirs` by the plan in force.
 
     vLLM's W8A8 product must have been timed where it takes the problem; 16-bit products are torch's own in both.
     """
     plan, rival = active_plan().plan, None if refusal(RIVAL, problem) else RIVAL
     without = frozenset() if plan is None else cannot_run(plan, problem)
-    largest = max(captured, default=0)
-    return why_theirs(plan, key_of(problem), rival, sums=sums, without=without, largest=largest, most=most, host_us=host_us)
+    return why_theirs(plan, key_of(problem), rival, sums=sums, without=without, most=most)
 
 
 def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | None) -> Apply:

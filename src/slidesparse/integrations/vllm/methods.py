@@ -18,7 +18,6 @@ from ... import ops
 from ...errors import PatternError, UnsupportedError, WeightError
 from ...format import QUANT_METHOD, Packed, Scheme, packed_tensors
 from ...gemm import Execution, Problem, Weights
-from ...gemm.handover import HOST_US
 from ...gemm.prepared import linear, prepare, warm
 from ...gemm.registry import refusal
 from ...pack import Shard
@@ -35,14 +34,12 @@ _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose h
 class Settings:
     """What the user set under ``slidesparse`` in vLLM's ``additional_config``, and what the adapter needs of the rest.
 
-    ``memory`` and ``backend`` are those of `Execution`, ``host_us`` that of `why_theirs`; ``random`` weights take the place of a
-    checkpoint's (``--load-format dummy``); ``captured`` are the numbers of tokens for which vLLM captures CUDA graphs, and ``most`` is how
-    many a step can have.
+    ``memory`` and ``backend`` are those of `Execution`; ``random`` weights take the place of a checkpoint's (``--load-format dummy``);
+    ``captured`` are the numbers of tokens for which vLLM captures CUDA graphs, and ``most`` is how many a step can have.
     """
 
     memory: str = "fast"
     backend: str | None = None
-    host_us: float = HOST_US
     random: bool = False
     captured: tuple[int, ...] = ()
     most: int = maxsize
@@ -59,10 +56,8 @@ class Settings:
             return cls()
         additional = config.additional_config
         chosen = dict((additional.get(QUANT_METHOD) if isinstance(additional, dict) else None) or {})
-        if unknown := chosen.keys() - {"memory", "backend", "host_us"}:
-            raise UnsupportedError(f"additional_config.slidesparse knows memory, backend and host_us, not {', '.join(sorted(unknown))}")
-        if type(chosen.get("host_us", 0)) not in (int, float) or not chosen.get("host_us", 0) >= 0:
-            raise UnsupportedError(f"additional_config.slidesparse.host_us is microseconds, 0 or more, not {chosen['host_us']!r}")
+        if unknown := chosen.keys() - {"memory", "backend"}:
+            raise UnsupportedError(f"additional_config.slidesparse knows memory and backend, not {', '.join(sorted(unknown))}")
         sizes = tuple(config.compilation_config.cudagraph_capture_sizes or ())
         random, most = str(config.load_config.load_format) == "dummy", config.scheduler_config.max_num_batched_tokens
         return cls(**chosen, random=random, captured=sizes, most=most)
@@ -131,7 +126,8 @@ class SlideSparseLinearMethod(LinearMethodBase):
             _report(self.layer, weights, f"vLLM's own dense kernels: {why}")
             return
         self.opened = opened
-        execution = Execution(weights, memory=self.settings.memory, backend=self.settings.backend, sums=opened)
+        chosen = self.settings
+        execution = Execution(weights, memory=chosen.memory, backend=chosen.backend, sums=opened, most=chosen.most)
         name = prepare(layer, execution, layer.params_dtype, device, problem.bias, margins=margins)
         layer.register_buffer("slidesparse_name", name, persistent=False)
         layer.slidesparse_outputs = weights.packed.n
@@ -152,8 +148,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
     def _why_give_back(self, problem: Problem, device: torch.device, sums: bool) -> str | None:
         if self.settings.backend is not None or self.settings.memory != "fast" or not can_give_back(self.scheme, device):
             return None
-        chosen = self.settings
-        return why_give_back(problem, chosen.captured, sums=sums, most=chosen.most, host_us=chosen.host_us)
+        return why_give_back(problem, sums=sums, most=self.settings.most)
 
     def _weights(self, layer: nn.Module) -> tuple[Weights, tuple[int, int]]:
         raise NotImplementedError
