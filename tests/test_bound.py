@@ -164,6 +164,18 @@ def test_bound_dense_calls_are_the_layer(scheme: str, route: str, asked: list[tu
     assert one.bind(replace(on_card, scheme=SCHEMES["bf16"]), x, resident, "native", sums=False) is None
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "bf16"])
+def test_a_search_compares_no_rows_that_hold_anything(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that pad the tokens are never written: in fp8 they may be NaN, and no algorithm's results equal those."""
+    kind, found = SCHEMES[scheme], []
+    problem = Problem(33, 100, Pattern(6, 8), kind, "cpu", torch.bfloat16)
+    rows = torch.full((32, 288), -1, dtype=torch.int8).view(kind.dtype)
+    monkeypatch.setattr(backend.CuSparseLt, "_activations", staticmethod(lambda problem, x: (rows.clone(), None)))
+    monkeypatch.setattr(cusparselt, "search", lambda q, *rest: found.append(q) or [cusparselt.Algorithm(3)])
+    assert backend.CuSparseLt().search(problem, tokens(17, 100), {"compressed": rows}, None) == ("alg=3",)
+    assert found[0].view(torch.int8)[17:].eq(0).all() and found[0].view(torch.int8)[:17].eq(-1).all()
+
+
 def test_many_tokens_share_plans() -> None:
     steps = {m: cusparselt.token_step(m) for m in (1, 512, 513, 4096, 4097, 1 << 20)}
     assert steps == {1: 16, 512: 16, 513: 64, 4096: 64, 4097: 128, 1 << 20: 128}

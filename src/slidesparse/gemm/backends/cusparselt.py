@@ -62,6 +62,7 @@ class CuSparseLt:
     def search(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None) -> tuple[str, ...]:
         """The algorithms that the library's search and ours found for this number of tokens."""
         q, _ = self._activations(problem, x)
+        q.view(torch.int8)[x.shape[0] :].zero_()  # results are compared, and what pads the rows may not be a number
         n, sums = _padded(problem)[0], self._sums(problem, False)
         return tuple(str(found) for found in cusparselt.search(q, resident["compressed"], resident.get("alpha"), n, sums))
 
