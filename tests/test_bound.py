@@ -176,6 +176,17 @@ def test_a_search_compares_no_rows_that_hold_anything(scheme: str, monkeypatch: 
     assert found[0].view(torch.int8)[17:].eq(0).all() and found[0].view(torch.int8)[:17].eq(-1).all()
 
 
+@pytest.mark.parametrize(("m", "k", "pattern"), [(32, 64, "2:4"), (640, 64, "2:4"), (33, 64, "2:4"), (32, 60, "2:4"), (32, 64, "6:8")])
+def test_16_bit_activations_are_copied_only_where_something_moves_or_is_padded(m: int, k: int, pattern: str) -> None:
+    problem = Problem(32, k, Pattern.parse(pattern), SCHEMES["bf16"], "cpu", torch.bfloat16)
+    wide = torch.randn(m, k + 16).bfloat16()
+    for x in (wide[:, :k].contiguous(), wide[:, :k]):
+        q, scale = backend.CuSparseLt._activations(problem, x)
+        assert scale is None and q.is_contiguous() and (q is x) == (x.is_contiguous() and pattern == "2:4" and k == 64 and m != 33)
+        lifted = reference.lift(x.contiguous(), problem.pattern)
+        check_bitwise(q[:m, : lifted.shape[1]], lifted)
+
+
 def test_many_tokens_share_plans() -> None:
     steps = {m: cusparselt.token_step(m) for m in (1, 512, 513, 4096, 4097, 1 << 20)}
     assert steps == {1: 16, 512: 16, 513: 64, 4096: 64, 4097: 128, 1 << 20: 128}
