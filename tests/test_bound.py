@@ -24,6 +24,7 @@ from slidesparse.pattern import Pattern
 from slidesparse.testing import check_bitwise
 from test_sums import made, tokens
 
+bind = dense_backend.Dense.bind
 SHAPES = [("6:8", 33, 100), ("4:6", 64, 96), ("2:4", 48, 64)]
 
 
@@ -180,9 +181,11 @@ def test_a_search_compares_no_rows_that_hold_anything(scheme: str, monkeypatch: 
 def test_16_bit_activations_are_copied_only_where_something_moves_or_is_padded(m: int, k: int, pattern: str) -> None:
     problem = Problem(32, k, Pattern.parse(pattern), SCHEMES["bf16"], "cpu", torch.bfloat16)
     wide = torch.randn(m, k + 16).bfloat16()
-    for x in (wide[:, :k].contiguous(), wide[:, :k]):
+    odd = torch.empty(m * k + 1, dtype=torch.bfloat16)[1:].view(m, k).copy_(wide[:, :k])  # at no address that the library takes
+    for x in (wide[:, :k].contiguous(), wide[:, :k], odd):
         q, scale = backend.CuSparseLt._activations(problem, x)
-        assert scale is None and q.is_contiguous() and (q is x) == (x.is_contiguous() and pattern == "2:4" and k == 64 and m != 33)
+        as_it_lies = x.is_contiguous() and x is not odd and pattern == "2:4" and k == 64 and m != 33
+        assert scale is None and q.is_contiguous() and (q is x) == as_it_lies
         lifted = reference.lift(x.contiguous(), problem.pattern)
         check_bitwise(q[:m, : lifted.shape[1]], lifted)
 
@@ -307,6 +310,42 @@ def test_nothing_is_decided_where_somebody_looks_or_something_does_not_fit(
     bare = binding(Binding(), sums=True)
     with pytest.raises(UnsupportedError, match=r"prepare the layer for torch\.float16"):
         bare.sums(x.half())
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_autocast_narrows_no_call(narrow: torch.dtype, asked: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = made(33, 100, "fp8")[0]
+    for name in ("quantize_call", "runs_kernels"):
+        monkeypatch.setattr(dense_backend, name, getattr(backend, name))
+    monkeypatch.setattr(execution, "unwatched", lambda x: True)
+    monkeypatch.setattr(execution, "current_device", lambda: -1)
+    monkeypatch.setattr(
+        dense_backend.Dense, "bind", lambda self, problem, *rest, **sums: bind(self, replace(problem, device="cuda"), *rest, **sums)
+    )
+    x = tokens(5, 100)
+    for sums in (False, True):
+        layer = Execution(weights, backend="dense:exact", sums=sums)
+        layer.prepare(torch.bfloat16, x.device, None)
+        call = layer.sums if sums else layer
+        want = call(x)
+        assert layer._ready.decided
+        with torch.autocast("cpu", narrow):
+            for _ in range(2):
+                for one, expected in zip(call(x) if sums else [call(x)], want if sums else [want], strict=True):
+                    check_bitwise(one, expected)
+
+
+def test_what_a_layer_was_not_made_for_is_refused(binding: Callable[..., Execution]) -> None:
+    whole, bare = binding(Binding()), binding(Binding(), sums=True)
+    x = torch.randn(5, 64).bfloat16()
+    for _ in range(2):
+        whole(x), bare.sums(x)
+        with pytest.raises(UnsupportedError, match="whole linears was asked for its sums"):
+            whole.sums(x)
+        for columns in (56, 72):
+            for call in (whole, bare.sums):
+                with pytest.raises(ValueError, match=f"have {columns} columns, the layer takes 64"):
+                    call(torch.randn(5, columns).bfloat16())
 
 
 def test_backends_say_how_often_they_round() -> None:

@@ -202,8 +202,8 @@ class Imitation:
     def algorithm(self) -> Algorithm:
         return self.picked
 
-    def run(self, q, weights, alpha, y, *, search=None) -> None:
-        if search is not None:
+    def run(self, q, weights, alpha, y, *, search_bytes=None) -> None:
+        if search_bytes is not None:
             self.picked = Algorithm(4, 1)
             return
         number = self.picked.config_id

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from slidesparse.cli import tuning
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Cell, Plan
-from slidesparse.gemm.handover import RIVAL, average, gains, why_theirs
+from slidesparse.gemm import Cell, Plan, Problem
+from slidesparse.gemm.handover import RIVAL, average, gains, rival_of, why_theirs
 from slidesparse.gemm.machine import Machine
 from slidesparse.gemm.tuning import Layer
 from slidesparse.measure import Timing
@@ -55,7 +56,7 @@ def test_layers_are_ours_where_that_pays(plan: Plan | None, most: int, told: str
     check(why_theirs(plan, KEY, RIVAL, sums=sums, most=most), told)
 
 
-@pytest.mark.parametrize(("faster", "told"), [(1.031, None), (1.029, "1.029 times as fast on average over 1 to 4096 tokens, and 1.03")])
+@pytest.mark.parametrize(("faster", "told"), [(1.031, None), (1.029, "1.0290 times as fast on average over 1 to 4096 tokens, and 1.03")])
 def test_it_must_be_worth_a_copy(faster: float, told: str | None) -> None:
     plan = Plan(measured(1).machine)
     for m in (1, 16, 4096):
@@ -84,7 +85,22 @@ def test_the_engine_is_taken_at_its_quickest() -> None:
 
 def test_of_16_bit_layers_the_engines_kernel_is_torchs() -> None:
     assert why_theirs(measured(256, "dense:native"), KEY, None, sums=False) is None
-    assert gains(measured(256, "dense:triton"), KEY, None, sums=False) == {}
+    assert gains(measured(1024, "dense:native"), KEY, None, sums=False) == {1: 1, 16: 1, 256: 1, 1024: 9, 4096: 9}
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "scheme", "dtype", "rival"),
+    [
+        (64, 128, "int8", torch.bfloat16, RIVAL),
+        (64, 128, "fp8", torch.float16, RIVAL),
+        (60, 128, "int8", torch.bfloat16, None),
+        (64, 120, "fp8", torch.bfloat16, None),
+        (64, 128, "int8", torch.float32, None),
+        (64, 128, "bf16", torch.bfloat16, None),
+    ],
+)
+def test_whose_kernel_the_engine_runs(n: int, k: int, scheme: str, dtype: torch.dtype, rival: str | None) -> None:
+    assert rival_of(Problem(n, k, Pattern(6, 8), SCHEMES[scheme], "cuda", dtype)) == rival
 
 
 @pytest.mark.parametrize(
@@ -103,6 +119,15 @@ def test_a_layer_is_judged_by_what_would_run() -> None:
     assert gains(plan, KEY, RIVAL, sums=False) == dict.fromkeys((1, 16, 256, 1024, 4096), 18)
     assert gains(plan, KEY, RIVAL, sums=False, without={"cusparselt:alg=9"}) == dict.fromkeys((1, 16, 256, 1024, 4096), 9)
     assert "measured to be faster" in why_theirs(plan, KEY, RIVAL, sums=False, without={"cusparselt:alg=9", "cusparselt:"})
+
+
+def test_a_plan_shown_for_vllm_tells_dense_kernels_from_sparse_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    layer, plan, dense = Layer(256, 512, Pattern(6, 8), SCHEMES["int8"]), Plan(measured(1).machine), Timing(50.0, 50.0, 50.0)
+    for m, theirs in ((16, 100.0), (4096, 100.0)):
+        times = {RIVAL: Timing(theirs, theirs, theirs), "dense:triton": dense, "cusparselt:": Timing(99.0, 99.0, 99.0)}
+        plan.add(KEY, Cell(m, times, {}, times))
+    tuning.print_plan(plan, [layer], vllm=True)
+    assert "in a step: ours, on dense kernels" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_plan_shown_for_vllm_says_whose_the_layers_are(capsys: pytest.CaptureFixture[str]) -> None:

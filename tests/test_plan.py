@@ -79,6 +79,18 @@ def test_a_median_is_enough_next_to_a_number_that_leaves_no_doubt():
     assert plan.route(KEY, 1, "fast", {"cusparselt:"}) == "dense:triton"
 
 
+def test_fewer_tokens_than_the_smallest_tile_has_rows_take_what_was_measured_there():
+    plan = Plan(HERE)
+    plan.add(KEY, cell(16, sparse=5))
+    plan.add(KEY, cell(64, sparse=5))
+    assert {plan.route(KEY, m, "fast") for m in (1, 8, 15, 16)} == {"cusparselt:"} and plan.route(KEY, 3, "lean") == "restore:exact"
+    plan.add(KEY, cell(1))
+    assert {plan.route(KEY, m, "fast") for m in (1, 8, 15)} == {"dense:triton"}
+    plan = Plan(HERE)
+    plan.add(KEY, cell(17, sparse=5))
+    assert plan.route(KEY, 16, "fast") == "dense:triton" and plan.route(KEY, 17, "fast") == "cusparselt:"
+
+
 def test_routes_that_cannot_run_here_make_way_for_the_next_best():
     plan, times = (
         Plan(HERE),

@@ -10,6 +10,7 @@ import torch
 from slidesparse.errors import CheckpointError, UnsupportedError
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Plan, Problem, active, key_of, register, registry, routes, tuning
+from slidesparse.gemm.backends.cusparselt import CuSparseLt
 from slidesparse.gemm.backends.dense import Dense
 from slidesparse.gemm.machine import Machine, kernels_hash
 from slidesparse.measure import Timing
@@ -72,7 +73,19 @@ def test_cells_without_a_dense_route_that_there_is_now_or_without_sums_are_measu
     monkeypatch.delitem(routes._ROUTES, "other")
     cell.sums = {}
     assert tuning._lacks(plan, layer, 1)
-    cell.dropped = {"sums of dense:exact": "no memory"}
+    cell.dropped |= {"sums of dense:exact": "no memory"}
+    assert not tuning._lacks(plan, layer, 1)
+    del cell.dropped["cusparselt"]
+    assert tuning._lacks(plan, layer, 1)
+
+
+def test_a_backend_that_finds_nothing_right_is_named_and_not_asked_again(bench, tmp_path, monkeypatch):
+    (layer,) = layers("6:8 int8")
+    monkeypatch.setattr(CuSparseLt, "refuses", lambda *_: None)
+    monkeypatch.setattr(CuSparseLt, "prepare", lambda *_: {})
+    monkeypatch.setattr(CuSparseLt, "search", lambda *_: ())
+    plan = tuning.tune([layer], tmp_path / "plan.json", ms=(1,))
+    assert plan.cells[key_of(layer.problem)][1].dropped == {"cusparselt": "none of its algorithms gave right results"}
     assert not tuning._lacks(plan, layer, 1)
 
 

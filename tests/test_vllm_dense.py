@@ -90,13 +90,11 @@ def test_the_plan_in_force_decides_with_what_vllm_has_here(monkeypatch: pytest.M
     plan = Plan(Machine("A card", "580", "13.0", "2.11.0", "3.6.0", "0.8.0", kernels_hash()))
     use_plan(plan)
     try:
-        monkeypatch.setattr(dense, "refusal", lambda name, problem: None if name == "dense:cutlass" else "unknown")
         dense.why_give_back(Problem(256, 512, PATTERN, SCHEMES["int8"], "cuda", DTYPE), sums=True, most=77)
         assert told == {
             "plan": plan, "key": (256, 512, "6:8", "int8"), "rival": "dense:cutlass", "sums": True, "without": {"cusparselt:alg=9"},
             "most": 77,
         }  # fmt: skip
-        monkeypatch.setattr(dense, "refusal", lambda name, problem: "multiplies int8 and fp8")
         dense.why_give_back(Problem(256, 512, PATTERN, SCHEMES["bf16"], "cuda", DTYPE), sums=False, most=77)
         assert told["rival"] is None
     finally:

@@ -121,7 +121,9 @@ def print_plan(plan: Plan, layers: list[Layer], vllm: bool = False) -> None:
             screen.out.print(f"also timed, but not to be had here without --vllm: {names}", style="dim")
         if vllm:
             why = rows[0]["given_back"]
-            screen.out.print(f"in vLLM, with up to {STEP} tokens in a step: {'ours' if why is None else f'its own kernels: {why}'}")
+            sparse = any(row["m"] <= STEP and not row["fast"].startswith("dense") for row in rows)
+            ours = "ours" if sparse else "ours, on dense kernels that are quicker than its own"
+            screen.out.print(f"in vLLM, with up to {STEP} tokens in a step: {ours if why is None else f'its own kernels: {why}'}")
 
 
 def _elsewhere(plan: Plan, layer: Layer) -> set[str]:
@@ -140,13 +142,12 @@ def plan_rows(plan: Plan, layers: list[Layer], vllm: bool = False) -> list[dict]
     None if it would not.
     """
     from ..gemm import key_of
-    from ..gemm.handover import RIVAL, STEP, why_theirs
+    from ..gemm.handover import STEP, rival_of, why_theirs
 
     rows = []
     for layer in dict.fromkeys(layers):
         sums, elsewhere = vllm and layer.scheme.dynamic, _elsewhere(plan, layer)
-        rival = RIVAL if layer.scheme.dynamic else None
-        why = why_theirs(plan, key_of(layer.problem), rival, sums=sums, without=elsewhere, most=STEP)
+        why = why_theirs(plan, key_of(layer.problem), rival_of(layer.problem), sums=sums, without=elsewhere, most=STEP)
         for m, cell in plan.table(key_of(layer.problem), sums=sums).items():
             times = cell.times(sums)
             others = [name for name in times if name.partition(":")[0] not in ("dense", "restore")]

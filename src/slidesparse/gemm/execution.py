@@ -48,7 +48,8 @@ class Ready:
         """Whether a `Bound` can add it."""
         if bias is None:
             return self.problem.bias is None
-        return bias.dtype == self.problem.bias and bias.shape == (self.problem.n,) and bias.is_contiguous()
+        fits = bias.dtype == self.problem.bias and bias.shape == (self.problem.n,) and bias.is_contiguous()
+        return fits and bias.device == self.device
 
     def choice(self, m: int) -> Choice:
         """Who runs ``m`` tokens."""
@@ -106,30 +107,38 @@ class Execution:
         """``x [M, K]`` bfloat16, float16 or float32, ``bias [N]`` → ``[M, N]`` of x's dtype.
 
         Raises:
+            ValueError: x is not of K columns.
             UnsupportedError: the backend asked for cannot run this, or a CUDA graph is captured before the layer has run once.
         """
+        # It would narrow the fp32 sums that exactness rests on.
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self(x, bias)
         ready, m = self._ready, x.shape[0]
-        if ready is not None and self._may_launch(x):
+        if ready is not None and ready.decided and self._may_launch(x):
             found = ready.decided.get((x.get_device(), x.dtype, x.shape, x.stride()))
             if found is not None and ready.adds(bias):
                 layout, bound = found
                 return bound.run(x, ready.resident[layout], ready.scale, bias)
         if ready is None or not ready.fits(x, bias):
             ready = self.prepare(x.dtype, x.device, None if bias is None else bias.dtype)
+        _check_k(x, ready.problem)
         if isinstance(m, int) and m == 0:
             return x.new_empty((0, ready.problem.n))
-        # Autocast would narrow the fp32 sums that exactness rests on.
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return self._run(ready, m, x, bias)
         return self._run(ready, m, x, bias)
 
     def sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x [M, K]`` → bfloat16 ``[M, N]``, to which neither scales nor bias have been applied, and its token scales ``[M, 1]``.
 
         Raises:
-            UnsupportedError: the layer was not prepared for such activations.
+            ValueError: x is not of K columns.
+            UnsupportedError: the layer was not made for sums, or not prepared for such activations.
         """
+        if not self.for_sums:
+            raise UnsupportedError("a layer made for whole linears was asked for its sums")
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.sums(x)
         ready = self._ready
         # Whoever asks for sums is an op itself, on the device of x.
         found = None if ready is None else ready.decided.get((x.get_device(), x.dtype, x.shape, x.stride()))
@@ -138,12 +147,10 @@ class Execution:
             return bound.sums(x, ready.resident[layout])
         if ready is None or x.dtype != ready.problem.dtype or x.device != ready.device:
             raise UnsupportedError(f"prepare the layer for {x.dtype} on {x.device} before asking for its sums")
+        _check_k(x, ready.problem)
         m = x.shape[0]
         if m == 0:
             return x.new_empty((0, ready.problem.n), dtype=torch.bfloat16), x.new_empty((0, 1), dtype=torch.float32)
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return self.sums(x)
         choice = ready.choice(m)
         resident = ready.resident[choice.backend.layout]
         bound = self._decide(ready, choice, x)
@@ -248,6 +255,11 @@ class Decided(dict[tuple, tuple[str, Bound]]):
 
 
 _DECIDED: WeakValueDictionary[tuple, Decided] = WeakValueDictionary()
+
+
+def _check_k(x: Tensor, problem: Problem) -> None:
+    if x.shape[1] != problem.k:
+        raise ValueError(f"activations have {x.shape[1]} columns, the layer takes {problem.k}")
 
 
 def refuse_capture() -> None:

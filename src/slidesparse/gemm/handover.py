@@ -1,7 +1,7 @@
 """Layers that had better run on a serving engine's own dense kernels: told from a plan.
 
-An op of ours costs an engine's host no more than its own quantisation and product do (`benchmarks/host_time.py`), so that the GPU's times
-decide. The engine's kernel is one of the dense routes, and what is ours runs it where nothing else is faster.
+The GPU's times decide; an op of ours costs the host a quarter more than the engine's product (`benchmarks/host_time.py`). The engine's
+kernel is one of the dense routes, and what is ours runs it where nothing else is faster.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from collections.abc import Collection
 from math import exp, fsum, log
 from sys import maxsize
 
+import torch
+
 from .plan import Key, Plan
+from .problem import Problem
 
 RIVAL = "dense:cutlass"
-"""vLLM's W8A8 product among the dense routes; of 16-bit schemes torch's own is."""
-
-NATIVE = "dense:native"
+"""vLLM's W8A8 product among the dense routes."""
 
 STEP = 8192
 """Most tokens in a step of vLLM's server on a card of 70 GB and more, unless it is told otherwise."""
@@ -24,19 +25,28 @@ WORTH = 1.03
 """How many times as fast a layer must be, on average, to be ours: less is hardly more than noise, and a second copy costs memory."""
 
 
+def rival_of(problem: Problem) -> str | None:
+    """`RIVAL` if it takes the problem; None where the quickest dense route stands for the engine's, as torch's own of 16-bit schemes."""
+    takes = problem.scheme.dynamic and problem.dtype != torch.float32 and not problem.n % 16 and not problem.k % 16
+    return RIVAL if takes else None
+
+
 def gains(plan: Plan, key: Key, rival: str | None, *, sums: bool, without: Collection[str] = (), most: int = maxsize) -> dict[int, float]:
     """How many times as fast as the engine's own the plan's choice is, by measured number of tokens, up to ``most`` of a step.
 
-    The engine's is the quicker of the two forms in which it was timed. Numbers at which it was not timed, or found wrong, are left out,
-    and so are those at which nothing that was timed can run here.
+    The engine's is ``rival``, the quicker of the two forms in which it was timed, or else the quickest dense route. Numbers at which it was
+    not timed, or found wrong, are left out, and so are those at which nothing that was timed can run here.
     """
     table = plan.table(key, sums=sums)
     found = {}
     for m in [m for m in table if m <= most] or [*table][:1]:
-        theirs = [times[rival or NATIVE].p50 for times in (table[m].times(sums), table[m].timings) if (rival or NATIVE) in times]
-        ours = plan.route(key, m, "fast", without, sums=sums)
+        cell, ours = table[m], plan.route(key, m, "fast", without, sums=sums)
+        quickest = cell.dense(without, sums=sums)
+        theirs = [times[rival].p50 for times in (cell.times(sums), cell.timings) if rival in times]
+        if rival is None and quickest is not None:
+            theirs = [quickest[1].p50]
         if theirs and ours is not None:
-            found[m] = min(theirs) / table[m].times(sums)[ours].p50
+            found[m] = min(theirs) / cell.times(sums)[ours].p50
     return found
 
 
@@ -46,7 +56,7 @@ def why_theirs(
     """Why a layer had better be the engine's own, None if it had not.
 
     Args:
-        rival: the engine's own route, which the plan must have timed; None if that is torch's.
+        rival: see `rival_of`; the plan must have timed it.
         sums: scales and bias are left to the engine's compiler.
         without: routes that cannot run here.
         most: the most tokens in a step.
@@ -61,7 +71,7 @@ def why_theirs(
         return None
     if max(found.values(), default=1.0) <= 1:
         return "nothing was measured to be faster"
-    return f"ours would be {mean:.3f} times as fast on average over {min(found)} to {max(found)} tokens, and {WORTH} is asked"
+    return f"ours would be {mean:.4f} times as fast on average over {min(found)} to {max(found)} tokens, and {WORTH} is asked"
 
 
 def average(found: dict[int, float]) -> float:

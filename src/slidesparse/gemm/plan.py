@@ -25,6 +25,9 @@ from .machine import Machine
 from .problem import Problem
 
 VERSION = 1
+FEWEST = 16
+"""Rows of the smallest tiles: no product of fewer tokens is quicker."""
+
 MEMORY = ("fast", "lean")
 """``fast`` keeps resident copies in the layouts that run best; ``lean`` keeps the packed weights only and expands them in every call."""
 
@@ -123,7 +126,10 @@ class Plan:
         return bool(cells) and all(route in cell.times(sums) or dropped in cell.dropped for cell in cells)
 
     def route(self, key: Key, m: int, memory: str, without: Collection[str] = (), *, sums: bool = False) -> str | None:
-        """The route for ``m`` tokens, ``without`` those that cannot run here; None for a layer that was not measured."""
+        """The route for ``m`` tokens, ``without`` those that cannot run here; None for a layer that was not measured.
+
+        Up to `FEWEST` tokens, for which products take the same time, the fewest that were measured tell.
+        """
         table = self.table(key, sums=sums)
         if not table:
             return None
@@ -131,7 +137,7 @@ class Plan:
         at = bisect_left(ms, m)
         above = min(at, len(ms) - 1)
         high = self._measured(table, above, memory, without, sums)
-        if ms[above] == m or at == len(ms):
+        if ms[above] == m or at == len(ms) or (at == 0 and ms[0] <= FEWEST):
             return high
         low = self._measured(table, at - 1, memory, without, sums) if at else None
         if high is None or backend_of(high) == backend_of(low):

@@ -87,12 +87,13 @@ def warm(name: Tensor, tokens: Iterable[int]) -> None:
     """Run a prepared layer once for each number of tokens, unless one of the same shape was: CUDA graphs may capture it afterwards."""
     prepared = _PREPARED[int(name)]
     for m in tokens:
-        sums, wanted = prepared.execution.for_sums, prepared.problem
-        key = (wanted, m, prepared.device, prepared.execution.route(m), sums)
+        summed, wanted = prepared.execution.for_sums, prepared.problem
+        key = (wanted, m, prepared.device, prepared.execution.route(m), summed)
         if key in _warmed:
             continue
         x = torch.zeros(m, wanted.k - prepared.left - prepared.right, dtype=wanted.dtype, device=prepared.device)
-        prepared.execution.sums(prepared.widened(x)) if sums else prepared(x, None)
+        # As ops, which run on the device of x, whichever is current.
+        _sums_op(x, name, wanted.n) if summed else _linear_op(x, name, None, wanted.n)
         _warmed.add(key)
 
 
@@ -132,8 +133,6 @@ def _run(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
 def _run_sums(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     prepared = _PREPARED[int(name)]
     execution = prepared.execution
-    if not execution.for_sums:
-        raise UnsupportedError("a layer prepared for whole linears was asked for its sums")
     if prepared.left or prepared.right:
         x = prepared.widened(x)
     y, scale = execution.sums(x)

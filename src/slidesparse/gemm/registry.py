@@ -70,7 +70,8 @@ class Bound(Protocol):
     """`Backend.run` and `Backend.sums` with what they decide and check in every call done once: little host time is left.
 
     A backend may have ``bind(problem, x, resident, variant, *, sums) -> Bound | None``: for inputs of the shape, strides and type of
-    ``x``, on the current device; None where it cannot, or not before one such call was made. No op is called that others could see.
+    ``x``, on the current device; None where it cannot, or not before one such call was made. Kernels may be launched that no dispatch
+    mode sees.
     """
 
     def run(self, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None) -> Tensor: ...

@@ -103,7 +103,7 @@ def make_ready(device: torch.device) -> None:
 
 
 def one(device: torch.device) -> Tensor:
-    """A float32 one, without a kernel that writes it and without a view."""
+    """A float32 one, ``[1]``, without a kernel that writes it."""
     return torch.ones(1, dtype=torch.float32, device=device) if torch.compiler.is_compiling() or device not in _ONE else _ONE[device]
 
 

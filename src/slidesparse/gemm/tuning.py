@@ -141,14 +141,19 @@ def tune(
 
 
 def _lacks(plan: Plan, layer: Layer, m: int) -> bool:
-    """Whether a cell is missing, or was measured without a dense route that there is now, or without sums."""
+    """Whether a cell is missing, or was measured without a dense route or another backend that there is now, or without sums."""
     cell = plan.cells.get(key_of(layer.problem), {}).get(m)
     if cell is None:
         return True
     seen = cell.timings.keys() | cell.dropped.keys()
     new = [name for name in searched(layer.problem, m) if f"dense:{name}" not in seen and "dense" not in seen]
+    new += [one.name for one in backends() if _has_own_layout(one) and not any(name.partition(":")[0] == one.name for name in seen)]
     dropped = any(name.startswith(SUMS_OF) for name in cell.dropped)
     return bool(new) or bool(layer.scheme.dynamic and cell.timings and not cell.sums and not dropped)
+
+
+def _has_own_layout(backend: Backend) -> bool:
+    return backend.layout not in ("dense", "packed")
 
 
 def _store(plan: Plan, path: Path) -> None:
@@ -215,6 +220,8 @@ class Bench:
             except (UnsupportedError, torch.OutOfMemoryError) as error:
                 dropped[backend.name] = str(error).splitlines()[0]
                 continue
+            if not found and _has_own_layout(backend):
+                dropped[backend.name] = "none of its algorithms gave right results"
             asked = [route.partition(":")[2] for route in also if route.partition(":")[0] == backend.name]
             for variant in dict.fromkeys([*found, *asked]):
                 name = f"{backend.name}:{variant}"

@@ -202,14 +202,14 @@ class Plan:
         """The algorithm selected now."""
         return Algorithm(*(self.get(attribute) for attribute in (_CONFIG_ID, _SPLIT_K, _SPLIT_K_MODE, _SPLIT_K_BUFFERS)))
 
-    def run(self, q: Tensor, compressed: Tensor, alpha: Tensor | None, y: Tensor, *, search: int | None = None) -> None:
+    def run(self, q: Tensor, compressed: Tensor, alpha: Tensor | None, y: Tensor, *, search_bytes: int | None = None) -> None:
         """Multiply into ``y [M, N]`` on the current stream. What it is given must be what the plan was made for.
 
-        With ``search`` bytes of scratch the library times its algorithms and selects the fastest; it waits for the device.
+        With ``search_bytes`` of scratch the library times its algorithms and selects the fastest; it waits for the device.
         """
         function, workspace = self._multiply, self.workspace
-        if search is not None:
-            function, workspace = self._bindings.matmul_search, max(search, workspace)
+        if search_bytes is not None:
+            function, workspace = self._bindings.matmul_search, max(search_bytes, workspace)
         # From the caching allocator: safe to free in stream order, private to a graph under capture.
         scratch = allocate(y, 1, workspace, torch.uint8) if workspace else None
         stream, out = c_void_p(current_stream(self._wanted.device)), y.data_ptr()

@@ -98,7 +98,7 @@ class _Trial:
         try:
             with refusals(f"to search for {self._wanted}"):
                 plan.set(SEARCH_ITERATIONS, _RUNS)
-                plan.run(*self._operands, self._y, search=_SEARCH_WORKSPACE)
+                plan.run(*self._operands, self._y, search_bytes=_SEARCH_WORKSPACE)
                 picked = plan.algorithm
         except UnsupportedError as error:
             _LOG.debug("%s", error)

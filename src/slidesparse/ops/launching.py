@@ -27,11 +27,12 @@ class Call:
     be the tensors'.
     """
 
-    __slots__ = ("_compiled", "_constants", "_grid", "_kernel", "_numbers")
+    __slots__ = ("_compiled", "_constants", "_grid", "_held", "_kernel", "_numbers")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple, constants: Mapping[str, Any]) -> None:
         self._kernel, self._grid, self._numbers, self._constants = kernel, (*grid, 1, 1)[:3], numbers, constants
         self._compiled: dict[int, tuple[Callable, tuple, tuple]] = {}
+        self._held: list[Any] = []
 
     def __call__(self, *tensors: Any) -> None:
         """Launch on tensors, descriptors of tensors, or None."""
@@ -54,19 +55,19 @@ class Call:
     def _compile(self, key: int, tensors: tuple) -> None:
         """The first launch, and what the next ones need: by Triton's own road, which compiles, unless that was gone before."""
         kind = self._kind(key, tensors)
-        found = _COMPILED.get(kind)
-        if found is None:
-            compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
-            if compiled is None:  # the interpreter compiles nothing
-                return
-            # No metadata for hooks, and no hooks around the launch.
-            found = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
-            if kind is not None:
-                _COMPILED[kind] = found
-            self._compiled[key] = *found, self._after(len(tensors))
-        else:
-            self._compiled[key] = *found, self._after(len(tensors))
+        known = _COMPILED.get(kind)
+        compiled = known or self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+        if compiled is None:  # the interpreter compiles nothing
+            return
+        # No metadata for hooks, and no hooks around the launch.
+        before = (compiled.function, compiled.packed_metadata, None, None, None)
+        self._compiled[key] = compiled.run, before, self._after(len(tensors))
+        if known is not None:
             self(*tensors)
+        elif kind is None:
+            self._held.append(compiled)
+        else:
+            _COMPILED[kind] = compiled
 
     def _after(self, tensors: int) -> tuple:
         """The arguments behind so many tensors."""
@@ -83,4 +84,5 @@ class Call:
         return (self._kernel, key, *types, *numbers, *sorted(self._constants.items()))
 
 
-_COMPILED: dict[tuple | None, tuple[Callable, tuple]] = {}
+_COMPILED: dict[tuple | None, Any] = {}
+"""Triton's compiled kernels by `Call._kind`, held: a later Triton unloads what nobody holds."""

@@ -127,8 +127,8 @@ class CuSparseLt:
         width, rows = _padded(problem)[1], cusparselt.token_step(x.shape[0])
         if problem.scheme.dynamic:
             return ops.quantize_lift(x, problem.pattern, problem.scheme, width=width, rows=rows)
-        if not torch.compiler.is_compiling() and moves_nothing(problem.pattern, 0) and x.shape[1] == width and x.shape[0] % rows == 0:
-            return x.contiguous(), None  # 16-bit 2:4: there is nothing to write
+        if not torch.compiler.is_compiling() and moves_nothing(problem.pattern, 0) and _is_padded(x, rows, width):
+            return x, None
         return ops.lift(x, problem.pattern, width=width, rows=rows), None
 
     @staticmethod
@@ -157,17 +157,17 @@ class Bound(NamedTuple):
     cut: tuple[int, int] | None
     out: tuple
 
-    def sums(self, x: Tensor, resident: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
+    def sums(self, x: Tensor, resident: Mapping[str, Tensor], *, padded: bool = False) -> tuple[Tensor, Tensor]:
+        """``[M, K]`` → ``[M, N]``, with what pads them on request, and ``[M, 1]``."""
         empty = self.empty
         q, x_scale, y = empty(*self.q), empty(*self.scales), empty(*self.products)
         self.quantize(x, q, x_scale)
         self.plan.run(q, resident["compressed"], resident["alpha"] if self.scaled else None, y)
-        return y if self.cut is None else y[: self.cut[0], : self.cut[1]], x_scale
+        return y if padded or self.cut is None else y[: self.cut[0], : self.cut[1]], x_scale
 
     def run(self, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None) -> Tensor:
         """``[M, K]`` → ``[M, N]``."""
-        sums, x_scale = self.sums(x, resident)
+        sums, x_scale = self.sums(x, resident, padded=True)
         y = self.empty(*self.out)
         self.rescale(sums, y, x_scale, None if self.scaled else scale, bias)
         return y
@@ -176,6 +176,11 @@ class Bound(NamedTuple):
 def _cut(y: Tensor, m: int, n: int) -> Tensor:
     """What of the padded product counts; a view costs host time, so none is made in vain."""
     return y if tuple(y.shape) == (m, n) else y[:m, :n]
+
+
+def _is_padded(x: Tensor, rows: int, width: int) -> bool:
+    """Whether the library takes x as it lies."""
+    return x.shape[1] == width and x.shape[0] % rows == 0 and x.is_contiguous() and x.data_ptr() % 16 == 0
 
 
 def _padded(problem: Problem) -> tuple[int, int]:

@@ -19,9 +19,8 @@ from ... import ops
 from ...format import Scheme
 from ...gemm import Problem, active_plan, key_of
 from ...gemm.execution import cannot_run
-from ...gemm.handover import RIVAL, why_theirs
+from ...gemm.handover import RIVAL, rival_of, why_theirs
 from ...gemm.numerics import int32_overflow
-from ...gemm.registry import refusal
 from ...gemm.routes import Maybe, Route, add_route, one
 
 Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
@@ -45,9 +44,9 @@ def why_give_back(problem: Problem, *, sums: bool, most: int) -> str | None:
 
     vLLM's W8A8 product must have been timed where it takes the problem; 16-bit products are torch's own in both.
     """
-    plan, rival = active_plan().plan, None if refusal(RIVAL, problem) else RIVAL
+    plan = active_plan().plan
     without = frozenset() if plan is None else cannot_run(plan, problem)
-    return why_theirs(plan, key_of(problem), rival, sums=sums, without=without, most=most)
+    return why_theirs(plan, key_of(problem), rival_of(problem), sums=sums, without=without, most=most)
 
 
 def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | None) -> Apply:
