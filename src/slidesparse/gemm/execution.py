@@ -115,7 +115,7 @@ class Execution:
             with torch.autocast(x.device.type, enabled=False):
                 return self(x, bias)
         ready, m = self._ready, x.shape[0]
-        if ready is not None and ready.decided and self._may_launch(x):
+        if ready is not None and self._may_launch(x):
             found = ready.decided.get((x.get_device(), x.dtype, x.shape, x.stride()))
             if found is not None and ready.adds(bias):
                 layout, bound = found
