@@ -61,7 +61,7 @@ def test_sums_are_rounded_once_and_nothing_else(scheme: str, backend: str | None
 
 ROUTES = [
     *(("int8", route) for route in ("dense:triton", "dense:exact", "restore:triton", "cusparselt", None)),
-    *(("fp8", route) for route in ("dense:tensorwise", "restore:tensorwise", "cusparselt", None)),
+    *(("fp8", route) for route in ("dense:tensorwise", "dense:rowwise", "restore:tensorwise", "cusparselt", None)),
 ]
 
 

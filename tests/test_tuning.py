@@ -79,6 +79,21 @@ def test_cells_without_a_dense_route_that_there_is_now_or_without_sums_are_measu
     assert tuning._lacks(plan, layer, 1)
 
 
+def test_sums_without_memory_are_told_from_whole_linears(bench, tmp_path, monkeypatch):
+    (layer,), timed = layers("6:8 int8"), tuning.measure.interleaved
+
+    def interleaved(variants, **rest):
+        if isinstance(next(iter(variants.values()))[0](), tuple):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return timed(variants, **rest)
+
+    monkeypatch.setattr(tuning.measure, "interleaved", interleaved)
+    cell = tuning.tune([layer], tmp_path / "plan.json", ms=(1,)).cells[key_of(layer.problem)][1]
+    assert cell.timings and not cell.sums
+    told = {name: why for name, why in cell.dropped.items() if "memory" in why}
+    assert told.keys() == {"sums of dense:exact", "sums of restore:exact"}
+
+
 def test_a_backend_that_finds_nothing_right_is_named_and_not_asked_again(bench, tmp_path, monkeypatch):
     (layer,) = layers("6:8 int8")
     monkeypatch.setattr(CuSparseLt, "refuses", lambda *_: None)

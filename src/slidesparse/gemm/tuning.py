@@ -22,10 +22,10 @@ from ..quant import quantize_weight
 from ..testing import deviation
 from .active import forget_plans, user_plan_path
 from .machine import this_machine
-from .plan import SUMS_OF, Cell, Key, Plan, key_of
+from .plan import SUMS_OF, Cell, Key, Plan, backend_of, key_of
 from .problem import Problem, Weights
 from .registry import Backend, backends
-from .routes import route_refuses, run_sums, searched
+from .routes import is_known, route_named, route_refuses, run_sums, searched
 
 _LOG = logging.getLogger(__name__)
 BUCKETS = tuple(1 << power for power in range(17))
@@ -141,15 +141,18 @@ def tune(
 
 
 def _lacks(plan: Plan, layer: Layer, m: int) -> bool:
-    """Whether a cell is missing, or was measured without a dense route or another backend that there is now, or without sums."""
+    """Whether a cell is missing, or was measured without a dense route or another backend that there is now, or without their sums."""
     cell = plan.cells.get(key_of(layer.problem), {}).get(m)
     if cell is None:
         return True
     seen = cell.timings.keys() | cell.dropped.keys()
     new = [name for name in searched(layer.problem, m) if f"dense:{name}" not in seen and "dense" not in seen]
     new += [one.name for one in backends() if _has_own_layout(one) and not any(name.partition(":")[0] == one.name for name in seen)]
-    dropped = any(name.startswith(SUMS_OF) for name in cell.dropped)
-    return bool(new) or bool(layer.scheme.dynamic and cell.timings and not cell.sums and not dropped)
+    if layer.scheme.dynamic:
+        summed = cell.sums.keys() | {name.removeprefix(SUMS_OF) for name in cell.dropped if name.startswith(SUMS_OF)}
+        dense = [name for name in cell.timings if backend_of(name) == "dense" and is_known(name)]
+        new += [name for name in dense if name not in summed and route_named(name.partition(":")[2]).sums is not None]
+    return bool(new)
 
 
 def _has_own_layout(backend: Backend) -> bool:
@@ -234,11 +237,15 @@ class Bench:
                     _LOG.warning("%s, M = %d: %s dropped: %s", self.key, m, name, reason)
         timings = self._timed(variants, dropped, rounds or _rounds(m, self.problem))
         sums = self._sums(timings, inputs, dropped) if self.layer.scheme.dynamic else {}
-        timed = self._timed(sums, dropped, rounds or _rounds(m, self.problem))
+        timed = self._timed(sums, dropped, rounds or _rounds(m, self.problem), SUMS_OF)
         return Cell(m, timings, dropped, timed)
 
     def _timed(
-        self, variants: Mapping[str, Sequence[Callable[[], object]]], dropped: dict[str, str], rounds: int, prefix: str = ""
+        self,
+        variants: Mapping[str, Sequence[Callable[[], object]]],
+        dropped: dict[str, str],
+        rounds: int,
+        prefix: str = "",
     ) -> dict[str, Timing]:
         try:
             return measure.interleaved(variants, rounds=rounds) if variants else {}
