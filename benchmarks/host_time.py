@@ -95,12 +95,13 @@ def steps(scheme: str) -> dict[str, Callable[[], object]]:
         q8, s8 = quantised(x)[:2]
         found["vLLM's quantisation"] = lambda: quantised(x)
         found["vLLM's product"] = lambda: theirs.cutlass_scaled_mm(q8, dense, s8, one, torch.bfloat16)
-        found["vLLM's both"] = lambda: theirs.cutlass_scaled_mm(*_with(dense, quantised(x)[:2]), one, torch.bfloat16)
+
+        def both() -> torch.Tensor:
+            q, scale = quantised(x)[:2]
+            return theirs.cutlass_scaled_mm(q, dense, scale, one, torch.bfloat16)
+
+        found["vLLM's both"] = both
     return found
-
-
-def _with(weight: torch.Tensor, quantised: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return quantised[0], weight, quantised[1]
 
 
 def main() -> None:

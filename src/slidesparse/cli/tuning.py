@@ -146,13 +146,11 @@ def plan_rows(plan: Plan, layers: list[Layer], vllm: bool = False) -> list[dict]
 
     rows = []
     for layer in dict.fromkeys(layers):
-        sums, elsewhere = vllm and layer.scheme.dynamic, _elsewhere(plan, layer)
-        why = why_theirs(plan, key_of(layer.problem), rival_of(layer.problem), sums=sums, without=elsewhere, most=STEP)
-        for m, cell in plan.table(key_of(layer.problem), sums=sums).items():
+        key, sums, elsewhere = key_of(layer.problem), vllm and layer.scheme.dynamic, _elsewhere(plan, layer)
+        why = why_theirs(plan, key, rival_of(layer.problem), sums=sums, without=elsewhere, most=STEP)
+        for m, cell in plan.table(key, sums=sums).items():
             times = cell.times(sums)
-            others = [name for name in times if name.partition(":")[0] not in ("dense", "restore")]
-            other = min(others, key=lambda name: times[name].p50, default=None)
-            key = key_of(layer.problem)
+            other = min(cell.others(sums=sums), key=lambda name: times[name].p50, default=None)
             picked = {memory: plan.route(key, m, memory, elsewhere, sums=sums) for memory in ("fast", "lean")} | {"other": other}
             row: dict[str, object] = {"n": layer.n, "k": layer.k, "pattern": str(layer.pattern), "scheme": layer.scheme.name, "m": m}
             if vllm:

@@ -41,12 +41,12 @@ def gains(plan: Plan, key: Key, rival: str | None, *, sums: bool, without: Colle
     found = {}
     for m in [m for m in table if m <= most] or [*table][:1]:
         cell, ours = table[m], plan.route(key, m, "fast", without, sums=sums)
-        quickest = cell.dense(without, sums=sums)
-        theirs = [times[rival].p50 for times in (cell.times(sums), cell.timings) if rival in times]
-        if rival is None and quickest is not None:
-            theirs = [quickest[1].p50]
+        if rival is None:
+            theirs = [] if (quickest := cell.dense(without, sums=sums)) is None else [quickest[1]]
+        else:
+            theirs = [times[rival] for times in (cell.times(sums), cell.timings) if rival in times]
         if theirs and ours is not None:
-            found[m] = min(theirs) / cell.times(sums)[ours].p50
+            found[m] = min(timing.p50 for timing in theirs) / cell.times(sums)[ours].p50
     return found
 
 

@@ -63,7 +63,7 @@ class Cell:
     def best(self, backend: str, without: Collection[str] = (), *, sums: bool = False) -> str | None:
         """The quickest route of a backend, by its median, ``without`` some."""
         times = self.times(sums)
-        names = [name for name in times if name.partition(":")[0] == backend and name not in without]
+        names = [name for name in times if backend_of(name) == backend and name not in without]
         return min(names, key=lambda name: times[name].p50, default=None)
 
     def dense(self, without: Collection[str] = (), *, sums: bool = False) -> tuple[str, Timing] | None:
@@ -84,18 +84,18 @@ class Cell:
         if base is None or memory == "lean":
             return base
         bar = min(times[base].p20, self.dense(without, sums=sums)[1].p20)
-        better = [name for name in self._others(without, sums) if times[name].p80 < bar]
+        better = [name for name in self.others(without, sums=sums) if times[name].p80 < bar]
         return min(better, key=lambda name: times[name].p50, default=base)
 
     def likely(self, without: Collection[str] = (), *, sums: bool = False) -> str | None:
         """The quickest route that keeps a layout of its own, by its median, if that beats dense's; None if it does not."""
         times, dense = self.times(sums), self.dense(without, sums=sums)
-        other = min(self._others(without, sums), key=lambda name: times[name].p50, default=None)
+        other = min(self.others(without, sums=sums), key=lambda name: times[name].p50, default=None)
         return other if other is not None and dense is not None and times[other].p50 < dense[1].p50 else None
 
-    def _others(self, without: Collection[str], sums: bool) -> list[str]:
-        # Routes on packed weights would keep a third layout in memory.
-        return [name for name in self.times(sums) if name.partition(":")[0] not in ("dense", "restore") and name not in without]
+    def others(self, without: Collection[str] = (), *, sums: bool = False) -> list[str]:
+        """The routes that may run instead of dense: those on packed weights would keep a third layout in memory."""
+        return [name for name in self.times(sums) if backend_of(name) not in ("dense", "restore") and name not in without]
 
 
 @dataclass

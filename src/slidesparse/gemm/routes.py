@@ -17,6 +17,7 @@ FEW_TOKENS = 64
 """Up to here row-wise fp8 lost to tensor-wise with a second pass on an H200, beyond it won: the order in which untuned layers ask."""
 
 Maybe = Tensor | None
+"""Scales and biases, which not every linear has."""
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def _lacks(plan: Plan, layer: Layer, m: int) -> bool:
         return True
     seen = cell.timings.keys() | cell.dropped.keys()
     new = [name for name in searched(layer.problem, m) if f"dense:{name}" not in seen and "dense" not in seen]
-    new += [one.name for one in backends() if _has_own_layout(one) and not any(name.partition(":")[0] == one.name for name in seen)]
+    new += [one.name for one in backends() if _has_own_layout(one) and one.name not in map(backend_of, seen)]
     if layer.scheme.dynamic:
         summed = cell.sums.keys() | {name.removeprefix(SUMS_OF) for name in cell.dropped if name.startswith(SUMS_OF)}
         dense = [name for name in cell.timings if backend_of(name) == "dense" and is_known(name)]
@@ -225,7 +225,7 @@ class Bench:
                 continue
             if not found and _has_own_layout(backend):
                 dropped[backend.name] = "none of its algorithms gave right results"
-            asked = [route.partition(":")[2] for route in also if route.partition(":")[0] == backend.name]
+            asked = [route.partition(":")[2] for route in also if backend_of(route) == backend.name]
             for variant in dict.fromkeys([*found, *asked]):
                 name = f"{backend.name}:{variant}"
                 calls = [self._call(backend, variant, x, held) for x, held in zip(inputs, resident, strict=False)]
@@ -241,11 +241,7 @@ class Bench:
         return Cell(m, timings, dropped, timed)
 
     def _timed(
-        self,
-        variants: Mapping[str, Sequence[Callable[[], object]]],
-        dropped: dict[str, str],
-        rounds: int,
-        prefix: str = "",
+        self, variants: Mapping[str, Sequence[Callable[[], object]]], dropped: dict[str, str], rounds: int, prefix: str = ""
     ) -> dict[str, Timing]:
         try:
             return measure.interleaved(variants, rounds=rounds) if variants else {}
@@ -262,9 +258,9 @@ class Bench:
         same_dtype = expected.to(torch.bfloat16)
         if route_refuses("tensorwise", self.problem) is None:
             same_dtype = run_sums("tensorwise", self.problem, rows, self.dense)[0]
-        calls = {}
+        quickest_first, calls = sorted(timings, key=lambda name: timings[name].p50), {}
         for backend in backends():
-            own = [name.partition(":")[2] for name in sorted(timings, key=lambda name: timings[name].p50) if _is_of(name, backend)]
+            own = [name.partition(":")[2] for name in quickest_first if backend_of(name) == backend.name]
             variants = [variant for variant in own if backend.gives_sums(variant)]
             for variant in variants if backend.layout == "dense" else variants[:_SUMS_TIMED]:
                 held, name = self._layout(backend, len(inputs)), f"{backend.name}:{variant}"
@@ -341,10 +337,6 @@ def _tokens(m: int, problem: Problem) -> Tensor:
 
 def _ends(x: Tensor) -> Tensor:
     return x if x.shape[0] <= 2 * _CHECKED_ROWS else torch.cat([x[:_CHECKED_ROWS], x[-_CHECKED_ROWS:]])
-
-
-def _is_of(route: str, backend: Backend) -> bool:
-    return route.partition(":")[0] == backend.name
 
 
 def _rounds(m: int, problem: Problem) -> int:

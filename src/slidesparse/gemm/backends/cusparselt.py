@@ -127,7 +127,7 @@ class CuSparseLt:
         width, rows = _padded(problem)[1], cusparselt.token_step(x.shape[0])
         if problem.scheme.dynamic:
             return ops.quantize_lift(x, problem.pattern, problem.scheme, width=width, rows=rows)
-        if not torch.compiler.is_compiling() and moves_nothing(problem.pattern, 0) and _is_padded(x, rows, width):
+        if not torch.compiler.is_compiling() and moves_nothing(problem.pattern, 0) and _fits(x, rows, width):
             return x, None
         return ops.lift(x, problem.pattern, width=width, rows=rows), None
 
@@ -178,7 +178,7 @@ def _cut(y: Tensor, m: int, n: int) -> Tensor:
     return y if tuple(y.shape) == (m, n) else y[:m, :n]
 
 
-def _is_padded(x: Tensor, rows: int, width: int) -> bool:
+def _fits(x: Tensor, rows: int, width: int) -> bool:
     """Whether the library takes x as it lies."""
     return x.shape[1] == width and x.shape[0] % rows == 0 and x.is_contiguous() and x.data_ptr() % 16 == 0
 
