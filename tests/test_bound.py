@@ -14,12 +14,13 @@ from torch import Tensor
 from slidesparse import pack, reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Problem, execution, routes
+from slidesparse.gemm import Problem, activations, execution, routes
+from slidesparse.gemm.activations import Gated
 from slidesparse.gemm.backends import cusparselt as backend
 from slidesparse.gemm.backends import dense as dense_backend
 from slidesparse.gemm.execution import Execution
 from slidesparse.gemm.registry import backends
-from slidesparse.ops import cusparselt, rescale
+from slidesparse.ops import cusparselt, fused, rescale
 from slidesparse.pattern import Pattern
 from slidesparse.testing import check_bitwise
 from test_sums import made, tokens
@@ -51,6 +52,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
         return call
 
+    def silu_call(gate_up: Tensor, dtype: torch.dtype, pattern: str, added: tuple, width: int) -> Callable:
+        quantize = quantize_call(gate_up, Pattern.parse(pattern) if pattern else None, dtype, 0, width)
+
+        def call(gate_up: Tensor, scale: Tensor, channel: Tensor, bias: Tensor, q: Tensor, out: Tensor) -> None:
+            given = [tensor if one is not None else None for one, tensor in zip(added, (scale, channel, bias), strict=True)]
+            quantize(fused.gated(gate_up, *given), q, out)
+
+        return call
+
     def rescale_call(types: tuple, m: int, n: int, stride: int, tile: None) -> Callable:
         def call(acc: Tensor, y: Tensor, x_scale: Tensor, w_scale: Tensor | None, bias: Tensor | None) -> None:
             given = (acc, y, x_scale, w_scale, bias)
@@ -63,9 +73,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         asked.append(wanted)
         return Product()
 
-    monkeypatch.setattr(backend, "quantize_call", quantize_call)
+    monkeypatch.setattr(activations, "quantize_call", quantize_call)
+    monkeypatch.setattr(activations, "silu_call", silu_call)
     monkeypatch.setattr(backend, "rescale_call", rescale_call)
-    monkeypatch.setattr(backend, "runs_kernels", lambda device, dtype: True)
+    monkeypatch.setattr(activations, "runs_kernels", lambda device, dtype: True)
     monkeypatch.setattr(cusparselt.plans, "known", known)
     return asked
 
@@ -108,9 +119,10 @@ def test_bound_calls_are_the_layer(pattern: str, n: int, k: int, scheme: str, va
         q, x_scale = reference.quantize(x, SCHEMES[scheme])
         products = q.double() @ dense.double().t()
         if sparse.gives_sums(variant):
-            sums, scale = sparse.bind(problem, x, resident, variant, sums=True).sums(x, resident)
+            sums, scale = sparse.bind(problem, x, resident, variant, sums=True).sums(x, resident, weights.channel_scale)
             check_bitwise(scale, x_scale)
-            check_bitwise(sums.contiguous(), products.to(torch.bfloat16))
+            scaled = products.float() * weights.channel_scale.view(1, -1) if scheme == "int8" else products
+            check_bitwise(sums.contiguous(), scaled.to(torch.bfloat16))
         y = sparse.bind(problem, x, resident, variant, sums=False).run(x, resident, weights.channel_scale, bias)
         assert y.shape == (m, n) and y.dtype == torch.bfloat16 and y.is_contiguous()
         if variant.startswith("exact"):
@@ -121,7 +133,7 @@ def test_bound_calls_are_the_layer(pattern: str, n: int, k: int, scheme: str, va
         w_scale = None if scheme == "int8" and not variant.startswith("exact") else weights.channel_scale
         check_bitwise(y, rescale(between, x_scale, w_scale, bias, torch.bfloat16))
         if sparse.gives_sums(variant):
-            sparse.sums(problem, x, resident, variant)
+            sparse.sums(problem, x, resident, weights.channel_scale, variant)
         sparse.run(problem, x, resident, weights.channel_scale, bias, variant)
     assert asked == made_by_ops
 
@@ -136,7 +148,7 @@ def test_what_cannot_be_decided_beforehand_is_not(asked: list[tuple], monkeypatc
     assert sparse.bind(plain, x, resident, "", sums=False) is None
     monkeypatch.setattr(cusparselt.plans, "known", lambda wanted: None)
     assert sparse.bind(problem, x, resident, "", sums=False) is None
-    monkeypatch.setattr(backend, "runs_kernels", lambda device, dtype: False)
+    monkeypatch.setattr(activations, "runs_kernels", lambda device, dtype: False)
     assert sparse.bind(problem, x, resident, "", sums=False) is None
 
 
@@ -147,8 +159,6 @@ def test_bound_dense_calls_are_the_layer(scheme: str, route: str, asked: list[tu
     exact = routes.route_named("exact")
     padded = replace(exact, run=lambda problem, q, *rest: exact.run(problem, q[: rest[0].shape[0]], *rest), rows=32)
     monkeypatch.setitem(routes._ROUTES, "padded", padded)
-    monkeypatch.setattr(dense_backend, "quantize_call", backend.quantize_call)
-    monkeypatch.setattr(dense_backend, "runs_kernels", lambda device, dtype: True)
     bias = torch.randn(33).bfloat16()
     problem = weights.problem(torch.bfloat16, torch.device("cpu"), torch.bfloat16)
     resident, one = {"weight": dense}, dense_backend.Dense()
@@ -156,13 +166,33 @@ def test_bound_dense_calls_are_the_layer(scheme: str, route: str, asked: list[tu
     on_card = replace(problem, device="cuda")
     for m in (1, 37):
         x = tokens(m, 108)[:, 3:103]
-        sums, scale = one.bind(on_card, x, resident, route, sums=True).sums(x, resident)
-        for found, expected in zip((sums, scale), one.sums(problem, x, resident, route), strict=True):
+        sums, scale = one.bind(on_card, x, resident, route, sums=True).sums(x, resident, weights.channel_scale)
+        for found, expected in zip((sums, scale), one.sums(problem, x, resident, weights.channel_scale, route), strict=True):
             check_bitwise(found, expected)
         y = one.bind(on_card, x, resident, route, sums=False).run(x, resident, weights.channel_scale, bias)
         check_bitwise(y, one.run(problem, x, resident, weights.channel_scale, bias, route))
     assert one.bind(on_card, x.t().contiguous().t(), resident, route, sums=True) is None
     assert one.bind(replace(on_card, scheme=SCHEMES["bf16"]), x, resident, "native", sums=False) is None
+
+
+@pytest.mark.parametrize("scaled", [(), ("scale",), ("scale", "channel")], ids=len)
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["cusparselt", "dense"])
+def test_bound_calls_gate_in_the_same_pass(name: str, scheme: str, scaled: tuple[str, ...], asked: list[tuple]) -> None:
+    weights, dense = made(33, 100, scheme)
+    problem = weights.problem(torch.bfloat16, torch.device("cpu"), None)
+    scales = {"scale": torch.rand(5, 1), "channel": torch.rand(1, 200)}
+    x = Gated(tokens(5, 200), **{one: scales[one] for one in scaled})
+    if name == "dense":
+        problem, resident, one, route = replace(problem, device="cuda"), {"weight": dense}, dense_backend.Dense(), "exact"
+    else:
+        resident, one, route = held(weights, dense, problem), backend.CuSparseLt(), ""
+    found = one.bind(problem, x, resident, route, sums=True).sums(x, resident, weights.channel_scale)
+    plain = x.computed()
+    expected = one.bind(problem, plain, resident, route, sums=True).sums(plain, resident, weights.channel_scale)
+    for a, b in zip(found, expected, strict=True):
+        check_bitwise(a.contiguous(), b.contiguous())
+    assert one.bind(problem, Gated(x.gate_up.t().contiguous().t()), resident, route, sums=True) is None
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "bf16"])
@@ -223,7 +253,7 @@ class Binding:
     def run(self, problem, x, resident, scale, bias, variant):
         return x.new_zeros(x.shape[0], problem.n)
 
-    def sums(self, problem, x, resident, variant):
+    def sums(self, problem, x, resident, scale, variant):
         return self.run(problem, x, resident, None, None, variant), x.new_zeros(x.shape[0], 1)
 
     def bind(self, problem, x, resident, variant, *, sums):
@@ -235,7 +265,7 @@ class Binding:
                 assert not sums
                 return x.new_full((x.shape[0], problem.n), result)
 
-            def sums(self, x, resident):
+            def sums(self, x, resident, scale):
                 assert sums
                 return x.new_full((x.shape[0], problem.n), result), x.new_zeros(x.shape[0], 1)
 
@@ -315,8 +345,6 @@ def test_nothing_is_decided_where_somebody_looks_or_something_does_not_fit(
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_autocast_narrows_no_call(narrow: torch.dtype, asked: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
     weights = made(33, 100, "fp8")[0]
-    for name in ("quantize_call", "runs_kernels"):
-        monkeypatch.setattr(dense_backend, name, getattr(backend, name))
     monkeypatch.setattr(execution, "unwatched", lambda x: True)
     monkeypatch.setattr(execution, "current_device", lambda: -1)
     monkeypatch.setattr(

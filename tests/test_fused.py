@@ -41,8 +41,12 @@ def eager_norm(x, weight, residual=None, scale=None, bias=None) -> tuple[torch.T
     return h, weight * (h.float() * torch.rsqrt(variance + EPS)).to(h.dtype)
 
 
-def eager_silu(x, scale=None, bias=None) -> torch.Tensor:
-    h = x if scale is None else (x.float() * scale + (0 if bias is None else bias.float())).to(x.dtype)
+def eager_silu(x, scale=None, channel=None, bias=None) -> torch.Tensor:
+    h = (
+        x
+        if scale is None
+        else (x.float() * (1 if channel is None else channel) * scale + (0 if bias is None else bias.float())).to(x.dtype)
+    )
     gate, up = h.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
 
@@ -97,12 +101,15 @@ def check_fused(device: str, m: int, k: int, dtype: torch.dtype, pattern: str | 
             check_bitwise(got[2].cpu().nan_to_num(7.0), h.nan_to_num(7.0))
     both = torch.cat((made["x"], made["residual"]), -1)
     bias = torch.cat((made["bias"], -made["bias"]))
-    for scale, added in ((None, None), (made["scale"], None), (made["scale"], bias)):
-        expected = eager_silu(both.cpu(), *(None if t is None else t.cpu() for t in (scale, added)))
+    channels = torch.rand(2 * k, device=device) + 0.5
+    for names in ((), ("scale",), ("scale", "bias"), ("scale", "channel"), ("scale", "channel", "bias")):
+        extra = {name: tensor for name, tensor in (("scale", made["scale"]), ("channel", channels), ("bias", bias)) if name in names}
+        expected = eager_silu(both.cpu(), **{name: tensor.cpu() for name, tensor in extra.items()})
         if compiled:
-            got = ops.silu_mul_quantize(both, chosen, pattern=parsed, scale=scale, bias=added, width=width, rows=16)
+            got = ops.silu_mul_quantize(both, chosen, pattern=parsed, width=width, rows=16, **extra)
         else:
-            got = kernels.launch_silu(both, chosen.dtype, text, scale, added, width, 1, launch, fused=False)
+            given = [extra.get(name) for name in ("scale", "channel", "bias")]
+            got = kernels.launch_silu(both, chosen.dtype, text, *given, width, 1, launch, fused=False)
         check_rows(got, expected, chosen, pattern, width)
 
 
@@ -147,7 +154,7 @@ def test_schemas_hold_and_rows_may_change_under_compilation():
     namespace, tail = torch.ops.slidesparse, (torch.int8, "6:8", scale, bias, 48, 1)
     torch.library.opcheck(namespace.rms_norm_quantize.default, (x, weight, EPS, *tail))
     torch.library.opcheck(namespace.add_rms_norm_quantize.default, (x, weight, residual, EPS, *tail))
-    torch.library.opcheck(namespace.silu_mul_quantize.default, (x, torch.int8, "", None, None, 16, 1))
+    torch.library.opcheck(namespace.silu_mul_quantize.default, (x, torch.int8, "", scale, torch.ones(32), None, 16, 1))
     torch._dynamo.reset()
     function = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
     for m in (7, 16, 21):
@@ -170,6 +177,8 @@ def test_bad_requests_are_refused():
         ("scale must be", lambda: ops.rms_norm_quantize(x, weight, EPS, scheme, scale=scale[:, 0])),
         ("bias must be", lambda: ops.silu_mul_quantize(x, scheme, scale=scale, bias=weight[1:])),
         ("give both", lambda: ops.silu_mul_quantize(x, scheme, bias=weight)),
+        ("give both", lambda: ops.silu_mul_quantize(x, scheme, channel=weight)),
+        ("channel must be", lambda: ops.silu_mul_quantize(x, scheme, scale=scale, channel=weight[1:])),
         ("not of pairs", lambda: ops.silu_mul_quantize(x, scheme, pattern=Pattern.parse("6:8x2"))),
     ):
         with pytest.raises(ValueError, match=message):

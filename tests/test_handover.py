@@ -8,7 +8,7 @@ import torch
 from slidesparse.cli import tuning
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Cell, Plan, Problem
-from slidesparse.gemm.handover import RIVAL, average, gains, rival_of, why_theirs
+from slidesparse.gemm.handover import RIVAL, average, gains, rival_of, why_theirs, within_engine
 from slidesparse.gemm.machine import Machine
 from slidesparse.gemm.tuning import Layer
 from slidesparse.measure import Timing
@@ -65,12 +65,39 @@ def test_it_must_be_worth_a_copy(faster: float, told: str | None) -> None:
     check(why_theirs(plan, KEY, RIVAL, sums=False), told)
 
 
-def test_dense_kernels_that_beat_the_engines_count_and_losses_do_too() -> None:
+def flat(us: float) -> Timing:
+    return Timing(us, us, us)
+
+
+def test_dense_kernels_that_beat_the_engines_are_no_gain() -> None:
     plan = Plan(measured(1).machine)
     for m, us in ((1, 50.0), (16, 100.0), (256, 200.0)):
-        plan.add(KEY, Cell(m, {RIVAL: Timing(100.0, 100.0, 100.0), "dense:triton": Timing(us, us, us)}))
-    assert gains(plan, KEY, RIVAL, sums=False) == {1: 2, 16: 1, 256: 1}
+        plan.add(KEY, Cell(m, {RIVAL: flat(100.0), "dense:triton": flat(us)}))
+    assert gains(plan, KEY, RIVAL, sums=False) == {1: 1, 16: 1, 256: 1}
+    assert "nothing was measured to be faster" in why_theirs(plan, KEY, RIVAL, sums=False)
     assert average({1: 2.0, 16: 1.0, 256: 0.5}) == pytest.approx(1) and average({}) == 1
+
+
+def test_behind_swiglu_layers_are_ours_without_sparse_copies_that_pay_little() -> None:
+    for us, kept in ((95.0, "dense:cutlass"), (50.0, "cusparselt:")):
+        plan = Plan(measured(1).machine)
+        for m in (16, 256):
+            plan.add(KEY, Cell(m, {RIVAL: flat(100.0), "dense:triton": flat(98.0), "cusparselt:": flat(us if m == 16 else 100.0)}))
+        assert (why_theirs(plan, KEY, RIVAL, sums=False) is None) == (us == 50.0)
+        assert why_theirs(plan, KEY, RIVAL, sums=False, gated=True) is None
+        within = within_engine(plan, KEY, RIVAL, sums=False)
+        assert within.route(KEY, 16, "fast") == kept and within.route(KEY, 256, "fast") == RIVAL
+    assert "not compared them" in why_theirs(measured(1, "dense:triton"), KEY, RIVAL, sums=False, gated=True)
+    assert "nothing was measured: run" in why_theirs(None, KEY, RIVAL, sums=False, gated=True)
+
+
+def test_within_an_engine_another_dense_kernel_must_be_worth_it() -> None:
+    plan = Plan(measured(1).machine)
+    for m, us in ((16, 96.0), (256, 98.0)):
+        plan.add(KEY, Cell(m, {}, {}, {RIVAL: flat(100.0), "dense:triton": flat(us)}))
+    within = within_engine(plan, KEY, RIVAL, sums=True)
+    assert [within.route(KEY, m, "fast", sums=True) for m in (16, 256)] == ["dense:triton", RIVAL]
+    assert within_engine(plan, KEY, None, sums=True).route(KEY, 256, "fast", sums=True) == "dense:triton"
 
 
 def test_the_engine_is_taken_at_its_quickest() -> None:
@@ -121,13 +148,14 @@ def test_a_layer_is_judged_by_what_would_run() -> None:
     assert "measured to be faster" in why_theirs(plan, KEY, RIVAL, sums=False, without={"cusparselt:alg=9", "cusparselt:"})
 
 
-def test_a_plan_shown_for_vllm_tells_dense_kernels_from_sparse_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    layer, plan, dense = Layer(256, 512, Pattern(6, 8), SCHEMES["int8"]), Plan(measured(1).machine), Timing(50.0, 50.0, 50.0)
-    for m, theirs in ((16, 100.0), (4096, 100.0)):
-        times = {RIVAL: Timing(theirs, theirs, theirs), "dense:triton": dense, "cusparselt:": Timing(99.0, 99.0, 99.0)}
+def test_a_plan_shown_for_vllm_tells_which_layers_swiglu_makes_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    layer, plan = Layer(256, 512, Pattern(6, 8), SCHEMES["int8"]), Plan(measured(1).machine)
+    for m in (16, 4096):
+        times = {RIVAL: flat(100.0), "dense:triton": flat(50.0), "cusparselt:": flat(99.0)}
         plan.add(KEY, Cell(m, times, {}, times))
-    tuning.print_plan(plan, [layer], vllm=True)
-    assert "in a step: ours, on dense kernels" in " ".join(capsys.readouterr().out.split())
+    for gated, told in (((), "in a step: its own kernels"), ((layer,), "ours, with SiLU in the pass that quantises, on dense kernels")):
+        tuning.print_plan(plan, [layer], vllm=True, gated=gated)
+        assert told in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_plan_shown_for_vllm_says_whose_the_layers_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from slidesparse import prune, reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Execution, Weights, prepared, registry
+from slidesparse.gemm.activations import Gated
 from slidesparse.pack import Shard, pack
 from slidesparse.pattern import Pattern
 from slidesparse.quant import quantize_weight
@@ -31,12 +32,14 @@ def tokens(m: int, k: int) -> Tensor:
     return (torch.randn(m, k) * torch.logspace(-3, 3, m).view(-1, 1)).to(DTYPE)
 
 
-def check(found: tuple[Tensor, Tensor], x: Tensor, dense: Tensor, scheme: str) -> None:
-    """Sums that were rounded once, and scales bit by bit."""
-    (sums, scale), (q, expected_scale) = found, reference.quantize(x, SCHEMES[scheme])
+def check(found: tuple[Tensor, Tensor], x: Tensor, dense: Tensor, weights: Weights) -> None:
+    """Sums that were rounded once, times the weight scales of int8, and scales bit by bit."""
+    (sums, scale), (q, expected_scale) = found, reference.quantize(x, weights.scheme)
     exact = q.double() @ dense.double().t()
+    if weights.scheme.name == "int8":
+        exact *= weights.scale.cpu().view(1, -1)
     same = exact.to(DTYPE)
-    if scheme == "fp8" and sums.is_cuda and len(x):
+    if weights.scheme.name == "fp8" and sums.is_cuda and len(x):
         one = torch.ones((), device="cuda")
         same = torch._scaled_mm(q.cuda(), dense.cuda().t(), one, one, out_dtype=DTYPE, use_fast_accum=True).cpu()
     assert sums.dtype == DTYPE
@@ -56,7 +59,38 @@ def test_sums_are_rounded_once_and_nothing_else(scheme: str, backend: str | None
     for m, n, k in ((0, 24, 64), (1, 33, 100), (16, 48, 256)):
         weights, dense = made(n, k, scheme)
         x = tokens(m, k)
-        check(ready(weights, backend, "cpu").sums(x), x, dense, scheme)
+        check(ready(weights, backend, "cpu").sums(x), x, dense, weights)
+
+
+def swiglu(m: int, k: int, scaled: bool, device: str = "cpu") -> Gated:
+    """Gates and ups of rows of very different scales, the scales given with them or in them."""
+    scale = torch.logspace(-2, 2, m).view(-1, 1)
+    gate_up, channel = torch.randn(m, 2 * k), torch.rand(1, 2 * k) + 0.5
+    tensors = (gate_up.to(DTYPE), scale, channel) if scaled else ((gate_up * scale).to(DTYPE), None, None)
+    return Gated(*(None if tensor is None else tensor.to(device) for tensor in tensors))
+
+
+def check_gated(found: tuple[Tensor, Tensor], x: Gated, dense: Tensor, weights: Weights) -> None:
+    """As the activations would give if they were computed first, but for a quantised value here and there."""
+    (sums, scale), (q, expected_scale) = found, reference.quantize(x.computed().cpu(), weights.scheme)
+    exact = q.double() @ dense.double().t()
+    if weights.scheme.name == "int8":
+        exact *= weights.scale.cpu().view(1, -1)
+    off = (scale.cpu() - expected_scale).abs() > 2 * torch.finfo(DTYPE).eps * expected_scale
+    assert sums.dtype == DTYPE and not off.any()
+    error, size = (sums.cpu().double() - exact).norm(dim=1), exact.norm(dim=1)
+    assert (error <= 0.02 * size).all(), (error / size).max()
+
+
+@pytest.mark.parametrize("backend", [None, "dense", "restore", "reference", "dense:exact"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_swiglu_may_be_left_to_the_product(scheme: str, backend: str | None) -> None:
+    weights, dense = made(48, 256, scheme)
+    for m, scaled in ((0, False), (1, True), (16, False), (16, True)):
+        x = swiglu(m, 256, scaled)
+        check_gated(ready(weights, backend, "cpu").sums(x), x, dense, weights)
+    with pytest.raises(ValueError, match="255 columns, the layer takes 256"):
+        ready(weights, backend, "cpu").sums(swiglu(3, 255, False))
 
 
 ROUTES = [
@@ -79,7 +113,11 @@ def test_routes_on_a_gpu(scheme: str, route: str | None, pattern: str) -> None:
         raise
     for m in (0, 1, 7, 16, 63, 1000):
         x = tokens(m, 528)
-        check(execution.sums(x.cuda()), x, dense, scheme)
+        check(execution.sums(x.cuda()), x, dense, weights)
+        for scaled in (False, True):
+            gated = swiglu(m, 528, scaled, "cuda")
+            for _ in range(2):  # as decided, too
+                check_gated(execution.sums(gated), gated, dense, weights)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -88,12 +126,17 @@ def test_the_prepared_op_widens_a_cut_shard(rank: int) -> None:
     for scheme in ("int8", "fp8"):
         kind = SCHEMES[scheme]
         weight, scale = quantize_weight(prune.prune(torch.randn(16, 14), shard.pattern, offset=shard.offset), kind)
-        owner, execution = nn.Module(), Execution(Weights(shard.pack(weight), kind, scale), sums=True)
+        weights = Weights(shard.pack(weight), kind, scale)
+        owner, execution = nn.Module(), Execution(weights, sums=True)
         name = prepared.prepare(owner, execution, DTYPE, torch.device("cpu"), None, margins=shard.margins)
         x = tokens(5, 14)
-        check(prepared.sums(x, name, 16), x, weight, scheme)
+        check(prepared.sums(x, name, 16), x, weight, weights)
         prepared.warm(name, (1, 8))
         torch.library.opcheck(torch.ops.slidesparse.sums, (x, name, 16))
+        gated = swiglu(5, 14, True)
+        check_gated(prepared.silu_mul_sums(*gated, name, 16), gated, weight, weights)
+        torch.library.opcheck(torch.ops.slidesparse.silu_mul_sums, (*gated, name, 16))
+        prepared.warm(name, (1, 8), gated=True)
         with pytest.raises(UnsupportedError, match="before asking for its sums"):
             prepared.sums(x.float(), name, 16)
 
@@ -112,7 +155,15 @@ def test_sums_are_captured(backend: str) -> None:
     fresh = tokens(16, 512)
     x.copy_(fresh)
     graph.replay()
-    check(found, fresh, dense, "int8")
+    check(found, fresh, dense, weights)
+    prepared.warm(name, (16,), gated=True)
+    gated, graph = swiglu(16, 512, False, "cuda"), torch.cuda.CUDAGraph()
+    gate_up = torch.zeros_like(gated.gate_up)
+    with torch.cuda.graph(graph):
+        found = prepared.silu_mul_sums(gate_up, None, None, name, 256)
+    gate_up.copy_(gated.gate_up)
+    graph.replay()
+    check_gated(found, gated, dense, weights)
 
 
 @pytest.mark.parametrize(

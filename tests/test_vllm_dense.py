@@ -90,12 +90,13 @@ def test_the_plan_in_force_decides_with_what_vllm_has_here(monkeypatch: pytest.M
     plan = Plan(Machine("A card", "580", "13.0", "2.11.0", "3.6.0", "0.8.0", kernels_hash()))
     use_plan(plan)
     try:
-        dense.why_give_back(Problem(256, 512, PATTERN, SCHEMES["int8"], "cuda", DTYPE), sums=True, most=77)
+        problem = Problem(256, 512, PATTERN, SCHEMES["int8"], "cuda", DTYPE)
+        assert dense.handed_over(problem, sums=True, most=77, gated=True) == (None, Plan(plan.machine, {}, plan.date))
         assert told == {
             "plan": plan, "key": (256, 512, "6:8", "int8"), "rival": "dense:cutlass", "sums": True, "without": {"cusparselt:alg=9"},
-            "most": 77,
+            "most": 77, "gated": True,
         }  # fmt: skip
-        dense.why_give_back(Problem(256, 512, PATTERN, SCHEMES["bf16"], "cuda", DTYPE), sums=False, most=77)
+        dense.handed_over(Problem(256, 512, PATTERN, SCHEMES["bf16"], "cuda", DTYPE), sums=False, most=77, gated=False)
         assert told["rival"] is None
     finally:
         use_plan(None)
@@ -103,12 +104,12 @@ def test_the_plan_in_force_decides_with_what_vllm_has_here(monkeypatch: pytest.M
 
 def test_settings_reach_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, object] = {}
-    monkeypatch.setattr(methods, "why_give_back", lambda problem, **rest: told.update(rest))
+    monkeypatch.setattr(methods, "handed_over", lambda problem, **rest: told.update(rest))
     monkeypatch.setattr(methods, "can_give_back", lambda *_: True)
     method = methods.PackedLinearMethod.__new__(methods.PackedLinearMethod)
     method.settings, method.scheme = methods.Settings(most=77), SCHEMES["int8"]
-    method._why_give_back(None, torch.device("cuda"), True)
-    assert told == {"sums": True, "most": 77}
+    method._handed_over(None, torch.device("cuda"), True, False)
+    assert told == {"sums": True, "most": 77, "gated": False}
 
 
 @pytest.mark.parametrize(

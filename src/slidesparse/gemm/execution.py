@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..ops.library import current_device, unwatched
+from .activations import Activations, kind_of
 from .active import active_plan
 from .plan import MEMORY, Plan, key_of
 from .problem import Problem, Weights
@@ -67,17 +68,19 @@ class Execution:
         backend: a backend that must run, ``NAME`` or ``NAME:VARIANT``; None lets the plan choose, and dense where nothing was measured.
         sums: the epilogue is the caller's (`sums`): routes are chosen by how fast they are without it.
         most: the most tokens of a call; what the plan would run for more, and the copies that it would read, are left out.
+        plan: the plan that chooses; by default the one in force.
 
     Raises:
         ValueError: unknown memory policy.
     """
 
     def __init__(
-        self, weights: Weights, *, memory: str = "fast", backend: str | None = None, sums: bool = False, most: int = maxsize
-    ) -> None:
+        self, weights: Weights, *, memory: str = "fast", backend: str | None = None, sums: bool = False, most: int = maxsize,
+        plan: Plan | None = None,
+    ) -> None:  # fmt: skip
         if memory not in MEMORY:
             raise ValueError(f"unknown memory policy {memory!r}: choose one of {', '.join(MEMORY)}")
-        self.weights, self.memory, self.backend, self.for_sums, self.most = weights, memory, backend, sums, most
+        self.weights, self.memory, self.backend, self.for_sums, self.most, self.plan = weights, memory, backend, sums, most, plan
         self._ready: Ready | None = None
 
     @property
@@ -127,8 +130,10 @@ class Execution:
             return x.new_empty((0, ready.problem.n))
         return self._run(ready, m, x, bias)
 
-    def sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x [M, K]`` → bfloat16 ``[M, N]``, to which neither scales nor bias have been applied, and its token scales ``[M, 1]``.
+    def sums(self, x: Activations) -> tuple[Tensor, Tensor]:
+        """``x [M, K]`` → bfloat16 ``[M, N]`` without token scales and bias, and those scales ``[M, 1]``.
+
+        Weight scales have been applied if `Problem.scales_sums`.
 
         Raises:
             ValueError: x is not of K columns.
@@ -141,20 +146,23 @@ class Execution:
                 return self.sums(x)
         ready = self._ready
         # Whoever asks for sums is an op itself, on the device of x.
-        found = None if ready is None else ready.decided.get((x.get_device(), x.dtype, x.shape, x.stride()))
+        found = None if ready is None else ready.decided.get(kind_of(x))
         if found is not None:
             layout, bound = found
-            return bound.sums(x, ready.resident[layout])
+            return bound.sums(x, ready.resident[layout], ready.scale)
         if ready is None or x.dtype != ready.problem.dtype or x.device != ready.device:
             raise UnsupportedError(f"prepare the layer for {x.dtype} on {x.device} before asking for its sums")
         _check_k(x, ready.problem)
         m = x.shape[0]
         if m == 0:
-            return x.new_empty((0, ready.problem.n), dtype=torch.bfloat16), x.new_empty((0, 1), dtype=torch.float32)
+            kinds = ((ready.problem.n, torch.bfloat16), (1, torch.float32))
+            return tuple(torch.empty(0, columns, dtype=dtype, device=x.device) for columns, dtype in kinds)
         choice = ready.choice(m)
         resident = ready.resident[choice.backend.layout]
         bound = self._decide(ready, choice, x)
-        return choice.backend.sums(ready.problem, x, resident, choice.variant) if bound is None else bound.sums(x, resident)
+        if bound is None:
+            return choice.backend.sums(ready.problem, x, resident, ready.scale, choice.variant)
+        return bound.sums(x, resident, ready.scale)
 
     def _run(self, ready: Ready, m: int, x: Tensor, bias: Tensor | None) -> Tensor:
         choice = ready.choice(m)
@@ -168,7 +176,7 @@ class Execution:
         """Whether a `Bound` may run whole linears: nobody looks, and x is on the current device."""
         return not self.for_sums and unwatched(x) and x.get_device() == current_device()
 
-    def _decide(self, ready: Ready, choice: Choice, x: Tensor) -> Bound | None:
+    def _decide(self, ready: Ready, choice: Choice, x: Activations) -> Bound | None:
         """Decide, if the backend can, for this call and for later ones with such inputs."""
         bind = getattr(choice.backend, "bind", None)
         if bind is None:
@@ -178,7 +186,7 @@ class Execution:
         if bound is not None:
             if len(ready.decided) >= MOST_DECIDED:
                 ready.decided.clear()
-            ready.decided[x.get_device(), x.dtype, x.shape, x.stride()] = layout, bound
+            ready.decided[kind_of(x)] = layout, bound
         return bound
 
     @torch.compiler.disable
@@ -227,7 +235,7 @@ class Execution:
         if self.backend is not None:
             few, many = (named(self.backend, problem, m, sums=self.for_sums) for m in (FEW_TOKENS, FEW_TOKENS + 1))
             return _merged([(FEW_TOKENS, few), (maxsize, many)])
-        plan = active_plan().plan if problem.device == "cuda" else None
+        plan = (self.plan or active_plan().plan) if problem.device == "cuda" else None
         table = {} if plan is None else plan.table(key_of(problem), sums=self.for_sums)
         if plan is None or not table:
             few, many = (choose(problem, m, memory=self.memory, sums=self.for_sums) for m in (FEW_TOKENS, FEW_TOKENS + 1))
@@ -257,7 +265,7 @@ class Decided(dict[tuple, tuple[str, Bound]]):
 _DECIDED: WeakValueDictionary[tuple, Decided] = WeakValueDictionary()
 
 
-def _check_k(x: Tensor, problem: Problem) -> None:
+def _check_k(x: Activations, problem: Problem) -> None:
     if x.shape[1] != problem.k:
         raise ValueError(f"activations have {x.shape[1]} columns, the layer takes {problem.k}")
 

@@ -1,18 +1,20 @@
-"""Layers that had better run on a serving engine's own dense kernels: told from a plan.
+"""Layers that had better run on a serving engine's own dense kernels, and what of a plan the others run: told from the plan.
 
-The GPU's times decide; an op of ours costs the host a quarter more than the engine's product (`benchmarks/host_time.py`). The engine's
-kernel is one of the dense routes, and what is ours runs it where nothing else is faster.
+A layer is ours where sparse tensor cores pay, or where its input is SwiGLU's output, which our kernel computes, quantises and lifts in one
+pass. Dense kernels that are quicker than the engine's are no reason by themselves: within an engine, which keeps the GPU at its power limit
+and the host busy, they gained nothing (docs/serving.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from math import exp, fsum, log
 from sys import maxsize
 
 import torch
 
-from .plan import Key, Plan
+from ..measure import Timing
+from .plan import Cell, Key, Plan, backend_of
 from .problem import Problem
 
 RIVAL = "dense:cutlass"
@@ -32,34 +34,41 @@ def rival_of(problem: Problem) -> str | None:
 
 
 def gains(plan: Plan, key: Key, rival: str | None, *, sums: bool, without: Collection[str] = (), most: int = maxsize) -> dict[int, float]:
-    """How many times as fast as the engine's own the plan's choice is, by measured number of tokens, up to ``most`` of a step.
+    """How many times as fast as the engine's own sparse tensor cores are where the plan chooses them, else 1.
 
-    The engine's is ``rival``, the quicker of the two forms in which it was timed, or else the quickest dense route. Numbers at which it was
-    not timed, or found wrong, are left out, and so are those at which nothing that was timed can run here.
+    By measured number of tokens, up to ``most`` of a step. The engine's is ``rival``, the quicker of the two forms in which it was timed,
+    or else the quickest dense route. Numbers at which it was not timed, or found wrong, are left out, and so are those at which nothing
+    that was timed can run here.
     """
     table = plan.table(key, sums=sums)
     found = {}
     for m in [m for m in table if m <= most] or [*table][:1]:
         cell, ours = table[m], plan.route(key, m, "fast", without, sums=sums)
-        if rival is None:
-            theirs = [] if (quickest := cell.dense(without, sums=sums)) is None else [quickest[1]]
-        else:
-            theirs = [times[rival] for times in (cell.times(sums), cell.timings) if rival in times]
-        if theirs and ours is not None:
-            found[m] = min(timing.p50 for timing in theirs) / cell.times(sums)[ours].p50
+        theirs = _engines(cell, rival, without, sums)
+        if theirs is not None and ours is not None:
+            found[m] = 1.0 if backend_of(ours) == "dense" else theirs / cell.times(sums)[ours].p50
     return found
 
 
+def _engines(cell: Cell, rival: str | None, without: Collection[str], sums: bool) -> float | None:
+    """Microseconds of the engine's product."""
+    if rival is None:
+        quickest = cell.dense(without, sums=sums)
+        return None if quickest is None else quickest[1].p50
+    return min((times[rival].p50 for times in (cell.times(sums), cell.timings) if rival in times), default=None)
+
+
 def why_theirs(
-    plan: Plan | None, key: Key, rival: str | None, *, sums: bool, without: Collection[str] = (), most: int = maxsize
+    plan: Plan | None, key: Key, rival: str | None, *, sums: bool, without: Collection[str] = (), most: int = maxsize, gated: bool = False
 ) -> str | None:
     """Why a layer had better be the engine's own, None if it had not.
 
     Args:
         rival: see `rival_of`; the plan must have timed it.
-        sums: scales and bias are left to the engine's compiler.
+        sums: token scales and bias are left to the engine's compiler.
         without: routes that cannot run here.
         most: the most tokens in a step.
+        gated: SwiGLU runs in the pass that quantises the layer's input.
     """
     if plan is None or not plan.cells.get(key):
         return "nothing was measured: run `slidesparse tune --vllm`"
@@ -67,11 +76,35 @@ def why_theirs(
         return "the plan has not compared them: run `slidesparse tune --vllm`"
     found = gains(plan, key, rival, sums=sums, without=without, most=most)
     mean = average(found)
-    if mean >= WORTH:
+    if gated or mean >= WORTH:
         return None
     if max(found.values(), default=1.0) <= 1:
         return "nothing was measured to be faster"
     return f"ours would be {mean:.4f} times as fast on average over {min(found)} to {max(found)} tokens, and {WORTH} is asked"
+
+
+def within_engine(plan: Plan, key: Key, rival: str | None, *, sums: bool, without: Collection[str] = (), most: int = maxsize) -> Plan:
+    """What of a plan a layer of ours runs: sparse routes where they are worth a copy, and of dense ones the engine's.
+
+    Another dense route stays where it is `WORTH` times as fast.
+    """
+    sparse = average(gains(plan, key, rival, sums=sums, without=without, most=most)) >= WORTH
+    kept = Plan(plan.machine, {}, plan.date)
+    for cell in plan.cells.get(key, {}).values():
+        families = (_trimmed(times, rival, sparse) for times in (cell.timings, cell.sums))
+        kept.add(key, Cell(cell.m, next(families), cell.dropped, next(families)))
+    return kept
+
+
+def _trimmed(times: Mapping[str, Timing], rival: str | None, sparse: bool) -> dict[str, Timing]:
+    bar = times[rival].p50 / WORTH if rival in times else maxsize
+    dense = {name for name in times if backend_of(name) == "dense" and (name == rival or times[name].p50 <= bar)}
+    return {name: timing for name, timing in times.items() if name in dense or (sparse and backend_of(name) != "dense")}
+
+
+def follows_swiglu(name: str, activation: str | None) -> bool:
+    """Whether a layer of that name, in a model of that activation, reads silu(gate) · up."""
+    return activation in ("silu", "swish") and name.rpartition(".")[2] in ("down_proj", "w2")
 
 
 def average(found: dict[int, float]) -> float:

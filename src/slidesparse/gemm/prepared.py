@@ -1,8 +1,9 @@
 """Layers behind one opaque op, for engines that compile a model once for every number of tokens.
 
-``slidesparse::linear`` is a whole linear. ``slidesparse::sums`` leaves scales and bias to the engine's graph, where its compiler fuses them
-into whatever consumes the output. The route is chosen inside the op by the number of tokens at hand. What the compiled graph holds of a
-layer is a tensor that names it, an input like any weight, so that the graphs of equal layers are equal and compiled once.
+``slidesparse::linear`` is a whole linear. ``slidesparse::sums`` leaves token scales and bias to the engine's graph, where its compiler
+fuses them into whatever consumes the output; ``slidesparse::silu_mul_sums`` does the same with SwiGLU in front of it. The route is chosen
+inside the op by the number of tokens at hand. What the compiled graph holds of a layer is a tensor that names it, an input like any weight,
+so that the graphs of equal layers are equal and compiled once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..ops.library import define
+from .activations import Gated
 from .execution import Execution
 from .problem import Problem
 
@@ -50,7 +52,7 @@ class _ByNumber(dict[int, Prepared]):
 
 _PREPARED = _ByNumber()
 _NUMBERS = itertools.count(1)
-_warmed: set[tuple[Problem, int, torch.device, str, bool]] = set()
+_warmed: set[tuple[Problem, int, torch.device, str, bool, bool]] = set()
 
 
 def prepare(
@@ -83,17 +85,22 @@ def prepare(
     return torch.tensor([number], dtype=torch.int64, device="cpu")
 
 
-def warm(name: Tensor, tokens: Iterable[int]) -> None:
-    """Run a prepared layer once for each number of tokens, unless one of the same shape was: CUDA graphs may capture it afterwards."""
+def warm(name: Tensor, tokens: Iterable[int], *, gated: bool = False) -> None:
+    """Run a prepared layer once for each number of tokens, unless one of the same shape was: CUDA graphs may capture it afterwards.
+
+    ``gated``: behind SwiGLU, too.
+    """
     prepared = _PREPARED[int(name)]
     for m in tokens:
         summed, wanted = prepared.execution.for_sums, prepared.problem
-        key = (wanted, m, prepared.device, prepared.execution.route(m), summed)
+        key = (wanted, m, prepared.device, prepared.execution.route(m), summed, gated)
         if key in _warmed:
             continue
         x = torch.zeros(m, wanted.k - prepared.left - prepared.right, dtype=wanted.dtype, device=prepared.device)
         # As ops, which run on the device of x, whichever is current.
         _sums_op(x, name, wanted.n) if summed else _linear_op(x, name, None, wanted.n)
+        if gated and summed:
+            _silu_mul_sums_op(x.new_zeros(m, 2 * x.shape[1]), None, None, name, wanted.n)
         _warmed.add(key)
 
 
@@ -109,12 +116,24 @@ def linear(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
 def sums(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Run the prepared layer that `prepare` named but for its epilogue: ``x [M, K]`` → bfloat16 ``[M, n]`` and token scales ``[M, 1]``.
 
-    Its `Execution` must have been made for sums. What is left to do, in float32: y = sums · weight scales · token scales + bias.
+    Its `Execution` must have been made for sums. What is left to do, in float32: y = sums · weight scales · token scales + bias, without
+    the weight scales if `Problem.scales_sums`.
 
     Raises:
         UnsupportedError: the layer is gone, or was prepared for something else.
     """
     return _sums_op(x, name, n)
+
+
+def silu_mul_sums(gate_up: Tensor, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """`sums` of silu(gate) · up: ``gate_up [M, 2K]``, gates first, times ``channel`` scales and token ``scale`` first, see `Gated`.
+
+    One kernel gates, quantises and lifts, where there is one.
+
+    Raises:
+        UnsupportedError: as `sums`.
+    """
+    return _silu_mul_sums_op(gate_up, scale, channel, name, n)
 
 
 def _run(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
@@ -139,6 +158,22 @@ def _run_sums(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return y.contiguous(), scale
 
 
+def _run_silu_mul_sums(
+    gate_up: Tensor, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    prepared, x = _PREPARED[int(name)], Gated(gate_up, scale, channel)
+    if prepared.left or prepared.right:
+        return _run_sums(x.computed(), name, n)
+    y, x_scale = prepared.execution.sums(x)
+    return y.contiguous(), x_scale
+
+
+def _silu_mul_sums_fake(
+    gate_up: Tensor, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _sums_fake(gate_up, name, n)
+
+
 def _sums_fake(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], n), dtype=torch.bfloat16), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
@@ -148,4 +183,8 @@ def _fake(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
 
 
 _linear_op = define("linear(Tensor x, Tensor name, Tensor? bias, SymInt n) -> Tensor", oracle=_run, cuda=_run, fake=_fake)
+_silu_mul_sums_op = define(
+    "silu_mul_sums(Tensor gate_up, Tensor? scale, Tensor? channel, Tensor name, SymInt n) -> (Tensor, Tensor)",
+    oracle=_run_silu_mul_sums, cuda=_run_silu_mul_sums, fake=_silu_mul_sums_fake,
+)  # fmt: skip
 _sums_op = define("sums(Tensor x, Tensor name, SymInt n) -> (Tensor, Tensor)", oracle=_run_sums, cuda=_run_sums, fake=_sums_fake)

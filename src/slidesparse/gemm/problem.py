@@ -33,6 +33,11 @@ class Problem:
         return self.dtype == self.scheme.dtype and self.bias in (None, self.dtype)
 
     @property
+    def scales_sums(self) -> bool:
+        """Whether bare products come with the weight scales applied: every product of int8 does so for nothing, not every one of fp8."""
+        return self.scheme.dtype == torch.int8
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """Type of resident dense weights: the narrowest that holds them exactly and whose products sum exactly enough.
 

@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from .activations import Activations
 from .backends import cusparselt, dense, reference, restore
 from .problem import Problem, Weights
 
@@ -40,7 +41,8 @@ class Backend(Protocol):
     to run ``m`` tokens, the likely fastest first; ``search`` those worth timing for the tokens at hand. ``prepare`` derives the
     resident tensors; ``run`` computes ``y [M, N]`` from ``x [M, K]``, quantising it itself where the scheme asks for it. Where
     ``gives_sums`` says so of a variant, ``sums`` leaves the epilogue to the caller (8-bit schemes): it quantises ``x`` and returns the
-    product in bfloat16 ``[M, N]``, to which neither scales nor bias have been applied, with the token scales ``[M, 1]``. ``roundings``
+    product in bfloat16 ``[M, N]``, to which neither token scales nor bias have been applied, and weight scales only if
+    `Problem.scales_sums`, with the token scales ``[M, 1]``. ``roundings``
     is how often ``run`` rounds to 16 bits, which the tolerance policy wants to know.
     """
 
@@ -63,7 +65,9 @@ class Backend(Protocol):
 
     def gives_sums(self, variant: str) -> bool: ...
 
-    def sums(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str) -> tuple[Tensor, Tensor]: ...
+    def sums(
+        self, problem: Problem, x: Activations, resident: Mapping[str, Tensor], scale: Tensor | None, variant: str
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class Bound(Protocol):
@@ -76,7 +80,7 @@ class Bound(Protocol):
 
     def run(self, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None) -> Tensor: ...
 
-    def sums(self, x: Tensor, resident: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
+    def sums(self, x: Activations, resident: Mapping[str, Tensor], scale: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)

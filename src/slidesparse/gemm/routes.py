@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from .activations import Activations, quantized
 from .numerics import finish, int32_overflow, products
 from .problem import Problem
 
@@ -25,13 +26,14 @@ class Route:
     """One way: ``refuses(problem)`` says why it cannot run; ``run(problem, q, x_scale, weight, scale, bias)`` gives ``[M, N]``.
 
     ``q [M, K]`` are activations quantised with ``x_scale [M, 1]``, M of q rounded up to a multiple of ``rows``; the activations
-    themselves, and None, where the scheme does not quantise them. ``sums(problem, q, weight)`` is the bare product, bfloat16 ``[M, N]``;
-    None if there is none. ``roundings`` is how often ``run`` rounds to 16 bits.
+    themselves, and None, where the scheme does not quantise them. ``sums(problem, q, weight, scale)`` is the product without token scales
+    and bias, bfloat16 ``[M, N]``, and without weight scales unless `Problem.scales_sums`; None if there is none. ``roundings`` is how often
+    ``run`` rounds to 16 bits.
     """
 
     refuses: Callable[[Problem], str | None]
     run: Callable[[Problem, Tensor, Maybe, Tensor, Maybe, Maybe], Tensor]
-    sums: Callable[[Problem, Tensor, Tensor], Tensor] | None = None
+    sums: Callable[[Problem, Tensor, Tensor, Maybe], Tensor] | None = None
     roundings: int = 1
     rows: int = 1
 
@@ -134,10 +136,10 @@ def run_route(name: str, problem: Problem, x: Tensor, weight: Tensor, scale: May
     return route.run(problem, q, x_scale, weight, scale, bias)
 
 
-def run_sums(name: str, problem: Problem, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def run_sums(name: str, problem: Problem, x: Activations, weight: Tensor, scale: Maybe) -> tuple[Tensor, Tensor]:
     """Quantise, and multiply by the route of that name: bfloat16 ``[M, N]``, and the token scales ``[M, 1]`` still to be applied."""
-    q, x_scale = ops.quantize(x, problem.scheme)
-    return _ROUTES[name].sums(problem, q, weight), x_scale
+    q, x_scale = quantized(problem, x)
+    return _ROUTES[name].sums(problem, q, weight, scale), x_scale
 
 
 def _native(problem: Problem, q: Tensor, x_scale: Maybe, weight: Tensor, scale: Maybe, bias: Maybe) -> Tensor:
@@ -153,7 +155,7 @@ def _rowwise(problem: Problem, q: Tensor, x_scale: Maybe, weight: Tensor, scale:
     return torch._scaled_mm(q, weight.t(), x_scale, scale.view(1, -1), bias, out_dtype=problem.dtype, use_fast_accum=True)
 
 
-def _rowwise_sums(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
+def _rowwise_sums(problem: Problem, q: Tensor, weight: Tensor, scale: Maybe) -> Tensor:
     # Another kernel than without row scales, and the quicker one for many tokens.
     rows, columns = ones(q.device, q.shape[0]).view(-1, 1), ones(q.device, weight.shape[0]).view(1, -1)
     return torch._scaled_mm(q, weight.t(), rows, columns, out_dtype=torch.bfloat16, use_fast_accum=True)
@@ -171,7 +173,7 @@ def _tensorwise(problem: Problem, q: Tensor, x_scale: Maybe, weight: Tensor, sca
     return finish(problem, _unscaled(q, weight, between), x_scale, scale, bias)
 
 
-def _tensorwise_sums(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
+def _tensorwise_sums(problem: Problem, q: Tensor, weight: Tensor, scale: Maybe) -> Tensor:
     return _unscaled(q, weight, torch.bfloat16)
 
 
@@ -194,8 +196,8 @@ def _triton(problem: Problem, q: Tensor, x_scale: Maybe, weight: Tensor, scale: 
     return ops.w8a8(q, weight, x_scale, scale, bias, problem.dtype)
 
 
-def _triton_sums(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
-    return ops.w8a8(q, weight, ones(q.device, q.shape[0]).view(-1, 1), ones(q.device, weight.shape[0]).view(-1, 1), None, torch.bfloat16)
+def _triton_sums(problem: Problem, q: Tensor, weight: Tensor, scale: Maybe) -> Tensor:
+    return ops.w8a8(q, weight, ones(q.device, q.shape[0]).view(-1, 1), scale, None, torch.bfloat16)
 
 
 def _not_triton(problem: Problem) -> str | None:
@@ -222,8 +224,9 @@ def _exact(problem: Problem, q: Tensor, x_scale: Maybe, weight: Tensor, scale: M
     return finish(problem, sums, x_scale, scale, bias)
 
 
-def _exact_sums(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
-    return products(q, weight).to(torch.bfloat16)
+def _exact_sums(problem: Problem, q: Tensor, weight: Tensor, scale: Maybe) -> Tensor:
+    sums = products(q, weight)
+    return (sums.to(torch.float32) * scale.view(1, -1) if problem.scales_sums else sums).to(torch.bfloat16)
 
 
 def _takes_all(problem: Problem) -> str | None:

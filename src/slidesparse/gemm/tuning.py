@@ -254,17 +254,21 @@ class Bench:
     ) -> dict[str, list[Callable[[], tuple[Tensor, Tensor]]]]:
         """Calls that leave scales and bias to the caller, and are right: all dense routes, and of others the two fastest whole linears."""
         rows = _ends(inputs[0])
-        expected = self._products(reference.quantize(rows, self.layer.scheme)[0])
+        expected, scale = self._products(reference.quantize(rows, self.layer.scheme)[0]), self.weights.channel_scale
+        if self.problem.scales_sums:
+            expected *= scale.view(1, -1)
         same_dtype = expected.to(torch.bfloat16)
         if route_refuses("tensorwise", self.problem) is None:
-            same_dtype = run_sums("tensorwise", self.problem, rows, self.dense)[0]
+            same_dtype = run_sums("tensorwise", self.problem, rows, self.dense, scale)[0]
         quickest_first, calls = sorted(timings, key=lambda name: timings[name].p50), {}
         for backend in backends():
             own = [name.partition(":")[2] for name in quickest_first if backend_of(name) == backend.name]
             variants = [variant for variant in own if backend.gives_sums(variant)]
             for variant in variants if backend.layout == "dense" else variants[:_SUMS_TIMED]:
                 held, name = self._layout(backend, len(inputs)), f"{backend.name}:{variant}"
-                found = [partial(backend.sums, self.problem, x, resident, variant) for x, resident in zip(inputs, held, strict=False)]
+                found = [
+                    partial(backend.sums, self.problem, x, resident, scale, variant) for x, resident in zip(inputs, held, strict=False)
+                ]
                 reason = self._fault(lambda call=found[0]: call()[0], len(inputs[0]), expected, same_dtype)
                 if reason is None:
                     calls[name] = found

@@ -56,23 +56,28 @@ def rms_norm_quantize(
 
 
 def silu_mul_quantize(
-    gate_up: Tensor, scheme: Scheme, *, pattern: Pattern | None = None, scale: Tensor | None = None, bias: Tensor | None = None,
-    width: int | None = None, rows: int = 1,
+    gate_up: Tensor, scheme: Scheme, *, pattern: Pattern | None = None, scale: Tensor | None = None, channel: Tensor | None = None,
+    bias: Tensor | None = None, width: int | None = None, rows: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """silu(gate) · up, quantised and lifted: ``gate_up [M, 2K]``, gates first → q ``[M', width]``, its scale float32 ``[M, 1]``.
 
-    With ``scale`` float32 ``[M, 1]``, gate_up · scale + ``bias [2K]``, rounded once to gate_up's type, stands for gate_up. silu in
-    float32, rounded, times up, rounded. Without ``pattern`` nothing is lifted; ``width`` and ``rows`` as in `quantize_lift`.
+    With ``scale`` float32 ``[M, 1]``, gate_up · ``channel`` (float32 ``[2K]``, if given) · scale + ``bias [2K]``, rounded once to
+    gate_up's type, stands for gate_up. silu in float32, rounded, times up, rounded. Without ``pattern`` nothing is lifted; ``width`` and
+    ``rows`` as in `quantize_lift`.
 
     Raises:
-        ValueError: as `quantize_lift`; a shape or type does not fit, or there is a bias without a scale.
+        ValueError: as `quantize_lift`; a shape or type does not fit, or there are channel scales or a bias without a scale.
     """
     m, double = gate_up.shape if gate_up.dim() == 2 else (0, 0)
     if double % 2:
         raise ValueError(f"gate_up must hold gates and as many ups, got {double} columns")
     dtype, text, width = _request(gate_up, double // 2, scheme, pattern, width, rows)
     _check_scale(scale, bias, m, double)
-    return _silu_mul_quantize_op(gate_up, dtype, text, scale, bias, width, rows)
+    if channel is not None:
+        if scale is None:
+            raise ValueError("channel scales come with token scales: give both")
+        _check("channel", channel, (double,), (torch.float32,))
+    return _silu_mul_quantize_op(gate_up, dtype, text, scale, channel, bias, width, rows)
 
 
 def _request(x: Tensor, k: int, scheme: Scheme, pattern: Pattern | None, width: int | None, rows: int) -> tuple[torch.dtype, str, int]:
@@ -99,10 +104,10 @@ def _check_scale(scale: Tensor | None, bias: Tensor | None, m: int, n: int) -> N
         _check("bias", bias, (n,), (torch.bfloat16, torch.float16, torch.float32))
 
 
-def _scaled(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def _scaled(x: Tensor, scale: Tensor | None, bias: Tensor | None, channel: Tensor | None = None) -> Tensor:
     if scale is None:
         return x
-    y = x.float() * scale
+    y = (x.float() if channel is None else x.float() * channel) * scale
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
@@ -133,11 +138,16 @@ def _add_norm_oracle(
     return *_quantised(_normed(total, weight, eps), dtype, pattern, width, rows), total
 
 
+def gated(x: Tensor, scale: Tensor | None, channel: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """silu(gate) · up ``[M, K]`` by plain torch, rounded as `silu_mul_quantize` rounds."""
+    gate, up = _scaled(x, scale, bias, channel).chunk(2, -1)
+    return (gate.float() * torch.sigmoid(gate.float())).to(x.dtype) * up
+
+
 def _silu_oracle(
-    x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None, width: int, rows: int
+    x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None, width: int, rows: int
 ) -> tuple[Tensor, Tensor]:
-    gate, up = _scaled(x, scale, bias).chunk(2, -1)
-    return _quantised((gate.float() * torch.sigmoid(gate.float())).to(x.dtype) * up, dtype, pattern, width, rows)
+    return _quantised(gated(x, scale, channel, bias), dtype, pattern, width, rows)
 
 
 def _runs(x: Tensor, dtype: torch.dtype, pattern: str, width: int) -> bool:
@@ -164,11 +174,11 @@ def _add_norm_cuda(
 
 
 def _silu_cuda(
-    x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None, width: int, rows: int
+    x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None, width: int, rows: int
 ) -> tuple[Tensor, Tensor]:
     if not _runs(x, dtype, pattern, width):
-        return _silu_oracle(x, dtype, pattern, scale, bias, width, rows)
-    return launch_silu(x, dtype, pattern, scale, bias, width, rows)
+        return _silu_oracle(x, dtype, pattern, scale, channel, bias, width, rows)
+    return launch_silu(x, dtype, pattern, scale, channel, bias, width, rows)
 
 
 def launch_norm(
@@ -190,18 +200,34 @@ def launch_norm(
 
 
 def launch_silu(
-    x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None, width: int, rows: int = 1,
-    launch: Launch | None = None, *, fused: bool = True,
+    x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None, width: int,
+    rows: int = 1, launch: Launch | None = None, *, fused: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the SwiGLU kernel on the current device and stream."""
-    x, (m, k) = in_rows(x), (x.shape[0], x.shape[1] // 2)
+    x = in_rows(x)
     q, out_scale = empty(x, dtype, width, rows)
-    if m:
-        token, shift = out_scale if scale is None else scale.contiguous(), out_scale if bias is None else bias.contiguous()
-        tensors = (x, token, shift, q, out_scale)
-        flags = (("SCALED", scale is not None), ("BIASED", bias is not None))
-        _call("silu", m, k, (x.stride(0),), flags, _types(tensors), x.device, launch, pattern, width, fused)(*tensors)
+    if x.shape[0]:
+        added = tuple(None if tensor is None else tensor.contiguous() for tensor in (scale, channel, bias))
+        silu_call(x, dtype, pattern, added, width, launch, fused=fused)(*silu_inputs(x, added, out_scale), q, out_scale)
     return q, out_scale
+
+
+def silu_call(
+    x: Tensor, dtype: torch.dtype, pattern: str, added: tuple[Tensor | None, ...], width: int, launch: Launch | None = None, *,
+    fused: bool = True,
+) -> Call:  # fmt: skip
+    """The SwiGLU launch for rows like those of x, to be called with what `silu_inputs` gives, q and its scale.
+
+    ``added`` are token scales, channel scales and bias or None.
+    """
+    flags = tuple((name, tensor is not None) for name, tensor in zip(("SCALED", "CHANNELS", "BIASED"), added, strict=True))
+    types = (x.dtype, *(torch.float32 if tensor is None else tensor.dtype for tensor in added), dtype, torch.float32)
+    return _call("silu", x.shape[0], x.shape[1] // 2, (x.stride(0),), flags, types, x.device, launch, pattern, width, fused)
+
+
+def silu_inputs(x: Tensor, added: tuple[Tensor | None, ...], other: Tensor) -> tuple[Tensor, ...]:
+    """The kernel's input tensors; absent ones are stood in for by ``other``, which it then does not read."""
+    return (x, *(other if tensor is None else tensor for tensor in added))
 
 
 def _types(tensors: tuple[Tensor, ...]) -> tuple[torch.dtype, ...]:
@@ -232,8 +258,8 @@ def _add_norm_fake(x: Tensor, weight: Tensor, residual: Tensor, eps: float, dtyp
     return *fake(x, dtype, width, rows), x.new_empty(x.shape)
 
 
-def _silu_fake(x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None, width: int,
-               rows: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _silu_fake(x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None,
+               width: int, rows: int) -> tuple[Tensor, Tensor]:  # fmt: skip
     return fake(x, dtype, width, rows)
 
 
@@ -247,5 +273,6 @@ _add_rms_norm_quantize_op = define(
     oracle=_add_norm_oracle, cuda=_add_norm_cuda, fake=_add_norm_fake,
 )  # fmt: skip
 _silu_mul_quantize_op = define(
-    f"silu_mul_quantize(Tensor x, {_TAIL}) -> (Tensor, Tensor)", oracle=_silu_oracle, cuda=_silu_cuda, fake=_silu_fake,
+    "silu_mul_quantize(Tensor x, ScalarType dtype, str pattern, Tensor? scale, Tensor? channel, Tensor? bias, SymInt width, int rows)"
+    " -> (Tensor, Tensor)", oracle=_silu_oracle, cuda=_silu_cuda, fake=_silu_fake,
 )  # fmt: skip

@@ -46,11 +46,17 @@ def _product(a, b, FUSED: tl.constexpr, HOPPER: tl.constexpr):
 
 
 @triton.jit
-def _input(x, scale, bias, rows, column, m, k, stride, SCALED: tl.constexpr, BIASED: tl.constexpr, FUSED: tl.constexpr):
-    """Elements of x; if ``SCALED``, times their row's scale plus bias, rounded once."""
+def _input(
+    x, scale, channel, bias, rows, column, m, k, stride,
+    SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """Elements of x; if ``SCALED``, times their column's scale, if there is one, times their row's plus bias, rounded once."""
     value = load(x, rows, column, m, k, stride)
     if SCALED:
-        scaled = float32(value) * scale
+        scaled = float32(value)
+        if CHANNELS:
+            scaled *= tl.load(channel + column, mask=column < k, other=0.0)
+        scaled *= scale
         if BIASED:
             scaled += float32(tl.load(bias + column, mask=column < k, other=0.0))
         value = _rounded(scaled, value, FUSED)
@@ -66,7 +72,7 @@ def _norm_inputs(
     parts = ()
     for part in tl.static_range(PARTS):
         column = columns(chunk, part, SPAN)
-        value = _input(x, scale, bias, rows, column, m, k, stride, SCALED, BIASED, FUSED)
+        value = _input(x, scale, bias, bias, rows, column, m, k, stride, SCALED, False, BIASED, FUSED)
         if SUMMED:
             value = _sum(value, load(residual, rows, column, m, k, residual_stride), FUSED, HOPPER)
         parts = parts + (value,)  # noqa: RUF005
@@ -184,15 +190,16 @@ def _sigmoid(x, FUSED: tl.constexpr):
 
 @triton.jit
 def _gated(
-    x, scale, bias, rows, chunk, m, k, stride, PARTS: tl.constexpr, SPAN: tl.constexpr,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr,
+    x, scale, channel, bias, rows, chunk, m, k, stride, PARTS: tl.constexpr, SPAN: tl.constexpr,
+    SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     """The parts of a chunk of silu(gate), rounded, times up, rounded; x holds the gates, k elements a row, then the ups."""
     parts = ()
     for part in tl.static_range(PARTS):
         column = columns(chunk, part, SPAN)
-        value = _input(x, scale, bias, rows, column, m, k, stride, SCALED, BIASED, FUSED)
-        up = _input(x + k, scale, bias + k if BIASED else bias, rows, column, m, k, stride, SCALED, BIASED, FUSED)
+        value = _input(x, scale, channel, bias, rows, column, m, k, stride, SCALED, CHANNELS, BIASED, FUSED)
+        channels, biases = channel + k if CHANNELS else channel, bias + k if BIASED else bias
+        up = _input(x + k, scale, channels, biases, rows, column, m, k, stride, SCALED, CHANNELS, BIASED, FUSED)
         gate = float32(value)
         gate = _rounded(gate * _sigmoid(gate, FUSED), value, FUSED)
         parts = parts + (_product(gate, up, FUSED, HOPPER),)  # noqa: RUF005
@@ -201,12 +208,13 @@ def _gated(
 
 @triton.jit(do_not_specialize=["m"])
 def silu_mul_quantize_kernel(
-    x, scale_in, bias, q, scale_out, m, k, width, stride, SCALED: tl.constexpr, BIASED: tl.constexpr,
+    x, scale_in, channel, bias, q, scale_out, m, k, width, stride,
+    SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr,
     BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
     COALESCED: tl.constexpr,
 ):  # fmt: skip
-    """x ``[m, 2k]``, gates first (scale_in ``[m]``, bias ``[2k]``) → q and scale_out as in `quantize_kernel`."""
+    """x ``[m, 2k]``, gates first (scale_in ``[m]``, channel and bias ``[2k]``) → q and scale_out as in `quantize_kernel`."""
     begin(HOPPER)
     q = q.to(tl.pointer_type(tl.int32 if GROUP else tl.int8), bitcast=True)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -215,12 +223,13 @@ def silu_mul_quantize_kernel(
     values = ()
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
-            parts = _gated(x, token, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, BIASED, FUSED, HOPPER)
+            parts = _gated(x, token, channel, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, CHANNELS, BIASED, FUSED, HOPPER)
             largest = larger(largest, parts[0], HOPPER)
             values = values + (parts,)  # noqa: RUF005
     else:
         for chunk in range(CHUNKS):
-            largest = larger(largest, _gated(x, token, bias, rows, chunk, m, k, stride, 1, SPAN, SCALED, BIASED, FUSED, HOPPER)[0], HOPPER)
+            parts = _gated(x, token, channel, bias, rows, chunk, m, k, stride, 1, SPAN, SCALED, CHANNELS, BIASED, FUSED, HOPPER)
+            largest = larger(largest, parts[0], HOPPER)
     scale, by = row_scale(largest, BOUND, x.dtype.element_ty)
     tl.store(scale_out + rows, scale, mask=rows < m)
     if CACHED:
@@ -228,6 +237,6 @@ def silu_mul_quantize_kernel(
             store_chunk(q, values[chunk], by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     else:
         for chunk in range(CHUNKS):
-            parts = _gated(x, token, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, BIASED, FUSED, HOPPER)
+            parts = _gated(x, token, channel, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, CHANNELS, BIASED, FUSED, HOPPER)
             store_chunk(q, parts, by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     store_padding(q, rows, m, k, width, GROUP, ROWS, SPAN, CHUNKS, PAD_TILES)

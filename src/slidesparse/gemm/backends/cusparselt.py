@@ -13,9 +13,10 @@ from ... import ops
 from ...ops import cusparselt
 from ...ops.cusparselt_plans import Plan
 from ...ops.launching import Call
-from ...ops.library import allocator, runs_kernels
-from ...ops.quantize import moves_nothing, padded_rows, quantize_call
+from ...ops.library import allocator
+from ...ops.quantize import moves_nothing, padded_rows
 from ...ops.rescale import rescale_call
+from ..activations import Activations, call_for, inputs_of, quantized
 from ..numerics import finish, int32_overflow
 from ..problem import Problem, Weights
 
@@ -97,24 +98,28 @@ class CuSparseLt:
         """What is rounded to bfloat16 anyway."""
         return not variant.startswith(_EXACT)
 
-    def sums(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str) -> tuple[Tensor, Tensor]:
+    def sums(
+        self, problem: Problem, x: Activations, resident: Mapping[str, Tensor], scale: Tensor | None, variant: str
+    ) -> tuple[Tensor, Tensor]:
         """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
         q, x_scale = self._activations(problem, x)
-        sums = cusparselt.sparse_mm(q, resident["compressed"], None, _padded(problem)[0], torch.bfloat16, variant)
+        alpha = resident.get("alpha") if problem.scales_sums else None
+        sums = cusparselt.sparse_mm(q, resident["compressed"], alpha, _padded(problem)[0], torch.bfloat16, variant)
         return _cut(sums, x.shape[0], problem.n), x_scale
 
-    def bind(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str, *, sums: bool) -> Bound | None:
+    def bind(self, problem: Problem, x: Activations, resident: Mapping[str, Tensor], variant: str, *, sums: bool) -> Bound | None:
         """See `registry.Bound`: of 8-bit schemes, once the library has a plan for the number of tokens."""
         dtype, shape = problem.scheme.dtype, (x.shape[0], problem.n)
-        if not problem.scheme.dynamic or x.stride(1) != 1 or not runs_kernels(x.device, dtype):
+        (n, width), rows = _padded(problem), padded_rows(x.shape[0], cusparselt.token_step(x.shape[0]))
+        quantize = call_for(problem, x, problem.pattern, width) if problem.scheme.dynamic else None
+        if quantize is None:
             return None
         exact = variant.startswith(_EXACT)
-        (n, width), rows = _padded(problem), padded_rows(x.shape[0], cusparselt.token_step(x.shape[0]))
-        between, scaled = self._sums(problem, exact), not (exact or sums) and "alpha" in resident
-        plan = cusparselt.plans.known((x.get_device(), n, width, rows, dtype, between, scaled, variant.removeprefix(_EXACT).strip()))
+        between, scaled = self._sums(problem, exact), not exact and "alpha" in resident and (problem.scales_sums or not sums)
+        device = -1 if x.device.index is None else x.device.index
+        plan = cusparselt.plans.known((device, n, width, rows, dtype, between, scaled, variant.removeprefix(_EXACT).strip()))
         if plan is None:
             return None
-        quantize = quantize_call(x, None if moves_nothing(problem.pattern, 0) else problem.pattern, dtype, 0, width)
         types = (between, problem.dtype, torch.float32, None if scaled else torch.float32, problem.bias)
         rescale = None if sums else rescale_call(types, *shape, n, None)
         sizes = ((rows, width), dtype), ((shape[0], 1), torch.float32), ((rows, n), between), (shape, problem.dtype)
@@ -123,10 +128,10 @@ class CuSparseLt:
         return Bound(allocator(x.device), quantize, plan, rescale, scaled, q, scales, products, cut, out)
 
     @staticmethod
-    def _activations(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _activations(problem: Problem, x: Activations) -> tuple[Tensor, Tensor | None]:
         width, rows = _padded(problem)[1], cusparselt.token_step(x.shape[0])
         if problem.scheme.dynamic:
-            return ops.quantize_lift(x, problem.pattern, problem.scheme, width=width, rows=rows)
+            return quantized(problem, x, problem.pattern, width=width, rows=rows)
         if not torch.compiler.is_compiling() and moves_nothing(problem.pattern, 0) and _fits(x, rows, width):
             return x, None
         return ops.lift(x, problem.pattern, width=width, rows=rows), None
@@ -157,11 +162,13 @@ class Bound(NamedTuple):
     cut: tuple[int, int] | None
     out: tuple
 
-    def sums(self, x: Tensor, resident: Mapping[str, Tensor], *, padded: bool = False) -> tuple[Tensor, Tensor]:
+    def sums(
+        self, x: Activations, resident: Mapping[str, Tensor], scale: Tensor | None = None, *, padded: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """``[M, K]`` → ``[M, N]``, with what pads them on request, and ``[M, 1]``."""
         empty = self.empty
         q, x_scale, y = empty(*self.q), empty(*self.scales), empty(*self.products)
-        self.quantize(x, q, x_scale)
+        self.quantize(*inputs_of(x, x_scale), q, x_scale)
         self.plan.run(q, resident["compressed"], resident["alpha"] if self.scaled else None, y)
         return y if padded or self.cut is None else y[: self.cut[0], : self.cut[1]], x_scale
 

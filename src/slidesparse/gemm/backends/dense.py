@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...ops.launching import Call
-from ...ops.library import allocator, runs_kernels
-from ...ops.quantize import padded_rows, quantize_call
+from ...ops.library import allocator
+from ...ops.quantize import padded_rows
+from ..activations import Activations, call_for, inputs_of
 from ..numerics import dense_weights
 from ..problem import Problem, Weights
 from ..routes import DenseRoutes, Route, make_ready, route_named, run_route, run_sums
@@ -33,18 +34,20 @@ class Dense(DenseRoutes):
         """``[M, K]`` → ``[M, N]``."""
         return run_route(variant, problem, x, resident["weight"], scale, bias)
 
-    def sums(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str) -> tuple[Tensor, Tensor]:
+    def sums(
+        self, problem: Problem, x: Activations, resident: Mapping[str, Tensor], scale: Tensor | None, variant: str
+    ) -> tuple[Tensor, Tensor]:
         """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
-        return run_sums(variant, problem, x, resident["weight"])
+        return run_sums(variant, problem, x, resident["weight"], scale)
 
-    def bind(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str, *, sums: bool) -> Bound | None:
+    def bind(self, problem: Problem, x: Activations, resident: Mapping[str, Tensor], variant: str, *, sums: bool) -> Bound | None:
         """See `registry.Bound`: of schemes that quantise activations."""
-        dtype = problem.scheme.dtype
-        if problem.device != "cuda" or not problem.scheme.dynamic or x.stride(1) != 1 or not runs_kernels(x.device, dtype):
-            return None
         route, (m, k) = route_named(variant), x.shape
-        q = (padded_rows(m, 1 if sums else route.rows), k), (k, 1), dtype
-        return Bound(allocator(x.device), quantize_call(x, None, dtype, 0, k), q, ((m, 1), (1, 1), torch.float32), problem, route)
+        quantize = call_for(problem, x, None, k) if problem.device == "cuda" and problem.scheme.dynamic else None
+        if quantize is None:
+            return None
+        q = (padded_rows(m, 1 if sums else route.rows), k), (k, 1), problem.scheme.dtype
+        return Bound(allocator(x.device), quantize, q, ((m, 1), (1, 1), torch.float32), problem, route)
 
 
 class Bound(NamedTuple):
@@ -57,11 +60,11 @@ class Bound(NamedTuple):
     problem: Problem
     route: Route
 
-    def sums(self, x: Tensor, resident: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def sums(self, x: Activations, resident: Mapping[str, Tensor], scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
         q, x_scale = self.empty(*self.q), self.empty(*self.scales)
-        self.quantize(x, q, x_scale)
-        return self.route.sums(self.problem, q, resident["weight"]), x_scale
+        self.quantize(*inputs_of(x, x_scale), q, x_scale)
+        return self.route.sums(self.problem, q, resident["weight"], scale), x_scale
 
     def run(self, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None) -> Tensor:
         """``[M, K]`` → ``[M, N]``."""

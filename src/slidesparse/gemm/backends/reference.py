@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import reference
 from ...quant import dequantize_nvfp4
+from ..activations import Activations, Gated
 from ..problem import Problem, Weights
 
 
@@ -42,11 +43,14 @@ class Reference:
         """The oracle of the sums, too."""
         return True
 
-    def sums(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str) -> tuple[Tensor, Tensor]:
+    def sums(
+        self, problem: Problem, x: Activations, resident: Mapping[str, Tensor], scale: Tensor | None, variant: str
+    ) -> tuple[Tensor, Tensor]:
         """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
         weight = reference.restore(Weights.from_tensors(problem, resident).packed)
-        q, x_scale = reference.quantize(x, problem.scheme)
-        return (q.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.bfloat16), x_scale
+        q, x_scale = reference.quantize(x.computed() if isinstance(x, Gated) else x, problem.scheme)
+        exact = q.to(torch.float64) @ weight.to(torch.float64).t()
+        return (exact * scale.view(1, -1) if problem.scales_sums else exact).to(torch.bfloat16), x_scale
 
     def run(
         self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None, variant: str

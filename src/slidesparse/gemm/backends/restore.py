@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..activations import Activations
 from ..numerics import dense_weights
 from ..problem import Problem, Weights
 from ..routes import DenseRoutes, make_ready, run_route, run_sums
@@ -28,6 +29,8 @@ class Restore(DenseRoutes):
         """``[M, K]`` → ``[M, N]``."""
         return run_route(variant, problem, x, dense_weights(problem, Weights.from_tensors(problem, resident)), scale, bias)
 
-    def sums(self, problem: Problem, x: Tensor, resident: Mapping[str, Tensor], variant: str) -> tuple[Tensor, Tensor]:
+    def sums(
+        self, problem: Problem, x: Activations, resident: Mapping[str, Tensor], scale: Tensor | None, variant: str
+    ) -> tuple[Tensor, Tensor]:
         """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
-        return run_sums(variant, problem, x, dense_weights(problem, Weights.from_tensors(problem, resident)))
+        return run_sums(variant, problem, x, dense_weights(problem, Weights.from_tensors(problem, resident)), scale)

@@ -17,11 +17,12 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 
 from ... import ops
 from ...format import Scheme
-from ...gemm import Problem, active_plan, key_of
+from ...gemm import Plan, Problem, active_plan, key_of
 from ...gemm.execution import cannot_run
-from ...gemm.handover import RIVAL, rival_of, why_theirs
+from ...gemm.handover import RIVAL, rival_of, why_theirs, within_engine
 from ...gemm.numerics import int32_overflow
 from ...gemm.routes import Maybe, Route, add_route, one
+from ...ops.library import allocate
 
 Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 """Runs a layer: ``(layer, x [M, K], bias [N] or None)`` → ``[M, N]``."""
@@ -39,14 +40,15 @@ def _multiplies(scheme: Scheme) -> bool:
     return ops.capability() >= (8, 9) if scheme.name == "fp8" else (7, 5) <= ops.capability() < (10, 0)
 
 
-def why_give_back(problem: Problem, *, sums: bool, most: int) -> str | None:
-    """Why a layer had better be vLLM's own, None if it had not: `gemm.handover.why_theirs` by the plan in force.
+def handed_over(problem: Problem, *, sums: bool, most: int, gated: bool) -> tuple[str | None, Plan | None]:
+    """Why a layer had better be vLLM's own, None if it had not, and the plan by which it then runs: `gemm.handover` of the one in force.
 
     vLLM's W8A8 product must have been timed where it takes the problem; 16-bit products are torch's own in both.
     """
-    plan = active_plan().plan
+    plan, key, rival = active_plan().plan, key_of(problem), rival_of(problem)
     without = frozenset() if plan is None else cannot_run(plan, problem)
-    return why_theirs(plan, key_of(problem), rival_of(problem), sums=sums, without=without, most=most)
+    why = why_theirs(plan, key, rival, sums=sums, without=without, most=most, gated=gated)
+    return why, None if plan is None else within_engine(plan, key, rival, sums=sums, without=without, most=most)
 
 
 def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | None) -> Apply:
@@ -99,6 +101,8 @@ def _run(problem: Problem, q: Tensor, x_scale: Maybe, weight: Tensor, scale: May
     return _custom_ops.cutlass_scaled_mm(q, weight.t(), x_scale, scale, problem.dtype, bias)
 
 
-def _sums(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
-    unit = one(q.device)
-    return _custom_ops.cutlass_scaled_mm(q, weight.t(), unit, unit, torch.bfloat16)
+def _sums(problem: Problem, q: Tensor, weight: Tensor, scale: Maybe) -> Tensor:
+    unit, y = one(q.device), allocate(q, q.shape[0], weight.shape[0], torch.bfloat16)
+    # Not by vLLM's wrapper, whose checks cost host time in every call.
+    torch.ops._C.cutlass_scaled_mm(y, q, weight.t(), unit, scale if problem.scales_sums else unit, None)
+    return y

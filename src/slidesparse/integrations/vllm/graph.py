@@ -1,8 +1,8 @@
 """What of a packed linear stands in vLLM's graph, where its compiler fuses it: scales and bias, behind the product.
 
 Sparse tensor cores give sums without token scales; a pass of its own over the output to apply them costs up to a fifth of the product. In
-the graph they join SiLU, residual and norm, or the rotation of queries and keys. Quantisation stays in the op: in the graph, the compiler's
-kernels took longer than ours and vLLM's (int8 on an H100, docs/serving.md).
+the graph they join residual and norm, or the rotation of queries and keys; SwiGLU takes them into the next op (`fusion`). Quantisation
+stays in the op: in the graph, the compiler's kernels took longer than ours and vLLM's (int8 on an H100, docs/serving.md).
 """
 
 from __future__ import annotations
@@ -39,9 +39,17 @@ def enter_cache_key(configs: Iterable[VllmConfig | None], layer: str, how: str) 
 
 
 def open_linear(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    """``x [M, K]`` → ``[M, N]``: the prepared layer's sums, weight scale, token scale and bias in float32, rounded."""
+    """``x [M, K]`` → ``[M, N]``: the prepared layer's sums, scales and bias in float32, rounded."""
     y, x_scale = sums(x, layer.slidesparse_name, layer.slidesparse_outputs)
-    y = y.to(torch.float32) * layer.slidesparse_scale * x_scale
+    return scaled(y, x_scale, layer.slidesparse_scale, bias, x.dtype)
+
+
+def scaled(y: Tensor, scale: Tensor, channel: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Sums ``[M, N]`` times channel scales ``[1, N]``, if they have not been applied, and token scales ``[M, 1]``, plus bias."""
+    y = y.to(torch.float32)
+    if channel is not None:
+        y = y * channel
+    y = y * scale
     if bias is not None:
         y = y + bias.to(torch.float32)
-    return y.to(x.dtype)
+    return y.to(dtype)

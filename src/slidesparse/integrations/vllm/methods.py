@@ -17,14 +17,15 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeigh
 from ... import ops
 from ...errors import PatternError, UnsupportedError, WeightError
 from ...format import QUANT_METHOD, Packed, Scheme, packed_tensors
-from ...gemm import Execution, Problem, Weights
+from ...gemm import Execution, Plan, Problem, Weights
 from ...gemm.prepared import linear, prepare, warm
 from ...gemm.registry import refusal
 from ...pack import Shard
 from ...quant import scheme_of_dtype
 from ..claims import Claims
 from ..rank_weights import blank, cut, made_up, pack
-from .dense import Apply, can_give_back, give_back, why_give_back
+from .dense import Apply, can_give_back, give_back, handed_over
+from .fusion import gates
 from .graph import compiles, enter_cache_key, open_linear
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
@@ -118,8 +119,9 @@ class SlideSparseLinearMethod(LinearMethodBase):
         if layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0):
             bias = None  # vLLM adds it elsewhere
         problem = weights.problem(layer.params_dtype, device, None if bias is None else bias.dtype)
-        opened = self._can_open(layer, problem) and enter_cache_key(configs, self.layer, "sums")
-        why = self._why_give_back(problem, device, opened)
+        gated = self._can_open(layer, problem) and gates(self.config, self.layer)
+        opened = self._can_open(layer, problem) and enter_cache_key(configs, self.layer, "gated sums" if gated else "sums")
+        why, plan = self._handed_over(problem, device, opened, gated)
         if why is not None and enter_cache_key(configs, self.layer, "dense"):
             dense = ops.restore(weights.packed)[:, margins[0] : weights.k - margins[1]]
             self.stock = give_back(layer, self.scheme, dense.contiguous(), weights.channel_scale)
@@ -127,15 +129,16 @@ class SlideSparseLinearMethod(LinearMethodBase):
             return
         self.opened = opened
         chosen = self.settings
-        execution = Execution(weights, memory=chosen.memory, backend=chosen.backend, sums=opened, most=chosen.most)
+        execution = Execution(weights, memory=chosen.memory, backend=chosen.backend, sums=opened, most=chosen.most, plan=plan)
         name = prepare(layer, execution, layer.params_dtype, device, problem.bias, margins=margins)
         layer.register_buffer("slidesparse_name", name, persistent=False)
         layer.slidesparse_outputs = weights.packed.n
         if opened:
-            layer.register_buffer("slidesparse_scale", weights.channel_scale.view(1, -1), persistent=False)
+            scale = None if problem.scales_sums else weights.channel_scale.view(1, -1)
+            layer.register_buffer("slidesparse_scale", scale, persistent=False)
         _report(self.layer, weights, _told(execution))
         if device.type == "cuda":
-            warm(name, self.settings.captured)
+            warm(name, self.settings.captured, gated=gated)
 
     def _can_open(self, layer: nn.Module, problem: Problem) -> bool:
         """Whether scales and bias may stand in the graph: it is compiled, and no sum over ranks comes in between."""
@@ -145,10 +148,10 @@ class SlideSparseLinearMethod(LinearMethodBase):
         backend = self.settings.backend
         return not summed and (backend is None or refusal(backend, problem, sums=True) is None)
 
-    def _why_give_back(self, problem: Problem, device: torch.device, sums: bool) -> str | None:
+    def _handed_over(self, problem: Problem, device: torch.device, sums: bool, gated: bool) -> tuple[str | None, Plan | None]:
         if self.settings.backend is not None or self.settings.memory != "fast" or not can_give_back(self.scheme, device):
-            return None
-        return why_give_back(problem, sums=sums, most=self.settings.most)
+            return None, None
+        return handed_over(problem, sums=sums, most=self.settings.most, gated=gated)
 
     def _weights(self, layer: nn.Module) -> tuple[Weights, tuple[int, int]]:
         raise NotImplementedError

@@ -1,0 +1,119 @@
+"""SwiGLU in the product's op: the pass over compiled graphs, what it finds and what it leaves, and that numbers stay."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("vllm", reason="vllm is not installed: pip install 'slidesparse[vllm]'")
+
+from vllm.model_executor.layers import linear as layers
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.platforms import current_platform
+
+from slidesparse.format import SCHEMES
+from slidesparse.gemm.handover import follows_swiglu
+from slidesparse.integrations.vllm import fusion, methods, register
+from slidesparse.testing import check_close
+from vllm_layers import config_of, load, model_config, part
+
+pytestmark = pytest.mark.usefixtures("bfloat16")
+N, K = 48, 96
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, rank: Callable) -> None:
+    """As while a model is built that vLLM will compile."""
+    monkeypatch.setattr(methods, "compiles", lambda config: True)
+
+
+def made(kind: type, n: int, k: int, scheme: str, bias: bool, name: str) -> torch.nn.Module:
+    ours = kind(k, n, bias=bias, quant_config=config_of("packed", scheme), prefix=name)
+    load(ours, {None: part(n, k, SCHEMES[scheme], bias=bias)}, "packed")
+    return ours
+
+
+def graphs_of(run: Callable, *inputs: Tensor) -> tuple[object, list[str], int]:
+    """What the compiled function returns, the ops of ours that are left in its graph, and how many were found."""
+    before, ops = fusion.GateInProduct.found, []
+
+    class Look(fusion.GateInProduct):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            super().__call__(graph)
+            graph.lint()
+            ops.extend(str(node.target) for node in graph.nodes if "slidesparse" in str(node.target))
+
+    torch._dynamo.reset()
+    settings = {"post_grad_custom_post_pass": Look(), "fx_graph_cache": False}
+    with torch.inference_mode():
+        found = torch.compile(run, fullgraph=True, options=settings)(*inputs)
+    return found, ops, fusion.GateInProduct.found - before
+
+
+@pytest.mark.parametrize("first", [None, "int8", "fp8"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_a_swiglu_block_is_two_products(first: str | None, scheme: str, compiled: None) -> None:
+    down = made(layers.RowParallelLinear, N, K, scheme, True, "m.down_proj")
+    up = None if first is None else made(layers.ColumnParallelLinear, 2 * K, N, first, False, "m.gate_up_proj")
+
+    def block(x: Tensor) -> Tensor:
+        gate_up = x if up is None else up(x)[0]
+        return down(SiluAndMul.forward_native(gate_up))[0]
+
+    x = torch.randn(19, 2 * K if up is None else N).mul(torch.logspace(-1, 1, 19).view(-1, 1)).bfloat16()
+    torch._dynamo.mark_dynamic(x, 0)
+    y, ops, found = graphs_of(block, x)
+    assert found == 1
+    assert ops == [*(["slidesparse.sums.default"] if up else []), "slidesparse.silu_mul_sums.default"]
+    with torch.inference_mode():
+        expected = block(x)
+        # The graph rounds where the layers do, but for a quantised value here and there.
+        check_close(y, expected.double(), (expected * 1.004).bfloat16(), roundings=4)
+
+
+def test_what_is_no_swiglu_in_front_of_a_product_stays(compiled: None) -> None:
+    down = made(layers.RowParallelLinear, N, K, "int8", False, "m.down_proj")
+
+    def other_way_round(x: Tensor) -> Tensor:
+        return down(x[..., :K] * F.silu(x[..., K:]))[0]
+
+    def another_gate(x: Tensor) -> Tensor:
+        return down(F.gelu(x[..., :K]) * x[..., K:])[0]
+
+    def seen_elsewhere(x: Tensor) -> tuple[Tensor, Tensor]:
+        gated = SiluAndMul.forward_native(x)
+        return down(gated)[0], gated
+
+    x = torch.randn(5, 2 * K, dtype=torch.bfloat16)
+    for run in (other_way_round, another_gate, seen_elsewhere):
+        _, ops, found = graphs_of(run, x)
+        assert (ops, found) == (["slidesparse.sums.default"], 0)
+
+
+@pytest.mark.parametrize(
+    ("activation", "name", "follows"),
+    [("silu", "model.layers.0.mlp.down_proj", True), ("swish", "w2", True), ("silu", "m.o_proj", False), ("gelu", "m.down_proj", False),
+     (None, "m.down_proj", False)],
+)  # fmt: skip
+def test_which_layers_follow_swiglu(activation: str | None, name: str, follows: bool) -> None:
+    assert follows_swiglu(name, activation) == follows
+
+
+def test_the_pass_is_put_where_vllm_looks_for_one(tmp_path: Path, rank: Callable) -> None:
+    register()
+    config = model_config(tmp_path)
+    passes, key = config.compilation_config.inductor_compile_config, current_platform.pass_key
+    config.model_config.hf_text_config.hidden_act = "silu"
+    before = config.compute_hash()
+    assert not fusion.gates(None, "m.down_proj") and not fusion.gates(config, "m.o_proj") and key not in passes
+    assert fusion.gates(config, "m.down_proj") and fusion.gates(config, "n.down_proj")
+    mine = passes[key]
+    assert isinstance(mine, fusion.GateInProduct) and mine.uuid() == copy.deepcopy(mine).uuid() and config.compute_hash() != before
+    passes[key] = object()
+    assert not fusion.gates(config, "m.down_proj")
