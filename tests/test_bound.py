@@ -15,7 +15,6 @@ from slidesparse import pack, reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Problem, activations, execution, routes
-from slidesparse.gemm.activations import Gated
 from slidesparse.gemm.backends import cusparselt as backend
 from slidesparse.gemm.backends import dense as dense_backend
 from slidesparse.gemm.execution import Execution
@@ -23,7 +22,7 @@ from slidesparse.gemm.registry import backends
 from slidesparse.ops import cusparselt, fused, rescale
 from slidesparse.pattern import Pattern
 from slidesparse.testing import check_bitwise
-from test_sums import made, tokens
+from test_sums import made, normed, swiglu, tokens
 
 bind = dense_backend.Dense.bind
 SHAPES = [("6:8", 33, 100), ("4:6", 64, 96), ("2:4", 48, 64)]
@@ -61,6 +60,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
         return call
 
+    def norm_call(x: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, added: tuple, width: int) -> Callable:
+        quantize = quantize_call(x, Pattern.parse(pattern) if pattern else None, dtype, 0, width)
+
+        def call(x: Tensor, weight: Tensor, residual: Tensor, *rest: Tensor) -> None:
+            *scales, total, q, out = rest
+            given = [tensor if one is not None else None for one, tensor in zip(added, scales, strict=True)]
+            found, normed = fused.added_norm(x, weight, residual, eps, *given)
+            total.copy_(found)
+            quantize(normed, q, out)
+
+        return call
+
     def rescale_call(types: tuple, m: int, n: int, stride: int, tile: None) -> Callable:
         def call(acc: Tensor, y: Tensor, x_scale: Tensor, w_scale: Tensor | None, bias: Tensor | None) -> None:
             given = (acc, y, x_scale, w_scale, bias)
@@ -75,6 +86,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
     monkeypatch.setattr(activations, "quantize_call", quantize_call)
     monkeypatch.setattr(activations, "silu_call", silu_call)
+    monkeypatch.setattr(activations, "norm_call", norm_call)
     monkeypatch.setattr(backend, "rescale_call", rescale_call)
     monkeypatch.setattr(activations, "runs_kernels", lambda device, dtype: True)
     monkeypatch.setattr(cusparselt.plans, "known", known)
@@ -175,24 +187,31 @@ def test_bound_dense_calls_are_the_layer(scheme: str, route: str, asked: list[tu
     assert one.bind(replace(on_card, scheme=SCHEMES["bf16"]), x, resident, "native", sums=False) is None
 
 
-@pytest.mark.parametrize("scaled", [(), ("scale",), ("scale", "channel")], ids=len)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("before", [swiglu, normed])
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 @pytest.mark.parametrize("name", ["cusparselt", "dense"])
-def test_bound_calls_gate_in_the_same_pass(name: str, scheme: str, scaled: tuple[str, ...], asked: list[tuple]) -> None:
+def test_bound_calls_take_what_stands_in_front_into_the_pass(
+    name: str, scheme: str, before: Callable, scaled: bool, asked: list[tuple]
+) -> None:
     weights, dense = made(33, 100, scheme)
     problem = weights.problem(torch.bfloat16, torch.device("cpu"), None)
-    scales = {"scale": torch.rand(5, 1), "channel": torch.rand(1, 200)}
-    x = Gated(tokens(5, 200), **{one: scales[one] for one in scaled})
+    x = before(5, 100, scaled)
     if name == "dense":
         problem, resident, one, route = replace(problem, device="cuda"), {"weight": dense}, dense_backend.Dense(), "exact"
     else:
         resident, one, route = held(weights, dense, problem), backend.CuSparseLt(), ""
     found = one.bind(problem, x, resident, route, sums=True).sums(x, resident, weights.channel_scale)
+    total = x.total.clone() if before is normed else None
     plain = x.computed()
     expected = one.bind(problem, plain, resident, route, sums=True).sums(plain, resident, weights.channel_scale)
     for a, b in zip(found, expected, strict=True):
         check_bitwise(a.contiguous(), b.contiguous())
-    assert one.bind(problem, Gated(x.gate_up.t().contiguous().t()), resident, route, sums=True) is None
+    if total is not None:
+        check_bitwise(total, x.total)
+    across = x._replace(**{x._fields[0]: x[0].t().contiguous().t()})
+    assert one.bind(problem, across, resident, route, sums=True) is None
+    assert len({activations.kind_of(kind) for kind in (x, plain, across, before(5, 100, not scaled))}) == 4
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "bf16"])

@@ -30,12 +30,23 @@ def inputs(m: int, k: int, dtype: torch.dtype, device: str = "cpu") -> dict[str,
         x[1], x[2, 0], x[3, -1], x[4] = 0, torch.nan, torch.inf, 3e4
     scale = torch.rand(m, 1) + 0.5
     made = {"x": x, "residual": residual, "scale": scale, "weight": torch.randn(k).to(dtype), "bias": torch.randn(k)}
+    made["channel"] = torch.rand(k) + 0.5
     return {name: tensor.to(device) for name, tensor in made.items()}
 
 
-def eager_norm(x, weight, residual=None, scale=None, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
+def scaled(x, scale, channel, bias) -> torch.Tensor:
+    if scale is None:
+        return x
+    return (x.float() * (1 if channel is None else channel) * scale + (0 if bias is None else bias.float())).to(x.dtype)
+
+
+def eager_norm(x, weight, residual=None, scale=None, channel=None, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
     """What transformers' layers compute: the sum and its norm."""
-    h = x if scale is None else (x.float() * scale + (0 if bias is None else bias.float())).to(x.dtype)
+    h = (
+        x
+        if scale is None
+        else (x.float() * (1 if channel is None else channel) * scale + (0 if bias is None else bias.float())).to(x.dtype)
+    )
     h = h if residual is None else h + residual
     variance = h.float().pow(2).mean(-1, keepdim=True)
     return h, weight * (h.float() * torch.rsqrt(variance + EPS)).to(h.dtype)
@@ -84,14 +95,14 @@ def check_fused(device: str, m: int, k: int, dtype: torch.dtype, pattern: str | 
     width = (parsed.slid_k(k) if parsed else k) + 3
     width += -width % 16
     text = pattern if pattern and not ops.quantize.__globals__["moves_nothing"](parsed, 0) else ""
-    for names in ((), ("residual",), ("scale", "residual"), ("scale", "bias")):
+    for names in ((), ("residual",), ("scale", "residual"), ("scale", "bias"), ("scale", "channel", "residual")):
         extra = {name: made[name] for name in names}
         h, normed = eager_norm(twin["x"], twin["weight"], **{name: twin[name] for name in names})
         if compiled:
             got = ops.rms_norm_quantize(made["x"], made["weight"], EPS, chosen, pattern=parsed, width=width, rows=16, **extra)
             assert got[0].shape[0] == -(-m // 16) * 16 and len(got) == 2 + ("residual" in names)
         else:
-            given = [extra.get(name) for name in ("residual", "scale", "bias")]
+            given = [extra.get(name) for name in ("residual", "scale", "channel", "bias")]
             got = kernels.launch_norm(
                 made["x"], made["weight"], given[0], EPS, chosen.dtype, text, *given[1:], width, 1, launch, fused=False
             )
@@ -101,7 +112,7 @@ def check_fused(device: str, m: int, k: int, dtype: torch.dtype, pattern: str | 
             check_bitwise(got[2].cpu().nan_to_num(7.0), h.nan_to_num(7.0))
     both = torch.cat((made["x"], made["residual"]), -1)
     bias = torch.cat((made["bias"], -made["bias"]))
-    channels = torch.rand(2 * k, device=device) + 0.5
+    channels = torch.cat((made["channel"], made["channel"] * 2))
     for names in ((), ("scale",), ("scale", "bias"), ("scale", "channel"), ("scale", "channel", "bias")):
         extra = {name: tensor for name, tensor in (("scale", made["scale"]), ("channel", channels), ("bias", bias)) if name in names}
         expected = eager_silu(both.cpu(), **{name: tensor.cpu() for name, tensor in extra.items()})
@@ -151,15 +162,14 @@ def test_schemas_hold_and_rows_may_change_under_compilation():
     made = inputs(7, 32, torch.bfloat16)
     x, weight, residual, scale, bias = (made[name] for name in ("x", "weight", "residual", "scale", "bias"))
     x[2, 0] = x[3, -1] = 1
-    namespace, tail = torch.ops.slidesparse, (torch.int8, "6:8", scale, bias, 48, 1)
+    namespace, tail = torch.ops.slidesparse, (torch.int8, "6:8", scale, made["channel"], bias, 48, 1)
     torch.library.opcheck(namespace.rms_norm_quantize.default, (x, weight, EPS, *tail))
     torch.library.opcheck(namespace.add_rms_norm_quantize.default, (x, weight, residual, EPS, *tail))
     torch.library.opcheck(namespace.silu_mul_quantize.default, (x, torch.int8, "", scale, torch.ones(32), None, 16, 1))
     torch._dynamo.reset()
     function = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
     for m in (7, 16, 21):
-        arguments = list(inputs(m, 32, torch.bfloat16).values())
-        x, residual, scale, weight, bias = arguments
+        x, residual, scale, weight, bias, _ = inputs(m, 32, torch.bfloat16).values()
         check_same(function(x, weight, residual, scale, bias), run(x, weight, residual, scale, bias), m)
 
 

@@ -10,7 +10,7 @@ from slidesparse import prune, reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Execution, Weights, prepared, registry
-from slidesparse.gemm.activations import Gated
+from slidesparse.gemm.activations import Gated, Normed
 from slidesparse.pack import Shard, pack
 from slidesparse.pattern import Pattern
 from slidesparse.quant import quantize_weight
@@ -70,9 +70,22 @@ def swiglu(m: int, k: int, scaled: bool, device: str = "cpu") -> Gated:
     return Gated(*(None if tensor is None else tensor.to(device) for tensor in tensors))
 
 
-def check_gated(found: tuple[Tensor, Tensor], x: Gated, dense: Tensor, weights: Weights) -> None:
+def normed(m: int, k: int, scaled: bool, device: str = "cpu") -> Normed:
+    """A norm's inputs of rows of very different scales, the scales given with them or in them."""
+    scale = torch.logspace(-2, 2, m).view(-1, 1)
+    x, channel = torch.randn(m, k), torch.rand(1, k) + 0.5
+    x, scale, channel = (x.to(DTYPE), scale, channel) if scaled else ((x * scale).to(DTYPE), None, None)
+    made = Normed(x, torch.randn(m, k).to(DTYPE), torch.rand(k).to(DTYPE), 1e-6, torch.zeros(m, k, dtype=DTYPE), scale, channel)
+    return Normed(*(one.to(device) if isinstance(one, Tensor) else one for one in made))
+
+
+def check_fused(found: tuple[Tensor, Tensor], x: Gated | Normed, dense: Tensor, weights: Weights) -> None:
     """As the activations would give if they were computed first, but for a quantised value here and there."""
+    total = x.total.clone() if isinstance(x, Normed) else None
     (sums, scale), (q, expected_scale) = found, reference.quantize(x.computed().cpu(), weights.scheme)
+    if total is not None:
+        check_bitwise(total, x.total)
+        x.total.zero_()
     exact = q.double() @ dense.double().t()
     if weights.scheme.name == "int8":
         exact *= weights.scale.cpu().view(1, -1)
@@ -84,11 +97,11 @@ def check_gated(found: tuple[Tensor, Tensor], x: Gated, dense: Tensor, weights: 
 
 @pytest.mark.parametrize("backend", [None, "dense", "restore", "reference", "dense:exact"])
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
-def test_swiglu_may_be_left_to_the_product(scheme: str, backend: str | None) -> None:
+def test_swiglu_and_norms_may_be_left_to_the_product(scheme: str, backend: str | None) -> None:
     weights, dense = made(48, 256, scheme)
     for m, scaled in ((0, False), (1, True), (16, False), (16, True)):
-        x = swiglu(m, 256, scaled)
-        check_gated(ready(weights, backend, "cpu").sums(x), x, dense, weights)
+        for x in (swiglu(m, 256, scaled), normed(m, 256, scaled)):
+            check_fused(ready(weights, backend, "cpu").sums(x), x, dense, weights)
     with pytest.raises(ValueError, match="255 columns, the layer takes 256"):
         ready(weights, backend, "cpu").sums(swiglu(3, 255, False))
 
@@ -115,9 +128,9 @@ def test_routes_on_a_gpu(scheme: str, route: str | None, pattern: str) -> None:
         x = tokens(m, 528)
         check(execution.sums(x.cuda()), x, dense, weights)
         for scaled in (False, True):
-            gated = swiglu(m, 528, scaled, "cuda")
-            for _ in range(2):  # as decided, too
-                check_gated(execution.sums(gated), gated, dense, weights)
+            for fused in (swiglu(m, 528, scaled, "cuda"), normed(m, 528, scaled, "cuda")):
+                for _ in range(2):  # as decided, too
+                    check_fused(execution.sums(fused), fused, dense, weights)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -133,9 +146,13 @@ def test_the_prepared_op_widens_a_cut_shard(rank: int) -> None:
         check(prepared.sums(x, name, 16), x, weight, weights)
         prepared.warm(name, (1, 8))
         torch.library.opcheck(torch.ops.slidesparse.sums, (x, name, 16))
-        gated = swiglu(5, 14, True)
-        check_gated(prepared.silu_mul_sums(*gated, name, 16), gated, weight, weights)
+        gated, behind = swiglu(5, 14, True), normed(5, 14, True)
+        check_fused(prepared.silu_mul_sums(*gated, name, 16), gated, weight, weights)
         torch.library.opcheck(torch.ops.slidesparse.silu_mul_sums, (*gated, name, 16))
+        inputs = (*behind[:4], *behind[5:], name, 16)
+        y, y_scale, total = prepared.add_rms_norm_sums(*inputs)
+        check_fused((y, y_scale), behind._replace(total=total), weight, weights)
+        torch.library.opcheck(torch.ops.slidesparse.add_rms_norm_sums, inputs)
         prepared.warm(name, (1, 8), gated=True)
         with pytest.raises(UnsupportedError, match="before asking for its sums"):
             prepared.sums(x.float(), name, 16)
@@ -163,7 +180,7 @@ def test_sums_are_captured(backend: str) -> None:
         found = prepared.silu_mul_sums(gate_up, None, None, name, 256)
     gate_up.copy_(gated.gate_up)
     graph.replay()
-    check_gated(found, gated, dense, weights)
+    check_fused(found, gated, dense, weights)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What 8-bit products quantise first: activations, or SwiGLU's inputs, gated and quantised in one pass."""
+"""What 8-bit products quantise first: activations, or what SwiGLU or a norm would make them of, in the pass that quantises."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.fused import gated, silu_call, silu_inputs
+from ..ops.fused import added_norm, gated, norm_call, norm_inputs, silu_call, silu_inputs
 from ..ops.launching import Call
 from ..ops.library import runs_kernels
 from ..ops.quantize import can_pair, moves_nothing, quantize_call
@@ -47,23 +47,67 @@ class Gated(NamedTuple):
         return gated(self.gate_up, self.scale, self.channel)
 
 
-Activations = Tensor | Gated
+class Normed(NamedTuple):
+    """RMSNorm of x plus the residual, which nobody has computed yet: stands for activations ``[M, K]``.
+
+    ``x [M, K]`` is multiplied by ``channel`` scales (float32, K) and token ``scale`` ``[M, 1]`` first, if given, as
+    `slidesparse.ops.rms_norm_quantize` does. The sum is written to ``total [M, K]``, contiguous.
+    """
+
+    x: Tensor
+    residual: Tensor
+    weight: Tensor
+    eps: float
+    total: Tensor
+    scale: Tensor | None = None
+    channel: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """M and K."""
+        return self.x.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the activations."""
+        return self.x.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.x.device
+
+    def computed(self) -> Tensor:
+        """The activations ``[M, K]``; the sum is written."""
+        total, normed = added_norm(self.x, self.weight, self.residual, self.eps, self.scale, self.channel)
+        self.total.copy_(total)
+        return normed
+
+
+Activations = Tensor | Gated | Normed
 
 
 def kind_of(x: Activations) -> tuple:
-    """What decides how inputs are run: device, type, shape, strides, and of `Gated` which scales there are."""
+    """What decides how inputs are run: device, type, shape, strides, and what there is to do before quantisation."""
+    if isinstance(x, Tensor):
+        return x.get_device(), x.dtype, x.shape, x.stride()
     if type(x) is Gated:
         return (*kind_of(x.gate_up), x.scale is None, x.channel is None)
-    return x.get_device(), x.dtype, x.shape, x.stride()
+    return (*kind_of(x.x), x.scale is None, x.channel is None, x.residual.stride(), x.eps)
 
 
 def quantized(
     problem: Problem, x: Activations, pattern: Pattern | None = None, *, width: int | None = None, rows: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Quantise rows, and lift them if there is a pattern: ``[M', width]`` and scales ``[M, 1]``, as `ops.quantize_lift`."""
-    if isinstance(x, Gated):
+    if not isinstance(x, Tensor):
         channel = None if x.channel is None else x.channel.view(-1)
-        return ops.silu_mul_quantize(x.gate_up, problem.scheme, pattern=pattern, scale=x.scale, channel=channel, width=width, rows=rows)
+        asked = {"pattern": pattern, "scale": x.scale, "channel": channel, "width": width, "rows": rows}
+        if isinstance(x, Gated):
+            return ops.silu_mul_quantize(x.gate_up, problem.scheme, **asked)
+        q, scale, total = ops.rms_norm_quantize(x.x, x.weight, x.eps, problem.scheme, residual=x.residual, **asked)
+        x.total.copy_(total)
+        return q, scale
     if pattern is None:
         return ops.quantize(x, problem.scheme, width=width, rows=rows)
     return ops.quantize_lift(x, pattern, problem.scheme, width=width, rows=rows)
@@ -71,7 +115,8 @@ def quantized(
 
 def call_for(problem: Problem, x: Activations, pattern: Pattern | None, width: int) -> Call | None:
     """The launch that `quantized` makes for inputs like x, to be called with `inputs_of` x, q and its scale; None if it makes another."""
-    dtype, rows = problem.scheme.dtype, x.gate_up if isinstance(x, Gated) else x
+    dtype = problem.scheme.dtype
+    rows = x if isinstance(x, Tensor) else x.gate_up if isinstance(x, Gated) else x.x
     if rows.stride(1) != 1 or not runs_kernels(rows.device, dtype):
         return None
     pattern = None if pattern is None or moves_nothing(pattern, 0) else pattern
@@ -79,9 +124,18 @@ def call_for(problem: Problem, x: Activations, pattern: Pattern | None, width: i
         return quantize_call(x, pattern, dtype, 0, width)
     if pattern is not None and not can_pair(pattern, 0, width):
         return None
-    return silu_call(rows, dtype, "" if pattern is None else pattern.text, (x.scale, x.channel, None), width)
+    text, added = "" if pattern is None else pattern.text, (x.scale, x.channel, None)
+    if isinstance(x, Gated):
+        return silu_call(rows, dtype, text, added, width)
+    plain = x.residual.stride(1) == 1 and x.weight.is_contiguous() and x.weight.dtype == x.dtype
+    return norm_call(rows, x.residual, x.eps, dtype, text, added, width) if plain else None
 
 
 def inputs_of(x: Activations, other: Tensor) -> tuple[Tensor, ...]:
-    """The tensors that the launch of `call_for` reads; ``other`` stands for absent ones."""
-    return silu_inputs(x.gate_up, (x.scale, x.channel, None), other) if type(x) is Gated else (x,)
+    """What the launch of `call_for` is to be called with in front of q and its scale; ``other`` stands for absent tensors."""
+    if isinstance(x, Tensor):
+        return (x,)
+    added = (x.scale, x.channel, None)
+    if type(x) is Gated:
+        return silu_inputs(x.gate_up, added, other)
+    return *norm_inputs(x.x, x.weight, x.residual, added, other), x.total

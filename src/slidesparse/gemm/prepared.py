@@ -1,9 +1,9 @@
 """Layers behind one opaque op, for engines that compile a model once for every number of tokens.
 
 ``slidesparse::linear`` is a whole linear. ``slidesparse::sums`` leaves token scales and bias to the engine's graph, where its compiler
-fuses them into whatever consumes the output; ``slidesparse::silu_mul_sums`` does the same with SwiGLU in front of it. The route is chosen
-inside the op by the number of tokens at hand. What the compiled graph holds of a layer is a tensor that names it, an input like any weight,
-so that the graphs of equal layers are equal and compiled once.
+fuses them into whatever consumes the output; ``slidesparse::silu_mul_sums`` and ``add_rms_norm_sums`` do the same with SwiGLU or a norm in
+front of it. The route is chosen inside the op by the number of tokens at hand. What the compiled graph holds of a layer is a tensor that
+names it, an input like any weight, so that the graphs of equal layers are equal and compiled once.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..ops.library import define
-from .activations import Gated
+from ..ops.library import allocate, define
+from .activations import Activations, Gated, Normed
 from .execution import Execution
 from .problem import Problem
 
@@ -136,6 +136,19 @@ def silu_mul_sums(gate_up: Tensor, scale: Tensor | None, channel: Tensor | None,
     return _silu_mul_sums_op(gate_up, scale, channel, name, n)
 
 
+def add_rms_norm_sums(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`sums` of the RMSNorm of x plus the residual, x times ``channel`` scales and token ``scale`` first, see `Normed`; and that sum.
+
+    One kernel adds, norms, quantises and lifts, where there is one.
+
+    Raises:
+        UnsupportedError: as `sums`.
+    """
+    return _add_rms_norm_sums_op(x, residual, weight, eps, scale, channel, name, n)
+
+
 def _run(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
     prepared = _PREPARED[int(name)]
     wanted = prepared.problem
@@ -149,11 +162,11 @@ def _run(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
     return prepared(x, bias).contiguous()  # as `_fake` promises: libraries may have padded N
 
 
-def _run_sums(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def _run_sums(x: Activations, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     prepared = _PREPARED[int(name)]
     execution = prepared.execution
     if prepared.left or prepared.right:
-        x = prepared.widened(x)
+        x = prepared.widened(x if isinstance(x, Tensor) else x.computed())
     y, scale = execution.sums(x)
     return y.contiguous(), scale
 
@@ -161,17 +174,26 @@ def _run_sums(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def _run_silu_mul_sums(
     gate_up: Tensor, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    prepared, x = _PREPARED[int(name)], Gated(gate_up, scale, channel)
-    if prepared.left or prepared.right:
-        return _run_sums(x.computed(), name, n)
-    y, x_scale = prepared.execution.sums(x)
-    return y.contiguous(), x_scale
+    return _run_sums(Gated(gate_up, scale, channel), name, n)
+
+
+def _run_add_rms_norm_sums(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    total = allocate(x, *x.shape, x.dtype)
+    return *_run_sums(Normed(x, residual, weight, eps, total, scale, channel), name, n), total
 
 
 def _silu_mul_sums_fake(
     gate_up: Tensor, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _sums_fake(gate_up, name, n)
+
+
+def _add_rms_norm_sums_fake(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return *_sums_fake(x, name, n), x.new_empty(x.shape)
 
 
 def _sums_fake(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -186,5 +208,9 @@ _linear_op = define("linear(Tensor x, Tensor name, Tensor? bias, SymInt n) -> Te
 _silu_mul_sums_op = define(
     "silu_mul_sums(Tensor gate_up, Tensor? scale, Tensor? channel, Tensor name, SymInt n) -> (Tensor, Tensor)",
     oracle=_run_silu_mul_sums, cuda=_run_silu_mul_sums, fake=_silu_mul_sums_fake,
+)  # fmt: skip
+_add_rms_norm_sums_op = define(
+    "add_rms_norm_sums(Tensor x, Tensor residual, Tensor weight, float eps, Tensor? scale, Tensor? channel, Tensor name, SymInt n)"
+    " -> (Tensor, Tensor, Tensor)", oracle=_run_add_rms_norm_sums, cuda=_run_add_rms_norm_sums, fake=_add_rms_norm_sums_fake,
 )  # fmt: skip
 _sums_op = define("sums(Tensor x, Tensor name, SymInt n) -> (Tensor, Tensor)", oracle=_run_sums, cuda=_run_sums, fake=_sums_fake)

@@ -34,25 +34,26 @@ from .quantize import (
 
 def rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, scheme: Scheme, *, pattern: Pattern | None = None, residual: Tensor | None = None,
-    scale: Tensor | None = None, bias: Tensor | None = None, width: int | None = None, rows: int = 1,
+    scale: Tensor | None = None, channel: Tensor | None = None, bias: Tensor | None = None, width: int | None = None, rows: int = 1,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """RMSNorm of each row, quantised and lifted: ``x [M, K]`` → q ``[M', width]``, its scale float32 ``[M, 1]``, and with a residual h.
 
-    h = x; with ``scale`` float32 ``[M, 1]`` h = x · scale + ``bias [K]``, rounded once to x's type; with ``residual [M, K]`` (x's type)
-    then h = h + residual, rounded, and returned ``[M, K]``. The norm: h · rsqrt(mean(h²) + ``eps``) in float32, rounded, times
-    ``weight [K]`` (x's type), rounded. Without ``pattern`` nothing is lifted; ``width`` and ``rows`` as in `quantize_lift`.
+    h = x; with ``scale`` float32 ``[M, 1]`` h = x · ``channel`` (float32 ``[K]``, if given) · scale + ``bias [K]``, rounded once to x's
+    type; with ``residual [M, K]`` (x's type) then h = h + residual, rounded, and returned ``[M, K]``. The norm: h · rsqrt(mean(h²) +
+    ``eps``) in float32, rounded, times ``weight [K]`` (x's type), rounded. Without ``pattern`` nothing is lifted; ``width`` and ``rows`` as
+    in `quantize_lift`.
 
     Raises:
-        ValueError: as `quantize_lift`; a shape or type does not fit, or there is a bias without a scale.
+        ValueError: as `quantize_lift`; a shape or type does not fit, or there are channel scales or a bias without a scale.
     """
     m, k = x.shape if x.dim() == 2 else (0, 0)
     dtype, text, width = _request(x, k, scheme, pattern, width, rows)
-    _check_scale(scale, bias, m, k)
+    _check_scales(scale, channel, bias, m, k)
     _check("weight", weight, (k,), (x.dtype,))
     if residual is None:
-        return _rms_norm_quantize_op(x, weight, eps, dtype, text, scale, bias, width, rows)
+        return _rms_norm_quantize_op(x, weight, eps, dtype, text, scale, channel, bias, width, rows)
     _check("residual", residual, (m, k), (x.dtype,))
-    return _add_rms_norm_quantize_op(x, weight, residual, eps, dtype, text, scale, bias, width, rows)
+    return _add_rms_norm_quantize_op(x, weight, residual, eps, dtype, text, scale, channel, bias, width, rows)
 
 
 def silu_mul_quantize(
@@ -72,11 +73,7 @@ def silu_mul_quantize(
     if double % 2:
         raise ValueError(f"gate_up must hold gates and as many ups, got {double} columns")
     dtype, text, width = _request(gate_up, double // 2, scheme, pattern, width, rows)
-    _check_scale(scale, bias, m, double)
-    if channel is not None:
-        if scale is None:
-            raise ValueError("channel scales come with token scales: give both")
-        _check("channel", channel, (double,), (torch.float32,))
+    _check_scales(scale, channel, bias, m, double)
     return _silu_mul_quantize_op(gate_up, dtype, text, scale, channel, bias, width, rows)
 
 
@@ -95,16 +92,20 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torc
         raise ValueError(f"{name} must be {wanted} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
 
 
-def _check_scale(scale: Tensor | None, bias: Tensor | None, m: int, n: int) -> None:
+def _check_scales(scale: Tensor | None, channel: Tensor | None, bias: Tensor | None, m: int, n: int) -> None:
     if scale is not None:
         _check("scale", scale, (m, 1), (torch.float32,))
+    if channel is not None:
+        if scale is None:
+            raise ValueError("channel scales come with token scales: give both")
+        _check("channel", channel, (n,), (torch.float32,))
     if bias is not None:
         if scale is None:
             raise ValueError("a bias acts after the token scale: give both")
         _check("bias", bias, (n,), (torch.bfloat16, torch.float16, torch.float32))
 
 
-def _scaled(x: Tensor, scale: Tensor | None, bias: Tensor | None, channel: Tensor | None = None) -> Tensor:
+def _scaled(x: Tensor, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None) -> Tensor:
     if scale is None:
         return x
     y = (x.float() if channel is None else x.float() * channel) * scale
@@ -123,24 +124,33 @@ def _quantised(h: Tensor, dtype: torch.dtype, pattern: str, width: int, rows: in
     return quantize_op(h, dtype, width, rows)
 
 
-def _norm_oracle(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None, width: int,
-    rows: int,
+def added_norm(
+    x: Tensor, weight: Tensor, residual: Tensor, eps: float, scale: Tensor | None, channel: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _quantised(_normed(_scaled(x, scale, bias), weight, eps), dtype, pattern, width, rows)
+    """h with the residual, and its norm, ``[M, K]`` each, by plain torch, rounded as `rms_norm_quantize` rounds."""
+    total = (_scaled(x, scale, channel, bias) + residual).contiguous()
+    return total, _normed(total, weight, eps)
+
+
+def _norm_oracle(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None,
+    bias: Tensor | None, width: int, rows: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _quantised(_normed(_scaled(x, scale, channel, bias), weight, eps), dtype, pattern, width, rows)
 
 
 def _add_norm_oracle(
-    x: Tensor, weight: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None,
-    width: int, rows: int,
+    x: Tensor, weight: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None,
+    channel: Tensor | None, bias: Tensor | None, width: int, rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    total = (_scaled(x, scale, bias) + residual).contiguous()
-    return *_quantised(_normed(total, weight, eps), dtype, pattern, width, rows), total
+    total, normed = added_norm(x, weight, residual, eps, scale, channel, bias)
+    return *_quantised(normed, dtype, pattern, width, rows), total
 
 
 def gated(x: Tensor, scale: Tensor | None, channel: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """silu(gate) · up ``[M, K]`` by plain torch, rounded as `silu_mul_quantize` rounds."""
-    gate, up = _scaled(x, scale, bias, channel).chunk(2, -1)
+    gate, up = _scaled(x, scale, channel, bias).chunk(2, -1)
     return (gate.float() * torch.sigmoid(gate.float())).to(x.dtype) * up
 
 
@@ -156,21 +166,21 @@ def _runs(x: Tensor, dtype: torch.dtype, pattern: str, width: int) -> bool:
 
 
 def _norm_cuda(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None, width: int,
-    rows: int,
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None,
+    bias: Tensor | None, width: int, rows: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if not _runs(x, dtype, pattern, width):
-        return _norm_oracle(x, weight, eps, dtype, pattern, scale, bias, width, rows)
-    return launch_norm(x, weight, None, eps, dtype, pattern, scale, bias, width, rows)[:2]
+        return _norm_oracle(x, weight, eps, dtype, pattern, scale, channel, bias, width, rows)
+    return launch_norm(x, weight, None, eps, dtype, pattern, scale, channel, bias, width, rows)[:2]
 
 
 def _add_norm_cuda(
-    x: Tensor, weight: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None,
-    width: int, rows: int,
+    x: Tensor, weight: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None,
+    channel: Tensor | None, bias: Tensor | None, width: int, rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not _runs(x, dtype, pattern, width):
-        return _add_norm_oracle(x, weight, residual, eps, dtype, pattern, scale, bias, width, rows)
-    return launch_norm(x, weight, residual, eps, dtype, pattern, scale, bias, width, rows)
+        return _add_norm_oracle(x, weight, residual, eps, dtype, pattern, scale, channel, bias, width, rows)
+    return launch_norm(x, weight, residual, eps, dtype, pattern, scale, channel, bias, width, rows)
 
 
 def _silu_cuda(
@@ -183,20 +193,34 @@ def _silu_cuda(
 
 def launch_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None,
-    bias: Tensor | None, width: int, rows: int = 1, launch: Launch | None = None, *, fused: bool = True,
+    channel: Tensor | None, bias: Tensor | None, width: int, rows: int = 1, launch: Launch | None = None, *, fused: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the RMSNorm kernel on the current device and stream; the third result means something only with a residual."""
-    x, (m, k) = in_rows(x), x.shape
+    x, added, m = in_rows(x), None if residual is None else in_rows(residual), x.shape[0]
     q, out_scale = empty(x, dtype, width, rows)
-    # Absent tensors are stood in for by ones that the kernel then does not touch.
-    total, added = (q, x) if residual is None else (allocate(x, m, k, x.dtype), in_rows(residual))
+    total = q if residual is None else allocate(x, m, x.shape[1], x.dtype)
     if m:
-        token, shift = out_scale if scale is None else scale.contiguous(), out_scale if bias is None else bias.contiguous()
-        tensors = (x, weight.contiguous(), added, token, shift, total, q, out_scale)
-        flags = (("SCALED", scale is not None), ("BIASED", bias is not None), ("SUMMED", residual is not None))
-        numbers = (x.stride(0), added.stride(0), float(eps))
-        _call("norm", m, k, numbers, flags, _types(tensors), x.device, launch, pattern, width, fused)(*tensors)
+        scales = tuple(None if tensor is None else tensor.contiguous() for tensor in (scale, channel, bias))
+        call = norm_call(x, added, eps, dtype, pattern, scales, width, launch, fused=fused)
+        call(*norm_inputs(x, weight.contiguous(), added, scales, out_scale), total, q, out_scale)
     return q, out_scale, total
+
+
+def norm_call(
+    x: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype, pattern: str, added: tuple[Tensor | None, ...], width: int,
+    launch: Launch | None = None, *, fused: bool = True,
+) -> Call:  # fmt: skip
+    """The RMSNorm launch for rows like those of x, to be called with what `norm_inputs` gives, the sum, q and its scale.
+
+    ``added`` are token scales, channel scales and bias or None.
+    """
+    flags, numbers = (*_flags(added), ("SUMMED", residual is not None)), (x.stride(0), (x if residual is None else residual).stride(0))
+    return _call("norm", *x.shape, (*numbers, float(eps)), flags, _types(x, added, dtype), x.device, launch, pattern, width, fused)
+
+
+def norm_inputs(x: Tensor, weight: Tensor, residual: Tensor | None, added: tuple[Tensor | None, ...], other: Tensor) -> tuple[Tensor, ...]:
+    """The kernel's input tensors; absent ones are stood in for by others, which it then does not read."""
+    return (x, weight, x if residual is None else residual, *(other if tensor is None else tensor for tensor in added))
 
 
 def launch_silu(
@@ -220,9 +244,8 @@ def silu_call(
 
     ``added`` are token scales, channel scales and bias or None.
     """
-    flags = tuple((name, tensor is not None) for name, tensor in zip(("SCALED", "CHANNELS", "BIASED"), added, strict=True))
-    types = (x.dtype, *(torch.float32 if tensor is None else tensor.dtype for tensor in added), dtype, torch.float32)
-    return _call("silu", x.shape[0], x.shape[1] // 2, (x.stride(0),), flags, types, x.device, launch, pattern, width, fused)
+    shape, strides = (x.shape[0], x.shape[1] // 2), (x.stride(0),)
+    return _call("silu", *shape, strides, _flags(added), _types(x, added, dtype), x.device, launch, pattern, width, fused)
 
 
 def silu_inputs(x: Tensor, added: tuple[Tensor | None, ...], other: Tensor) -> tuple[Tensor, ...]:
@@ -230,8 +253,12 @@ def silu_inputs(x: Tensor, added: tuple[Tensor | None, ...], other: Tensor) -> t
     return (x, *(other if tensor is None else tensor for tensor in added))
 
 
-def _types(tensors: tuple[Tensor, ...]) -> tuple[torch.dtype, ...]:
-    return tuple(tensor.dtype for tensor in tensors)
+def _flags(added: tuple[Tensor | None, ...]) -> tuple[tuple[str, bool], ...]:
+    return tuple((name, tensor is not None) for name, tensor in zip(("SCALED", "CHANNELS", "BIASED"), added, strict=True))
+
+
+def _types(x: Tensor, added: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    return x.dtype, *(torch.float32 if tensor is None else tensor.dtype for tensor in added), dtype
 
 
 @lru_cache(CALLS)
@@ -244,26 +271,31 @@ def _call(
     kernel, choose = (kernels.rms_norm_quantize_kernel, norm_launch) if name == "norm" else (kernels.silu_mul_quantize_kernel, silu_launch)
     launch, group = launch or choose(m, k), parsed(pattern).group if pattern else 0
     # Unlike torch's eager layers, a fused multiply-add does not round the product.
-    constants = row_constants(launch, k, width, group, types[-2], fused, is_hopper(device)) | {"enable_fp_fusion": False}
+    constants = row_constants(launch, k, width, group, types[-1], fused, is_hopper(device)) | {"enable_fp_fusion": False}
     return Call(kernel, (-(-m // launch.rows),), (m, k, width // 4 if group else width, *numbers), dict(flags) | constants)
 
 
-def _norm_fake(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, bias: Tensor | None,
-               width: int, rows: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _norm_fake(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None,
+    bias: Tensor | None, width: int, rows: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return fake(x, dtype, width, rows)
 
 
-def _add_norm_fake(x: Tensor, weight: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None,
-                   bias: Tensor | None, width: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _add_norm_fake(
+    x: Tensor, weight: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None,
+    channel: Tensor | None, bias: Tensor | None, width: int, rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return *fake(x, dtype, width, rows), x.new_empty(x.shape)
 
 
-def _silu_fake(x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None,
-               width: int, rows: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _silu_fake(
+    x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None, width: int, rows: int
+) -> tuple[Tensor, Tensor]:
     return fake(x, dtype, width, rows)
 
 
-_TAIL = "ScalarType dtype, str pattern, Tensor? scale, Tensor? bias, SymInt width, int rows"
+_TAIL = "ScalarType dtype, str pattern, Tensor? scale, Tensor? channel, Tensor? bias, SymInt width, int rows"
 _rms_norm_quantize_op = define(
     f"rms_norm_quantize(Tensor x, Tensor weight, float eps, {_TAIL}) -> (Tensor, Tensor)",
     oracle=_norm_oracle, cuda=_norm_cuda, fake=_norm_fake,
@@ -273,6 +305,5 @@ _add_rms_norm_quantize_op = define(
     oracle=_add_norm_oracle, cuda=_add_norm_cuda, fake=_add_norm_fake,
 )  # fmt: skip
 _silu_mul_quantize_op = define(
-    "silu_mul_quantize(Tensor x, ScalarType dtype, str pattern, Tensor? scale, Tensor? channel, Tensor? bias, SymInt width, int rows)"
-    " -> (Tensor, Tensor)", oracle=_silu_oracle, cuda=_silu_cuda, fake=_silu_fake,
+    f"silu_mul_quantize(Tensor x, {_TAIL}) -> (Tensor, Tensor)", oracle=_silu_oracle, cuda=_silu_cuda, fake=_silu_fake,
 )  # fmt: skip

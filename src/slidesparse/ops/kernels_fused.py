@@ -65,14 +65,14 @@ def _input(
 
 @triton.jit
 def _norm_inputs(
-    x, scale, bias, residual, rows, chunk, m, k, stride, residual_stride, PARTS: tl.constexpr, SPAN: tl.constexpr,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr,
+    x, scale, channel, bias, residual, rows, chunk, m, k, stride, residual_stride, PARTS: tl.constexpr, SPAN: tl.constexpr,
+    SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     """The parts of a chunk of h = x, scaled, plus the residual."""
     parts = ()
     for part in tl.static_range(PARTS):
         column = columns(chunk, part, SPAN)
-        value = _input(x, scale, bias, bias, rows, column, m, k, stride, SCALED, False, BIASED, FUSED)
+        value = _input(x, scale, channel, bias, rows, column, m, k, stride, SCALED, CHANNELS, BIASED, FUSED)
         if SUMMED:
             value = _sum(value, load(residual, rows, column, m, k, residual_stride), FUSED, HOPPER)
         parts = parts + (value,)  # noqa: RUF005
@@ -118,13 +118,13 @@ def _normed(parts, weights, square, inverse, FUSED: tl.constexpr, HOPPER: tl.con
 
 @triton.jit(do_not_specialize=["m"])
 def rms_norm_quantize_kernel(
-    x, weight, residual, scale_in, bias, total, q, scale_out, m, k, width, stride, residual_stride, eps,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr,
+    x, weight, residual, scale_in, channel, bias, total, q, scale_out, m, k, width, stride, residual_stride, eps,
+    SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr,
     BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
     COALESCED: tl.constexpr,
 ):  # fmt: skip
-    """x, residual ``[m, k]`` (scale_in ``[m]``, weight and bias ``[k]``) → total ``[m, k]``; q and scale_out as in `quantize_kernel`."""
+    """x, residual ``[m, k]`` (scale_in ``[m]``; weight, channel, bias ``[k]``) → total ``[m, k]``, q and scale_out as `quantize_kernel`."""
     begin(HOPPER)
     q = q.to(tl.pointer_type(tl.int32 if GROUP else tl.int8), bitcast=True)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -134,8 +134,8 @@ def rms_norm_quantize_kernel(
     values, weights = (), ()
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
-            parts = _norm_inputs(x, token, bias, residual, rows, chunk, m, k, stride, residual_stride,
-                                 PARTS, SPAN, SCALED, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
+            parts = _norm_inputs(x, token, channel, bias, residual, rows, chunk, m, k, stride, residual_stride,
+                                 PARTS, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
             values = values + (parts,)  # noqa: RUF005
             weights = weights + (_weights(weight, chunk, k, PARTS, SPAN),)  # noqa: RUF005
         for chunk in tl.static_range(CHUNKS):
@@ -145,8 +145,8 @@ def rms_norm_quantize_kernel(
                 _store_total(total, values[chunk][0], rows, chunk, m, k, SPAN)
     else:
         for chunk in range(CHUNKS):
-            parts = _norm_inputs(x, token, bias, residual, rows, chunk, m, k, stride, residual_stride,
-                                 1, SPAN, SCALED, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
+            parts = _norm_inputs(x, token, channel, bias, residual, rows, chunk, m, k, stride, residual_stride,
+                                 1, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
             squares = _more_squares(squares, parts[0])
             if SUMMED:
                 _store_total(total, parts[0], rows, chunk, m, k, SPAN)
@@ -160,8 +160,8 @@ def rms_norm_quantize_kernel(
             normed = normed + (parts,)  # noqa: RUF005
     else:
         for chunk in range(CHUNKS):
-            parts = _norm_inputs(x, token, bias, residual, rows, chunk, m, k, stride, residual_stride,
-                                 1, SPAN, SCALED, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
+            parts = _norm_inputs(x, token, channel, bias, residual, rows, chunk, m, k, stride, residual_stride,
+                                 1, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
             parts = _normed(parts, _weights(weight, chunk, k, 1, SPAN), square, inverse, FUSED, HOPPER)
             largest = larger(largest, parts[0], HOPPER)
     scale, by = row_scale(largest, BOUND, x.dtype.element_ty)
@@ -171,8 +171,8 @@ def rms_norm_quantize_kernel(
             store_chunk(q, normed[chunk], by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     else:
         for chunk in range(CHUNKS):
-            parts = _norm_inputs(x, token, bias, residual, rows, chunk, m, k, stride, residual_stride,
-                                 PARTS, SPAN, SCALED, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
+            parts = _norm_inputs(x, token, channel, bias, residual, rows, chunk, m, k, stride, residual_stride,
+                                 PARTS, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
             parts = _normed(parts, _weights(weight, chunk, k, PARTS, SPAN), square, inverse, FUSED, HOPPER)
             store_chunk(q, parts, by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     store_padding(q, rows, m, k, width, GROUP, ROWS, SPAN, CHUNKS, PAD_TILES)

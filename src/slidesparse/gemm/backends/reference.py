@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import reference
 from ...quant import dequantize_nvfp4
-from ..activations import Activations, Gated
+from ..activations import Activations
 from ..problem import Problem, Weights
 
 
@@ -48,7 +48,7 @@ class Reference:
     ) -> tuple[Tensor, Tensor]:
         """``[M, K]`` → ``[M, N]`` and ``[M, 1]``."""
         weight = reference.restore(Weights.from_tensors(problem, resident).packed)
-        q, x_scale = reference.quantize(x.computed() if isinstance(x, Gated) else x, problem.scheme)
+        q, x_scale = reference.quantize(x if isinstance(x, Tensor) else x.computed(), problem.scheme)
         exact = q.to(torch.float64) @ weight.to(torch.float64).t()
         return (exact * scale.view(1, -1) if problem.scales_sums else exact).to(torch.bfloat16), x_scale
 

@@ -25,7 +25,7 @@ from ...quant import scheme_of_dtype
 from ..claims import Claims
 from ..rank_weights import blank, cut, made_up, pack
 from .dense import Apply, can_give_back, give_back, handed_over
-from .fusion import gates
+from .fusion import fuses, gated
 from .graph import compiles, enter_cache_key, open_linear
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
@@ -119,9 +119,9 @@ class SlideSparseLinearMethod(LinearMethodBase):
         if layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0):
             bias = None  # vLLM adds it elsewhere
         problem = weights.problem(layer.params_dtype, device, None if bias is None else bias.dtype)
-        gated = self._can_open(layer, problem) and gates(self.config, self.layer)
-        opened = self._can_open(layer, problem) and enter_cache_key(configs, self.layer, "gated sums" if gated else "sums")
-        why, plan = self._handed_over(problem, device, opened, gated)
+        opened = self._can_open(layer, problem) and enter_cache_key(configs, self.layer, "sums")
+        behind = opened and fuses(self.config) and gated(self.config, self.layer)
+        why, plan = self._handed_over(problem, device, opened, behind)
         if why is not None and enter_cache_key(configs, self.layer, "dense"):
             dense = ops.restore(weights.packed)[:, margins[0] : weights.k - margins[1]]
             self.stock = give_back(layer, self.scheme, dense.contiguous(), weights.channel_scale)
@@ -138,7 +138,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
             layer.register_buffer("slidesparse_scale", scale, persistent=False)
         _report(self.layer, weights, _told(execution))
         if device.type == "cuda":
-            warm(name, self.settings.captured, gated=gated)
+            warm(name, self.settings.captured, gated=behind)
 
     def _can_open(self, layer: nn.Module, problem: Problem) -> bool:
         """Whether scales and bias may stand in the graph: it is compiled, and no sum over ranks comes in between."""
