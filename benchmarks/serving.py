@@ -2,9 +2,10 @@
 
     python benchmarks/serving.py WORKDIR OUT.csv COMMIT [--model Qwen2.5-7B] [--schemes int8] [--patterns 6:8]
 
-Both checkpoints hold the same masked weights; the dense one is served by vLLM alone. Every point is `vllm bench latency` (its module, its
-defaults but for the iterations) on one engine per checkpoint, since starting an engine takes a minute. Prefill is requests of up to 1024
-tokens in one step with one output token; decode is the difference between 129 output tokens and one, by 128 steps.
+Both checkpoints hold the same masked weights; the dense one is served by vLLM alone, and the log-probabilities of 255 random tokens are
+compared (``logprob_diff``, the mean difference; ``logprob_spread``, the standard deviation of the dense ones, for scale). Every point is
+`vllm bench latency` (its module, its defaults but for the iterations) on one engine, since starting an engine takes a minute. Prefill is
+requests of up to 1024 tokens in one step with one output token; decode is the difference between 129 output tokens and one, by 128 steps.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import itertools
 import json
 import re
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -38,7 +40,7 @@ KINDS = {
 
 def engine(asked: dict) -> None:
     """In a process of its own: one engine, all points."""
-    from vllm import LLM, EngineArgs
+    from vllm import LLM, EngineArgs, SamplingParams
     from vllm.benchmarks import latency
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -73,8 +75,12 @@ def engine(asked: dict) -> None:
         if (phase, tokens) in PROFILED:
             point["shares"] = shares(partial(run, 1), asked["scheme"])
         points.append({"phase": phase, "tokens": tokens} | point)
+    ids = torch.randint(made.llm_engine.model_config.get_vocab_size(), (256,), generator=torch.Generator().manual_seed(0)).tolist()
+    asking = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    answer = made.generate([{"prompt_token_ids": ids}], asking, use_tqdm=False)[0].prompt_logprobs
+    logprobs = [found[token].logprob for found, token in zip(answer[1:], ids[1:], strict=True)]
     memory = made.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model_memory_usage
-    Path(asked["out"]).write_text(json.dumps({"points": points, "gb": memory / 1e9}), encoding="utf-8")
+    Path(asked["out"]).write_text(json.dumps({"points": points, "gb": memory / 1e9, "logprobs": logprobs}), encoding="utf-8")
 
 
 def shares(run: Callable[[], object], scheme: str) -> dict[str, float]:
@@ -110,8 +116,9 @@ def main() -> None:
     parser.add_argument("--patterns", nargs="+", default=["6:8"])
     parser.add_argument("--prefill", nargs="*", type=int, default=PREFILL)
     parser.add_argument("--decode", nargs="*", type=int, default=DECODE)
-    parser.add_argument("--settings", type=json.loads, default={}, help="additional_config.slidesparse of the packed engine")
-    parser.add_argument("--how", default="as the plan has it", help="what the rows of the packed engine are called")
+    parser.add_argument(
+        "--packed", nargs="+", default=["as the plan has it={}"], help="NAME=JSON: packed engines, by their additional_config.slidesparse"
+    )
     parser.add_argument("--eager", action="store_true", help="without compilation and CUDA graphs, to try the script")
     arguments = parser.parse_args()
     source = arguments.folder / "source"
@@ -120,21 +127,25 @@ def main() -> None:
     with records(arguments.out, arguments.commit) as record:
         for scheme, pattern in itertools.product(arguments.schemes, arguments.patterns):
             base: dict[tuple, float] = {}
-            for form in ("dense", "packed"):
+            alone: list[float] = []
+            for form, how, settings in (("dense", "vLLM alone", "{}"), *(("packed", *one.split("=", 1)) for one in arguments.packed)):
                 made = checkpoint(source, arguments.folder, scheme, pattern, form)
-                asked = {"checkpoint": str(made), "form": form, "scheme": scheme, "settings": arguments.settings if form != "dense" else {}}
+                asked = {"checkpoint": str(made), "form": form, "scheme": scheme, "settings": json.loads(settings)}
                 asked |= {"prefill": arguments.prefill, "decode": arguments.decode, "eager": arguments.eager}
                 torch.cuda.empty_cache()
                 found = in_a_process(__file__, asked, arguments.folder / made.name, alone=True)
+                alone = alone or found["logprobs"]
+                apart = statistics.fmean(abs(a - b) for a, b in zip(alone, found["logprobs"], strict=True))
                 for point in found["points"]:
                     key = point["phase"], point["tokens"]
                     base.setdefault(key, point["seconds"])
                     parts = point.get("shares", {})
                     row = {
                         "model": arguments.model, "scheme": scheme, "pattern": pattern, "served": form,
-                        "how": "vLLM alone" if form == "dense" else arguments.how, "phase": key[0], "tokens": key[1],
+                        "how": how, "phase": key[0], "tokens": key[1],
                         "ms": f"{point['seconds'] * 1e3:.3f}", "tokens_per_s": f"{key[1] / point['seconds']:.0f}",
                         "x_dense": f"{base[key] / point['seconds']:.3f}", "model_gb": f"{found['gb']:.2f}",
+                        "logprob_diff": f"{apart:.4f}", "logprob_spread": f"{statistics.pstdev(alone):.4f}",
                         **{kind: f"{parts[kind]:.3f}" if kind in parts else "" for kind in ("linear", "head", "attention", "other")},
                     }  # fmt: skip
                     record(row)
