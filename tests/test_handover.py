@@ -97,7 +97,9 @@ def test_within_an_engine_another_dense_kernel_must_be_worth_it() -> None:
         plan.add(KEY, Cell(m, {}, {}, {RIVAL: flat(100.0), "dense:triton": flat(us)}))
     within = within_engine(plan, KEY, RIVAL, sums=True)
     assert [within.route(KEY, m, "fast", sums=True) for m in (16, 256)] == ["dense:triton", RIVAL]
-    assert within_engine(plan, KEY, None, sums=True).route(KEY, 256, "fast", sums=True) == "dense:triton"
+    for rival, without in ((None, set()), (RIVAL, {RIVAL})):
+        within = within_engine(plan, KEY, rival, sums=True, without=without)
+        assert within.route(KEY, 256, "fast", without, sums=True) == "dense:triton"
 
 
 def test_the_engine_is_taken_at_its_quickest() -> None:

@@ -86,19 +86,20 @@ def why_theirs(
 def within_engine(plan: Plan, key: Key, rival: str | None, *, sums: bool, without: Collection[str] = (), most: int = maxsize) -> Plan:
     """What of a plan a layer of ours runs: sparse routes where they are worth a copy, and of dense ones the engine's.
 
-    Another dense route stays where it is `WORTH` times as fast.
+    Another dense route stays where it is `WORTH` times as fast, or if the engine's is not to be had.
     """
+    house = None if rival in without else rival
     sparse = average(gains(plan, key, rival, sums=sums, without=without, most=most)) >= WORTH
     kept = Plan(plan.machine, {}, plan.date)
     for cell in plan.cells.get(key, {}).values():
-        families = (_trimmed(times, rival, sparse) for times in (cell.timings, cell.sums))
+        families = (_trimmed(times, house, sparse) for times in (cell.timings, cell.sums))
         kept.add(key, Cell(cell.m, next(families), cell.dropped, next(families)))
     return kept
 
 
-def _trimmed(times: Mapping[str, Timing], rival: str | None, sparse: bool) -> dict[str, Timing]:
-    bar = times[rival].p50 / WORTH if rival in times else maxsize
-    dense = {name for name in times if backend_of(name) == "dense" and (name == rival or times[name].p50 <= bar)}
+def _trimmed(times: Mapping[str, Timing], house: str | None, sparse: bool) -> dict[str, Timing]:
+    bar = times[house].p50 / WORTH if house in times else maxsize
+    dense = {name for name in times if backend_of(name) == "dense" and (name == house or times[name].p50 <= bar)}
     return {name: timing for name, timing in times.items() if name in dense or (sparse and backend_of(name) != "dense")}
 
 
