@@ -214,7 +214,7 @@ def test_kernels_are_the_layers_on_a_gpu(m, scheme):
 @gpu_only
 def test_ops_take_strides_graphs_compilation_and_streams():
     made = inputs(100, 800, torch.bfloat16, "cuda")
-    x, residual, scale, weight, bias = made.values()
+    x, residual, scale, weight, bias, _ = made.values()
     expected = run(x, weight, residual, scale, bias)
     wide = torch.cat((x, residual), -1)
     check_same(run(wide[:, :800], weight, wide[:, 800:], scale, bias), expected, 100)

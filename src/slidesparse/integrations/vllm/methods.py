@@ -84,6 +84,8 @@ class SlideSparseLinearMethod(LinearMethodBase):
         self.settings = Settings.current()
         self.config = get_current_vllm_config_or_none()
         """That of the model that is being built, which may be one inside another."""
+        # Now, since vLLM copies the configuration's passes as soon as the model's layers are made.
+        self.fuses = compiles(self.config) and fuses(self.config)
         self.stock: Apply | None = None
         """What runs the layer where vLLM does."""
         self.opened = False
@@ -120,7 +122,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
             bias = None  # vLLM adds it elsewhere
         problem = weights.problem(layer.params_dtype, device, None if bias is None else bias.dtype)
         opened = self._can_open(layer, problem) and enter_cache_key(configs, self.layer, "sums")
-        behind = opened and fuses(self.config) and gated(self.config, self.layer)
+        behind = opened and self.fuses and gated(self.config, self.layer)
         why, plan = self._handed_over(problem, device, opened, behind)
         if why is not None and enter_cache_key(configs, self.layer, "dense"):
             dense = ops.restore(weights.packed)[:, margins[0] : weights.k - margins[1]]
