@@ -128,6 +128,18 @@ def test_what_is_no_swiglu_in_front_of_a_product_stays(compiled: None) -> None:
         assert (ops, found) == (["slidesparse.sums.default"], 0)
 
 
+def test_a_norm_of_other_types_stays(compiled: None) -> None:
+    up = made(layers.ColumnParallelLinear, N, K, "int8", False, "m.gate_up_proj")
+
+    def block(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        normed, total = ir.ops.fused_add_rms_norm(x, residual, weight, 1e-5, None)
+        return up(normed)[0], total
+
+    x, weight = torch.randn(5, K, dtype=torch.bfloat16), torch.ones(K, dtype=torch.float32)
+    _, ops, found = graphs_of(block, x, x.clone(), weight)
+    assert (ops, found) == (["slidesparse.sums.default"], 0)
+
+
 @pytest.mark.parametrize(
     ("activation", "name", "follows"),
     [("silu", "model.layers.0.mlp.down_proj", True), ("swish", "w2", True), ("silu", "m.o_proj", False), ("gelu", "m.down_proj", False),

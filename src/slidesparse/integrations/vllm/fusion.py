@@ -16,7 +16,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
+from torch._inductor.pattern_matcher import Match, PatternMatcherPass, fwd_only, register_replacement
 from vllm import ir
 from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
 from vllm.config import VllmConfig
@@ -66,6 +66,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate_up[..., :k]) * gate_up[..., k:]
 
 
+def _takes(match: Match) -> bool:
+    """Whether the kernels take what was found: matrices of bfloat16, and a norm's weight of that type."""
+    found = {name: node.meta["val"] for name, node in match.kwargs.items() if name in ("x", "residual", "weight")}
+    return all(one.dtype == torch.bfloat16 and one.dim() == (1 if name == "weight" else 2) for name, one in found.items())
+
+
 @cache
 @enable_fake_mode
 @torch.no_grad()
@@ -76,7 +82,7 @@ def _patterns() -> PatternMatcherPass:
 
     def add(search: Callable, replacement: Callable, *tensors: Tensor) -> None:
         asked = {one: _ANY[one] for one in inspect.signature(search).parameters if one in _ANY}
-        register_replacement(search, replacement, tensors, fwd_only, found, scalar_workaround=asked)
+        register_replacement(search, replacement, tensors, fwd_only, found, _takes, scalar_workaround=asked)
 
     def norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, name: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
         normed, total = ir.ops.fused_add_rms_norm.torch_op(x, residual, weight, eps, None)
