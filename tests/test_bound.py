@@ -56,7 +56,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
         def call(gate_up: Tensor, scale: Tensor, channel: Tensor, bias: Tensor, q: Tensor, out: Tensor) -> None:
             given = [tensor if one is not None else None for one, tensor in zip(added, (scale, channel, bias), strict=True)]
-            quantize(fused.gated(gate_up, *given), q, out)
+            quantize(fused.silu_mul(gate_up, *given), q, out)
 
         return call
 

@@ -84,11 +84,31 @@ def test_behind_swiglu_layers_are_ours_without_sparse_copies_that_pay_little() -
         for m in (16, 256):
             plan.add(KEY, Cell(m, {RIVAL: flat(100.0), "dense:triton": flat(98.0), "cusparselt:": flat(us if m == 16 else 100.0)}))
         assert (why_theirs(plan, KEY, RIVAL, sums=False) is None) == (us == 50.0)
-        assert why_theirs(plan, KEY, RIVAL, sums=False, gated=True) is None
+        assert why_theirs(plan, KEY, RIVAL, sums=False, swiglu=True) is None
         within = within_engine(plan, KEY, RIVAL, sums=False)
         assert within.route(KEY, 16, "fast") == kept and within.route(KEY, 256, "fast") == RIVAL
-    assert "not compared them" in why_theirs(measured(1, "dense:triton"), KEY, RIVAL, sums=False, gated=True)
-    assert "nothing was measured: run" in why_theirs(None, KEY, RIVAL, sums=False, gated=True)
+    assert "not compared them" in why_theirs(measured(1, "dense:triton"), KEY, RIVAL, sums=False, swiglu=True)
+    assert "nothing was measured: run" in why_theirs(None, KEY, RIVAL, sums=False, swiglu=True)
+
+
+def test_what_was_found_wrong_does_not_come_back() -> None:
+    """The engine's product is wrong for few tokens, where sparse alone was right but is not worth a copy: nothing was measured."""
+    plan = Plan(measured(1).machine)
+    plan.add(KEY, Cell(16, {}, {f"sums of {RIVAL}": "wrong"}, {"cusparselt:": flat(10.0)}))
+    plan.add(KEY, Cell(256, {}, {}, {RIVAL: flat(100.0), "cusparselt:": flat(99.0)}))
+    within = within_engine(plan, KEY, RIVAL, sums=True)
+    assert [within.route(KEY, m, "fast", sums=True) for m in (16, 256)] == [None, RIVAL]
+
+
+def test_a_dense_kernel_that_would_not_run_does_not_hide_a_gain() -> None:
+    plan = Plan(measured(1).machine)
+    sparse = Timing(95.0, 94.0, 97.6)
+    plan.add(KEY, Cell(16, {RIVAL: flat(100.0), "dense:triton": flat(97.5), "cusparselt:": sparse}))
+    assert gains(plan, KEY, RIVAL, sums=False) == {16: pytest.approx(100 / 95)}
+    assert (
+        why_theirs(plan, KEY, RIVAL, sums=False) is None
+        and within_engine(plan, KEY, RIVAL, sums=False).route(KEY, 16, "fast") == "cusparselt:"
+    )
 
 
 def test_within_an_engine_another_dense_kernel_must_be_worth_it() -> None:
@@ -155,8 +175,8 @@ def test_a_plan_shown_for_vllm_tells_which_layers_swiglu_makes_ours(capsys: pyte
     for m in (16, 4096):
         times = {RIVAL: flat(100.0), "dense:triton": flat(50.0), "cusparselt:": flat(99.0)}
         plan.add(KEY, Cell(m, times, {}, times))
-    for gated, told in (((), "in a step: its own kernels"), ((layer,), "ours, with SiLU in the pass that quantises, on dense kernels")):
-        tuning.print_plan(plan, [layer], vllm=True, gated=gated)
+    for swiglu, told in (((), "in a step: its own kernels"), ((layer,), "ours, with SiLU in the pass that quantises, on dense kernels")):
+        tuning.print_plan(plan, [layer], vllm=True, swiglu=swiglu)
         assert told in " ".join(capsys.readouterr().out.split())
 
 

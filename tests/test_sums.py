@@ -153,7 +153,6 @@ def test_the_prepared_op_widens_a_cut_shard(rank: int) -> None:
         y, y_scale, total = prepared.add_rms_norm_sums(*inputs)
         check_fused((y, y_scale), behind._replace(total=total), weight, weights)
         torch.library.opcheck(torch.ops.slidesparse.add_rms_norm_sums, inputs)
-        prepared.warm(name, (1, 8), gated=True)
         with pytest.raises(UnsupportedError, match="before asking for its sums"):
             prepared.sums(x.float(), name, 16)
 
@@ -173,7 +172,6 @@ def test_sums_are_captured(backend: str) -> None:
     x.copy_(fresh)
     graph.replay()
     check(found, fresh, dense, weights)
-    prepared.warm(name, (16,), gated=True)
     gated, graph = swiglu(16, 512, False, "cuda"), torch.cuda.CUDAGraph()
     gate_up = torch.zeros_like(gated.gate_up)
     with torch.cuda.graph(graph):

@@ -91,12 +91,12 @@ def test_the_plan_in_force_decides_with_what_vllm_has_here(monkeypatch: pytest.M
     use_plan(plan)
     try:
         problem = Problem(256, 512, PATTERN, SCHEMES["int8"], "cuda", DTYPE)
-        assert dense.handed_over(problem, sums=True, most=77, gated=True) == (None, Plan(plan.machine, {}, plan.date))
+        assert dense.handed_over(problem, sums=True, most=77, swiglu=True) == (None, Plan(plan.machine, {}, plan.date))
         assert told == {
             "plan": plan, "key": (256, 512, "6:8", "int8"), "rival": "dense:cutlass", "sums": True, "without": {"cusparselt:alg=9"},
-            "most": 77, "gated": True,
+            "most": 77, "swiglu": True,
         }  # fmt: skip
-        dense.handed_over(Problem(256, 512, PATTERN, SCHEMES["bf16"], "cuda", DTYPE), sums=False, most=77, gated=False)
+        dense.handed_over(Problem(256, 512, PATTERN, SCHEMES["bf16"], "cuda", DTYPE), sums=False, most=77, swiglu=False)
         assert told["rival"] is None
     finally:
         use_plan(None)
@@ -109,7 +109,7 @@ def test_settings_reach_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:
     method = methods.PackedLinearMethod.__new__(methods.PackedLinearMethod)
     method.settings, method.scheme = methods.Settings(most=77), SCHEMES["int8"]
     method._handed_over(None, torch.device("cuda"), True, False)
-    assert told == {"sums": True, "most": 77, "gated": False}
+    assert told == {"sums": True, "most": 77, "swiglu": False}
 
 
 @pytest.mark.parametrize(

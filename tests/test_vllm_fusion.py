@@ -1,4 +1,4 @@
-"""SwiGLU in the product's op: the pass over compiled graphs, what it finds and what it leaves, and that numbers stay."""
+"""SwiGLU and norms in the product's op: the pass over compiled graphs, what it finds and what it leaves, and that numbers stay."""
 
 from __future__ import annotations
 
@@ -128,22 +128,62 @@ def test_what_is_no_swiglu_in_front_of_a_product_stays(compiled: None) -> None:
         assert (ops, found) == (["slidesparse.sums.default"], 0)
 
 
-def test_a_norm_of_other_types_stays(compiled: None) -> None:
+@pytest.mark.parametrize(
+    ("weight", "residual", "variance"),
+    [
+        (torch.rand(K, dtype=torch.float32), (19, K, torch.bfloat16), None),  # as Gemma's norms
+        (None, (19, K, torch.bfloat16), None),
+        (torch.rand(K).bfloat16(), (19, K, torch.float32), None),
+        (torch.rand(K).bfloat16(), (1, K, torch.bfloat16), None),
+        (torch.rand(K).bfloat16(), (19, K, torch.bfloat16), K // 2),
+    ],
+)  # fmt: skip
+def test_a_norm_that_the_kernel_does_not_take_stays(weight, residual, variance, compiled: None) -> None:
     up = made(layers.ColumnParallelLinear, N, K, "int8", False, "m.gate_up_proj")
 
-    def block(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        normed, total = ir.ops.fused_add_rms_norm(x, residual, weight, 1e-5, None)
-        return up(normed)[0], total
+    def block(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        normed, total = ir.ops.fused_add_rms_norm(x, residual, weight, 1e-5, variance)
+        return up(normed.bfloat16())[0], total
 
-    x, weight = torch.randn(5, K, dtype=torch.bfloat16), torch.ones(K, dtype=torch.float32)
-    _, ops, found = graphs_of(block, x, x.clone(), weight)
+    *shape, dtype = residual
+    _, ops, found = graphs_of(block, torch.randn(19, K, dtype=torch.bfloat16), torch.randn(*shape, dtype=dtype))
     assert (ops, found) == (["slidesparse.sums.default"], 0)
+
+
+@pytest.mark.parametrize("factor", [0.5, torch.tensor(0.5), torch.rand(2 * K, dtype=torch.float32), torch.rand(19, 1).bfloat16()])
+def test_factors_that_are_no_token_scales_stay_in_the_graph(factor: float | Tensor, compiled: None) -> None:
+    down = made(layers.RowParallelLinear, N, K, "int8", False, "m.down_proj")
+
+    def block(x: Tensor) -> Tensor:
+        return down(SiluAndMul.forward_native((x.float() * factor).bfloat16()))[0]
+
+    x = torch.randn(19, 2 * K, dtype=torch.bfloat16)
+    y, ops, found = graphs_of(block, x)
+    assert (ops, found) == (["slidesparse.silu_mul_sums.default"], 1)
+    with torch.inference_mode():
+        check_near(y, block(x))
+
+
+def test_sums_that_somebody_else_reads_stay(compiled: None) -> None:
+    up = made(layers.ColumnParallelLinear, 2 * K, N, "int8", True, "m.gate_up_proj")
+    down = made(layers.RowParallelLinear, N, K, "int8", False, "m.down_proj")
+
+    def block(x: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up = up(x)[0]
+        return down(SiluAndMul.forward_native(gate_up))[0], gate_up
+
+    x = torch.randn(19, N, dtype=torch.bfloat16)
+    both, ops, found = graphs_of(block, x)
+    assert (ops, found) == (["slidesparse.sums.default", "slidesparse.silu_mul_sums.default"], 1)
+    with torch.inference_mode():
+        for one, expected in zip(both, block(x), strict=True):
+            check_near(one, expected)
 
 
 @pytest.mark.parametrize(
     ("activation", "name", "follows"),
     [("silu", "model.layers.0.mlp.down_proj", True), ("swish", "w2", True), ("silu", "m.o_proj", False), ("gelu", "m.down_proj", False),
-     (None, "m.down_proj", False)],
+     (None, "m.down_proj", False), ("silu", "m.mlp.shared_expert.down_proj", False)],
 )  # fmt: skip
 def test_which_layers_follow_swiglu(activation: str | None, name: str, follows: bool) -> None:
     assert follows_swiglu(name, activation) == follows
@@ -160,9 +200,18 @@ def test_the_pass_is_put_where_vllm_looks_for_one(tmp_path: Path, rank: Callable
     passes[key] = object()
     assert not fusion.fuses(config)
     config.model_config.hf_text_config.hidden_act = "silu"
-    assert fusion.gated(config, "m.down_proj") and not fusion.gated(config, "m.o_proj")
+    settings = config.compilation_config
+    settings.custom_ops[:] = ["none"]
+    assert fusion.behind_swiglu(config, "m.down_proj") and not fusion.behind_swiglu(config, "m.o_proj")
+    for asked in (["none", "+silu_and_mul"], ["all"]):
+        settings.custom_ops[:] = asked
+        assert not fusion.behind_swiglu(config, "m.down_proj")
+    settings.custom_ops[:], settings.backend = ["all", "-silu_and_mul"], "eager"
+    assert not fusion.behind_swiglu(config, "m.down_proj")
+    settings.backend = "inductor"
+    assert fusion.behind_swiglu(config, "m.down_proj")
     config.model_config = None
-    assert not fusion.gated(config, "m.down_proj")
+    assert not fusion.behind_swiglu(config, "m.down_proj")
 
 
 class Block(nn.Module):

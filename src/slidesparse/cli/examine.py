@@ -64,9 +64,9 @@ def _inspect_plan(model: Path, file: Path | None, vllm: bool, json: bool) -> Non
         plan, sources = Plan.load(file), (str(file),)
     found = tuning.model_layers(model, None, None)
     layers = tuning.served(found, 1) if vllm else tuning.distinct(found, merged=True)
-    gated = tuning.behind_swiglu(model, found, 1) if vllm else frozenset()
+    swiglu = tuning.behind_swiglu(model, found, 1) if vllm else frozenset()
     if json:
-        screen.print_json({"sources": sources, "layers": [] if plan is None else tuning.plan_rows(plan, layers, vllm, gated)})
+        screen.print_json({"sources": sources, "layers": [] if plan is None else tuning.plan_rows(plan, layers, vllm, swiglu)})
         return
     for source in sources:
         screen.say(source)
@@ -74,7 +74,7 @@ def _inspect_plan(model: Path, file: Path | None, vllm: bool, json: bool) -> Non
         screen.say("nothing measured is in force here: dense runs; name a plan with --plan-file, or run `slidesparse tune` on a GPU")
     else:
         screen.say(f"measured on {plan.machine.gpu}, {plan.date}")
-        tuning.print_plan(plan, layers, vllm, gated)
+        tuning.print_plan(plan, layers, vllm, swiglu)
 
 
 def _layer_table(rows: list, every: bool) -> Table:

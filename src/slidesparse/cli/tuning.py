@@ -56,11 +56,11 @@ def tune(
     if tensor_parallel > 1 and not vllm:
         raise typer.BadParameter("--tensor-parallel goes with --vllm")
     name = None if scheme is None else scheme.value
-    layers, gated = _shapes(shape or [], pattern, name), frozenset()
+    layers, swiglu = _shapes(shape or [], pattern, name), frozenset()
     if model is not None:
         found = model_layers(model, pattern, name)
         layers = [*(served(found, tensor_parallel) if vllm else distinct(found, merged)), *layers]
-        gated = behind_swiglu(model, found, tensor_parallel) if vllm else gated
+        swiglu = behind_swiglu(model, found, tensor_parallel) if vllm else swiglu
     if not layers:
         raise typer.BadParameter("nothing to measure: name a model or give --shape NxK")
     ms = None if tokens is None else _tokens(tokens)
@@ -72,9 +72,9 @@ def tune(
         plan = api_tune(layers, out, ms=ms, again=again, progress=progress)
     path = out or user_plan_path()
     if json:
-        screen.print_json({"plan": path, "layers": plan_rows(plan, layers, vllm, gated)})
+        screen.print_json({"plan": path, "layers": plan_rows(plan, layers, vllm, swiglu)})
         return
-    print_plan(plan, layers, vllm, gated)
+    print_plan(plan, layers, vllm, swiglu)
     screen.say(f"plan written to {path}")
 
 
@@ -93,7 +93,7 @@ def offer_vllm() -> None:
     register()
 
 
-def print_plan(plan: Plan, layers: list[Layer], vllm: bool = False, gated: Collection[Layer] = ()) -> None:
+def print_plan(plan: Plan, layers: list[Layer], vllm: bool = False, swiglu: Collection[Layer] = ()) -> None:
     """A table per layer shape: who runs how many tokens, against the best dense route; see `plan_rows`."""
     from ..gemm import key_of
     from ..gemm.handover import STEP
@@ -101,10 +101,11 @@ def print_plan(plan: Plan, layers: list[Layer], vllm: bool = False, gated: Colle
     for layer in dict.fromkeys(layers):
         key = key_of(layer.problem)
         elsewhere = _elsewhere(plan, layer)
-        first = plan.pays_from(key, elsewhere, sums=vllm and layer.scheme.dynamic)
+        chooses = _served(plan, layer, swiglu)[1] if vllm else plan
+        first = chooses.pays_from(key, elsewhere, sums=vllm and layer.scheme.dynamic)
         verdict = "not measured: dense runs" if key not in plan.cells else "dense runs" if first is None else f"pays from M = {first}"
         screen.out.print(f"[bold]{layer.n} × {layer.k}[/]  {layer.pattern} {layer.scheme.name}: {verdict}")
-        rows = plan_rows(plan, [layer], vllm, gated)
+        rows = plan_rows(plan, [layer], vllm, swiglu)
         if not rows:
             continue
         table = Table(box=None, header_style="bold")
@@ -124,7 +125,7 @@ def print_plan(plan: Plan, layers: list[Layer], vllm: bool = False, gated: Colle
         if vllm:
             why = rows[0]["given_back"]
             sparse = any(row["m"] <= STEP and not row["fast"].startswith("dense") for row in rows)
-            ours = f"ours{', with SiLU in the pass that quantises' if layer in gated else ''}{'' if sparse else ', on dense kernels'}"
+            ours = f"ours{', with SiLU in the pass that quantises' if layer in swiglu else ''}{'' if sparse else ', on dense kernels'}"
             screen.out.print(f"in vLLM, with up to {STEP} tokens in a step: {ours if why is None else f'its own kernels: {why}'}")
 
 
@@ -136,27 +137,24 @@ def _elsewhere(plan: Plan, layer: Layer) -> set[str]:
     return {route for route in plan.routes(key_of(layer.problem)) if not is_known(route)}
 
 
-def plan_rows(plan: Plan, layers: list[Layer], vllm: bool = False, gated: Collection[Layer] = ()) -> list[dict]:
+def plan_rows(plan: Plan, layers: list[Layer], vllm: bool = False, swiglu: Collection[Layer] = ()) -> list[dict]:
     """What `print_plan` shows, one entry per layer shape and number of tokens; ``other`` is the best route that is not dense.
 
     Whole linears; with ``vllm`` 8-bit layers without token scales and bias, which its compiler fuses into what follows (of dense routes the
     whole linear where that is quicker), and ``given_back``: why vLLM's server with its default settings would run the layer on its own
-    kernels, None if it would not, when ``fast`` is what it would run. In front of ``gated`` layers stands SwiGLU.
+    kernels, None if it would not, when ``fast`` is what it would run. In front of ``swiglu`` layers stands SwiGLU.
     """
     from ..gemm import key_of
-    from ..gemm.handover import STEP, rival_of, why_theirs, within_engine
 
     rows = []
     for layer in dict.fromkeys(layers):
         key, sums, elsewhere = key_of(layer.problem), vllm and layer.scheme.dynamic, _elsewhere(plan, layer)
-        rival, chooses = rival_of(layer.problem), plan
-        if vllm:
-            why = why_theirs(plan, key, rival, sums=sums, without=elsewhere, most=STEP, gated=layer in gated)
-            chooses = plan if why else within_engine(plan, key, rival, sums=sums, without=elsewhere, most=STEP)
+        why, chooses = _served(plan, layer, swiglu) if vllm else (None, plan)
         for m, cell in plan.table(key, sums=sums).items():
             times = cell.times(sums)
             other = min(cell.others(sums=sums), key=lambda name: times[name].p50, default=None)
-            picked = {memory: chooses.route(key, m, memory, elsewhere, sums=sums) for memory in ("fast", "lean")} | {"other": other}
+            runs = {"fast": chooses.route(key, m, "fast", elsewhere, sums=sums), "lean": plan.route(key, m, "lean", elsewhere, sums=sums)}
+            picked = runs | {"other": other}
             row: dict[str, object] = {"n": layer.n, "k": layer.k, "pattern": str(layer.pattern), "scheme": layer.scheme.name, "m": m}
             if vllm:
                 row["given_back"] = why
@@ -166,6 +164,17 @@ def plan_rows(plan: Plan, layers: list[Layer], vllm: bool = False, gated: Collec
             if dense is not None:
                 rows.append(row | {"dense": dense[0], "dense_us": dense[1].p50})
     return rows
+
+
+def _served(plan: Plan, layer: Layer, swiglu: Collection[Layer]) -> tuple[str | None, Plan]:
+    """Why vLLM's server with its default settings runs a layer on its own kernels, None if it does not, and the plan that chooses."""
+    from ..gemm import key_of
+    from ..gemm.handover import STEP, rival_of, why_theirs, within_engine
+
+    key, rival = key_of(layer.problem), rival_of(layer.problem)
+    sums, without = layer.scheme.dynamic, _elsewhere(plan, layer)
+    why = why_theirs(plan, key, rival, sums=sums, without=without, most=STEP, swiglu=layer in swiglu)
+    return why, plan if why else within_engine(plan, key, rival, sums=sums, without=without, most=STEP)
 
 
 def model_layers(model: Path, pattern: Pattern | None, scheme: str | None) -> dict[str, Layer]:
@@ -202,14 +211,14 @@ def served(layers: dict[str, Layer], ranks: int) -> list[Layer]:
 
 
 def behind_swiglu(model: Path, layers: dict[str, Layer], ranks: int) -> frozenset[Layer]:
-    """Those of `served` whose input is silu(gate) · up, on one rank: the sums over several come in between."""
+    """Those of `served`, at 8 bits, whose input is silu(gate) · up, on one rank: the sums over several come in between."""
     from ..checkpoint import Checkpoint
     from ..gemm.handover import follows_swiglu
 
     config = Checkpoint.open(model).config
     activation = (config.get("text_config") or config).get("hidden_act")
-    found = {name: layer for name, layer in layers.items() if ranks == 1 and follows_swiglu(name, activation)}
-    return frozenset(served(found, ranks))
+    alone = {name: layer for name, layer in layers.items() if ranks == 1 and layer.scheme.dynamic}
+    return frozenset(served({name: layer for name, layer in alone.items() if follows_swiglu(name, activation)}, ranks))
 
 
 def _shapes(shapes: list[str], pattern: Pattern | None, scheme: str | None) -> list[Layer]:

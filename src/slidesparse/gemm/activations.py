@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.fused import added_norm, gated, norm_call, norm_inputs, silu_call, silu_inputs
+from ..ops.fused import added_norm, norm_call, norm_inputs, silu_call, silu_inputs, silu_mul
 from ..ops.launching import Call
 from ..ops.library import runs_kernels
 from ..ops.quantize import can_pair, moves_nothing, quantize_call
@@ -44,7 +44,7 @@ class Gated(NamedTuple):
 
     def computed(self) -> Tensor:
         """The activations ``[M, K]``."""
-        return gated(self.gate_up, self.scale, self.channel)
+        return silu_mul(self.gate_up, self.scale, self.channel)
 
 
 class Normed(NamedTuple):
@@ -91,9 +91,7 @@ def kind_of(x: Activations) -> tuple:
     """What decides how inputs are run: device, type, shape, strides, and what there is to do before quantisation."""
     if isinstance(x, Tensor):
         return x.get_device(), x.dtype, x.shape, x.stride()
-    if type(x) is Gated:
-        return (*kind_of(x.gate_up), x.scale is None, x.channel is None)
-    return (*kind_of(x.x), x.scale is None, x.channel is None, x.residual.stride(), x.eps)
+    return (type(x), *(kind_of(one) if isinstance(one, Tensor) else one for one in x))
 
 
 def quantized(
@@ -125,10 +123,22 @@ def call_for(problem: Problem, x: Activations, pattern: Pattern | None, width: i
     if pattern is not None and not can_pair(pattern, 0, width):
         return None
     text, added = "" if pattern is None else pattern.text, (x.scale, x.channel, None)
+    if not _scales_fit(x):
+        return None
     if isinstance(x, Gated):
         return silu_call(rows, dtype, text, added, width)
-    plain = x.residual.stride(1) == 1 and x.weight.is_contiguous() and x.weight.dtype == x.dtype
+    same = (x.residual.shape, x.residual.dtype, x.residual.stride(1)) == (rows.shape, rows.dtype, 1)
+    plain = same and x.weight.dtype == rows.dtype and x.weight.shape == rows.shape[1:] and x.weight.is_contiguous()
     return norm_call(rows, x.residual, x.eps, dtype, text, added, width) if plain else None
+
+
+def _scales_fit(x: Gated | Normed) -> bool:
+    """Whether the kernels can read the scales as they lie; `quantized` says what is wrong with others."""
+    m, n = x[0].shape
+    for scale, count in ((x.scale, m), (x.channel, n)):
+        if scale is not None and not (scale.dtype == torch.float32 and scale.numel() == count and scale.is_contiguous()):
+            return False
+    return (x.channel is None or x.scale is not None) and (isinstance(x, Normed) or n % 2 == 0)
 
 
 def inputs_of(x: Activations, other: Tensor) -> tuple[Tensor, ...]:
@@ -136,6 +146,6 @@ def inputs_of(x: Activations, other: Tensor) -> tuple[Tensor, ...]:
     if isinstance(x, Tensor):
         return (x,)
     added = (x.scale, x.channel, None)
-    if type(x) is Gated:
+    if isinstance(x, Gated):
         return silu_inputs(x.gate_up, added, other)
     return *norm_inputs(x.x, x.weight, x.residual, added, other), x.total

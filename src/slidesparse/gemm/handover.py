@@ -40,6 +40,7 @@ def gains(plan: Plan, key: Key, rival: str | None, *, sums: bool, without: Colle
     or else the quickest dense route. Numbers at which it was not timed, or found wrong, are left out, and so are those at which nothing
     that was timed can run here.
     """
+    plan = _within(plan, key, rival, without, sparse=True)
     table = plan.table(key, sums=sums)
     found = {}
     for m in [m for m in table if m <= most] or [*table][:1]:
@@ -59,7 +60,7 @@ def _engines(cell: Cell, rival: str | None, without: Collection[str], sums: bool
 
 
 def why_theirs(
-    plan: Plan | None, key: Key, rival: str | None, *, sums: bool, without: Collection[str] = (), most: int = maxsize, gated: bool = False
+    plan: Plan | None, key: Key, rival: str | None, *, sums: bool, without: Collection[str] = (), most: int = maxsize, swiglu: bool = False
 ) -> str | None:
     """Why a layer had better be the engine's own, None if it had not.
 
@@ -68,7 +69,7 @@ def why_theirs(
         sums: token scales and bias are left to the engine's compiler.
         without: routes that cannot run here.
         most: the most tokens in a step.
-        gated: SwiGLU runs in the pass that quantises the layer's input.
+        swiglu: it runs in the pass that quantises the layer's input.
     """
     if plan is None or not plan.cells.get(key):
         return "nothing was measured: run `slidesparse tune --vllm`"
@@ -76,7 +77,7 @@ def why_theirs(
         return "the plan has not compared them: run `slidesparse tune --vllm`"
     found = gains(plan, key, rival, sums=sums, without=without, most=most)
     mean = average(found)
-    if gated or mean >= WORTH:
+    if swiglu or mean >= WORTH:
         return None
     if max(found.values(), default=1.0) <= 1:
         return "nothing was measured to be faster"
@@ -88,12 +89,16 @@ def within_engine(plan: Plan, key: Key, rival: str | None, *, sums: bool, withou
 
     Another dense route stays where it is `WORTH` times as fast, or if the engine's is not to be had.
     """
-    house = None if rival in without else rival
     sparse = average(gains(plan, key, rival, sums=sums, without=without, most=most)) >= WORTH
+    return _within(plan, key, rival, without, sparse=sparse)
+
+
+def _within(plan: Plan, key: Key, rival: str | None, without: Collection[str], *, sparse: bool) -> Plan:
+    house = None if rival in without else rival
     kept = Plan(plan.machine, {}, plan.date)
     for cell in plan.cells.get(key, {}).values():
-        families = (_trimmed(times, house, sparse) for times in (cell.timings, cell.sums))
-        kept.add(key, Cell(cell.m, next(families), cell.dropped, next(families)))
+        whole, sums = (_trimmed(times, house, sparse) or times for times in (cell.timings, cell.sums))
+        kept.add(key, Cell(cell.m, whole, cell.dropped, sums))
     return kept
 
 
@@ -104,8 +109,8 @@ def _trimmed(times: Mapping[str, Timing], house: str | None, sparse: bool) -> di
 
 
 def follows_swiglu(name: str, activation: str | None) -> bool:
-    """Whether a layer of that name, in a model of that activation, reads silu(gate) · up."""
-    return activation in ("silu", "swish") and name.rpartition(".")[2] in ("down_proj", "w2")
+    """Whether a layer of that name, in a model of that activation, reads silu(gate) · up in the graph: experts, shared ones too, do not."""
+    return activation in ("silu", "swish") and name.rpartition(".")[2] in ("down_proj", "w2") and "expert" not in name
 
 
 def average(found: dict[int, float]) -> float:

@@ -52,7 +52,7 @@ class _ByNumber(dict[int, Prepared]):
 
 _PREPARED = _ByNumber()
 _NUMBERS = itertools.count(1)
-_warmed: set[tuple[Problem, int, torch.device, str, bool, bool]] = set()
+_warmed: set[tuple[Problem, int, torch.device, str, bool]] = set()
 
 
 def prepare(
@@ -85,22 +85,20 @@ def prepare(
     return torch.tensor([number], dtype=torch.int64, device="cpu")
 
 
-def warm(name: Tensor, tokens: Iterable[int], *, gated: bool = False) -> None:
+def warm(name: Tensor, tokens: Iterable[int]) -> None:
     """Run a prepared layer once for each number of tokens, unless one of the same shape was: CUDA graphs may capture it afterwards.
 
-    ``gated``: behind SwiGLU, too.
+    The library's plans are made then, whatever stands in front of the product; kernels that are not compiled yet are Triton's matter.
     """
     prepared = _PREPARED[int(name)]
     for m in tokens:
         summed, wanted = prepared.execution.for_sums, prepared.problem
-        key = (wanted, m, prepared.device, prepared.execution.route(m), summed, gated)
+        key = (wanted, m, prepared.device, prepared.execution.route(m), summed)
         if key in _warmed:
             continue
         x = torch.zeros(m, wanted.k - prepared.left - prepared.right, dtype=wanted.dtype, device=prepared.device)
         # As ops, which run on the device of x, whichever is current.
         _sums_op(x, name, wanted.n) if summed else _linear_op(x, name, None, wanted.n)
-        if gated and summed:
-            _silu_mul_sums_op(x.new_zeros(m, 2 * x.shape[1]), None, None, name, wanted.n)
         _warmed.add(key)
 
 
@@ -171,9 +169,7 @@ def _run_sums(x: Activations, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return y.contiguous(), scale
 
 
-def _run_silu_mul_sums(
-    gate_up: Tensor, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _run_silu_mul_sums(gate_up: Tensor, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return _run_sums(Gated(gate_up, scale, channel), name, n)
 
 
@@ -184,9 +180,7 @@ def _run_add_rms_norm_sums(
     return *_run_sums(Normed(x, residual, weight, eps, total, scale, channel), name, n), total
 
 
-def _silu_mul_sums_fake(
-    gate_up: Tensor, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _silu_mul_sums_fake(gate_up: Tensor, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return _sums_fake(gate_up, name, n)
 
 

@@ -148,7 +148,7 @@ def _add_norm_oracle(
     return *_quantised(normed, dtype, pattern, width, rows), total
 
 
-def gated(x: Tensor, scale: Tensor | None, channel: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def silu_mul(x: Tensor, scale: Tensor | None, channel: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """silu(gate) · up ``[M, K]`` by plain torch, rounded as `silu_mul_quantize` rounds."""
     gate, up = _scaled(x, scale, channel, bias).chunk(2, -1)
     return (gate.float() * torch.sigmoid(gate.float())).to(x.dtype) * up
@@ -157,7 +157,7 @@ def gated(x: Tensor, scale: Tensor | None, channel: Tensor | None = None, bias: 
 def _silu_oracle(
     x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None, width: int, rows: int
 ) -> tuple[Tensor, Tensor]:
-    return _quantised(gated(x, scale, channel, bias), dtype, pattern, width, rows)
+    return _quantised(silu_mul(x, scale, channel, bias), dtype, pattern, width, rows)
 
 
 def _runs(x: Tensor, dtype: torch.dtype, pattern: str, width: int) -> bool:

@@ -162,9 +162,7 @@ class Bound(NamedTuple):
     cut: tuple[int, int] | None
     out: tuple
 
-    def sums(
-        self, x: Activations, resident: Mapping[str, Tensor], scale: Tensor | None = None, *, padded: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def sums(self, x: Activations, resident: Mapping[str, Tensor], scale: Tensor | None, *, padded: bool = False) -> tuple[Tensor, Tensor]:
         """``[M, K]`` → ``[M, N]``, with what pads them on request, and ``[M, 1]``."""
         empty = self.empty
         q, x_scale, y = empty(*self.q), empty(*self.scales), empty(*self.products)
@@ -174,7 +172,7 @@ class Bound(NamedTuple):
 
     def run(self, x: Tensor, resident: Mapping[str, Tensor], scale: Tensor | None, bias: Tensor | None) -> Tensor:
         """``[M, K]`` → ``[M, N]``."""
-        sums, x_scale = self.sums(x, resident, padded=True)
+        sums, x_scale = self.sums(x, resident, scale, padded=True)
         y = self.empty(*self.out)
         self.rescale(sums, y, x_scale, None if self.scaled else scale, bias)
         return y

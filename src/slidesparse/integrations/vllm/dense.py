@@ -40,14 +40,14 @@ def _multiplies(scheme: Scheme) -> bool:
     return ops.capability() >= (8, 9) if scheme.name == "fp8" else (7, 5) <= ops.capability() < (10, 0)
 
 
-def handed_over(problem: Problem, *, sums: bool, most: int, gated: bool) -> tuple[str | None, Plan | None]:
+def handed_over(problem: Problem, *, sums: bool, most: int, swiglu: bool) -> tuple[str | None, Plan | None]:
     """Why a layer had better be vLLM's own, None if it had not, and the plan by which it then runs: `gemm.handover` of the one in force.
 
     vLLM's W8A8 product must have been timed where it takes the problem; 16-bit products are torch's own in both.
     """
     plan, key, rival = active_plan().plan, key_of(problem), rival_of(problem)
     without = frozenset() if plan is None else cannot_run(plan, problem)
-    why = why_theirs(plan, key, rival, sums=sums, without=without, most=most, gated=gated)
+    why = why_theirs(plan, key, rival, sums=sums, without=without, most=most, swiglu=swiglu)
     return why, None if plan is None else within_engine(plan, key, rival, sums=sums, without=without, most=most)
 
 

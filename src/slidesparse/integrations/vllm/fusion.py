@@ -11,12 +11,13 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._inductor.pattern_matcher import Match, PatternMatcherPass, fwd_only, register_replacement
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from vllm import ir
 from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
 from vllm.config import VllmConfig
@@ -54,10 +55,12 @@ def fuses(config: VllmConfig | None) -> bool:
     return isinstance(passes.setdefault(current_platform.pass_key, FuseQuantisation()), FuseQuantisation)
 
 
-def gated(config: VllmConfig, layer: str) -> bool:
-    """Whether SwiGLU stands in front of the layer of that name."""
-    text = None if config.model_config is None else config.model_config.hf_text_config
-    return follows_swiglu(layer, getattr(text, "hidden_act", None))
+def behind_swiglu(config: VllmConfig, layer: str) -> bool:
+    """Whether the pass will find SwiGLU in front of the layer of that name."""
+    settings, text = config.compilation_config, None if config.model_config is None else config.model_config.hf_text_config
+    asked = settings.custom_ops  # vLLM's own kernel is not what the pass looks for
+    custom = "+silu_and_mul" in asked or ("all" in asked and "-silu_and_mul" not in asked)
+    return not custom and settings.backend in ("", "inductor") and follows_swiglu(layer, getattr(text, "hidden_act", None))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -66,10 +69,22 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate_up[..., :k]) * gate_up[..., k:]
 
 
-def _takes(match: Match) -> bool:
-    """Whether the kernels take what was found: matrices of bfloat16, and a norm's weight of that type."""
-    found = {name: node.meta["val"] for name, node in match.kwargs.items() if name in ("x", "residual", "weight")}
-    return all(one.dtype == torch.bfloat16 and one.dim() == (1 if name == "weight" else 2) for name, one in found.items())
+def _takes(match: Match, inputs: tuple[str, ...]) -> bool:
+    """Whether the kernels take what was found: x and the residual [M, K] and its weight [K] in bfloat16, scales [M, 1] and [1, K]."""
+    nodes = {name: match.kwargs.get(name) for name in inputs}  # numbers are none of a graph's nodes, and None is not there
+    if not all(isinstance(node, fx.Node) for node in nodes.values()):
+        return False
+    found = {name: node.meta["val"] for name, node in nodes.items()}
+    if found["x"].dim() != 2:
+        return False
+    m, k = found["x"].shape
+    shapes = {"x": (m, k), "residual": (m, k), "weight": (k,), "scale": (m, 1), "channel": (1, k), "name": (1,)}
+    types = {"scale": torch.float32, "channel": torch.float32, "name": torch.int64}
+    return all(one.dtype == types.get(name, torch.bfloat16) and _same(one.shape, shapes[name]) for name, one in found.items())
+
+
+def _same(shape: torch.Size, wanted: tuple[int | torch.SymInt, ...]) -> bool:
+    return len(shape) == len(wanted) and all(statically_known_true(a == b) for a, b in zip(shape, wanted, strict=True))
 
 
 @cache
@@ -78,11 +93,13 @@ def _takes(match: Match) -> bool:
 def _patterns() -> PatternMatcherPass:
     found, dtype = PatternMatcherPass(pass_name="slidesparse"), torch.bfloat16
     x, residual, weight, name = *torch.empty(2, 5, 64, dtype=dtype), torch.empty(64, dtype=dtype), torch.empty(1, dtype=torch.int64)
-    token, channel = torch.empty(5, 1), torch.empty(1, 64)
+    token, channel = (torch.empty(shape, dtype=torch.float32) for shape in ((5, 1), (1, 64)))
 
     def add(search: Callable, replacement: Callable, *tensors: Tensor) -> None:
-        asked = {one: _ANY[one] for one in inspect.signature(search).parameters if one in _ANY}
-        register_replacement(search, replacement, tensors, fwd_only, found, _takes, scalar_workaround=asked)
+        names = inspect.signature(search).parameters
+        check = partial(_takes, inputs=tuple(one for one in names if one not in _ANY))
+        numbers = {one: _ANY[one] for one in names if one in _ANY}
+        register_replacement(search, replacement, tensors, fwd_only, found, check, scalar_workaround=numbers)
 
     def norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, name: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
         normed, total = ir.ops.fused_add_rms_norm.torch_op(x, residual, weight, eps, None)

@@ -25,7 +25,7 @@ from ...quant import scheme_of_dtype
 from ..claims import Claims
 from ..rank_weights import blank, cut, made_up, pack
 from .dense import Apply, can_give_back, give_back, handed_over
-from .fusion import fuses, gated
+from .fusion import behind_swiglu, fuses
 from .graph import compiles, enter_cache_key, open_linear
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
@@ -122,7 +122,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
             bias = None  # vLLM adds it elsewhere
         problem = weights.problem(layer.params_dtype, device, None if bias is None else bias.dtype)
         opened = self._can_open(layer, problem) and enter_cache_key(configs, self.layer, "sums")
-        behind = opened and self.fuses and gated(self.config, self.layer)
+        behind = opened and self.fuses and behind_swiglu(self.config, self.layer)
         why, plan = self._handed_over(problem, device, opened, behind)
         if why is not None and enter_cache_key(configs, self.layer, "dense"):
             dense = ops.restore(weights.packed)[:, margins[0] : weights.k - margins[1]]
@@ -140,7 +140,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
             layer.register_buffer("slidesparse_scale", scale, persistent=False)
         _report(self.layer, weights, _told(execution))
         if device.type == "cuda":
-            warm(name, self.settings.captured, gated=behind)
+            warm(name, self.settings.captured)
 
     def _can_open(self, layer: nn.Module, problem: Problem) -> bool:
         """Whether scales and bias may stand in the graph: it is compiled, and no sum over ranks comes in between."""
@@ -150,10 +150,10 @@ class SlideSparseLinearMethod(LinearMethodBase):
         backend = self.settings.backend
         return not summed and (backend is None or refusal(backend, problem, sums=True) is None)
 
-    def _handed_over(self, problem: Problem, device: torch.device, sums: bool, gated: bool) -> tuple[str | None, Plan | None]:
+    def _handed_over(self, problem: Problem, device: torch.device, sums: bool, swiglu: bool) -> tuple[str | None, Plan | None]:
         if self.settings.backend is not None or self.settings.memory != "fast" or not can_give_back(self.scheme, device):
             return None, None
-        return handed_over(problem, sums=sums, most=self.settings.most, gated=gated)
+        return handed_over(problem, sums=sums, most=self.settings.most, swiglu=swiglu)
 
     def _weights(self, layer: nn.Module) -> tuple[Weights, tuple[int, int]]:
         raise NotImplementedError
