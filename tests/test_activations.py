@@ -47,7 +47,7 @@ def test_what_the_kernels_cannot_read_is_not_launched(before: Callable, change: 
 def test_the_op_says_what_is_wrong(number: int) -> None:
     before, change = WRONG[number]
     problem, right = made(32, K, "int8")[0].problem(torch.bfloat16, torch.device("cpu"), None), before(M, K, True)
-    with pytest.raises(ValueError, match="must|give both"):
+    with pytest.raises(ValueError, match=r"must|give both"):
         quantized(problem, right._replace(**{name: changed(getattr(right, name)) for name, changed in change.items()}))
 
 
