@@ -91,13 +91,18 @@ def test_behind_swiglu_layers_are_ours_without_sparse_copies_that_pay_little() -
     assert "nothing was measured: run" in why_theirs(None, KEY, RIVAL, sums=False, swiglu=True)
 
 
-def test_what_was_found_wrong_does_not_come_back() -> None:
+def test_what_was_found_wrong_does_not_come_back(capsys: pytest.CaptureFixture[str]) -> None:
     """The engine's product is wrong for few tokens, where sparse alone was right but is not worth a copy: nothing was measured."""
     plan = Plan(measured(1).machine)
-    plan.add(KEY, Cell(16, {}, {f"sums of {RIVAL}": "wrong"}, {"cusparselt:": flat(10.0)}))
-    plan.add(KEY, Cell(256, {}, {}, {RIVAL: flat(100.0), "cusparselt:": flat(99.0)}))
+    whole = {RIVAL: flat(100.0), "dense:triton": flat(120.0)}
+    plan.add(KEY, Cell(16, whole, {f"sums of {RIVAL}": "wrong"}, {"cusparselt:": flat(100.0)}))
+    plan.add(KEY, Cell(256, whole, {}, {RIVAL: flat(100.0), "cusparselt:": flat(100.0)}))
     within = within_engine(plan, KEY, RIVAL, sums=True)
     assert [within.route(KEY, m, "fast", sums=True) for m in (16, 256)] == [None, RIVAL]
+    layer = Layer(256, 512, Pattern(6, 8), SCHEMES["int8"])
+    for swiglu in ((), (layer,)):
+        tuning.print_plan(plan, [layer], vllm=True, swiglu=swiglu)
+        assert ("in a step: ours" in " ".join(capsys.readouterr().out.split())) == (layer in swiglu)
 
 
 def test_a_dense_kernel_that_would_not_run_does_not_hide_a_gain() -> None:

@@ -150,14 +150,16 @@ def test_a_norm_that_the_kernel_does_not_take_stays(weight, residual, variance, 
     assert (ops, found) == (["slidesparse.sums.default"], 0)
 
 
-@pytest.mark.parametrize("factor", [0.5, torch.tensor(0.5), torch.rand(2 * K, dtype=torch.float32), torch.rand(19, 1).bfloat16()])
-def test_factors_that_are_no_token_scales_stay_in_the_graph(factor: float | Tensor, compiled: None) -> None:
+@pytest.mark.parametrize("factor", [0.5, None, torch.tensor(0.5), torch.rand(2 * K, dtype=torch.float32), torch.rand(19, 1).bfloat16()])
+def test_factors_that_are_no_token_scales_stay_in_the_graph(factor: float | Tensor | None, compiled: None) -> None:
     down = made(layers.RowParallelLinear, N, K, "int8", False, "m.down_proj")
 
     def block(x: Tensor) -> Tensor:
-        return down(SiluAndMul.forward_native((x.float() * factor).bfloat16()))[0]
+        return down(SiluAndMul.forward_native((x.float() * (x.shape[0] if factor is None else factor)).bfloat16()))[0]
 
     x = torch.randn(19, 2 * K, dtype=torch.bfloat16)
+    if factor is None:
+        torch._dynamo.mark_dynamic(x, 0)
     y, ops, found = graphs_of(block, x)
     assert (ops, found) == (["slidesparse.silu_mul_sums.default"], 1)
     with torch.inference_mode():

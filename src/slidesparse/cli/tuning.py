@@ -101,8 +101,8 @@ def print_plan(plan: Plan, layers: list[Layer], vllm: bool = False, swiglu: Coll
     for layer in dict.fromkeys(layers):
         key = key_of(layer.problem)
         elsewhere = _elsewhere(plan, layer)
-        chooses = _served(plan, layer, swiglu)[1] if vllm else plan
-        first = chooses.pays_from(key, elsewhere, sums=vllm and layer.scheme.dynamic)
+        why, chooses = _served(plan, layer, swiglu) if vllm else (None, plan)
+        first = None if why else chooses.pays_from(key, elsewhere, sums=vllm and layer.scheme.dynamic)
         verdict = "not measured: dense runs" if key not in plan.cells else "dense runs" if first is None else f"pays from M = {first}"
         screen.out.print(f"[bold]{layer.n} × {layer.k}[/]  {layer.pattern} {layer.scheme.name}: {verdict}")
         rows = plan_rows(plan, [layer], vllm, swiglu)
@@ -123,8 +123,7 @@ def print_plan(plan: Plan, layers: list[Layer], vllm: bool = False, swiglu: Coll
             names = escape(", ".join(sorted(elsewhere)))
             screen.out.print(f"also timed, but not to be had here without --vllm: {names}", style="dim")
         if vllm:
-            why = rows[0]["given_back"]
-            sparse = any(row["m"] <= STEP and not row["fast"].startswith("dense") for row in rows)
+            sparse = any(row["m"] <= STEP and not (row["fast"] or "dense").startswith("dense") for row in rows)
             ours = f"ours{', with SiLU in the pass that quantises' if layer in swiglu else ''}{'' if sparse else ', on dense kernels'}"
             screen.out.print(f"in vLLM, with up to {STEP} tokens in a step: {ours if why is None else f'its own kernels: {why}'}")
 
@@ -211,12 +210,13 @@ def served(layers: dict[str, Layer], ranks: int) -> list[Layer]:
 
 
 def behind_swiglu(model: Path, layers: dict[str, Layer], ranks: int) -> frozenset[Layer]:
-    """Those of `served`, at 8 bits, whose input is silu(gate) · up, on one rank: the sums over several come in between."""
+    """Those of `served`, 8 bits in a bfloat16 model, whose input is silu(gate) · up; on one rank: sums over several come in between."""
     from ..checkpoint import Checkpoint
     from ..gemm.handover import follows_swiglu
 
     config = Checkpoint.open(model).config
-    activation = (config.get("text_config") or config).get("hidden_act")
+    text = config.get("text_config") or config
+    activation = text.get("hidden_act") if (text.get("dtype") or text.get("torch_dtype")) == "bfloat16" else None
     alone = {name: layer for name, layer in layers.items() if ranks == 1 and layer.scheme.dynamic}
     return frozenset(served({name: layer for name, layer in alone.items() if follows_swiglu(name, activation)}, ranks))
 

@@ -91,7 +91,10 @@ def kind_of(x: Activations) -> tuple:
     """What decides how inputs are run: device, type, shape, strides, and what there is to do before quantisation."""
     if isinstance(x, Tensor):
         return x.get_device(), x.dtype, x.shape, x.stride()
-    return (type(x), *(kind_of(one) if isinstance(one, Tensor) else one for one in x))
+    kind = [x[0].get_device(), type(x)]
+    for one in x:
+        kind += (one.dtype, one.shape, one.stride()) if isinstance(one, Tensor) else (one,)
+    return tuple(kind)
 
 
 def quantized(
@@ -127,7 +130,7 @@ def call_for(problem: Problem, x: Activations, pattern: Pattern | None, width: i
         return None
     if isinstance(x, Gated):
         return silu_call(rows, dtype, text, added, width)
-    same = (x.residual.shape, x.residual.dtype, x.residual.stride(1)) == (rows.shape, rows.dtype, 1)
+    same = x.residual.shape == rows.shape and x.residual.dtype == rows.dtype and x.residual.stride(1) == 1
     plain = same and x.weight.dtype == rows.dtype and x.weight.shape == rows.shape[1:] and x.weight.is_contiguous()
     return norm_call(rows, x.residual, x.eps, dtype, text, added, width) if plain else None
 

@@ -71,11 +71,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def _takes(match: Match, inputs: tuple[str, ...]) -> bool:
     """Whether the kernels take what was found: x and the residual [M, K] and its weight [K] in bfloat16, scales [M, 1] and [1, K]."""
-    nodes = {name: match.kwargs.get(name) for name in inputs}  # numbers are none of a graph's nodes, and None is not there
-    if not all(isinstance(node, fx.Node) for node in nodes.values()):
-        return False
-    found = {name: node.meta["val"] for name, node in nodes.items()}
-    if found["x"].dim() != 2:
+    nodes = {name: match.kwargs.get(name) for name in inputs}  # numbers are there as such, and None is not
+    found = {name: node.meta.get("val") for name, node in nodes.items() if isinstance(node, fx.Node)}
+    if not all(isinstance(found.get(name), Tensor) for name in inputs) or found["x"].dim() != 2:
         return False
     m, k = found["x"].shape
     shapes = {"x": (m, k), "residual": (m, k), "weight": (k,), "scale": (m, 1), "channel": (1, k), "name": (1,)}
