@@ -16,7 +16,7 @@ from vllm.model_executor.layers import linear as layers  # noqa: E402
 
 from slidesparse import reference  # noqa: E402
 from slidesparse.format import SCHEMES, PackedConfig  # noqa: E402
-from slidesparse.gemm import Execution, Plan, Problem, Weights, use_plan  # noqa: E402
+from slidesparse.gemm import Execution, Plan, Problem, Weights, handover, use_plan  # noqa: E402
 from slidesparse.gemm.machine import Machine, kernels_hash  # noqa: E402
 from slidesparse.gemm.registry import refusal  # noqa: E402
 from slidesparse.gemm.tuning import Layer, tune  # noqa: E402
@@ -85,7 +85,7 @@ def test_vllms_route_says_why_it_cannot_run(n, k, scheme, dtype, device, bias, t
 
 def test_the_plan_in_force_decides_with_what_vllm_has_here(monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, object] = {}
-    monkeypatch.setattr(dense, "why_theirs", lambda plan, key, rival, **rest: told.update(rest, plan=plan, key=key, rival=rival))
+    monkeypatch.setattr(handover, "why_theirs", lambda plan, key, rival, **rest: told.update(rest, plan=plan, key=key, rival=rival))
     monkeypatch.setattr(dense, "cannot_run", lambda plan, problem: frozenset({"cusparselt:alg=9"}))
     plan = Plan(Machine("A card", "580", "13.0", "2.11.0", "3.6.0", "0.8.0", kernels_hash()))
     use_plan(plan)

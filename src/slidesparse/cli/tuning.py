@@ -167,13 +167,11 @@ def plan_rows(plan: Plan, layers: list[Layer], vllm: bool = False, swiglu: Colle
 
 def _served(plan: Plan, layer: Layer, swiglu: Collection[Layer]) -> tuple[str | None, Plan]:
     """Why vLLM's server with its default settings runs a layer on its own kernels, None if it does not, and the plan that chooses."""
-    from ..gemm import key_of
-    from ..gemm.handover import STEP, rival_of, why_theirs, within_engine
+    from ..gemm.handover import STEP, decide
 
-    key, rival = key_of(layer.problem), rival_of(layer.problem)
-    sums, without = layer.scheme.dynamic, _elsewhere(plan, layer)
-    why = why_theirs(plan, key, rival, sums=sums, without=without, most=STEP, swiglu=layer in swiglu)
-    return why, plan if why else within_engine(plan, key, rival, sums=sums, without=without, most=STEP)
+    without = _elsewhere(plan, layer)
+    why, ours = decide(plan, layer.problem, sums=layer.scheme.dynamic, without=without, most=STEP, swiglu=layer in swiglu)
+    return why, ours or plan
 
 
 def model_layers(model: Path, pattern: Pattern | None, scheme: str | None) -> dict[str, Layer]:

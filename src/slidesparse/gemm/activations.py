@@ -15,6 +15,10 @@ from ..ops.quantize import can_pair, moves_nothing, quantize_call
 from ..pattern import Pattern
 from .problem import Problem
 
+# Of what stands for activations: those of the matrix that is read, which comes first.
+_DTYPE = property(lambda self: self[0].dtype, doc="Type of the activations.")
+_DEVICE = property(lambda self: self[0].device, doc="Where they are.")
+
 
 class Gated(NamedTuple):
     """silu(gate) · up, which nobody has computed yet: stands for activations ``[M, K]``.
@@ -27,20 +31,12 @@ class Gated(NamedTuple):
     scale: Tensor | None = None
     channel: Tensor | None = None
 
+    dtype, device = _DTYPE, _DEVICE
+
     @property
     def shape(self) -> tuple[int, int]:
         """M and K."""
         return self.gate_up.shape[0], self.gate_up.shape[1] // 2
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the activations."""
-        return self.gate_up.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.gate_up.device
 
     def computed(self) -> Tensor:
         """The activations ``[M, K]``."""
@@ -62,20 +58,12 @@ class Normed(NamedTuple):
     scale: Tensor | None = None
     channel: Tensor | None = None
 
+    dtype, device = _DTYPE, _DEVICE
+
     @property
     def shape(self) -> tuple[int, int]:
         """M and K."""
         return self.x.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the activations."""
-        return self.x.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.x.device
 
     def computed(self) -> Tensor:
         """The activations ``[M, K]``; the sum is written."""
@@ -117,7 +105,7 @@ def quantized(
 def call_for(problem: Problem, x: Activations, pattern: Pattern | None, width: int) -> Call | None:
     """The launch that `quantized` makes for inputs like x, to be called with `inputs_of` x, q and its scale; None if it makes another."""
     dtype = problem.scheme.dtype
-    rows = x if isinstance(x, Tensor) else x.gate_up if isinstance(x, Gated) else x.x
+    rows = x if isinstance(x, Tensor) else x[0]
     if rows.stride(1) != 1 or not runs_kernels(rows.device, dtype):
         return None
     pattern = None if pattern is None or moves_nothing(pattern, 0) else pattern

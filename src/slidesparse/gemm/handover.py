@@ -14,7 +14,7 @@ from sys import maxsize
 import torch
 
 from ..measure import Timing
-from .plan import Cell, Key, Plan, backend_of
+from .plan import Cell, Key, Plan, backend_of, key_of
 from .problem import Problem
 
 RIVAL = "dense:cutlass"
@@ -106,6 +106,15 @@ def _trimmed(times: Mapping[str, Timing], house: str | None, sparse: bool) -> di
     bar = times[house].p50 / WORTH if house in times else maxsize
     dense = {name for name in times if backend_of(name) == "dense" and (name == house or times[name].p50 <= bar)}
     return {name: timing for name, timing in times.items() if name in dense or (sparse and backend_of(name) != "dense")}
+
+
+def decide(
+    plan: Plan | None, problem: Problem, *, sums: bool, without: Collection[str], most: int, swiglu: bool
+) -> tuple[str | None, Plan | None]:
+    """`why_theirs` of a layer, None if it is ours, and then the plan by which it runs, see `within_engine`."""
+    key, rival = key_of(problem), rival_of(problem)
+    why = why_theirs(plan, key, rival, sums=sums, without=without, most=most, swiglu=swiglu)
+    return why, None if why is not None or plan is None else within_engine(plan, key, rival, sums=sums, without=without, most=most)
 
 
 def follows_swiglu(name: str, activation: str | None) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.rescale import scaled
 from ..ops.w8a8 import WIDEST_K
 from ..quant import dequantize_nvfp4
 from .problem import Problem, Weights
@@ -44,14 +45,7 @@ def finish(problem: Problem, sums: Tensor, x_scale: Tensor | None, scale: Tensor
     """
     if sums.device.type == "cuda" and not torch.compiler.is_compiling():
         return ops.rescale(sums, x_scale, scale, bias, problem.dtype, n=problem.n)
-    y = sums.to(torch.float32)
-    if scale is not None:
-        y = y * scale.view(1, -1)
-    if x_scale is not None:
-        y = y * x_scale
-    if bias is not None:
-        y = y + bias.to(torch.float32)
-    return y.to(problem.dtype)
+    return scaled(sums, x_scale, None if scale is None else scale.view(1, -1), bias, problem.dtype)
 
 
 def int_matmul(q: Tensor, weight: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from .quantize import (
     quantize_op,
     slid_width,
 )  # fmt: skip
+from .rescale import scaled
 
 
 def rms_norm_quantize(
@@ -106,10 +107,7 @@ def _check_scales(scale: Tensor | None, channel: Tensor | None, bias: Tensor | N
 
 
 def _scaled(x: Tensor, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None) -> Tensor:
-    if scale is None:
-        return x
-    y = (x.float() if channel is None else x.float() * channel) * scale
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    return x if scale is None else scaled(x, scale, channel, bias, x.dtype)
 
 
 def _normed(h: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -49,18 +49,25 @@ def rescale(
     return _rescale_op(acc, x_scale, w_scale, bias, out_dtype, m, n)
 
 
+def scaled(acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`rescale` in plain torch, with scales ``[M, 1]`` and ``[N]`` or ``[1, N]``; what changes nothing may be acc itself."""
+    y = acc.to(torch.float32)
+    if w_scale is not None:
+        y = y * w_scale
+    if x_scale is not None:
+        y = y * x_scale
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(dtype)
+
+
 def _rescale_oracle(
     acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype, m: int, n: int
 ) -> Tensor:
-    y = acc[:m, :n].to(torch.float32)
-    if w_scale is not None:
-        y = y * w_scale.view(1, -1)
-    if x_scale is not None:
-        y = y * x_scale.view(-1, 1)
-    if bias is not None:
-        y = y + bias.to(torch.float32)
+    rows, columns = None if x_scale is None else x_scale.view(-1, 1), None if w_scale is None else w_scale.view(1, -1)
+    y = scaled(acc[:m, :n], rows, columns, bias, dtype)
     # Nothing of the input may be in the output.
-    return y.to(dtype, copy=y.data_ptr() == acc.data_ptr()).contiguous()
+    return (y.clone() if y.data_ptr() == acc.data_ptr() else y).contiguous()
 
 
 def _rescale_cuda(

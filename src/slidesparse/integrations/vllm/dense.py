@@ -17,9 +17,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 
 from ... import ops
 from ...format import Scheme
-from ...gemm import Plan, Problem, active_plan, key_of
+from ...gemm import Plan, Problem, active_plan
 from ...gemm.execution import cannot_run
-from ...gemm.handover import RIVAL, rival_of, why_theirs, within_engine
+from ...gemm.handover import RIVAL, decide
 from ...gemm.numerics import int32_overflow
 from ...gemm.routes import Maybe, Route, add_route, one
 from ...ops.library import allocate
@@ -45,10 +45,9 @@ def handed_over(problem: Problem, *, sums: bool, most: int, swiglu: bool) -> tup
 
     vLLM's W8A8 product must have been timed where it takes the problem; 16-bit products are torch's own in both.
     """
-    plan, key, rival = active_plan().plan, key_of(problem), rival_of(problem)
+    plan = active_plan().plan
     without = frozenset() if plan is None else cannot_run(plan, problem)
-    why = why_theirs(plan, key, rival, sums=sums, without=without, most=most, swiglu=swiglu)
-    return why, None if plan is None else within_engine(plan, key, rival, sums=sums, without=without, most=most)
+    return decide(plan, problem, sums=sums, without=without, most=most, swiglu=swiglu)
 
 
 def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | None) -> Apply:

@@ -14,18 +14,18 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._inductor.pattern_matcher import Match, PatternMatcherPass, fwd_only, register_replacement
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from vllm import ir
 from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.platforms import current_platform
 
 from ...gemm.handover import follows_swiglu
 from ...gemm.prepared import add_rms_norm_sums, silu_mul_sums, sums
-from .graph import scaled
+from ...ops.rescale import scaled
 
 _ANY = {"n": 17, "eps": 0.17}
 """Stand for the number of outputs and the norm's epsilon where the patterns are traced; no other number there may be equal to them."""
@@ -61,12 +61,6 @@ def behind_swiglu(config: VllmConfig, layer: str) -> bool:
     asked = settings.custom_ops  # vLLM's own kernel is not what the pass looks for
     custom = "+silu_and_mul" in asked or ("all" in asked and "-silu_and_mul" not in asked)
     return not custom and settings.backend in ("", "inductor") and follows_swiglu(layer, getattr(text, "hidden_act", None))
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """As vLLM's layer is traced: ``[M, 2K]`` → ``[M, K]``."""
-    k = gate_up.shape[-1] // 2
-    return F.silu(gate_up[..., :k]) * gate_up[..., k:]
 
 
 def _takes(match: Match, inputs: tuple[str, ...]) -> bool:
@@ -105,17 +99,17 @@ def _patterns() -> PatternMatcherPass:
 
     # The first that matches counts: those that take most come first.
     add(
-        lambda x, scale, channel, name, n: sums(silu_mul(scaled(x, scale, channel, None, dtype)), name, n),
+        lambda x, scale, channel, name, n: sums(SiluAndMul.forward_native(scaled(x, scale, channel, None, dtype)), name, n),
         silu_mul_sums,
         x, token, channel, name,
     )  # fmt: skip
     add(
-        lambda x, scale, name, n: sums(silu_mul(scaled(x, scale, None, None, dtype)), name, n),
+        lambda x, scale, name, n: sums(SiluAndMul.forward_native(scaled(x, scale, None, None, dtype)), name, n),
         lambda x, scale, name, n: silu_mul_sums(x, scale, None, name, n),
         x, token, name,
     )  # fmt: skip
     add(
-        lambda x, name, n: sums(silu_mul(x), name, n),
+        lambda x, name, n: sums(SiluAndMul.forward_native(x), name, n),
         lambda x, name, n: silu_mul_sums(x, None, None, name, n),
         x, name,
     )  # fmt: skip

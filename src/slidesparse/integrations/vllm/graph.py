@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig
 
 from ...gemm.prepared import sums
+from ...ops.rescale import scaled
 
 _CACHE_KEY = "slidesparse_layers"
 
@@ -42,14 +42,3 @@ def open_linear(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     """``x [M, K]`` → ``[M, N]``: the prepared layer's sums, scales and bias in float32, rounded."""
     y, x_scale = sums(x, layer.slidesparse_name, layer.slidesparse_outputs)
     return scaled(y, x_scale, layer.slidesparse_scale, bias, x.dtype)
-
-
-def scaled(y: Tensor, scale: Tensor, channel: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Sums ``[M, N]`` times channel scales ``[1, N]``, if they have not been applied, and token scales ``[M, 1]``, plus bias."""
-    y = y.to(torch.float32)
-    if channel is not None:
-        y = y * channel
-    y = y * scale
-    if bias is not None:
-        y = y + bias.to(torch.float32)
-    return y.to(dtype)
