@@ -40,7 +40,9 @@ def in_vllm(asked: dict) -> dict[str, list]:
 
     llm = LLM(
         model=asked["model"], quantization=asked["quantization"], tensor_parallel_size=asked["ranks"], max_model_len=1024, max_num_seqs=64,
-        enable_prefix_caching=False, gpu_memory_utilization=0.3, additional_config={"slidesparse": asked["settings"]},
+        enable_prefix_caching=False, gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=4 << 30,  # asked for, not measured: others may use the GPU
+        additional_config={"slidesparse": asked["settings"]},
     )  # fmt: skip
     ids = llm.get_tokenizer().encode(Path(asked["text"]).read_text(encoding="utf-8"))
     windows = [{"prompt_token_ids": ids[at * WINDOW : (at + 1) * WINDOW]} for at in range(WINDOWS)]
