@@ -50,6 +50,7 @@ def engine(asked: dict) -> None:
     words += ["--max-num-batched-tokens", "32768", "--disable-detokenize"]
     words += ["--additional-config", json.dumps({"slidesparse": asked["settings"]})]
     words += ["--enforce-eager"] if asked["eager"] else []
+    words += ["--cudagraph-capture-sizes", *map(str, asked["graphs"])] if asked["graphs"] else []
     if asked["form"] == "dense" and asked["scheme"] in ("int8", "fp8"):
         words += ["--quantization", "compressed-tensors"]
     elif asked["form"] != "dense":
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument(
         "--packed", nargs="+", default=["as the plan has it={}"], help="NAME=JSON: packed engines, by their additional_config.slidesparse"
     )
+    parser.add_argument("--graphs", nargs="+", type=int, help="numbers of tokens to capture CUDA graphs for, not vLLM's (512 at most)")
     parser.add_argument("--eager", action="store_true", help="without compilation and CUDA graphs, to try the script")
     arguments = parser.parse_args()
     source = arguments.folder / "source"
@@ -131,7 +133,8 @@ def main() -> None:
             for form, how, settings in (("dense", "vLLM alone", "{}"), *(("packed", *one.split("=", 1)) for one in arguments.packed)):
                 made = checkpoint(source, arguments.folder, scheme, pattern, form)
                 asked = {"checkpoint": str(made), "form": form, "scheme": scheme, "settings": json.loads(settings)}
-                asked |= {"prefill": arguments.prefill, "decode": arguments.decode, "eager": arguments.eager}
+                asked |= {"prefill": arguments.prefill, "decode": arguments.decode, "eager": arguments.eager, "graphs": arguments.graphs}
+                how += f", CUDA graphs to {max(arguments.graphs)}" if arguments.graphs else ""
                 torch.cuda.empty_cache()
                 found = in_a_process(__file__, asked, arguments.folder / made.name, alone=True)
                 alone = alone or found["logprobs"]

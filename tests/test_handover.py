@@ -8,7 +8,7 @@ import torch
 from slidesparse.cli import tuning
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Cell, Plan, Problem
-from slidesparse.gemm.handover import RIVAL, average, gains, rival_of, why_theirs, within_engine
+from slidesparse.gemm.handover import RIVAL, average, gains, rival_of, waits_until, why_theirs, within_engine
 from slidesparse.gemm.machine import Machine
 from slidesparse.gemm.tuning import Layer
 from slidesparse.measure import Timing
@@ -125,6 +125,23 @@ def test_within_an_engine_another_dense_kernel_must_be_worth_it() -> None:
     for rival, without in ((None, set()), (RIVAL, {RIVAL})):
         within = within_engine(plan, KEY, rival, sums=True, without=without)
         assert within.route(KEY, 256, "fast", without, sums=True) == "dense:triton"
+
+
+@pytest.mark.parametrize(
+    ("us", "until"),
+    [
+        ({512: 60.0, 1024: 120.0, 2048: 240.0}, 1536),
+        ({512: 60.0}, 512),
+        ({1: 200.0}, 0),
+        ({512: None, 1024: 60.0, 4096: 300.0}, 2560),
+        ({}, 0),
+    ],
+)
+def test_how_many_tokens_wait_for_the_host(us: dict[int, float | None], until: int) -> None:
+    plan = Plan(measured(1).machine)
+    for m, one in us.items():
+        plan.add(KEY, Cell(m, {}, {}, {"dense:triton": flat(1.0)} | ({} if one is None else {RIVAL: flat(one)})))
+    assert waits_until(plan, KEY, RIVAL, sums=True) == until
 
 
 def test_the_engine_is_taken_at_its_quickest() -> None:

@@ -15,8 +15,10 @@ pytest.importorskip("vllm", reason="vllm is not installed: pip install 'slidespa
 
 from vllm import ir
 from vllm.compilation.decorators import support_torch_compile
+from vllm.compilation.passes.inductor_pass import pass_context
 from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.config.utils import Range
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers import linear as layers
 from vllm.model_executor.layers.activation import SiluAndMul
@@ -30,6 +32,17 @@ from vllm_layers import config_of, load, model_config, part
 
 pytestmark = pytest.mark.usefixtures("bfloat16")
 N, K = 48, 96
+
+_PRODUCT = torch.library.Library("_C", "FRAGMENT")
+if not hasattr(torch.ops._C, "cutlass_scaled_mm"):  # a vLLM without its kernels
+    _PRODUCT.define("cutlass_scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()")
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None) -> None:
+    out.copy_((a.double() @ b.double()).float() * a_scales * b_scales.view(1, -1))
+
+
+_PRODUCT.impl("cutlass_scaled_mm", _multiply, "CPU")
 
 
 @pytest.fixture
@@ -50,8 +63,8 @@ def check_near(y: Tensor, expected: Tensor, limit: float = 0.03) -> None:
     assert error < limit, error
 
 
-def graphs_of(run: Callable, *inputs: Tensor) -> tuple[object, list[str], int]:
-    """What the compiled function returns, the ops of ours that are left in its graph, and how many were found."""
+def graphs_of(run: Callable, *inputs: Tensor, tokens: tuple[int, int] = (1, 8192)) -> tuple[object, list[str], int]:
+    """What the function, compiled for so many tokens, returns, the ops that are left in its graph, and how many were found."""
     before, ops = fusion.FuseQuantisation.found, []
 
     class Look(fusion.FuseQuantisation):
@@ -59,10 +72,11 @@ def graphs_of(run: Callable, *inputs: Tensor) -> tuple[object, list[str], int]:
             super().__call__(graph)
             graph.lint()
             ops.extend(str(node.target) for node in graph.nodes if "slidesparse" in str(node.target))
+            ops.extend("vLLM's" for node in graph.nodes if torch.ops._C.cutlass_scaled_mm.default in node.args)
 
     torch._dynamo.reset()
     settings = {"post_grad_custom_post_pass": Look(), "fx_graph_cache": False}
-    with torch.inference_mode():
+    with torch.inference_mode(), pass_context(Range(*tokens)):
         found = torch.compile(run, fullgraph=True, options=settings)(*inputs)
     return found, ops, fusion.FuseQuantisation.found - before
 
@@ -107,6 +121,36 @@ def test_a_norm_and_the_product_behind_it_are_one(first: str | None, scheme: str
         expected, sums = block(x, residual)
         check_near(y, expected)
         check_near(total, sums, 0.003)
+
+
+@pytest.fixture
+def waiting(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a plan by which steps of 513 to 1541 tokens wait for the host."""
+    for name, found in (("fuses", True), ("behind_swiglu", True), ("waiting", (513, 1541))):
+        monkeypatch.setattr(methods, name, lambda *arguments, found=found: found)
+    monkeypatch.setattr(methods.SlideSparseLinearMethod, "_handed_over", lambda *arguments: (None, None))
+
+
+@pytest.mark.parametrize(("tokens", "whose"), [((1, 512), "ours"), ((513, 1541), "vLLM's"), ((600, 600), "vLLM's"), ((1542, 8192), "ours"),
+                                               ((1, 8192), "ours")])  # fmt: skip
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_while_steps_wait_for_the_host_the_product_is_vllms(scheme: str, tokens: tuple[int, int], whose: str, waiting: None) -> None:
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        down = made(layers.RowParallelLinear, N, K, scheme, True, "m.down_proj")
+        x = torch.randn(19, 2 * K).mul(torch.logspace(-1, 1, 19).view(-1, 1)).bfloat16()
+    x[3], x[5, 7] = 0, torch.nan
+
+    def block(x: Tensor) -> Tensor:
+        return down(SiluAndMul.forward_native(x))[0]
+
+    torch._dynamo.mark_dynamic(x, 0)
+    y, ops, found = graphs_of(block, x, tokens=tokens)
+    assert (ops, found) == ((["slidesparse.silu_mul_sums.default"], 1) if whose == "ours" else (["vLLM's"], 0))
+    with torch.inference_mode():
+        expected = block(x)
+    assert y[5].isnan().all() and expected[5].isnan().all()
+    check_near(y[:5], expected[:5])
+    check_near(y[6:], expected[6:])
 
 
 def test_what_is_no_swiglu_in_front_of_a_product_stays(compiled: None) -> None:
@@ -231,7 +275,13 @@ class Block(nn.Module):
 
 
 def test_vllms_compiler_runs_the_pass(tmp_path: Path, rank: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It copies the configuration's passes when the model's layers have been made, before they are loaded."""
+    """It copies the configuration's passes when the model's layers have been made, before they are loaded; ranges of tokens it reads after.
+
+    Of three ranges it compiles, in one `down_proj` waits for the host.
+    """
+    monkeypatch.setattr(methods, "behind_swiglu", lambda config, layer: layer == "m.down_proj")
+    monkeypatch.setattr(methods, "waiting", lambda problem, plan, captured, most: None if plan is None else (9, 16))
+    monkeypatch.setattr(methods.SlideSparseLinearMethod, "_handed_over", lambda *arguments: (None, "a plan" if arguments[-1] else None))
     for name, value in {"VLLM_DISABLE_COMPILE_CACHE": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}.items():
         monkeypatch.setenv(name, value)
     if not hasattr(torch.ops._C, "rotary_embedding"):  # a vLLM without its kernels
@@ -247,9 +297,10 @@ def test_vllms_compiler_runs_the_pass(tmp_path: Path, rank: Callable, monkeypatc
         block = support_torch_compile(dynamic_arg_dims={"x": 0, "residual": 0})(Block)(vllm_config=config)
         load(block.up, {None: part(2 * K, N, SCHEMES["int8"])}, "packed")
         load(block.down, {None: part(N, K, SCHEMES["int8"])}, "packed")
-        for m in (19, 7):
+        assert settings.compile_ranges_endpoints[:2] == [8, 16]
+        for m in (19, 12, 7):
             x, residual = torch.randn(m, N), torch.randn(m, N)
             expected = block.forward(x.clone(), residual.clone())
             for found, one in zip(block(x, residual), expected, strict=True):
                 check_near(found, one)
-    assert fusion.FuseQuantisation.found - before == 2
+    assert fusion.FuseQuantisation.found - before == 2 * 3 - 1

@@ -102,6 +102,10 @@ class Execution:
         """Where it last ran; until then where its weights are."""
         return self.weights.packed.values.device if self._ready is None else self._ready.device
 
+    def resident(self, layout: str) -> Mapping[str, Tensor] | None:
+        """The resident copy of that layout; None if there is none."""
+        return None if self._ready is None else self._ready.resident.get(layout)
+
     def route(self, m: int) -> str:
         """The route that ``m`` tokens take, as ``backend:variant``; empty before the first call."""
         return "" if self._ready is None else str(self._ready.choice(m))

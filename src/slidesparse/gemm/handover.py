@@ -23,6 +23,10 @@ RIVAL = "dense:cutlass"
 STEP = 8192
 """Most tokens in a step of vLLM's server on a card of 70 GB and more, unless it is told otherwise."""
 
+HOST = 180.0
+"""Microseconds that the engine's product behind SwiGLU, about a quarter of a step, takes where steps outside CUDA graphs stop waiting for
+the host: 28 layers of a 7B model did at 1500 tokens or so (docs/serving.md)."""
+
 WORTH = 1.03
 """How many times as fast a layer must be, on average, to be ours: less is hardly more than noise, and a second copy costs memory."""
 
@@ -120,6 +124,18 @@ def decide(
 def follows_swiglu(name: str, activation: str | None) -> bool:
     """Whether a layer of that name, in a model of that activation, reads silu(gate) · up in the graph: experts, shared ones too, do not."""
     return activation in ("silu", "swish") and name.rpartition(".")[2] in ("down_proj", "w2") and "expert" not in name
+
+
+def waits_until(plan: Plan, key: Key, rival: str, *, sums: bool, without: Collection[str] = ()) -> int:
+    """Up to how many tokens a step outside CUDA graphs waits for the host, told by a layer behind SwiGLU: see `HOST`."""
+    before, quick = 0, 0.0
+    for m, cell in plan.table(key, sums=sums).items():
+        us = _engines(cell, rival, without, sums)
+        if us is not None and us >= HOST:
+            return before + int((HOST - quick) / (us - quick) * (m - before))
+        if us is not None:
+            before, quick = m, us
+    return before
 
 
 def average(found: dict[int, float]) -> float:

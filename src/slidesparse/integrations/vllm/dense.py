@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from vllm import _custom_ops
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8, CompressedTensorsW8A8Int8
@@ -19,10 +20,12 @@ from ... import ops
 from ...format import Scheme
 from ...gemm import Plan, Problem, active_plan
 from ...gemm.execution import cannot_run
-from ...gemm.handover import RIVAL, decide
+from ...gemm.handover import RIVAL, decide, rival_of, waits_until
 from ...gemm.numerics import int32_overflow
+from ...gemm.plan import key_of
 from ...gemm.routes import Maybe, Route, add_route, one
 from ...ops.library import allocate
+from ...quant import scheme_of_dtype
 
 Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 """Runs a layer: ``(layer, x [M, K], bias [N] or None)`` → ``[M, N]``."""
@@ -48,6 +51,38 @@ def handed_over(problem: Problem, *, sums: bool, most: int, swiglu: bool) -> tup
     plan = active_plan().plan
     without = frozenset() if plan is None else cannot_run(plan, problem)
     return decide(plan, problem, sums=sums, without=without, most=most, swiglu=swiglu)
+
+
+def waiting(problem: Problem, plan: Plan | None, captured: int, most: int) -> tuple[int, int] | None:
+    """From how many tokens to how many a step waits for the host: more than CUDA graphs are ``captured`` for, and no more than ``most``.
+
+    There an op of ours, which costs several times the host time of vLLM's product, would make it wait longer. None where nothing says so.
+    """
+    rival = rival_of(problem)
+    if plan is None or rival is None or rival in cannot_run(plan, problem):
+        return None
+    last = min(waits_until(plan, key_of(problem), rival, sums=True), most)
+    return (captured + 1, last) if captured < last else None
+
+
+def engine_tensors(problem: Problem, weight: Tensor, scale: Tensor) -> list[Tensor]:
+    """What `engine_sums` needs of a layer with dense weights ``[N, K]`` and scales ``[N, 1]``."""
+    return [weight.to(problem.scheme.dtype).t(), scale if problem.scales_sums else one(weight.device), one(weight.device)]
+
+
+def engine_sums(x: Tensor, weight: Tensor, scale: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """`gemm.prepared.sums` by vLLM's product, for its compiler, which fuses the quantisation with what stands in front of it.
+
+    ``x [M, K]``, ``weight [K, N]``, ``scale [N, 1]`` or ``unit [1]`` → bfloat16 ``[M, N]``, float32 ``[M, 1]``.
+    """
+    scheme = scheme_of_dtype(weight.dtype)
+    largest = x.abs().amax(-1, keepdim=True).to(torch.float32)
+    x_scale = torch.where(largest == 0, 1.0, torch.where(torch.isfinite(largest), largest / scheme.bound, torch.nan))
+    q = x.to(torch.float32) / x_scale
+    q = (q.round() if scheme.name == "int8" else q).clamp(-scheme.bound, scheme.bound).to(weight.dtype)
+    y = torch.empty(x.shape[0], weight.shape[1], dtype=torch.bfloat16, device=x.device)
+    op = torch.ops._C.cutlass_scaled_mm.default
+    return auto_functionalized(op, out=y, a=q, b=weight, a_scales=unit, b_scales=scale, bias=None)[1], x_scale
 
 
 def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | None) -> Apply:

@@ -24,9 +24,9 @@ from ...pack import Shard
 from ...quant import scheme_of_dtype
 from ..claims import Claims
 from ..rank_weights import blank, cut, made_up, pack
-from .dense import Apply, can_give_back, give_back, handed_over
+from .dense import Apply, can_give_back, engine_tensors, give_back, handed_over, waiting
 from .fusion import behind_swiglu, fuses
-from .graph import compiles, enter_cache_key, open_linear
+from .graph import compile_apart, compiles, enter_cache_key, open_linear
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
 
@@ -138,9 +138,24 @@ class SlideSparseLinearMethod(LinearMethodBase):
         if opened:
             scale = None if problem.scales_sums else weights.channel_scale.view(1, -1)
             layer.register_buffer("slidesparse_scale", scale, persistent=False)
+            self._let_wait(
+                layer, execution, problem, waiting(problem, plan, max(chosen.captured, default=0), chosen.most) if behind else None
+            )
         _report(self.layer, weights, _told(execution))
         if device.type == "cuda":
             warm(name, self.settings.captured)
+
+    def _let_wait(self, layer: nn.Module, execution: Execution, problem: Problem, plan: Plan | None) -> None:
+        """Of a dense layer, leave to vLLM's own product in the graph the numbers of tokens for which steps wait for the host."""
+        dense, configs = execution.resident("dense"), (self.config, get_current_vllm_config_or_none())
+        tokens = waiting(problem, plan, max(self.settings.captured, default=0), self.settings.most)
+        if dense is None or tokens is None or not enter_cache_key(configs, self.layer, f"sums, and vLLM's for {tokens} tokens"):
+            layer.slidesparse_waiting = None
+            return
+        for i, tensor in enumerate(engine_tensors(problem, dense["weight"], execution.weights.channel_scale)):
+            layer.register_buffer(f"slidesparse_engine_{i}", tensor, persistent=False)
+        compile_apart(configs, *tokens)
+        layer.slidesparse_waiting = tokens
 
     def _can_open(self, layer: nn.Module, problem: Problem) -> bool:
         """Whether scales and bias may stand in the graph: it is compiled, and no sum over ranks comes in between."""
