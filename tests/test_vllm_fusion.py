@@ -26,8 +26,11 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.platforms import current_platform
 
 from slidesparse.format import SCHEMES
-from slidesparse.gemm.handover import follows_swiglu
-from slidesparse.integrations.vllm import fusion, methods, register
+from slidesparse.gemm import Cell, Plan, use_plan
+from slidesparse.gemm.handover import RIVAL, follows_swiglu
+from slidesparse.gemm.machine import Machine, kernels_hash
+from slidesparse.integrations.vllm import dense, fusion, methods, register
+from slidesparse.measure import Timing
 from vllm_layers import config_of, load, model_config, part
 
 pytestmark = pytest.mark.usefixtures("bfloat16")
@@ -151,6 +154,24 @@ def test_while_steps_wait_for_the_host_the_product_is_vllms(scheme: str, tokens:
     assert y[5].isnan().all() and expected[5].isnan().all()
     check_near(y[:5], expected[:5])
     check_near(y[6:], expected[6:])
+
+
+def test_the_plan_says_for_how_many_tokens_steps_wait(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in (("fuses", True), ("behind_swiglu", True), ("can_give_back", True)):
+        monkeypatch.setattr(methods, name, lambda *arguments, found=found: found)
+    monkeypatch.setattr(dense, "cannot_run", lambda plan, problem: frozenset())
+    plan = Plan(Machine("A card", "580", "13.0", "2.11.0", "3.6.0", "0.8.0", kernels_hash()))
+    for m, us in ((16, 20.0), (1024, 120.0), (2048, 240.0)):
+        times = {RIVAL: Timing(us, us, us)}
+        plan.add((N, K, "6:8", "int8"), Cell(m, times, {}, times))
+    use_plan(plan)
+    try:
+        down = made(layers.RowParallelLinear, N, K, "int8", True, "m.down_proj")
+    finally:
+        use_plan(None)
+    assert down.slidesparse_waiting == (1, 1536)
+    weight, scale, unit = (down.get_buffer(f"slidesparse_engine_{i}") for i in range(3))
+    assert weight.shape == (K, N) and weight.dtype == torch.int8 and scale.shape == (N, 1) and unit.tolist() == [1]
 
 
 def test_what_is_no_swiglu_in_front_of_a_product_stays(compiled: None) -> None:

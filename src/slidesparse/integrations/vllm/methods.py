@@ -138,9 +138,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
         if opened:
             scale = None if problem.scales_sums else weights.channel_scale.view(1, -1)
             layer.register_buffer("slidesparse_scale", scale, persistent=False)
-            self._let_wait(
-                layer, execution, problem, waiting(problem, plan, max(chosen.captured, default=0), chosen.most) if behind else None
-            )
+            self._let_wait(layer, execution, problem, plan if behind else None)
         _report(self.layer, weights, _told(execution))
         if device.type == "cuda":
             warm(name, self.settings.captured)
