@@ -28,10 +28,11 @@ def main() -> None:
     lines: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
     with arguments.table.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    for row in rows:
-        if row["served"] != "dense":
-            name = f"{row['scheme']} {row['pattern']}: {row.get('how') or row['served']}"
-            lines[row["phase"], name].append((int(row["tokens"]), float(row["x_dense"])))
+    packed = [row for row in rows if row["served"] != "dense"]
+    one_way = len({row.get("how") for row in packed}) == 1
+    for row in packed:
+        name = f"{row['model']}, {row['scheme']} {row['pattern']}" + ("" if one_way else f": {row.get('how') or row['served']}")
+        lines[row["phase"], name].append((int(row["tokens"]), float(row["x_dense"])))
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     colours: dict[str, str] = {}
     for axis, (phase, title) in zip(axes, TITLES.items(), strict=True):
@@ -46,9 +47,9 @@ def main() -> None:
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("throughput ÷ vLLM alone, same run")
-    figure.legend(loc="outside lower center", fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     first = rows[0]
-    figure.suptitle(f"{first['model']}, {first['gpu']}, vLLM's latency benchmark, {first['date']}", fontsize="medium")
+    figure.suptitle(f"{first['gpu']}, vLLM's latency benchmark, {first['date']}", fontsize="medium")
     figure.savefig(arguments.picture, dpi=110)
 
 

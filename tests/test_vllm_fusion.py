@@ -156,10 +156,15 @@ def test_while_steps_wait_for_the_host_the_product_is_vllms(scheme: str, tokens:
     check_near(y[6:], expected[6:])
 
 
-def test_the_plan_says_for_how_many_tokens_steps_wait(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dense_kept", [True, False])
+def test_the_plan_says_for_how_many_tokens_steps_wait(dense_kept: bool, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
     for name, found in (("fuses", True), ("behind_swiglu", True), ("can_give_back", True)):
         monkeypatch.setattr(methods, name, lambda *arguments, found=found: found)
+    monkeypatch.setattr(methods, "_say_graphs", lambda *tokens: told.append(tokens))
     monkeypatch.setattr(dense, "cannot_run", lambda plan, problem: frozenset())
+    if not dense_kept:
+        monkeypatch.setattr(methods.Execution, "resident", lambda self, layout: None)
     plan = Plan(Machine("A card", "580", "13.0", "2.11.0", "3.6.0", "0.8.0", kernels_hash()))
     for m, us in ((16, 20.0), (1024, 120.0), (2048, 240.0)):
         times = {RIVAL: Timing(us, us, us)}
@@ -169,9 +174,12 @@ def test_the_plan_says_for_how_many_tokens_steps_wait(compiled: None, monkeypatc
         down = made(layers.RowParallelLinear, N, K, "int8", True, "m.down_proj")
     finally:
         use_plan(None)
-    assert down.slidesparse_waiting == (1, 1536)
-    weight, scale, unit = (down.get_buffer(f"slidesparse_engine_{i}") for i in range(3))
-    assert weight.shape == (K, N) and weight.dtype == torch.int8 and scale.shape == (N, 1) and unit.tolist() == [1]
+    if dense_kept:
+        weight, scale, unit = (down.get_buffer(f"slidesparse_engine_{i}") for i in range(3))
+        assert weight.shape == (K, N) and weight.dtype == torch.int8 and scale.shape == (N, 1) and unit.tolist() == [1]
+        assert down.slidesparse_waiting == (1, 1536) and not told
+    else:  # graphs are what helps
+        assert down.slidesparse_waiting is None and told == [(1, 1536)]
 
 
 def test_what_is_no_swiglu_in_front_of_a_product_stays(compiled: None) -> None:

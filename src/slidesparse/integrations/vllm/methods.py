@@ -144,9 +144,11 @@ class SlideSparseLinearMethod(LinearMethodBase):
             warm(name, self.settings.captured)
 
     def _let_wait(self, layer: nn.Module, execution: Execution, problem: Problem, plan: Plan | None) -> None:
-        """Of a dense layer, leave to vLLM's own product in the graph the numbers of tokens for which steps wait for the host."""
+        """Where dense weights are kept, leave the numbers of tokens for which steps wait for the host to vLLM's own product."""
         dense, configs = execution.resident("dense"), (self.config, get_current_vllm_config_or_none())
         tokens = waiting(problem, plan, max(self.settings.captured, default=0), self.settings.most)
+        if tokens is not None and dense is None:
+            _say_graphs(*tokens)
         if dense is None or tokens is None or not enter_cache_key(configs, self.layer, f"sums, and vLLM's for {tokens} tokens"):
             layer.slidesparse_waiting = None
             return
@@ -281,3 +283,13 @@ def _report(layer: str, weights: Weights, routes: str) -> None:
 @cache
 def _report_routes(layer: str, n: int, k: int, pattern: str, scheme: str, routes: str) -> None:
     _LOG.info("slidesparse: %s %d × %d, %s %s: %s", layer, n, k, scheme, pattern, routes)
+
+
+@cache
+def _say_graphs(first: int, last: int) -> None:
+    """Say once how steps are kept from waiting."""
+    _LOG.info(
+        "slidesparse: steps of %d to %d tokens wait for the host, which sparse products cost more of than dense ones: "
+        "--max-cudagraph-capture-size %d replays them",
+        first, last, last,
+    )  # fmt: skip
