@@ -177,9 +177,9 @@ def test_the_plan_says_for_how_many_tokens_steps_wait(dense_kept: bool, compiled
     if dense_kept:
         weight, scale, unit = (down.get_buffer(f"slidesparse_engine_{i}") for i in range(3))
         assert weight.shape == (K, N) and weight.dtype == torch.int8 and scale.shape == (N, 1) and unit.tolist() == [1]
-        assert down.slidesparse_waiting == (1, 1536) and not told
+        assert down.slidesparse_waiting == (1, 1280) and not told
     else:  # graphs are what helps
-        assert down.slidesparse_waiting is None and told == [(1, 1536)]
+        assert down.slidesparse_waiting is None and told == [(1, 1280)]
 
 
 def test_what_is_no_swiglu_in_front_of_a_product_stays(compiled: None) -> None:

@@ -123,9 +123,24 @@ def print_plan(plan: Plan, layers: list[Layer], vllm: bool = False, swiglu: Coll
             names = escape(", ".join(sorted(elsewhere)))
             screen.out.print(f"also timed, but not to be had here without --vllm: {names}", style="dim")
         if vllm:
-            sparse = any(row["m"] <= STEP and not (row["fast"] or "dense").startswith("dense") for row in rows)
-            ours = f"ours{', with SiLU in the pass that quantises' if layer in swiglu else ''}{'' if sparse else ', on dense kernels'}"
-            screen.out.print(f"in vLLM, with up to {STEP} tokens in a step: {ours if why is None else f'its own kernels: {why}'}")
+            told = _ours(chooses, layer, rows, swiglu) if why is None else f"its own kernels: {why}"
+            screen.out.print(f"in vLLM, with up to {STEP} tokens in a step: {told}")
+
+
+def _ours(plan: Plan, layer: Layer, rows: list[dict], swiglu: Collection[Layer]) -> str:
+    """How vLLM would run a layer of ours with its default settings."""
+    from ..gemm import key_of
+    from ..gemm.handover import GRAPHS, STEP, rival_of, waits_until
+
+    told = "ours"
+    if layer in swiglu:
+        told += ", with SiLU in the pass that quantises"
+        rival, routes = rival_of(layer.problem), {row["fast"] or "dense" for row in rows if row["m"] <= STEP}
+        last = 0 if rival is None else min(waits_until(plan, key_of(layer.problem), rival, sums=True), STEP)
+        if last > GRAPHS and any(route.startswith("dense") for route in routes):
+            told += f", its own product where steps wait for the host, {GRAPHS + 1} to {last} tokens"
+    sparse = any(row["m"] <= STEP and not (row["fast"] or "dense").startswith("dense") for row in rows)
+    return told if sparse else f"{told}, on dense kernels"
 
 
 def _elsewhere(plan: Plan, layer: Layer) -> set[str]:
