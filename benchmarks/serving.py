@@ -3,9 +3,10 @@
     python benchmarks/serving.py WORKDIR OUT.csv COMMIT [--model Qwen2.5-7B] [--schemes int8] [--patterns 6:8]
 
 Both checkpoints hold the same masked weights; the dense one is served by vLLM alone, and the log-probabilities of 255 random tokens are
-compared (``logprob_diff``, the mean difference; ``logprob_spread``, the standard deviation of the dense ones, for scale). Every point is
-`vllm bench latency` (its module, its defaults but for the iterations) on one engine, since starting an engine takes a minute. Prefill is
-requests of up to 1024 tokens in one step with one output token; decode is the difference between 129 output tokens and one, by 128 steps.
+compared (``logprob_diff``, the mean difference; ``logprob_spread``, the standard deviation of the dense ones, for scale). The engines stand
+side by side on one GPU and take turns at every point, since a host that is busy for a while would favour whoever runs then. A turn is
+`vllm bench latency` (its module, its defaults but for the iterations). Prefill is requests of up to 1024 tokens in one step with one output
+token; decode is the difference between 129 output tokens and one, by 128 steps.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-from engines import checkpoint, in_a_process
+from engines import Asked, checkpoint
 from models import SHAPES, write_dense
 from records import records
 
 PREFILL = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 DECODE = (1, 16, 64, 128, 256, 512)
 PROFILED = (("prefill", 4096), ("prefill", 16384), ("decode", 64))
+TURNS = 2
+KV_BYTES = 20 << 30  # of each engine: asked for, since what is free changes while another starts
 KINDS = {
     "attention": re.compile(r"flash|attention|paged", re.I),
     "other": re.compile(r"^triton_"),  # what the compiler fused
@@ -39,7 +43,7 @@ KINDS = {
 
 
 def engine(asked: dict) -> None:
-    """In a process of its own: one engine, all points."""
+    """In a process of its own: one engine, which says how much its weights take, and answers questions of `Asked`."""
     from vllm import LLM, EngineArgs, SamplingParams
     from vllm.benchmarks import latency
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -48,6 +52,7 @@ def engine(asked: dict) -> None:
     latency.add_cli_args(parser)
     words = ["--model", asked["checkpoint"], "--skip-tokenizer-init", "--max-model-len", "2048", "--max-num-seqs", "512"]
     words += ["--max-num-batched-tokens", "32768", "--disable-detokenize"]
+    words += ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(KV_BYTES)]
     words += ["--additional-config", json.dumps({"slidesparse": asked["settings"]})]
     words += ["--enforce-eager"] if asked["eager"] else []
     words += ["--cudagraph-capture-sizes", *map(str, asked["graphs"])] if asked["graphs"] else []
@@ -59,29 +64,38 @@ def engine(asked: dict) -> None:
     # latency.main makes an engine at every call: here it gets the one there is.
     LLM.from_engine_args = classmethod(lambda cls, arguments: made)
 
-    def seconds(batch: int, inputs: int, outputs: int, rounds: int) -> float:
-        place = asked["out"] + ".point"
-        sizes = ["--batch-size", batch, "--input-len", inputs, "--output-len", outputs, "--num-iters-warmup", 2, "--num-iters", rounds]
+    def seconds(batch: int, inputs: int, outputs: int, rounds: int) -> list[float]:
+        place = asked["stem"] + ".point"
+        sizes = ["--batch-size", batch, "--input-len", inputs, "--output-len", outputs, "--num-iters-warmup", 1, "--num-iters", rounds]
         latency.main(parser.parse_args([*words, *map(str, sizes), "--output-json", place]))
-        return json.loads(Path(place).read_text(encoding="utf-8"))["percentiles"]["50"]
+        return json.loads(Path(place).read_text(encoding="utf-8"))["latencies"]
 
-    points = []
-    for phase, tokens in [("prefill", m) for m in asked["prefill"]] + [("decode", m) for m in asked["decode"]]:
+    def turn(phase: str, tokens: int) -> list[float]:
         if phase == "prefill":
-            run = partial(seconds, max(1, tokens // 1024), min(tokens, 1024), 1)
-            point = {"seconds": run(10 if tokens < 8192 else 5)}
-        else:
-            run = partial(seconds, tokens, 32, 9)
-            point = {"seconds": (seconds(tokens, 32, 129, 3) - seconds(tokens, 32, 1, 3)) / 128}
-        if (phase, tokens) in PROFILED:
-            point["shares"] = shares(partial(run, 1), asked["scheme"])
-        points.append({"phase": phase, "tokens": tokens} | point)
-    ids = torch.randint(made.llm_engine.model_config.get_vocab_size(), (256,), generator=torch.Generator().manual_seed(0)).tolist()
-    asking = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    answer = made.generate([{"prompt_token_ids": ids}], asking, use_tqdm=False)[0].prompt_logprobs
-    logprobs = [found[token].logprob for found, token in zip(answer[1:], ids[1:], strict=True)]
-    memory = made.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model_memory_usage
-    Path(asked["out"]).write_text(json.dumps({"points": points, "gb": memory / 1e9, "logprobs": logprobs}), encoding="utf-8")
+            return seconds(max(1, tokens // 1024), min(tokens, 1024), 1, 5 if tokens < 8192 else 3)
+        long, short = (statistics.median(seconds(tokens, 32, outputs, 2)) for outputs in (129, 1))
+        return [(long - short) / 128]
+
+    def parts(phase: str, tokens: int) -> dict[str, float]:
+        sizes = (max(1, tokens // 1024), min(tokens, 1024), 1) if phase == "prefill" else (tokens, 32, 9)
+        return shares(partial(seconds, *sizes, 1), asked["scheme"])
+
+    def logprobs() -> list[float]:
+        vocabulary = made.llm_engine.model_config.get_vocab_size()
+        ids = torch.randint(vocabulary, (256,), generator=torch.Generator().manual_seed(0)).tolist()
+        asking = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        answer = made.generate([{"prompt_token_ids": ids}], asking, use_tqdm=False)[0].prompt_logprobs
+        return [found[token].logprob for found, token in zip(answer[1:], ids[1:], strict=True)]
+
+    answers = {"turn": turn, "shares": parts, "logprobs": logprobs}
+    with Connection(asked["pipe"]) as pipe:
+        pipe.send(made.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model_memory_usage / 1e9)
+        while True:
+            try:
+                name, *rest = pipe.recv()
+            except EOFError:
+                return
+            pipe.send(answers[name](*rest))
 
 
 def shares(run: Callable[[], object], scheme: str) -> dict[str, float]:
@@ -128,31 +142,44 @@ def main() -> None:
         write_dense(arguments.model, source)
     with records(arguments.out, arguments.commit) as record:
         for scheme, pattern in itertools.product(arguments.schemes, arguments.patterns):
-            base: dict[tuple, float] = {}
-            alone: list[float] = []
-            for form, how, settings in (("dense", "vLLM alone", "{}"), *(("packed", *one.split("=", 1)) for one in arguments.packed)):
-                made = checkpoint(source, arguments.folder, scheme, pattern, form)
-                asked = {"checkpoint": str(made), "form": form, "scheme": scheme, "settings": json.loads(settings)}
-                asked |= {"prefill": arguments.prefill, "decode": arguments.decode, "eager": arguments.eager, "graphs": arguments.graphs}
-                how += f", CUDA graphs to {max(arguments.graphs)}" if arguments.graphs else ""
-                torch.cuda.empty_cache()
-                found = in_a_process(__file__, asked, arguments.folder / made.name, alone=True)
-                alone = alone or found["logprobs"]
-                apart = statistics.fmean(abs(a - b) for a, b in zip(alone, found["logprobs"], strict=True))
-                for point in found["points"]:
-                    key = point["phase"], point["tokens"]
-                    base.setdefault(key, point["seconds"])
-                    parts = point.get("shares", {})
-                    row = {
-                        "model": arguments.model, "scheme": scheme, "pattern": pattern, "served": form,
-                        "how": how, "phase": key[0], "tokens": key[1],
-                        "ms": f"{point['seconds'] * 1e3:.3f}", "tokens_per_s": f"{key[1] / point['seconds']:.0f}",
-                        "x_dense": f"{base[key] / point['seconds']:.3f}", "model_gb": f"{found['gb']:.2f}",
-                        "logprob_diff": f"{apart:.4f}", "logprob_spread": f"{statistics.pstdev(alone):.4f}",
-                        **{kind: f"{parts[kind]:.3f}" if kind in parts else "" for kind in ("linear", "head", "attention", "other")},
-                    }  # fmt: skip
-                    record(row)
-                    print(*row.values(), flush=True)
+            compare(arguments, source, scheme, pattern, record)
+
+
+def compare(arguments: argparse.Namespace, source: Path, scheme: str, pattern: str, record: Callable[[dict], None]) -> None:
+    """All points of the dense engine and the packed ones; rows are recorded point by point."""
+    forms = [("dense", "vLLM alone", "{}"), *(("packed", *one.split("=", 1)) for one in arguments.packed)]
+    graphs = f", CUDA graphs to {max(arguments.graphs)}" if arguments.graphs else ""
+    made = [checkpoint(source, arguments.folder, scheme, pattern, form) for form, _, _ in forms]
+    torch.cuda.empty_cache()
+    shared = {"scheme": scheme, "eager": arguments.eager, "graphs": arguments.graphs}
+    engines = [
+        Asked(__file__, shared | {"checkpoint": str(place), "form": form, "settings": json.loads(settings)}, Path(f"{place}-{number}"))
+        for number, (place, (form, _, settings)) in enumerate(zip(made, forms, strict=True))
+    ]
+    memory = [engine.started() for engine in engines]
+    logprobs = [engine(("logprobs",)) for engine in engines]
+    apart = [statistics.fmean(abs(a - b) for a, b in zip(logprobs[0], found, strict=True)) for found in logprobs]
+    for point in [("prefill", m) for m in arguments.prefill] + [("decode", m) for m in arguments.decode]:
+        times: list[list[float]] = [[] for _ in engines]
+        for number in range(TURNS):
+            order = list(zip(engines, times, strict=True))
+            for engine, found in reversed(order) if number % 2 else order:
+                found += engine(("turn", *point))
+        seconds = [statistics.median(found) for found in times]
+        for number, (form, how, _) in enumerate(forms):
+            parts = engines[number](("shares", *point)) if point in PROFILED else {}
+            row = {
+                "model": arguments.model, "scheme": scheme, "pattern": pattern, "served": form, "how": how + graphs,
+                "phase": point[0], "tokens": point[1], "ms": f"{seconds[number] * 1e3:.3f}",
+                "tokens_per_s": f"{point[1] / seconds[number]:.0f}", "x_dense": f"{seconds[0] / seconds[number]:.3f}",
+                "model_gb": f"{memory[number]:.2f}", "logprob_diff": f"{apart[number]:.4f}",
+                "logprob_spread": f"{statistics.pstdev(logprobs[0]):.4f}",
+                **{kind: f"{parts[kind]:.3f}" if kind in parts else "" for kind in ("linear", "head", "attention", "other")},
+            }  # fmt: skip
+            record(row)
+            print(*row.values(), flush=True)
+    for engine in engines:
+        engine.close()
 
 
 if __name__ == "__main__":
