@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -98,12 +99,12 @@ def apart(one: dict[str, list], other: dict[str, list]) -> dict[str, object]:
             if token != theirs:
                 gaps.append(first - second)
                 break
-    mean = sum(differences) / len(differences)
+    count, means = len(differences), [statistics.fmean(run["logprobs"]) for run in (one, other)]
     return {
-        "tokens": len(differences), "mean_logprob_one": f"{sum(one['logprobs']) / len(differences):.5f}",
-        "mean_logprob_other": f"{sum(other['logprobs']) / len(differences):.5f}", "mean_abs_diff": f"{mean:.5f}",
-        "max_abs_diff": f"{max(differences):.4f}", "texts": len(PROMPTS), "texts_parted": len(gaps),
-        "widest_gap_where_parted": f"{max(gaps, default=0):.4f}",
+        "tokens": count, "mean_logprob_one": f"{means[0]:.5f}", "mean_logprob_other": f"{means[1]:.5f}",
+        "mean_abs_diff": f"{statistics.fmean(differences):.5f}", "stderr": f"{statistics.stdev(differences) / count**0.5:.5f}",
+        "median_abs_diff": f"{statistics.median(differences):.5f}", "max_abs_diff": f"{max(differences):.4f}",
+        "texts": len(PROMPTS), "texts_parted": len(gaps), "widest_gap_where_parted": f"{max(gaps, default=0):.4f}",
     }  # fmt: skip
 
 

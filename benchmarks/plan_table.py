@@ -10,34 +10,35 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from linears import MODELS
-from slidesparse.gemm.plan import Cell, Plan, backend_of
+from slidesparse.gemm.plan import Key, Plan, backend_of
+from slidesparse.measure import Timing
 
 VLLMS = frozenset({"dense:cutlass", "restore:cutlass"})
 LIBRARY = ("dense:cublaslt", "dense:rowwise", "dense:tensorwise", "dense:native")
 NAMES = ("dense us", "plan", "lean", "sparse", "product", "plan, no vLLM", "sparse, library")
 
 
-def parts(cell: Cell) -> dict[str, float]:
+def parts(plan: Plan, key: Key, m: int) -> dict[str, float]:
     """Microseconds of one layer, NaN where something was not measured."""
-    nothing = float("nan")
+    cell, nothing = plan.cells[key][m], float("nan")
 
     def of(route: str | None) -> float:
-        return nothing if route is None else cell.timings[route].p50
+        return cell.timings[route].p50 if route in cell.timings else nothing
 
-    def quickest(times: dict, names: list[str]) -> float:
+    def quickest(times: Mapping[str, Timing], names: Iterable[str]) -> float:
         return min((times[name].p50 for name in names if name in times), default=nothing)
 
-    sparse = [name for name in cell.timings | cell.sums if backend_of(name) == "cusparselt"]
-    dense = [name for name in cell.timings | cell.sums if backend_of(name) == "dense"]
+    sparse, dense = ([name for name in cell.timings | cell.sums if backend_of(name) == kind] for kind in ("cusparselt", "dense"))
+    runs = plan.route(key, m, "fast")
     return {
-        "dense": of(cell.best("dense")), "fast": of(cell.pick("fast")), "lean": of(cell.pick("lean")),
-        "sparse": quickest(cell.timings, sparse), "product": quickest(cell.sums, sparse),
-        "either": min(quickest(cell.timings, dense), quickest(cell.sums, dense)),
-        "dense alone": of(cell.best("dense", VLLMS)), "fast alone": of(cell.pick("fast", VLLMS)),
-        "library": quickest(cell.timings, list(LIBRARY)), "runs sparse": backend_of(cell.pick("fast")) == "cusparselt",
+        "dense": of(cell.best("dense")), "fast": of(runs), "lean": of(plan.route(key, m, "lean")), "sparse": quickest(cell.timings, sparse),
+        "product": quickest(cell.sums, sparse), "either": min(quickest(cell.timings, dense), quickest(cell.sums, dense)),
+        "dense alone": of(cell.best("dense", VLLMS)), "fast alone": of(plan.route(key, m, "fast", VLLMS)),
+        "library": quickest(cell.timings, LIBRARY), "runs sparse": backend_of(runs) == "cusparselt",
     }  # fmt: skip
 
 
@@ -49,11 +50,11 @@ def main() -> None:
     plan, shapes = Plan.load(arguments.plan), list(MODELS[arguments.model].values())
     print(*("scheme", "pattern", "M"), *NAMES, sep="\t")
     for scheme, pattern in sorted({(key[3], key[2]) for key in plan.cells}):
-        tables = [plan.cells.get((n, k, pattern, scheme), {}) for n, k in shapes]
-        for m in sorted(set.intersection(*map(set, tables))):
+        keys = [(n, k, pattern, scheme) for n, k in shapes]
+        for m in sorted(set.intersection(*(set(plan.cells.get(key, {})) for key in keys))):
             total: dict[str, float] = defaultdict(float)
-            for table in tables:
-                for name, value in parts(table[m]).items():
+            for key in keys:
+                for name, value in parts(plan, key, m).items():
                     total[name] += value
             ratios = [("dense", "fast"), ("dense", "lean"), ("dense", "sparse"), ("either", "product"), ("dense alone", "fast alone"),
                       ("library", "sparse")]  # fmt: skip

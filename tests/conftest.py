@@ -83,6 +83,12 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 
 @pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, rank: Callable) -> None:
+    """As while a model is built that vLLM will compile."""
+    monkeypatch.setattr("slidesparse.integrations.vllm.methods.compiles", lambda config: True)
+
+
+@pytest.fixture
 def bfloat16() -> Iterator[None]:
     """The default dtype while a test runs, as while vLLM loads a model."""
     torch.set_default_dtype(torch.bfloat16)

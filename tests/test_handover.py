@@ -141,7 +141,9 @@ def test_how_many_tokens_wait_for_the_host(us: dict[int, float | None], until: i
     plan = Plan(measured(1).machine)
     for m, one in us.items():
         plan.add(KEY, Cell(m, {}, {}, {"dense:triton": flat(1.0)} | ({} if one is None else {RIVAL: flat(one)})))
-    assert waits_until(plan, KEY, RIVAL, sums=True) == until
+    assert waits_until(plan, KEY, RIVAL) == until
+    plan.add(KEY, Cell(8, {RIVAL: flat(1.0)}, {f"sums of {RIVAL}": "wrong"}, {"dense:triton": flat(1.0)}))
+    assert waits_until(plan, KEY, RIVAL) == 0
 
 
 def test_the_engine_is_taken_at_its_quickest() -> None:

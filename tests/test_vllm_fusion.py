@@ -26,11 +26,8 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.platforms import current_platform
 
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Cell, Plan, use_plan
-from slidesparse.gemm.handover import RIVAL, follows_swiglu
-from slidesparse.gemm.machine import Machine, kernels_hash
-from slidesparse.integrations.vllm import dense, fusion, methods, register
-from slidesparse.measure import Timing
+from slidesparse.gemm.handover import follows_swiglu
+from slidesparse.integrations.vllm import fusion, methods, register
 from vllm_layers import config_of, load, model_config, part
 
 pytestmark = pytest.mark.usefixtures("bfloat16")
@@ -46,12 +43,6 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Ten
 
 
 _PRODUCT.impl("cutlass_scaled_mm", _multiply, "CPU")
-
-
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, rank: Callable) -> None:
-    """As while a model is built that vLLM will compile."""
-    monkeypatch.setattr(methods, "compiles", lambda config: True)
 
 
 def made(kind: type, n: int, k: int, scheme: str, bias: bool, name: str) -> torch.nn.Module:
@@ -124,62 +115,6 @@ def test_a_norm_and_the_product_behind_it_are_one(first: str | None, scheme: str
         expected, sums = block(x, residual)
         check_near(y, expected)
         check_near(total, sums, 0.003)
-
-
-@pytest.fixture
-def waiting(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a plan by which steps of 513 to 1541 tokens wait for the host."""
-    for name, found in (("fuses", True), ("behind_swiglu", True), ("waiting", (513, 1541))):
-        monkeypatch.setattr(methods, name, lambda *arguments, found=found: found)
-    monkeypatch.setattr(methods.SlideSparseLinearMethod, "_handed_over", lambda *arguments: (None, None))
-
-
-@pytest.mark.parametrize(("tokens", "whose"), [((1, 512), "ours"), ((513, 1541), "vLLM's"), ((600, 600), "vLLM's"), ((1542, 8192), "ours"),
-                                               ((1, 8192), "ours")])  # fmt: skip
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
-def test_while_steps_wait_for_the_host_the_product_is_vllms(scheme: str, tokens: tuple[int, int], whose: str, waiting: None) -> None:
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        down = made(layers.RowParallelLinear, N, K, scheme, True, "m.down_proj")
-        x = torch.randn(19, 2 * K).mul(torch.logspace(-1, 1, 19).view(-1, 1)).bfloat16()
-    x[3], x[5, 7] = 0, torch.nan
-
-    def block(x: Tensor) -> Tensor:
-        return down(SiluAndMul.forward_native(x))[0]
-
-    torch._dynamo.mark_dynamic(x, 0)
-    y, ops, found = graphs_of(block, x, tokens=tokens)
-    assert (ops, found) == ((["slidesparse.silu_mul_sums.default"], 1) if whose == "ours" else (["vLLM's"], 0))
-    with torch.inference_mode():
-        expected = block(x)
-    assert y[5].isnan().all() and expected[5].isnan().all()
-    check_near(y[:5], expected[:5])
-    check_near(y[6:], expected[6:])
-
-
-@pytest.mark.parametrize("dense_kept", [True, False])
-def test_the_plan_says_for_how_many_tokens_steps_wait(dense_kept: bool, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = []
-    for name, found in (("fuses", True), ("behind_swiglu", True), ("can_give_back", True)):
-        monkeypatch.setattr(methods, name, lambda *arguments, found=found: found)
-    monkeypatch.setattr(methods, "_say_graphs", lambda *tokens: told.append(tokens))
-    monkeypatch.setattr(dense, "cannot_run", lambda plan, problem: frozenset())
-    if not dense_kept:
-        monkeypatch.setattr(methods.Execution, "resident", lambda self, layout: None)
-    plan = Plan(Machine("A card", "580", "13.0", "2.11.0", "3.6.0", "0.8.0", kernels_hash()))
-    for m, us in ((16, 20.0), (1024, 120.0), (2048, 240.0)):
-        times = {RIVAL: Timing(us, us, us)}
-        plan.add((N, K, "6:8", "int8"), Cell(m, times, {}, times))
-    use_plan(plan)
-    try:
-        down = made(layers.RowParallelLinear, N, K, "int8", True, "m.down_proj")
-    finally:
-        use_plan(None)
-    if dense_kept:
-        weight, scale, unit = (down.get_buffer(f"slidesparse_engine_{i}") for i in range(3))
-        assert weight.shape == (K, N) and weight.dtype == torch.int8 and scale.shape == (N, 1) and unit.tolist() == [1]
-        assert down.slidesparse_waiting == (1, 1280) and not told
-    else:  # graphs are what helps
-        assert down.slidesparse_waiting is None and told == [(1, 1280)]
 
 
 def test_what_is_no_swiglu_in_front_of_a_product_stays(compiled: None) -> None:
@@ -327,6 +262,7 @@ def test_vllms_compiler_runs_the_pass(tmp_path: Path, rank: Callable, monkeypatc
         load(block.up, {None: part(2 * K, N, SCHEMES["int8"])}, "packed")
         load(block.down, {None: part(N, K, SCHEMES["int8"])}, "packed")
         assert settings.compile_ranges_endpoints[:2] == [8, 16]
+        assert config.additional_config["slidesparse_layers"]["m.down_proj"] == "sums, and vLLM's for (9, 16) tokens"
         for m in (19, 12, 7):
             x, residual = torch.randn(m, N), torch.randn(m, N)
             expected = block.forward(x.clone(), residual.clone())

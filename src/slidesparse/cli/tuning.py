@@ -132,14 +132,13 @@ def _ours(plan: Plan, layer: Layer, rows: list[dict], swiglu: Collection[Layer])
     from ..gemm import key_of
     from ..gemm.handover import GRAPHS, STEP, rival_of, waits_until
 
-    told = "ours"
+    told, sparse = "ours", any(row["m"] <= STEP and not (row["fast"] or "dense").startswith("dense") for row in rows)
     if layer in swiglu:
         told += ", with SiLU in the pass that quantises"
-        rival, routes = rival_of(layer.problem), {row["fast"] or "dense" for row in rows if row["m"] <= STEP}
-        last = 0 if rival is None else min(waits_until(plan, key_of(layer.problem), rival, sums=True), STEP)
-        if last > GRAPHS and any(route.startswith("dense") for route in routes):
+        rival = rival_of(layer.problem)
+        last = 0 if rival is None or sparse else min(waits_until(plan, key_of(layer.problem), rival), STEP)
+        if last > GRAPHS:
             told += f", its own product where steps wait for the host, {GRAPHS + 1} to {last} tokens"
-    sparse = any(row["m"] <= STEP and not (row["fast"] or "dense").startswith("dense") for row in rows)
     return told if sparse else f"{told}, on dense kernels"
 
 

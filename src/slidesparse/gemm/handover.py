@@ -14,7 +14,7 @@ from sys import maxsize
 import torch
 
 from ..measure import Timing
-from .plan import Cell, Key, Plan, backend_of, key_of
+from .plan import SUMS_OF, Cell, Key, Plan, backend_of, key_of
 from .problem import Problem
 
 RIVAL = "dense:cutlass"
@@ -129,15 +129,21 @@ def follows_swiglu(name: str, activation: str | None) -> bool:
     return activation in ("silu", "swish") and name.rpartition(".")[2] in ("down_proj", "w2") and "expert" not in name
 
 
-def waits_until(plan: Plan, key: Key, rival: str, *, sums: bool, without: Collection[str] = ()) -> int:
-    """Up to how many tokens a step outside CUDA graphs waits for the host, told by a layer behind SwiGLU: see `HOST`."""
+def waits_until(plan: Plan, key: Key, rival: str) -> int:
+    """Up to how many tokens a step outside CUDA graphs waits for the host, told by a layer behind SwiGLU: see `HOST`.
+
+    0 where the engine's product without its epilogue was found wrong.
+    """
     before, quick = 0, 0.0
-    for m, cell in plan.table(key, sums=sums).items():
-        us = _engines(cell, rival, without, sums)
-        if us is not None and us >= HOST:
+    for m, cell in sorted(plan.cells.get(key, {}).items()):
+        if SUMS_OF + rival in cell.dropped:
+            return 0
+        if rival not in cell.sums:
+            continue
+        us = cell.sums[rival].p50
+        if us >= HOST:
             return before + int((HOST - quick) / (us - quick) * (m - before))
-        if us is not None:
-            before, quick = m, us
+        before, quick = m, us
     return before
 
 

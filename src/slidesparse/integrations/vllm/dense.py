@@ -32,6 +32,9 @@ Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 
 ROUTE = RIVAL.partition(":")[2]
 
+_FEW = 64
+"""Fewer numbers of tokens are not worth a compiled graph."""
+
 
 def can_give_back(scheme: Scheme, device: torch.device) -> bool:
     """Whether vLLM multiplies weights and activations of this scheme here."""
@@ -56,13 +59,13 @@ def handed_over(problem: Problem, *, sums: bool, most: int, swiglu: bool) -> tup
 def waiting(problem: Problem, plan: Plan | None, captured: int, most: int) -> tuple[int, int] | None:
     """From how many tokens to how many a step waits for the host: more than CUDA graphs are ``captured`` for, and no more than ``most``.
 
-    There an op of ours, which costs several times the host time of vLLM's product, would make it wait longer. None where nothing says so.
+    There an op of ours makes it wait longer than vLLM's product does. None where nothing says so, or for hardly any number of tokens.
     """
     rival = rival_of(problem)
     if plan is None or rival is None or rival in cannot_run(plan, problem):
         return None
-    last = min(waits_until(plan, key_of(problem), rival, sums=True), most)
-    return (captured + 1, last) if captured < last else None
+    last = min(waits_until(plan, key_of(problem), rival), most)
+    return (captured + 1, last) if last - captured >= _FEW else None
 
 
 def engine_tensors(problem: Problem, weight: Tensor, scale: Tensor) -> list[Tensor]:
@@ -73,7 +76,8 @@ def engine_tensors(problem: Problem, weight: Tensor, scale: Tensor) -> list[Tens
 def engine_sums(x: Tensor, weight: Tensor, scale: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     """`gemm.prepared.sums` by vLLM's product, for its compiler, which fuses the quantisation with what stands in front of it.
 
-    ``x [M, K]``, ``weight [K, N]``, ``scale [N, 1]`` or ``unit [1]`` → bfloat16 ``[M, N]``, float32 ``[M, 1]``.
+    ``x [M, K]``, ``weight [K, N]``, ``scale [N, 1]`` or ``unit [1]`` → bfloat16 ``[M, N]``, float32 ``[M, 1]``. The compiler need not
+    divide as IEEE does: a quantised value may be the next one.
     """
     scheme = scheme_of_dtype(weight.dtype)
     largest = x.abs().amax(-1, keepdim=True).to(torch.float32)

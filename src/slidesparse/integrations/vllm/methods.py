@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import CUDAGraphMode, get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase, RowParallelLinear, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
 
@@ -30,19 +30,24 @@ from .graph import compile_apart, compiles, enter_cache_key, open_linear
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
 
+ENOUGH = 2048
+"""Tokens that keep the GPU busy in models of 3B and more."""
+
 
 @dataclass(frozen=True)
 class Settings:
     """What the user set under ``slidesparse`` in vLLM's ``additional_config``, and what the adapter needs of the rest.
 
     ``memory`` and ``backend`` are those of `Execution`; ``random`` weights take the place of a checkpoint's (``--load-format dummy``);
-    ``captured`` are the numbers of tokens for which vLLM captures CUDA graphs, and ``most`` is how many a step can have.
+    ``captured`` are the numbers of tokens for which vLLM captures CUDA graphs; up to ``replayed`` it replays them for steps of any kind,
+    not of decoding only; ``most`` is how many a step can have.
     """
 
     memory: str = "fast"
     backend: str | None = None
     random: bool = False
     captured: tuple[int, ...] = ()
+    replayed: int = 0
     most: int = maxsize
 
     @classmethod
@@ -59,9 +64,10 @@ class Settings:
         chosen = dict((additional.get(QUANT_METHOD) if isinstance(additional, dict) else None) or {})
         if unknown := chosen.keys() - {"memory", "backend"}:
             raise UnsupportedError(f"additional_config.slidesparse knows memory and backend, not {', '.join(sorted(unknown))}")
-        sizes = tuple(config.compilation_config.cudagraph_capture_sizes or ())
+        sizes, mode = tuple(config.compilation_config.cudagraph_capture_sizes or ()), config.compilation_config.cudagraph_mode
+        replayed = 0 if mode is None or mode.mixed_mode() == CUDAGraphMode.NONE else max(sizes, default=0)
         random, most = str(config.load_config.load_format) == "dummy", config.scheduler_config.max_num_batched_tokens
-        return cls(**chosen, random=random, captured=sizes, most=most)
+        return cls(**chosen, random=random, captured=sizes, replayed=replayed, most=most)
 
 
 class PackedParameter(ModelWeightParameter):
@@ -135,27 +141,34 @@ class SlideSparseLinearMethod(LinearMethodBase):
         name = prepare(layer, execution, layer.params_dtype, device, problem.bias, margins=margins)
         layer.register_buffer("slidesparse_name", name, persistent=False)
         layer.slidesparse_outputs = weights.packed.n
+        waits = None
         if opened:
             scale = None if problem.scales_sums else weights.channel_scale.view(1, -1)
             layer.register_buffer("slidesparse_scale", scale, persistent=False)
-            self._let_wait(layer, execution, problem, plan if behind else None)
-        _report(self.layer, weights, _told(execution))
+            waits = self._let_wait(layer, execution, problem, plan if behind else None)
+        _report(self.layer, weights, _told(execution, waits))
+        if compiles(self.config) and _sparse_beyond(execution, self.settings.replayed):
+            _say_graphs(self.settings.replayed)
         if device.type == "cuda":
             warm(name, self.settings.captured)
 
-    def _let_wait(self, layer: nn.Module, execution: Execution, problem: Problem, plan: Plan | None) -> None:
-        """Where dense weights are kept, leave the numbers of tokens for which steps wait for the host to vLLM's own product."""
+    def _let_wait(self, layer: nn.Module, execution: Execution, problem: Problem, plan: Plan | None) -> tuple[int, int] | None:
+        """Of a dense layer, leave the numbers of tokens for which steps wait for the host to vLLM's own product; returns first and last.
+
+        Not on several ranks: their plans may differ, and the graphs that vLLM runs one after the other must not.
+        """
+        layer.slidesparse_waiting = None
         dense, configs = execution.resident("dense"), (self.config, get_current_vllm_config_or_none())
-        tokens = waiting(problem, plan, max(self.settings.captured, default=0), self.settings.most)
-        if tokens is not None and dense is None:
-            _say_graphs(*tokens)
-        if dense is None or tokens is None or not enter_cache_key(configs, self.layer, f"sums, and vLLM's for {tokens} tokens"):
-            layer.slidesparse_waiting = None
-            return
+        tokens = waiting(problem, plan, self.settings.replayed, self.settings.most)
+        if tokens is None or dense is None or _sparse_beyond(execution, 0) or getattr(layer, "tp_size", 1) > 1:
+            return None
+        if not enter_cache_key(configs, self.layer, f"sums, and vLLM's for {tokens} tokens"):
+            return None
         for i, tensor in enumerate(engine_tensors(problem, dense["weight"], execution.weights.channel_scale)):
             layer.register_buffer(f"slidesparse_engine_{i}", tensor, persistent=False)
         compile_apart(configs, *tokens)
         layer.slidesparse_waiting = tokens
+        return tokens
 
     def _can_open(self, layer: nn.Module, problem: Problem) -> bool:
         """Whether scales and bias may stand in the graph: it is compiled, and no sum over ranks comes in between."""
@@ -269,10 +282,16 @@ class DenseLinearMethod(SlideSparseLinearMethod):
         return Weights(packed, self.scheme, scale), shard.margins
 
 
-def _told(execution: Execution) -> str:
+def _told(execution: Execution, waits: tuple[int, int] | None) -> str:
     routes = [f"{choice} up to {most} tokens" for most, choice in execution.steps[:-1]]
     last = str(execution.steps[-1][1])
-    return f"{', '.join(routes)}, then {last}" if routes else last
+    told = f"{', '.join(routes)}, then {last}" if routes else last
+    return told if waits is None else f"{told}; vLLM's own product in the graph for {waits[0]} to {waits[1]} tokens"
+
+
+def _sparse_beyond(execution: Execution, tokens: int) -> bool:
+    """Whether a sparse product runs for more tokens than that."""
+    return any(most > tokens and choice.backend.layout not in ("dense", "packed") for most, choice in execution.steps)
 
 
 def _report(layer: str, weights: Weights, routes: str) -> None:
@@ -286,10 +305,11 @@ def _report_routes(layer: str, n: int, k: int, pattern: str, scheme: str, routes
 
 
 @cache
-def _say_graphs(first: int, last: int) -> None:
-    """Say once how steps are kept from waiting."""
-    _LOG.info(
-        "slidesparse: steps of %d to %d tokens wait for the host, which sparse products cost more of than dense ones: "
-        "--max-cudagraph-capture-size %d replays them",
-        first, last, last,
-    )  # fmt: skip
+def _say_graphs(replayed: int) -> None:
+    """Say once how steps are kept from waiting, unless graphs are captured for more."""
+    if replayed < ENOUGH:
+        _LOG.info(
+            "slidesparse: steps of more than %d tokens, but too few to keep the GPU busy, wait for the host, and sparse products cost it "
+            "more than dense ones: --max-cudagraph-capture-size %d replays them",
+            replayed, ENOUGH,
+        )  # fmt: skip
