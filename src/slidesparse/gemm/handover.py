@@ -26,6 +26,9 @@ STEP = 8192
 GRAPHS = 512
 """Most tokens for which vLLM captures CUDA graphs unless it is told otherwise."""
 
+FEW = 64
+"""Fewer numbers of tokens are not worth a compiled graph."""
+
 HOST = 150.0
 """Microseconds: steps outside CUDA graphs are taken to wait for the host while the engine's product behind SwiGLU, about a fifth of a
 layer's time, takes less. A layer took 500 to 600 of the hosts that were seen (docs/serving.md)."""

@@ -1,4 +1,5 @@
-"""vLLM's own dense linears: layers that no plan makes faster are given back to them, and their product takes part in plans.
+"""vLLM's own dense linears: layers that no plan makes faster are given back to them, their product takes part in plans, and in the graph
+it stands for ours where steps wait for the host.
 
 A layer that runs dense whatever the number of tokens is to vLLM what it would be in a dense checkpoint: the same kernels, and the same
 fusions of norm and activation with quantisation, which an op of ours would hide from vLLM's compiler.
@@ -20,7 +21,7 @@ from ... import ops
 from ...format import Scheme
 from ...gemm import Plan, Problem, active_plan
 from ...gemm.execution import cannot_run
-from ...gemm.handover import RIVAL, decide, rival_of, waits_until
+from ...gemm.handover import FEW, RIVAL, decide, rival_of, waits_until
 from ...gemm.numerics import int32_overflow
 from ...gemm.plan import key_of
 from ...gemm.routes import Maybe, Route, add_route, one
@@ -31,9 +32,6 @@ Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 """Runs a layer: ``(layer, x [M, K], bias [N] or None)`` → ``[M, N]``."""
 
 ROUTE = RIVAL.partition(":")[2]
-
-_FEW = 64
-"""Fewer numbers of tokens are not worth a compiled graph."""
 
 
 def can_give_back(scheme: Scheme, device: torch.device) -> bool:
@@ -65,7 +63,7 @@ def waiting(problem: Problem, plan: Plan | None, captured: int, most: int) -> tu
     if plan is None or rival is None or rival in cannot_run(plan, problem):
         return None
     last = min(waits_until(plan, key_of(problem), rival), most)
-    return (captured + 1, last) if last - captured >= _FEW else None
+    return (captured + 1, last) if last - captured >= FEW else None
 
 
 def engine_tensors(problem: Problem, weight: Tensor, scale: Tensor) -> list[Tensor]:
