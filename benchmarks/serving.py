@@ -70,14 +70,17 @@ def engine(asked: dict) -> None:
         latency.main(parser.parse_args([*words, *map(str, sizes), "--output-json", place]))
         return json.loads(Path(place).read_text(encoding="utf-8"))["latencies"]
 
+    def step(tokens: int) -> tuple[int, int, int]:
+        return max(1, tokens // 1024), min(tokens, 1024), 1
+
     def turn(phase: str, tokens: int) -> list[float]:
         if phase == "prefill":
-            return seconds(max(1, tokens // 1024), min(tokens, 1024), 1, 5 if tokens < 8192 else 3)
+            return seconds(*step(tokens), 5 if tokens < 8192 else 3)
         long, short = (statistics.median(seconds(tokens, 32, outputs, 2)) for outputs in (129, 1))
         return [(long - short) / 128]
 
     def parts(phase: str, tokens: int) -> dict[str, float]:
-        sizes = (max(1, tokens // 1024), min(tokens, 1024), 1) if phase == "prefill" else (tokens, 32, 9)
+        sizes = step(tokens) if phase == "prefill" else (tokens, 32, 9)
         return shares(partial(seconds, *sizes, 1), asked["scheme"])
 
     def logprobs() -> list[float]:

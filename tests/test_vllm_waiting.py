@@ -66,6 +66,7 @@ def planned(compiled: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, found in (("fuses", True), ("behind_swiglu", True), ("can_give_back", True)):
         monkeypatch.setattr(methods, name, lambda *arguments, found=found: found)
     monkeypatch.setattr(dense, "cannot_run", lambda plan, problem: frozenset())
+    monkeypatch.setattr(dense, "refusal", lambda name, problem: None)
     plan = Plan(Machine("A card", "580", "13.0", "2.11.0", "3.6.0", "0.8.0", kernels_hash()))
     for m, us in ((16, 20.0), (1024, 120.0), (2048, 240.0)):
         times = {RIVAL: Timing(us, us, us)}

@@ -26,6 +26,9 @@ STEP = 8192
 GRAPHS = 512
 """Most tokens for which vLLM captures CUDA graphs unless it is told otherwise."""
 
+ENOUGH = 2048
+"""Tokens in a step that keep the GPU busy in models of 3B and more."""
+
 FEW = 64
 """Fewer numbers of tokens are not worth a compiled graph."""
 

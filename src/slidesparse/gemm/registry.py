@@ -141,6 +141,11 @@ def choose(problem: Problem, m: int, *, memory: str = "fast", sums: bool = False
     raise UnsupportedError(f"no backend runs {problem}: " + "; ".join(f"{name}: {reason}" for name, reason in refused))
 
 
+def has_own_layout(backend: Backend) -> bool:
+    """Whether it reads a copy that no dense route reads."""
+    return backend.layout not in ("dense", "packed")
+
+
 def refusal(name: str, problem: Problem, *, sums: bool = False) -> str | None:
     """Why the backend, ``NAME`` or ``NAME:VARIANT``, cannot run the problem, or give its sums; None if it can."""
     head, _, variant = name.partition(":")

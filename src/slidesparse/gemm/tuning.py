@@ -24,7 +24,7 @@ from .active import forget_plans, user_plan_path
 from .machine import this_machine
 from .plan import SUMS_OF, Cell, Key, Plan, backend_of, key_of
 from .problem import Problem, Weights
-from .registry import Backend, backends
+from .registry import Backend, backends, has_own_layout
 from .routes import is_known, route_named, route_refuses, run_sums, searched
 
 _LOG = logging.getLogger(__name__)
@@ -147,16 +147,12 @@ def _lacks(plan: Plan, layer: Layer, m: int) -> bool:
         return True
     seen = cell.timings.keys() | cell.dropped.keys()
     new = [name for name in searched(layer.problem, m) if f"dense:{name}" not in seen and "dense" not in seen]
-    new += [one.name for one in backends() if _has_own_layout(one) and one.name not in map(backend_of, seen)]
+    new += [one.name for one in backends() if has_own_layout(one) and one.name not in map(backend_of, seen)]
     if layer.scheme.dynamic:
         summed = cell.sums.keys() | {name.removeprefix(SUMS_OF) for name in cell.dropped if name.startswith(SUMS_OF)}
         dense = [name for name in cell.timings if backend_of(name) == "dense" and is_known(name)]
         new += [name for name in dense if name not in summed and route_named(name.partition(":")[2]).sums is not None]
     return bool(new)
-
-
-def _has_own_layout(backend: Backend) -> bool:
-    return backend.layout not in ("dense", "packed")
 
 
 def _store(plan: Plan, path: Path) -> None:
@@ -223,7 +219,7 @@ class Bench:
             except (UnsupportedError, torch.OutOfMemoryError) as error:
                 dropped[backend.name] = str(error).splitlines()[0]
                 continue
-            if not found and _has_own_layout(backend):
+            if not found and has_own_layout(backend):
                 dropped[backend.name] = "none of its algorithms gave right results"
             asked = [route.partition(":")[2] for route in also if backend_of(route) == backend.name]
             for variant in dict.fromkeys([*found, *asked]):

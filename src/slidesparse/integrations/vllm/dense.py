@@ -24,6 +24,7 @@ from ...gemm.execution import cannot_run
 from ...gemm.handover import FEW, RIVAL, decide, rival_of, waits_until
 from ...gemm.numerics import int32_overflow
 from ...gemm.plan import key_of
+from ...gemm.registry import refusal
 from ...gemm.routes import Maybe, Route, add_route, one
 from ...ops.library import allocate
 from ...quant import scheme_of_dtype
@@ -60,7 +61,7 @@ def waiting(problem: Problem, plan: Plan | None, captured: int, most: int) -> tu
     There an op of ours makes it wait longer than vLLM's product does. None where nothing says so, or for hardly any number of tokens.
     """
     rival = rival_of(problem)
-    if plan is None or rival is None or rival in cannot_run(plan, problem):
+    if plan is None or rival is None or refusal(rival, problem) is not None:
         return None
     last = min(waits_until(plan, key_of(problem), rival), most)
     return (captured + 1, last) if last - captured >= FEW else None
@@ -78,6 +79,7 @@ def engine_sums(x: Tensor, weight: Tensor, scale: Tensor, unit: Tensor) -> tuple
     divide as IEEE does: a quantised value may be the next one.
     """
     scheme = scheme_of_dtype(weight.dtype)
+    # As `reference.quantize`, which asks the values whether a row is poisoned: no graph can, and here its scale alone says so.
     largest = x.abs().amax(-1, keepdim=True).to(torch.float32)
     x_scale = torch.where(largest == 0, 1.0, torch.where(torch.isfinite(largest), largest / scheme.bound, torch.nan))
     q = x.to(torch.float32) / x_scale

@@ -18,8 +18,9 @@ from ... import ops
 from ...errors import PatternError, UnsupportedError, WeightError
 from ...format import QUANT_METHOD, Packed, Scheme, packed_tensors
 from ...gemm import Execution, Plan, Problem, Weights
+from ...gemm.handover import ENOUGH
 from ...gemm.prepared import linear, prepare, warm
-from ...gemm.registry import refusal
+from ...gemm.registry import has_own_layout, refusal
 from ...pack import Shard
 from ...quant import scheme_of_dtype
 from ..claims import Claims
@@ -29,9 +30,6 @@ from .fusion import behind_swiglu, fuses
 from .graph import compile_apart, compiles, enter_cache_key, open_linear
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
-
-ENOUGH = 2048
-"""Tokens that keep the GPU busy in models of 3B and more."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +289,7 @@ def _told(execution: Execution, waits: tuple[int, int] | None) -> str:
 
 def _sparse_beyond(execution: Execution, tokens: int) -> bool:
     """Whether a sparse product runs for more tokens than that."""
-    return any(most > tokens and choice.backend.layout not in ("dense", "packed") for most, choice in execution.steps)
+    return any(most > tokens and has_own_layout(choice.backend) for most, choice in execution.steps)
 
 
 def _report(layer: str, weights: Weights, routes: str) -> None:
