@@ -32,7 +32,7 @@ from records import records
 PREFILL = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 DECODE = (1, 16, 64, 128, 256, 512)
 PROFILED = (("prefill", 4096), ("prefill", 16384), ("decode", 64))
-TURNS = 2
+TURNS = 3
 KV_BYTES = 12 << 30  # of each engine: what is free changes while another starts, and two must fit on a card of 80 GB
 KINDS = {
     "attention": re.compile(r"flash|attention|paged", re.I),
@@ -76,7 +76,7 @@ def engine(asked: dict) -> None:
     def turn(phase: str, tokens: int) -> list[float]:
         if phase == "prefill":
             return seconds(*step(tokens), 5 if tokens < 8192 else 3)
-        long, short = (statistics.median(seconds(tokens, 32, outputs, 2)) for outputs in (129, 1))
+        long, short = (statistics.median(seconds(tokens, 32, outputs, 3)) for outputs in (129, 1))
         return [(long - short) / 128]
 
     def parts(phase: str, tokens: int) -> dict[str, float]:

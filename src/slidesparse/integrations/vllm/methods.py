@@ -111,6 +111,9 @@ class SlideSparseLinearMethod(LinearMethodBase):
         Raises:
             WeightError, PatternError: damaged or missing weights, or such as obey no pattern; names the layer.
         """
+        if torch.cuda.is_initialized():
+            # vLLM loads without splitting blocks over 20 MB: one let go before would hold a smaller tensor of this layer whole.
+            torch.cuda.empty_cache()
         try:
             weights, margins = self._weights(layer)
         except PatternError as error:
