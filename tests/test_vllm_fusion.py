@@ -33,16 +33,26 @@ from vllm_layers import config_of, load, model_config, part
 pytestmark = pytest.mark.usefixtures("bfloat16")
 N, K = 48, 96
 
-_PRODUCT = torch.library.Library("_C", "FRAGMENT")
+_KERNELS = torch.library.Library("_C", "FRAGMENT")
 if not hasattr(torch.ops._C, "cutlass_scaled_mm"):  # a vLLM without its kernels
-    _PRODUCT.define("cutlass_scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()")
+    _KERNELS.define("cutlass_scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()")
+    _KERNELS.define("dynamic_scaled_int8_quant(Tensor! result, Tensor input, Tensor! scale, Tensor!? azp) -> ()")
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None) -> None:
     out.copy_((a.double() @ b.double()).float() * a_scales * b_scales.view(1, -1))
 
 
-_PRODUCT.impl("cutlass_scaled_mm", _multiply, "CPU")
+def _quantize(result: Tensor, input: Tensor, scale: Tensor, azp: Tensor | None) -> None:
+    """As the kernel, which has no NaN: a row of zeros has the scale 0."""
+    assert input.is_contiguous() and azp is None
+    x = input.float().nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    scale.copy_(x.abs().amax(-1, keepdim=True) / 127)
+    result.copy_((x / scale).nan_to_num(nan=0.0).round().clamp(-128, 127))
+
+
+_KERNELS.impl("cutlass_scaled_mm", _multiply, "CPU")
+_KERNELS.impl("dynamic_scaled_int8_quant", _quantize, "CPU")
 
 
 def made(kind: type, n: int, k: int, scheme: str, bias: bool, name: str) -> torch.nn.Module:

@@ -55,7 +55,8 @@ def test_while_steps_wait_for_the_host_the_product_is_vllms(scheme: str, tokens:
     assert (ops, found) == ((["slidesparse.silu_mul_sums.default"], 1) if whose == "ours" else (["vLLM's"], 0))
     with torch.inference_mode():
         expected = block(x)
-    assert y[5].isnan().all() and expected[5].isnan().all()
+    assert expected[5].isnan().all()
+    assert y[5].isnan().all() if (scheme, whose) != ("int8", "vLLM's") else y[5].isfinite().all()  # as in vLLM's dense models
     check_near(y[:5], expected[:5])
     check_near(y[6:], expected[6:])
 
@@ -144,7 +145,10 @@ def test_sums_by_vllms_product_are_the_oracles(scheme: str) -> None:
     unit = torch.ones(1)
     y, x_scale = dense.engine_sums(x, stored.weight.t(), stored.scale if scheme == "int8" else unit, unit)
     q, expected = reference.quantize(x, of)
-    check_bitwise(x_scale, expected)
     sums = (q.double() @ stored.weight.double().t()).float() * (stored.scale.view(1, -1) if scheme == "int8" else 1)
-    real = expected.isfinite().squeeze(1)
-    check_bitwise(y[real], sums.bfloat16()[real])
+    plain = x.isfinite().all(1) & (x != 0).any(1)
+    check_bitwise(x_scale[plain], expected[plain])
+    check_bitwise(y[plain], sums.bfloat16()[plain])
+    others = y.float() * x_scale
+    assert (others[3] == 0).all() and not others[7].isfinite().any()
+    assert others[5].isnan().all() if scheme == "fp8" else others[5].isfinite().all()

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8, CompressedTensorsW8A8Int8
 
 from ... import ops
-from ...format import Scheme
+from ...format import SCHEMES, Scheme
 from ...gemm import Plan, Problem, active_plan
 from ...gemm.execution import cannot_run
 from ...gemm.handover import FEW, RIVAL, decide, rival_of, waits_until
@@ -27,7 +27,6 @@ from ...gemm.plan import key_of
 from ...gemm.registry import refusal
 from ...gemm.routes import Maybe, Route, add_route, one
 from ...ops.library import allocate
-from ...quant import scheme_of_dtype
 
 Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 """Runs a layer: ``(layer, x [M, K], bias [N] or None)`` → ``[M, N]``."""
@@ -73,20 +72,32 @@ def engine_tensors(problem: Problem, weight: Tensor, scale: Tensor) -> list[Tens
 
 
 def engine_sums(x: Tensor, weight: Tensor, scale: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """`gemm.prepared.sums` by vLLM's product, for its compiler, which fuses the quantisation with what stands in front of it.
+    """`gemm.prepared.sums` by vLLM's product, for its compiler.
 
-    ``x [M, K]``, ``weight [K, N]``, ``scale [N, 1]`` or ``unit [1]`` → bfloat16 ``[M, N]``, float32 ``[M, 1]``. The compiler need not
-    divide as IEEE does: a quantised value may be the next one.
+    ``x [M, K]``, ``weight [K, N]``, ``scale [N, 1]`` or ``unit [1]`` → bfloat16 ``[M, N]``, float32 ``[M, 1]``. A quantised value may be
+    the next one: neither the compiler nor vLLM's int8 kernel, which takes NaN for 0, divides as IEEE does.
     """
-    scheme = scheme_of_dtype(weight.dtype)
-    # As `reference.quantize`, which asks the values whether a row is poisoned: no graph can, and here its scale alone says so.
-    largest = x.abs().amax(-1, keepdim=True).to(torch.float32)
-    x_scale = torch.where(largest == 0, 1.0, torch.where(torch.isfinite(largest), largest / scheme.bound, torch.nan))
-    q = x.to(torch.float32) / x_scale
-    q = (q.round() if scheme.name == "int8" else q).clamp(-scheme.bound, scheme.bound).to(weight.dtype)
+    q, x_scale = (_quantize_int8 if weight.dtype == torch.int8 else _quantize_fp8)(x)
     y = torch.empty(x.shape[0], weight.shape[1], dtype=torch.bfloat16, device=x.device)
     op = torch.ops._C.cutlass_scaled_mm.default
     return auto_functionalized(op, out=y, a=q, b=weight, a_scales=unit, b_scales=scale, bias=None)[1], x_scale
+
+
+def _quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    # By vLLM's own kernel: compiled into SwiGLU it took 63 µs, the two apart 46 (1024 × 18944, H200).
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    op = torch.ops._C.dynamic_scaled_int8_quant.default
+    return auto_functionalized(op, result=q, input=x.contiguous(), scale=scale, azp=None)[1:3]
+
+
+def _quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    # As vLLM has it, whose compiler fuses it with what stands in front, and as `reference.quantize`, which asks the values whether a row is
+    # poisoned: no graph can, and here its scale alone says so.
+    fp8 = SCHEMES["fp8"]
+    largest = x.abs().amax(-1, keepdim=True).to(torch.float32)
+    scale = torch.where(largest == 0, 1.0, torch.where(torch.isfinite(largest), largest / fp8.bound, torch.nan))
+    return (x.to(torch.float32) / scale).clamp(-fp8.bound, fp8.bound).to(fp8.dtype), scale
 
 
 def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | None) -> Apply:

@@ -36,7 +36,7 @@ from vllm.platforms import current_platform
 from ...gemm.handover import follows_swiglu
 from ...gemm.prepared import add_rms_norm_sums, silu_mul_sums, sums
 from ...ops.rescale import scaled
-from .dense import engine_sums
+from . import dense
 
 _ANY = {"n": 17, "eps": 0.17}
 """Stand for the number of outputs and the norm's epsilon where the patterns are traced; no other number there may be equal to them."""
@@ -53,7 +53,7 @@ class FuseQuantisation(InductorPass):
 
     def uuid(self) -> str:
         """What vLLM's and torch's compile caches know it by."""
-        return InductorPass.hash_source(inspect.getsource(sys.modules[__name__]), *map(inspect.getsource, (scaled, engine_sums)))
+        return InductorPass.hash_source(*map(inspect.getsource, (sys.modules[__name__], dense, scaled)))
 
 
 def fuses(config: VllmConfig | None) -> bool:
@@ -100,7 +100,7 @@ def _choices() -> PatternMatcherPass:
     def choose(match: Match, x: fx.Node, name: fx.Node, n: int, engine: list[fx.Node], first: int, last: int) -> None:
         tokens = get_pass_context().compile_range
         waits = first <= tokens.start and tokens.end <= last
-        match.replace_by_example(*((engine_sums, [x, *engine]) if waits else (sums, [x, name, n])))
+        match.replace_by_example(*((dense.engine_sums, [x, *engine]) if waits else (sums, [x, name, n])))
 
     return found
 
