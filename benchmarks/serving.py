@@ -6,7 +6,8 @@ Both checkpoints hold the same masked weights; the dense one is served by vLLM a
 compared (``logprob_diff``, the mean difference; ``logprob_spread``, the standard deviation of the dense ones, for scale). The engines stand
 side by side on one GPU and take turns at every point, since a host that is busy for a while would favour whoever runs then. A turn is
 `vllm bench latency` (its module, its defaults but for the iterations). Prefill is requests of up to 1024 tokens in one step with one output
-token; decode is the difference between 129 output tokens and one, by 128 steps.
+token; decode is the difference between 129 output tokens and one, by 128 steps. ``gpu_ms`` is what a step's kernels take under torch's
+profiler, the last columns are their shares: where a step takes longer than its kernels, the GPU waits for the host.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import json
 import re
 import statistics
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
@@ -31,7 +31,6 @@ from records import records
 
 PREFILL = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 DECODE = (1, 16, 64, 128, 256, 512)
-PROFILED = (("prefill", 4096), ("prefill", 16384), ("decode", 64))
 TURNS = 3
 KV_BYTES = 12 << 30  # of each engine: what is free changes while another starts, and two must fit on a card of 80 GB
 KINDS = {
@@ -80,8 +79,10 @@ def engine(asked: dict) -> None:
         return [(long - short) / 128]
 
     def parts(phase: str, tokens: int) -> dict[str, float]:
-        sizes = step(tokens) if phase == "prefill" else (tokens, 32, 9)
-        return shares(partial(seconds, *sizes, 1), asked["scheme"])
+        if phase == "prefill":
+            return by_kind(kernels(partial(seconds, *step(tokens), 1)), 2, asked["scheme"])  # one round, and one to warm up
+        long, short = (kernels(partial(seconds, tokens, 32, outputs, 1)) for outputs in (17, 1))
+        return by_kind({name: time - short.get(name, 0.0) for name, time in long.items()}, 2 * 16, asked["scheme"])
 
     def logprobs() -> list[float]:
         vocabulary = made.llm_engine.model_config.get_vocab_size()
@@ -90,7 +91,7 @@ def engine(asked: dict) -> None:
         answer = made.generate([{"prompt_token_ids": ids}], asking, use_tqdm=False)[0].prompt_logprobs
         return [found[token].logprob for found, token in zip(answer[1:], ids[1:], strict=True)]
 
-    answers = {"turn": turn, "shares": parts, "logprobs": logprobs}
+    answers = {"turn": turn, "kernels": parts, "logprobs": logprobs}
     with Connection(asked["pipe"]) as pipe:
         pipe.send(made.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model_memory_usage / 1e9)
         while True:
@@ -101,24 +102,25 @@ def engine(asked: dict) -> None:
             pipe.send(answers[name](*rest))
 
 
-def shares(run: Callable[[], object], scheme: str) -> dict[str, float]:
-    """Parts of the kernels' time by their names: linear layers with their quantisation, the head, attention, all else."""
+def kernels(run: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of every kernel."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
-    times: dict[str, float] = defaultdict(float)
-    kernels: dict[str, float] = defaultdict(float)
-    for event in profiler.key_averages():
-        name = event.key
+    return {event.key: event.self_device_time_total / 1e3 for event in profiler.key_averages()}
+
+
+def by_kind(found: dict[str, float], steps: int, scheme: str) -> dict[str, float]:
+    """Milliseconds of a step by the kernels' names: linear layers with their quantisation, the head, attention, all else."""
+    times = dict.fromkeys(("linear", "head", "attention", "other"), 0.0)
+    for name, time in sorted(found.items(), key=lambda item: -item[1]):
         kind = next((kind for kind, names in KINDS.items() if names.search(name)), "other")
         kind = "linear" if kind == "head" and scheme not in ("int8", "fp8") else kind
-        times[kind] += event.self_device_time_total
-        kernels[f"{kind}: {name[:90]}"] += event.self_device_time_total
-    total = sum(times.values()) or 1.0
-    for name, time in sorted(kernels.items(), key=lambda item: -item[1])[:14]:
-        print(f"kernel {time / total:6.1%} {name}", flush=True)
-    return {kind: time / total for kind, time in times.items()}
+        times[kind] += time / steps
+        if time > 0.01 * sum(found.values()):
+            print(f"kernel {time / steps:8.3f} ms, {kind}: {name[:110]}", flush=True)
+    return times
 
 
 def main() -> None:
@@ -170,14 +172,15 @@ def compare(arguments: argparse.Namespace, source: Path, scheme: str, pattern: s
                 found += engine(("turn", *point))
         seconds = [statistics.median(found) for found in times]
         for number, (form, how, _) in enumerate(forms):
-            parts = engines[number](("shares", *point)) if point in PROFILED else {}
+            parts = engines[number](("kernels", *point))
+            gpu = sum(parts.values())
             row = {
                 "model": arguments.model, "scheme": scheme, "pattern": pattern, "served": form, "how": how + graphs,
                 "phase": point[0], "tokens": point[1], "ms": f"{seconds[number] * 1e3:.3f}",
                 "tokens_per_s": f"{point[1] / seconds[number]:.0f}", "x_dense": f"{seconds[0] / seconds[number]:.3f}",
                 "model_gb": f"{memory[number]:.2f}", "logprob_diff": f"{apart[number]:.4f}",
-                "logprob_spread": f"{statistics.pstdev(logprobs[0]):.4f}",
-                **{kind: f"{parts[kind]:.3f}" if kind in parts else "" for kind in ("linear", "head", "attention", "other")},
+                "logprob_spread": f"{statistics.pstdev(logprobs[0]):.4f}", "gpu_ms": f"{gpu:.3f}",
+                **{kind: f"{time / gpu:.3f}" if gpu else "" for kind, time in parts.items()},
             }  # fmt: skip
             record(row)
             print(*row.values(), flush=True)
