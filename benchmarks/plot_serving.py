@@ -25,23 +25,25 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("picture", type=Path)
     arguments = parser.parse_args()
-    lines: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+    lines: dict[tuple[str, str, str], list[tuple[int, float]]] = defaultdict(list)
     with arguments.table.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    packed = [row for row in rows if row["served"] != "dense"]
-    one_way = len({row.get("how") for row in packed}) == 1
-    for row in packed:
-        name = f"{row['model']}, {row['scheme']} {row['pattern']}" + ("" if one_way else f": {row.get('how') or row['served']}")
-        lines[row["phase"], name].append((int(row["tokens"]), float(row["x_dense"])))
+    for row in rows:
+        if row["served"] != "dense":
+            how = (row.get("how") or "").removeprefix("as the plan has it").removeprefix(", ")
+            what = f"{row['scheme']} {row['pattern']}" + (f", {how}" if how else "")
+            lines[row["phase"], row["model"], what].append((int(row["tokens"]), float(row["x_dense"])))
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     colours: dict[str, str] = {}
+    markers: dict[str, str] = {}
     for axis, (phase, title) in zip(axes, TITLES.items(), strict=True):
         axis.axhline(1, color="black", linewidth=1)
-        for (of, name), points in lines.items():
+        for (of, model, what), points in lines.items():
             if of == phase:
-                colour = colours.setdefault(name, f"C{len(colours)}")
-                label = textwrap.fill(name, 70) if axis is axes[0] else None
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", color=colour, label=label)
+                colour = colours.setdefault(what, f"C{len(colours)}")
+                marker = markers.setdefault(model, "os^Dv"[len(markers) % 5])
+                label = textwrap.fill(f"{model}, {what}", 70) if axis is axes[0] else None
+                axis.plot(*zip(*sorted(points), strict=True), marker=marker, color=colour, label=label)
         axis.set(xscale="log", xlabel=title)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
