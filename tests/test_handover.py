@@ -82,13 +82,41 @@ def test_behind_swiglu_layers_are_ours_without_sparse_copies_that_pay_little() -
     for us, kept in ((95.0, "dense:cutlass"), (50.0, "cusparselt:")):
         plan = Plan(measured(1).machine)
         for m in (16, 256):
-            plan.add(KEY, Cell(m, {RIVAL: flat(100.0), "dense:triton": flat(98.0), "cusparselt:": flat(us if m == 16 else 100.0)}))
+            plan.add(KEY, Cell(m, {RIVAL: flat(100.0), "dense:triton": flat(98.0), "cusparselt:": flat(us if m == 16 else 110.0)}))
         assert (why_theirs(plan, KEY, RIVAL, sums=False) is None) == (us == 50.0)
         assert why_theirs(plan, KEY, RIVAL, sums=False, swiglu=True) is None
         within = within_engine(plan, KEY, RIVAL, sums=False)
         assert within.route(KEY, 16, "fast") == kept and within.route(KEY, 256, "fast") == RIVAL
     assert "not compared them" in why_theirs(measured(1, "dense:triton"), KEY, RIVAL, sums=False, swiglu=True)
     assert "nothing was measured: run" in why_theirs(None, KEY, RIVAL, sums=False, swiglu=True)
+
+
+@pytest.mark.parametrize(
+    ("sparse", "dense", "alone"),
+    [
+        ({16: 50.0, 256: 102.0}, {}, True),  # hardly slower where dense would run
+        ({16: 50.0, 256: 104.0}, {}, False),  # slower than the engine's
+        ({16: 50.0, 64: 50.0, 256: 90.0}, {256: 80.0}, False),  # much slower than another dense kernel
+        ({16: 50.0, 64: 50.0, 256: 90.0}, {256: 85.0}, True),  # a little
+        ({16: 50.0, 512: 200.0}, {}, True),  # no step has so many tokens
+        ({16: 99.0, 256: 99.0}, {}, False),  # sparse pays too little
+    ],
+)
+def test_a_dense_copy_must_be_worth_it_too(sparse: dict[int, float], dense: dict[int, float], alone: bool) -> None:
+    plan = Plan(measured(1).machine)
+    for m, us in sparse.items():
+        plan.add(KEY, Cell(m, {}, {}, {RIVAL: flat(100.0), "dense:triton": flat(dense.get(m, 100.0)), "cusparselt:": flat(us)}))
+    within = within_engine(plan, KEY, RIVAL, sums=True, most=256)
+    found = [within.route(KEY, m, "fast", sums=True) for m in (1, 16, 100, 256, 300)]
+    assert (found == ["cusparselt:"] * 5) == alone, found
+
+
+def test_sparse_alone_needs_a_sparse_product_everywhere() -> None:
+    plan = Plan(measured(1).machine)
+    plan.add(KEY, Cell(16, {}, {}, {RIVAL: flat(100.0), "cusparselt:": flat(50.0)}))
+    plan.add(KEY, Cell(256, {}, {"sums of cusparselt:": "wrong"}, {RIVAL: flat(100.0)}))
+    within = within_engine(plan, KEY, RIVAL, sums=True)
+    assert [within.route(KEY, m, "fast", sums=True) for m in (16, 256)] == ["cusparselt:", RIVAL]
 
 
 def test_what_was_found_wrong_does_not_come_back(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,14 +54,19 @@ def gains(plan: Plan, key: Key, rival: str | None, *, sums: bool, without: Colle
     that was timed can run here.
     """
     plan = _within(plan, key, rival, without, sparse=True)
-    table = plan.table(key, sums=sums)
     found = {}
-    for m in [m for m in table if m <= most] or [*table][:1]:
-        cell, ours = table[m], plan.route(key, m, "fast", without, sums=sums)
+    for m, cell in _met(plan, key, sums, most).items():
+        ours = plan.route(key, m, "fast", without, sums=sums)
         theirs = _engines(cell, rival, without, sums)
         if theirs is not None and ours is not None:
             found[m] = 1.0 if backend_of(ours) == "dense" else theirs / cell.times(sums)[ours].p50
     return found
+
+
+def _met(plan: Plan, key: Key, sums: bool, most: int) -> dict[int, Cell]:
+    """The cells of numbers of tokens that a step can have, or else of the fewest."""
+    table = plan.table(key, sums=sums)
+    return {m: table[m] for m in [m for m in table if m <= most] or [*table][:1]}
 
 
 def _engines(cell: Cell, rival: str | None, without: Collection[str], sums: bool) -> float | None:
@@ -100,10 +105,31 @@ def why_theirs(
 def within_engine(plan: Plan, key: Key, rival: str | None, *, sums: bool, without: Collection[str] = (), most: int = maxsize) -> Plan:
     """What of a plan a layer of ours runs: sparse routes where they are worth a copy, and of dense ones the engine's.
 
-    Another dense route stays where it is `WORTH` times as fast, or if the engine's is not to be had.
+    Another dense route stays where it is `WORTH` times as fast, or if the engine's is not to be had. None stays where dense routes are not
+    worth a second copy: sparse ones alone are nowhere slower than the engine's by more than that, and on average hardly slower than the two
+    together.
     """
-    sparse = average(gains(plan, key, rival, sums=sums, without=without, most=most)) >= WORTH
-    return _within(plan, key, rival, without, sparse=sparse)
+    if average(gains(plan, key, rival, sums=sums, without=without, most=most)) < WORTH:
+        return _within(plan, key, rival, without, sparse=False)
+    both = _within(plan, key, rival, without, sparse=True)
+    alone = Plan(plan.machine, {key: {m: _without_dense(cell) for m, cell in both.cells[key].items()}}, plan.date)
+    slower = {}
+    for m, cell in _met(both, key, sums, most).items():
+        one, other = (found.route(key, m, "fast", without, sums=sums) for found in (alone, both))
+        times, theirs = cell.times(sums), _engines(plan.cells[key][m], rival, without, sums)
+        if not {one, other} <= times.keys() or (theirs is not None and times[one].p50 > WORTH * theirs):
+            return both
+        slower[m] = times[one].p50 / times[other].p50
+    return alone if average(slower) < WORTH else both
+
+
+def _without_dense(cell: Cell) -> Cell:
+    """As if no dense route had been tried."""
+    whole, sums, dropped = (
+        {name: one for name, one in found.items() if backend_of(name.removeprefix(SUMS_OF)) != "dense"}
+        for found in (cell.timings, cell.sums, cell.dropped)
+    )
+    return Cell(cell.m, whole, dropped, sums)
 
 
 def _within(plan: Plan, key: Key, rival: str | None, without: Collection[str], *, sparse: bool) -> Plan:

@@ -77,15 +77,18 @@ class Cell:
     def pick(self, memory: str, without: Collection[str] = (), *, sums: bool = False) -> str | None:
         """The route that runs: the one to beat, unless another beats it by more than the spread; None where nothing was measured.
 
-        Routes in ``without`` cannot run here; the best of the rest is the one to beat.
+        Routes in ``without`` cannot run here; the best of the rest is the one to beat. Where no dense route was tried, there is none.
         """
-        times = self.times(sums)
+        times, others = self.times(sums), self.others(without, sums=sums)
         base = self.best("dense" if memory == "fast" else "restore", without, sums=sums)
-        if base is None or memory == "lean":
+        if memory == "lean":
             return base
-        bar = min(times[base].p20, self.dense(without, sums=sums)[1].p20)
-        better = [name for name in self.others(without, sums=sums) if times[name].p80 < bar]
-        return min(better, key=lambda name: times[name].p50, default=base)
+        if base is not None:
+            bar = min(times[base].p20, self.dense(without, sums=sums)[1].p20)
+            others = [name for name in others if times[name].p80 < bar]
+        elif any(backend_of(name.removeprefix(SUMS_OF)) == "dense" for name in (*times, *self.dropped)):
+            return None
+        return min(others, key=lambda name: times[name].p50, default=base)
 
     def likely(self, without: Collection[str] = (), *, sums: bool = False) -> str | None:
         """The quickest route that keeps a layout of its own, by its median, if that beats dense's; None if it does not."""
