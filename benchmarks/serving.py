@@ -18,6 +18,7 @@ import json
 import re
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
@@ -31,8 +32,7 @@ from records import records
 
 PREFILL = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 DECODE = (1, 16, 64, 128, 256, 512)
-TURNS = 3
-KV_BYTES = 12 << 30  # of each engine: what is free changes while another starts, and two must fit on a card of 80 GB
+TURNS = 4  # each goes first as often
 KINDS = {
     "attention": re.compile(r"flash|attention|paged", re.I),
     "other": re.compile(r"^triton_"),  # what the compiler fused
@@ -51,7 +51,7 @@ def engine(asked: dict) -> None:
     latency.add_cli_args(parser)
     words = ["--model", asked["checkpoint"], "--skip-tokenizer-init", "--max-model-len", "2048", "--max-num-seqs", "512"]
     words += ["--max-num-batched-tokens", "32768", "--disable-detokenize"]
-    words += ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(KV_BYTES)]
+    words += ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(asked["kv_bytes"])]
     words += ["--additional-config", json.dumps({"slidesparse": asked["settings"]})]
     words += ["--enforce-eager"] if asked["eager"] else []
     words += ["--cudagraph-capture-sizes", *map(str, asked["graphs"])] if asked["graphs"] else []
@@ -74,8 +74,8 @@ def engine(asked: dict) -> None:
 
     def turn(phase: str, tokens: int) -> list[float]:
         if phase == "prefill":
-            return seconds(*step(tokens), 5 if tokens < 8192 else 3)
-        long, short = (statistics.median(seconds(tokens, 32, outputs, 3)) for outputs in (129, 1))
+            return seconds(*step(tokens), 3)
+        long, short = (statistics.median(seconds(tokens, 32, outputs, 2)) for outputs in (129, 1))
         return [(long - short) / 128]
 
     def parts(phase: str, tokens: int) -> dict[str, float]:
@@ -108,7 +108,10 @@ def kernels(run: Callable[[], object]) -> dict[str, float]:
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
-    return {event.key: event.self_device_time_total / 1e3 for event in profiler.key_averages()}
+    found: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages():
+        found[event.key] += event.self_device_time_total / 1e3
+    return found
 
 
 def by_kind(found: dict[str, float], steps: int, scheme: str) -> dict[str, float]:
@@ -150,6 +153,14 @@ def main() -> None:
             compare(arguments, source, scheme, pattern, record)
 
 
+def kv_bytes(model: str, prefill: list[int], decode: list[int]) -> int:
+    """What the keys and values of the largest batch take: asked for, since what is free changes while another engine starts."""
+    shape = SHAPES[model]
+    width = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
+    tokens = max([*prefill, *((32 + 129 + 16) * requests for requests in decode)])
+    return 2 * 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * width * tokens + (1 << 30)
+
+
 def compare(arguments: argparse.Namespace, source: Path, scheme: str, pattern: str, record: Callable[[dict], None]) -> None:
     """All points of the dense engine and the packed ones; rows are recorded point by point."""
     forms = [("dense", "vLLM alone", "{}"), *(("packed", *one.split("=", 1)) for one in arguments.packed)]
@@ -157,6 +168,7 @@ def compare(arguments: argparse.Namespace, source: Path, scheme: str, pattern: s
     made = [checkpoint(source, arguments.folder, scheme, pattern, form) for form, _, _ in forms]
     torch.cuda.empty_cache()
     shared = {"scheme": scheme, "eager": arguments.eager, "graphs": arguments.graphs}
+    shared["kv_bytes"] = kv_bytes(arguments.model, arguments.prefill, arguments.decode)
     engines = [
         Asked(__file__, shared | {"checkpoint": str(place), "form": form, "settings": json.loads(settings)}, Path(f"{place}-{number}"))
         for number, (place, (form, _, settings)) in enumerate(zip(made, forms, strict=True))
@@ -180,7 +192,7 @@ def compare(arguments: argparse.Namespace, source: Path, scheme: str, pattern: s
                 "tokens_per_s": f"{point[1] / seconds[number]:.0f}", "x_dense": f"{seconds[0] / seconds[number]:.3f}",
                 "model_gb": f"{memory[number]:.2f}", "logprob_diff": f"{apart[number]:.4f}",
                 "logprob_spread": f"{statistics.pstdev(logprobs[0]):.4f}", "gpu_ms": f"{gpu:.3f}",
-                **{kind: f"{time / gpu:.3f}" if gpu else "" for kind, time in parts.items()},
+                **{kind: f"{time / gpu:.3f}" if time else "" for kind, time in parts.items()},
             }  # fmt: skip
             record(row)
             print(*row.values(), flush=True)

@@ -98,8 +98,10 @@ def test_behind_swiglu_layers_are_ours_without_sparse_copies_that_pay_little() -
         ({16: 50.0, 256: 104.0}, {}, False),  # slower than the engine's
         ({16: 50.0, 64: 50.0, 256: 90.0}, {256: 80.0}, False),  # much slower than another dense kernel
         ({16: 50.0, 64: 50.0, 256: 90.0}, {256: 85.0}, True),  # a little
-        ({16: 50.0, 512: 200.0}, {}, True),  # no step has so many tokens
+        ({16: 50.0, 256: 50.0, 512: 200.0}, {}, True),  # no step has so many tokens
+        ({16: 50.0, 512: 200.0}, {}, False),  # it tells what runs 256
         ({16: 99.0, 256: 99.0}, {}, False),  # sparse pays too little
+        ({16: 94.5, 32: 94.5, 64: 102.9, 256: 102.9}, {}, False),  # by itself
     ],
 )
 def test_a_dense_copy_must_be_worth_it_too(sparse: dict[int, float], dense: dict[int, float], alone: bool) -> None:
@@ -107,16 +109,45 @@ def test_a_dense_copy_must_be_worth_it_too(sparse: dict[int, float], dense: dict
     for m, us in sparse.items():
         plan.add(KEY, Cell(m, {}, {}, {RIVAL: flat(100.0), "dense:triton": flat(dense.get(m, 100.0)), "cusparselt:": flat(us)}))
     within = within_engine(plan, KEY, RIVAL, sums=True, most=256)
-    found = [within.route(KEY, m, "fast", sums=True) for m in (1, 16, 100, 256, 300)]
-    assert (found == ["cusparselt:"] * 5) == alone, found
+    found = [within.route(KEY, m, "fast", sums=True) for m in (1, 16, 100, 256)]
+    assert (found == ["cusparselt:"] * 4) == alone, found
+    assert within.table(KEY, sums=True).keys() == sparse.keys()
 
 
-def test_sparse_alone_needs_a_sparse_product_everywhere() -> None:
+def test_what_cannot_run_here_is_no_dense_copys_reason() -> None:
     plan = Plan(measured(1).machine)
-    plan.add(KEY, Cell(16, {}, {}, {RIVAL: flat(100.0), "cusparselt:": flat(50.0)}))
-    plan.add(KEY, Cell(256, {}, {"sums of cusparselt:": "wrong"}, {RIVAL: flat(100.0)}))
-    within = within_engine(plan, KEY, RIVAL, sums=True)
-    assert [within.route(KEY, m, "fast", sums=True) for m in (16, 256)] == ["cusparselt:", RIVAL]
+    for m, us in ((16, 50.0), (256, 90.0)):
+        plan.add(
+            KEY,
+            Cell(m, {}, {}, {RIVAL: flat(100.0), "dense:triton": flat(60.0), "cusparselt:": flat(us), "cusparselt:alg=1": flat(us - 5)}),
+        )
+    for without, runs in (
+        (set(), "dense:triton"),
+        ({"dense:triton"}, "cusparselt:alg=1"),
+        ({"dense:triton", "cusparselt:alg=1"}, "cusparselt:"),
+    ):
+        assert within_engine(plan, KEY, RIVAL, sums=True, without=without).route(KEY, 256, "fast", without, sums=True) == runs
+
+
+def test_what_fell_does_not_stand_for_dense() -> None:
+    plan = Plan(measured(1).machine)
+    for m in (16, 256):
+        dropped = {"sums of dense:tensorwise": "wrong"}
+        plan.add(KEY, Cell(m, {}, dropped, {RIVAL: flat(100.0), "cusparselt:": flat(50.0 if m == 16 else 101.0)}))
+    assert within_engine(plan, KEY, RIVAL, sums=True).route(KEY, 256, "fast", sums=True) == "cusparselt:"
+
+
+def test_sparse_alone_needs_a_sparse_product_wherever_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    plan, dense = Plan(measured(1).machine), {RIVAL: flat(100.0), "dense:triton": flat(120.0)}
+    for m in (16, 8192):
+        plan.add(KEY, Cell(m, {}, {}, dense | {"cusparselt:alg=7": flat(50.0)}))
+    plan.add(KEY, Cell(16384, {}, {"sums of cusparselt:alg=7": "out of memory"}, dense))
+    for most, kept in ((8192, []), (8193, [16, 8192])):
+        within = within_engine(plan, KEY, RIVAL, sums=True, most=most)
+        assert [within.route(KEY, m, "fast", sums=True) for m in (16, 8192, 16384)] == ["cusparselt:alg=7", "cusparselt:alg=7", RIVAL]
+        assert [m for m in (16, 8192) if RIVAL in within.cells[KEY][m].sums] == kept
+    tuning.print_plan(plan, [Layer(256, 512, Pattern(6, 8), SCHEMES["int8"])], vllm=True)
+    assert "in a step: ours" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_was_found_wrong_does_not_come_back(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from slidesparse import gemm
 from slidesparse.errors import CheckpointError
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Cell, Execution, Plan, Problem, active, execution, key_of, routes
+from slidesparse.gemm.handover import within_engine
 from slidesparse.gemm.machine import Machine, kernels_hash
 from slidesparse.gemm.tuning import BUCKETS, Layer, merged_layers, rank_layers
 from slidesparse.measure import Timing
@@ -196,6 +197,19 @@ def test_what_only_more_tokens_than_a_call_has_would_run_is_left_out(most, backe
     monkeypatch.setattr(execution, "active_plan", lambda: active.Active(plan, ()))
     steps = Execution(weights, most=most).planned_steps(Problem(24, 64, Pattern(6, 8), SCHEMES["int8"], "cuda", torch.bfloat16))
     assert "".join(str(choice)[0] for _, choice in steps) == backends and steps[-1][0] == maxsize
+
+
+@pytest.mark.parametrize(("slow", "backends"), [(10.2, "r"), (11, "rd")])
+@pytest.mark.parametrize("most", [64, 99, 128])
+def test_within_an_engine_a_layer_may_need_no_dense_copy(slow, backends, most):
+    weights, _ = layer(24, 64, "int8")
+    plan = Plan(HERE)
+    for m, other in ((1, 5), (16, 5), (64, slow), (128, slow), (256, 20)):
+        plan.add(KEY, Cell(m, {"dense:exact": at(10), "reference:float64": at(other)}))
+    chosen = within_engine(plan, KEY, "dense:exact", sums=False, most=most)
+    problem = Problem(24, 64, Pattern(6, 8), SCHEMES["int8"], "cuda", torch.bfloat16)
+    steps = Execution(weights, most=most, plan=chosen).planned_steps(problem)
+    assert "".join(str(choice)[0] for _, choice in steps) == backends
 
 
 def test_plans_of_other_machines_stay_unused(tmp_path, monkeypatch):

@@ -132,14 +132,17 @@ def _ours(plan: Plan, layer: Layer, rows: list[dict], swiglu: Collection[Layer])
     from ..gemm import key_of
     from ..gemm.handover import FEW, GRAPHS, STEP, rival_of, waits_until
 
-    told, sparse = "ours", any(row["m"] <= STEP and not (row["fast"] or "dense").startswith("dense") for row in rows)
+    runs = [(row["fast"] or "dense").startswith("dense") for row in rows if row["m"] <= STEP]
+    told, sparse = "ours", not all(runs)
     if layer in swiglu:
         told += ", with SiLU in the pass that quantises"
         rival = rival_of(layer.problem)
         last = 0 if rival is None or sparse else min(waits_until(plan, key_of(layer.problem), rival), STEP)
         if last - GRAPHS >= FEW:
             told += f", its own product where steps wait for the host, {GRAPHS + 1} to {last} tokens"
-    return told if sparse else f"{told}, on dense kernels"
+    if not sparse:
+        return f"{told}, on dense kernels"
+    return f"{told}, with a dense copy, too" if any(runs) else told
 
 
 def _elsewhere(plan: Plan, layer: Layer) -> set[str]:

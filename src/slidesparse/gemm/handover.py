@@ -7,6 +7,7 @@ and the host busy, they gained nothing (docs/serving.md).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Mapping
 from math import exp, fsum, log
 from sys import maxsize
@@ -54,19 +55,14 @@ def gains(plan: Plan, key: Key, rival: str | None, *, sums: bool, without: Colle
     that was timed can run here.
     """
     plan = _within(plan, key, rival, without, sparse=True)
+    table = plan.table(key, sums=sums)
     found = {}
-    for m, cell in _met(plan, key, sums, most).items():
-        ours = plan.route(key, m, "fast", without, sums=sums)
+    for m in [m for m in table if m <= most] or [*table][:1]:
+        cell, ours = table[m], plan.route(key, m, "fast", without, sums=sums)
         theirs = _engines(cell, rival, without, sums)
         if theirs is not None and ours is not None:
             found[m] = 1.0 if backend_of(ours) == "dense" else theirs / cell.times(sums)[ours].p50
     return found
-
-
-def _met(plan: Plan, key: Key, sums: bool, most: int) -> dict[int, Cell]:
-    """The cells of numbers of tokens that a step can have, or else of the fewest."""
-    table = plan.table(key, sums=sums)
-    return {m: table[m] for m in [m for m in table if m <= most] or [*table][:1]}
 
 
 def _engines(cell: Cell, rival: str | None, without: Collection[str], sums: bool) -> float | None:
@@ -105,22 +101,27 @@ def why_theirs(
 def within_engine(plan: Plan, key: Key, rival: str | None, *, sums: bool, without: Collection[str] = (), most: int = maxsize) -> Plan:
     """What of a plan a layer of ours runs: sparse routes where they are worth a copy, and of dense ones the engine's.
 
-    Another dense route stays where it is `WORTH` times as fast, or if the engine's is not to be had. None stays where dense routes are not
-    worth a second copy: sparse ones alone are nowhere slower than the engine's by more than that, and on average hardly slower than the two
-    together.
+    Another dense route stays where it is `WORTH` times as fast, or if the engine's is not to be had. None stays where a second copy is not
+    worth it: sparse routes alone pay, are nowhere slower than the engine's by more than that, and on average hardly slower than the two.
     """
     if average(gains(plan, key, rival, sums=sums, without=without, most=most)) < WORTH:
         return _within(plan, key, rival, without, sparse=False)
     both = _within(plan, key, rival, without, sparse=True)
-    alone = Plan(plan.machine, {key: {m: _without_dense(cell) for m, cell in both.cells[key].items()}}, plan.date)
-    slower = {}
-    for m, cell in _met(both, key, sums, most).items():
+    table = both.table(key, sums=sums)
+    # The cell beyond tells, too, of what lies between.
+    met = {m: table[m] for m in [*table][: bisect_left([*table], most) + 1]}
+    alone = Plan(plan.machine, {key: both.cells[key] | {m: _without_dense(cell) for m, cell in met.items()}}, plan.date)
+    faster, slower = {}, {}
+    for m, cell in met.items():
         one, other = (found.route(key, m, "fast", without, sums=sums) for found in (alone, both))
-        times, theirs = cell.times(sums), _engines(plan.cells[key][m], rival, without, sums)
-        if not {one, other} <= times.keys() or (theirs is not None and times[one].p50 > WORTH * theirs):
+        times, theirs = cell.times(sums), _engines(cell, rival, without, sums)
+        if not {one, other} <= times.keys():
             return both
         slower[m] = times[one].p50 / times[other].p50
-    return alone if average(slower) < WORTH else both
+        if theirs is not None:
+            faster[m] = theirs / times[one].p50
+    pays = average(faster) >= WORTH and min(faster.values()) >= 1 / WORTH
+    return alone if pays and average(slower) < WORTH else both
 
 
 def _without_dense(cell: Cell) -> Cell:

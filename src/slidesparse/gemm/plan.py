@@ -2,8 +2,9 @@
 
 A plan keeps timings, not decisions. Dense is an ordinary candidate; another backend is chosen only where even its slow runs (80th
 percentile) beat dense's quick ones (20th), or where its median does and they do so at the next smaller or larger number of tokens.
-Between two measured numbers of tokens a backend other than dense runs only if both chose it. Where scales and bias are fused into whatever
-consumes the output, quantisation and product without them are compared (``sums``).
+Between two measured numbers of tokens a backend other than dense runs only if both chose it. Where no dense route was tried, as in plans of
+layers that are to hold no dense copy (`handover`), the quickest of the others runs. Where scales and bias are fused into whatever consumes
+the output, quantisation and product without them are compared (``sums``).
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Cell:
     def pick(self, memory: str, without: Collection[str] = (), *, sums: bool = False) -> str | None:
         """The route that runs: the one to beat, unless another beats it by more than the spread; None where nothing was measured.
 
-        Routes in ``without`` cannot run here; the best of the rest is the one to beat. Where no dense route was tried, there is none.
+        Routes in ``without`` cannot run here; the best of the rest is the one to beat. Without any dense route the
+        quickest other runs.
         """
         times, others = self.times(sums), self.others(without, sums=sums)
         base = self.best("dense" if memory == "fast" else "restore", without, sums=sums)
@@ -86,7 +88,7 @@ class Cell:
         if base is not None:
             bar = min(times[base].p20, self.dense(without, sums=sums)[1].p20)
             others = [name for name in others if times[name].p80 < bar]
-        elif any(backend_of(name.removeprefix(SUMS_OF)) == "dense" for name in (*times, *self.dropped)):
+        elif any(backend_of(name.removeprefix(SUMS_OF)) == "dense" for name in (*self.timings, *self.sums, *self.dropped)):
             return None
         return min(others, key=lambda name: times[name].p50, default=base)
 
