@@ -32,6 +32,7 @@ from records import records
 
 PREFILL = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 DECODE = (1, 16, 64, 128, 256, 512)
+PROMPT, OUTPUTS = 32, 129  # tokens in and out of each request of a decoding batch
 TURNS = 4  # each goes first as often
 KINDS = {
     "attention": re.compile(r"flash|attention|paged", re.I),
@@ -75,13 +76,13 @@ def engine(asked: dict) -> None:
     def turn(phase: str, tokens: int) -> list[float]:
         if phase == "prefill":
             return seconds(*step(tokens), 3)
-        long, short = (statistics.median(seconds(tokens, 32, outputs, 2)) for outputs in (129, 1))
-        return [(long - short) / 128]
+        long, short = (statistics.median(seconds(tokens, PROMPT, outputs, 2)) for outputs in (OUTPUTS, 1))
+        return [(long - short) / (OUTPUTS - 1)]
 
     def parts(phase: str, tokens: int) -> dict[str, float]:
         if phase == "prefill":
             return by_kind(kernels(partial(seconds, *step(tokens), 1)), 2, asked["scheme"])  # one round, and one to warm up
-        long, short = (kernels(partial(seconds, tokens, 32, outputs, 1)) for outputs in (17, 1))
+        long, short = (kernels(partial(seconds, tokens, PROMPT, outputs, 1)) for outputs in (17, 1))
         return by_kind({name: time - short.get(name, 0.0) for name, time in long.items()}, 2 * 16, asked["scheme"])
 
     def logprobs() -> list[float]:
@@ -157,7 +158,7 @@ def kv_bytes(model: str, prefill: list[int], decode: list[int]) -> int:
     """What the keys and values of the largest batch take: asked for, since what is free changes while another engine starts."""
     shape = SHAPES[model]
     width = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
-    tokens = max([*prefill, *((32 + 129 + 16) * requests for requests in decode)])
+    tokens = max([*prefill, *((PROMPT + OUTPUTS + 16) * requests for requests in decode)])
     return 2 * 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * width * tokens + (1 << 30)
 
 

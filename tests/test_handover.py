@@ -117,10 +117,8 @@ def test_a_dense_copy_must_be_worth_it_too(sparse: dict[int, float], dense: dict
 def test_what_cannot_run_here_is_no_dense_copys_reason() -> None:
     plan = Plan(measured(1).machine)
     for m, us in ((16, 50.0), (256, 90.0)):
-        plan.add(
-            KEY,
-            Cell(m, {}, {}, {RIVAL: flat(100.0), "dense:triton": flat(60.0), "cusparselt:": flat(us), "cusparselt:alg=1": flat(us - 5)}),
-        )
+        sparse = {"cusparselt:": flat(us), "cusparselt:alg=1": flat(us - 5)}
+        plan.add(KEY, Cell(m, {}, {}, {RIVAL: flat(100.0), "dense:triton": flat(60.0)} | sparse))
     for without, runs in (
         (set(), "dense:triton"),
         ({"dense:triton"}, "cusparselt:alg=1"),

@@ -146,9 +146,11 @@ def test_sums_by_vllms_product_are_the_oracles(scheme: str) -> None:
     y, x_scale = dense.engine_sums(x.t().contiguous().t(), stored.weight.t(), stored.scale if scheme == "int8" else unit, unit)
     q, expected = reference.quantize(x, of)
     sums = (q.double() @ stored.weight.double().t()).float() * (stored.scale.view(1, -1) if scheme == "int8" else 1)
-    plain = x.isfinite().all(1) & (x != 0).any(1)
-    check_bitwise(x_scale[plain], expected[plain])
-    check_bitwise(y[plain], sums.bfloat16()[plain])
+    # vLLM's int8 kernel has scales of its own for rows of zeros and poisoned ones.
+    exact = x.isfinite().all(1) & (x != 0).any(1) if scheme == "int8" else ...
+    check_bitwise(x_scale[exact], expected[exact])
+    real = expected.isfinite().squeeze(1)
+    check_bitwise(y[real], sums.bfloat16()[real])
     others = y.float() * x_scale
     assert (others[3] == 0).all() and not others[7].isfinite().any()
     assert others[5].isnan().all() if scheme == "fp8" else others[5].isfinite().all()

@@ -130,16 +130,16 @@ def print_plan(plan: Plan, layers: list[Layer], vllm: bool = False, swiglu: Coll
 def _ours(plan: Plan, layer: Layer, rows: list[dict], swiglu: Collection[Layer]) -> str:
     """How vLLM would run a layer of ours with its default settings."""
     from ..gemm import key_of
-    from ..gemm.handover import FEW, GRAPHS, STEP, rival_of, waits_until
+    from ..gemm.handover import GRAPHS, STEP, rival_of, waiting
 
     runs = [(row["fast"] or "dense").startswith("dense") for row in rows if row["m"] <= STEP]
     told, sparse = "ours", not all(runs)
     if layer in swiglu:
         told += ", with SiLU in the pass that quantises"
         rival = rival_of(layer.problem)
-        last = 0 if rival is None or sparse else min(waits_until(plan, key_of(layer.problem), rival), STEP)
-        if last - GRAPHS >= FEW:
-            told += f", its own product where steps wait for the host, {GRAPHS + 1} to {last} tokens"
+        waits = None if rival is None or sparse else waiting(plan, key_of(layer.problem), rival, GRAPHS, STEP)
+        if waits is not None:
+            told += f", its own product where steps wait for the host, {waits[0]} to {waits[1]} tokens"
     if not sparse:
         return f"{told}, on dense kernels"
     return f"{told}, with a dense copy, too" if any(runs) else told

@@ -180,6 +180,15 @@ def waits_until(plan: Plan, key: Key, rival: str) -> int:
     return before
 
 
+def waiting(plan: Plan, key: Key, rival: str, captured: int, most: int) -> tuple[int, int] | None:
+    """The first and last number of tokens whose steps wait for the host: see `waits_until`.
+
+    More than CUDA graphs are ``captured`` for and no more than ``most``; None for hardly any.
+    """
+    last = min(waits_until(plan, key, rival), most)
+    return (captured + 1, last) if last - captured >= FEW else None
+
+
 def average(found: dict[int, float]) -> float:
     """Geometric mean; 1 of nothing."""
     return exp(fsum(map(log, found.values())) / len(found)) if found else 1.0

@@ -78,8 +78,8 @@ class Cell:
     def pick(self, memory: str, without: Collection[str] = (), *, sums: bool = False) -> str | None:
         """The route that runs: the one to beat, unless another beats it by more than the spread; None where nothing was measured.
 
-        Routes in ``without`` cannot run here; the best of the rest is the one to beat. Without any dense route the
-        quickest other runs.
+        Routes in ``without`` cannot run here; the best of the rest is the one to beat. Where no dense route was tried,
+        the quickest other one runs.
         """
         times, others = self.times(sums), self.others(without, sums=sums)
         base = self.best("dense" if memory == "fast" else "restore", without, sums=sums)

@@ -19,9 +19,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 
 from ... import ops
 from ...format import SCHEMES, Scheme
-from ...gemm import Plan, Problem, active_plan
+from ...gemm import Plan, Problem, active_plan, handover
 from ...gemm.execution import cannot_run
-from ...gemm.handover import FEW, RIVAL, decide, rival_of, waits_until
+from ...gemm.handover import RIVAL, decide, rival_of
 from ...gemm.numerics import int32_overflow
 from ...gemm.plan import key_of
 from ...gemm.registry import refusal
@@ -62,8 +62,7 @@ def waiting(problem: Problem, plan: Plan | None, captured: int, most: int) -> tu
     rival = rival_of(problem)
     if plan is None or rival is None or refusal(rival, problem) is not None:
         return None
-    last = min(waits_until(plan, key_of(problem), rival), most)
-    return (captured + 1, last) if last - captured >= FEW else None
+    return handover.waiting(plan, key_of(problem), rival, captured, most)
 
 
 def engine_tensors(problem: Problem, weight: Tensor, scale: Tensor) -> list[Tensor]:
