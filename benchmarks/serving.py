@@ -2,12 +2,13 @@
 
     python benchmarks/serving.py WORKDIR OUT.csv COMMIT [--model Qwen2.5-7B] [--schemes int8] [--patterns 6:8]
 
-Both checkpoints hold the same masked weights; the dense one is served by vLLM alone, and the log-probabilities of 255 random tokens are
-compared (``logprob_diff``, the mean difference; ``logprob_spread``, the standard deviation of the dense ones, for scale). The engines stand
-side by side on one GPU and take turns at every point, since a host that is busy for a while would favour whoever runs then. A turn is
-`vllm bench latency` (its module, its defaults but for the iterations). Prefill is requests of up to 1024 tokens in one step with one output
-token; decode is the difference between 129 output tokens and one, by 128 steps. ``gpu_ms`` is what a step's kernels take under torch's
-profiler, the last columns are their shares: where a step takes longer than its kernels, the GPU waits for the host.
+Both checkpoints hold the same masked weights; the dense one is served by vLLM alone, and the log-probabilities of random tokens, in a
+prompt of 256 that replays CUDA graphs and in one of 1024 that does not, are compared (``logprob_diff``, the mean difference;
+``logprob_spread``, the standard deviation of the dense ones, for scale). The engines stand side by side on one GPU and take turns at every
+point, since a host that is busy for a while would favour whoever runs then. A turn is `vllm bench latency` (its module, its defaults but
+for the iterations). Prefill is requests of up to 1024 tokens in one step with one output token; decode is the difference between 129 output
+tokens and one, by 128 steps. ``gpu_ms`` is what a step's kernels take under torch's profiler, the last columns are their shares: where a
+step takes longer than its kernels, the GPU waits for the host.
 """
 
 from __future__ import annotations
@@ -87,10 +88,13 @@ def engine(asked: dict) -> None:
 
     def logprobs() -> list[float]:
         vocabulary = made.llm_engine.model_config.get_vocab_size()
-        ids = torch.randint(vocabulary, (256,), generator=torch.Generator().manual_seed(0)).tolist()
+        ids = torch.randint(vocabulary, (1024,), generator=torch.Generator().manual_seed(0)).tolist()
         asking = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        answer = made.generate([{"prompt_token_ids": ids}], asking, use_tqdm=False)[0].prompt_logprobs
-        return [found[token].logprob for found, token in zip(answer[1:], ids[1:], strict=True)]
+        found: list[float] = []
+        for prompt in (ids[:256], ids):  # apart: together they would be one step
+            answer = made.generate([{"prompt_token_ids": prompt}], asking, use_tqdm=False)[0].prompt_logprobs
+            found += [each[token].logprob for each, token in zip(answer[1:], prompt[1:], strict=True)]
+        return found
 
     answers = {"turn": turn, "kernels": parts, "logprobs": logprobs}
     with Connection(asked["pipe"]) as pipe:
