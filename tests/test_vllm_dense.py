@@ -61,6 +61,20 @@ def packed_layer(weight: Tensor, scale: Tensor | None, bias: Tensor, scheme: str
     return layer
 
 
+def test_what_checks_let_go_is_given_back_before_copies_are_made(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def told(name: str, run: Callable) -> Callable:
+        return lambda *arguments, **rest: order.append(name) or run(*arguments, **rest)
+
+    for name in ("cut", "prepare"):
+        monkeypatch.setattr(methods, name, told(name, getattr(methods, name)))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("given back"))
+    packed_layer(*weights(16, 32, "fp8"), torch.randn(16), "fp8")
+    assert order == ["cut", "given back", "prepare"]
+
+
 def test_a_16_bit_layer_given_back_is_an_ordinary_linear(config: VllmConfig) -> None:
     layer = layers.ColumnParallelLinear(32, 16, bias=False, prefix="m.up_proj")
     weight, _ = weights(16, 32, "bf16")

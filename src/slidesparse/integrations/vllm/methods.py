@@ -111,15 +111,15 @@ class SlideSparseLinearMethod(LinearMethodBase):
         Raises:
             WeightError, PatternError: damaged or missing weights, or such as obey no pattern; names the layer.
         """
-        if torch.cuda.is_initialized():
-            # vLLM loads without splitting blocks over 20 MB: one let go before would hold a smaller tensor of this layer whole.
-            torch.cuda.empty_cache()
         try:
             weights, margins = self._weights(layer)
         except PatternError as error:
             raise PatternError(f"layer {self.layer}: {error}", row=error.row, group=error.group, values=error.values) from error
         except WeightError as error:
             raise WeightError(f"layer {self.layer}: {error}") from error
+        if torch.cuda.is_initialized():
+            # vLLM loads without splitting blocks over 20 MB: one that a check or another layer let go would hold a smaller tensor whole.
+            torch.cuda.empty_cache()
         for name in ("weight", "weight_values", "weight_keep", "weight_scale"):
             if hasattr(layer, name):
                 delattr(layer, name)
