@@ -51,16 +51,7 @@ def engine(asked: dict) -> None:
 
     parser = FlexibleArgumentParser()
     latency.add_cli_args(parser)
-    words = ["--model", asked["checkpoint"], "--skip-tokenizer-init", "--max-model-len", "2048", "--max-num-seqs", "512"]
-    words += ["--max-num-batched-tokens", "32768", "--disable-detokenize"]
-    words += ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(asked["kv_bytes"])]
-    words += ["--additional-config", json.dumps({"slidesparse": asked["settings"]})]
-    words += ["--enforce-eager"] if asked["eager"] else []
-    words += ["--cudagraph-capture-sizes", *map(str, asked["graphs"])] if asked["graphs"] else []
-    if asked["form"] == "dense" and asked["scheme"] in ("int8", "fp8"):
-        words += ["--quantization", "compressed-tensors"]
-    elif asked["form"] != "dense":
-        words += ["--quantization", "slidesparse"]
+    words = words_of(asked)
     made = LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args(words)))
     # latency.main makes an engine at every call: here it gets the one there is.
     LLM.from_engine_args = classmethod(lambda cls, arguments: made)
@@ -105,6 +96,21 @@ def engine(asked: dict) -> None:
             except EOFError:
                 return
             pipe.send(answers[name](*rest))
+
+
+def words_of(asked: dict) -> list[str]:
+    """The engine's arguments, as `vllm bench latency` takes them."""
+    words = ["--model", asked["checkpoint"], "--skip-tokenizer-init", "--max-model-len", "2048", "--max-num-seqs", "512"]
+    words += ["--max-num-batched-tokens", "32768", "--disable-detokenize"]
+    words += ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(asked["kv_bytes"])]
+    words += ["--additional-config", json.dumps({"slidesparse": asked["settings"]})]
+    words += ["--enforce-eager"] if asked["eager"] else []
+    words += ["--cudagraph-capture-sizes", *map(str, asked["graphs"])] if asked["graphs"] else []
+    if asked["form"] == "dense" and asked["scheme"] in ("int8", "fp8"):
+        words += ["--quantization", "compressed-tensors"]
+    elif asked["form"] != "dense":
+        words += ["--quantization", "slidesparse"]
+    return words
 
 
 def kernels(run: Callable[[], object]) -> dict[str, float]:
