@@ -1,4 +1,4 @@
-"""A serving benchmark's picture and its tables: throughput over that of vLLM alone, by tokens in a step, losing cells included.
+"""A serving benchmark's picture and, printed, its tables: throughput over that of vLLM alone, losing cells included.
 
 python benchmarks/plot_serving.py benchmarks/results/h100_serving.csv docs/serving-h100.png
 
@@ -12,6 +12,7 @@ import csv
 import textwrap
 from collections import defaultdict
 from decimal import ROUND_HALF_UP, Decimal
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ def picture(lines: dict[str, list[Line]], title: str, place: Path) -> None:
     figure, grid = plt.subplots(1 + whole, 2, figsize=(11, 9 if whole else 5), sharey="row", squeeze=False, layout="constrained")
     colours: dict[str, str] = {}
     markers: dict[str, str] = {}
-    for (across, phase), (down, of) in ((c, r) for c in enumerate(TITLES) for r in enumerate(("steps", "kernels")[: 1 + whole])):
+    for (across, phase), (down, of) in product(enumerate(TITLES), enumerate(("steps", "kernels")[: 1 + whole])):
         axis = grid[down, across]
         axis.axhline(1, color="black", linewidth=1)
         for line in lines.get(phase, []):
