@@ -110,6 +110,20 @@ def test_parts_that_engines_merge_share_a_pattern(tmp_path, dense):
     assert verify(tmp_path / "out", dense).ok
 
 
+def test_parts_that_differ_already_are_left_to_those_who_made_them(tmp_path):
+    key, other = "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"
+    tensors = models.llama_tensors()
+    for name, weight in tensors.items():
+        if "proj" in name:
+            tensors[name] = reference.prune(weight, SIX if name.startswith(key) else EIGHT)
+    marked = models.LLAMA | {"dtype": "bfloat16", "slidesparse": {"pattern": "6:8", "overrides": {key: "4:6"}, "ignore": ["lm_head"]}}
+    source = models.write(tmp_path / "source", tensors, marked)
+    convert(source, tmp_path / "out", Recipe(overrides={"*.o_proj": EIGHT}))
+    assert {layer.name: layer.pattern for layer in verify(tmp_path / "out", source).layers}[key] == "4:6"
+    with pytest.raises(UnsupportedError, match=rf"{key} \(4:6\), .*{other} \(6:8\)"):
+        convert(source, tmp_path / "no", Recipe(overrides={other: EIGHT}))
+
+
 def test_entries_that_mean_no_layer_to_convert_are_named(tmp_path, dense):
     for recipe in (
         Recipe(EIGHT, "magnitude", overrides={"*.o_proj": TEN, "*.typo_proj": TEN}),
