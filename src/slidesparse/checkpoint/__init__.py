@@ -2,6 +2,7 @@
 
 from .convert import ConversionReport, ConvertedLayer, convert
 from .inspection import InspectedLayer, Inspection, inspect
+from .overrides import read_overrides
 from .recipe import Recipe
 from .source import Checkpoint
 from .verify import LayerVerdict, VerifyReport, verify
@@ -17,5 +18,6 @@ __all__ = [
     "VerifyReport",
     "convert",
     "inspect",
+    "read_overrides",
     "verify",
 ]

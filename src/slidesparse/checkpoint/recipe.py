@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import UnsupportedError
@@ -10,6 +11,7 @@ from ..format import BLOCK, DEFAULT_IGNORE, NOT_LINEAR, SCHEMES, Scheme, matches
 from ..pattern import Pattern
 from ..prune import METHODS
 from .layers import Form, Layer
+from .overrides import check_overrides, override_of
 from .source import Checkpoint
 
 
@@ -26,6 +28,8 @@ class Recipe:
         only: when given, the only layers to convert; naming a layer exactly overrides the default ignore.
         obey: False lets layers that obey no pattern through (dense form only).
         seed: of random pruning.
+        overrides: other patterns of single layers, by name, glob or ``re:`` expression; see `override_of` for which entry counts. An entry
+            may name q, k and v, or gate and up, as serving engines do (``*.qkv_proj``, ``*.gate_up_proj``): these have one pattern.
     """
 
     pattern: Pattern | None = None
@@ -36,6 +40,7 @@ class Recipe:
     only: tuple[str, ...] = ()
     obey: bool = True
     seed: int = 0
+    overrides: Mapping[str, Pattern] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.form not in ("packed", "dense"):
@@ -46,13 +51,17 @@ class Recipe:
             raise ValueError("pruning needs a pattern")
         if self.form == "packed" and not self.obey:
             raise ValueError("a packed checkpoint must obey a pattern")
+        if self.overrides and not self.obey:
+            raise ValueError("overrides say what layers must obey: they do not go with obey=False")
         if self.scheme is not None:
             scheme_named(self.scheme)
-        matches("", self.ignore + self.only)
+        matches("", (*self.ignore, *self.only, *self.overrides))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON form that tells two jobs apart."""
-        return asdict(self) | {"pattern": str(self.pattern)}
+        # Pairs, since the order of overrides counts.
+        overrides = [[entry, str(pattern)] for entry, pattern in self.overrides.items()]
+        return asdict(replace(self, overrides={})) | {"pattern": str(self.pattern), "overrides": overrides}
 
 
 @dataclass(frozen=True)
@@ -86,12 +95,13 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
             _refuse_stranded(checkpoint, layer, recipe)
             continue
         scheme = _target(layer, recipe)
-        pattern = recipe.pattern or layer.pattern or checkpoint.marked_pattern(layer.name)
+        pattern = override_of(layer.name, recipe.overrides) or recipe.pattern or layer.pattern or checkpoint.marked_pattern(layer.name)
         _check_pattern(layer, scheme, pattern, recipe)
         plans.append(LayerPlan(layer, scheme, pattern))
     if not plans:
         left = "--only and --ignore leave none" if checkpoint.layers else "it has no 16- or 32-bit or known quantised linear weights"
         raise UnsupportedError(f"{checkpoint.path}: no layer to convert; {left} (of {len(checkpoint.layers)})")
+    check_overrides({plan.layer.name: plan.pattern for plan in plans}, recipe.overrides, checkpoint.path)
     schemes = {plan.scheme for plan in plans}
     if recipe.form == "packed" and len(schemes) > 1:
         names = ", ".join(sorted(scheme.name for scheme in schemes if scheme))
@@ -146,6 +156,7 @@ def _check_pattern(layer: Layer, scheme: Scheme | None, pattern: Pattern | None,
     if pattern is None:
         return
     if scheme is not None and scheme.pair and pattern.unit != 2:
-        raise UnsupportedError(f"nvfp4 stores pairs of weights, pattern {pattern} prunes single ones: use {pattern.kept}:{pattern.group}x2")
+        pairs = f"{pattern.kept}:{pattern.group}x2"
+        raise UnsupportedError(f"layer {layer.name}: nvfp4 stores pairs of weights, pattern {pattern} prunes single ones: use {pairs}")
     if layer.k % pattern.unit:
         raise UnsupportedError(f"layer {layer.name}: K = {layer.k} is not a whole number of pairs (pattern {pattern})")

@@ -52,6 +52,10 @@ Out = Annotated[Path, typer.Argument(help="Directory to create.", show_default=F
 PatternOption = Annotated[
     Pattern, typer.Option("--pattern", "-p", parser=_pattern, metavar="KEPT:GROUP", help="At most KEPT of GROUP weights kept.")
 ]
+Overrides = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help='JSON with other patterns of single layers: {"*.down_proj": "8:10"}.', show_default=False),
+]
 Ignore = Annotated[
     list[str] | None, typer.Option(help="Leave these layers alone: name, glob, or re:REGEX; may be repeated.", show_default=False)
 ]
@@ -68,6 +72,7 @@ def prune(
     out: Out,
     pattern: PatternOption = "6:8",  # type: ignore[assignment]
     method: MethodOption = Method.magnitude,
+    overrides: Overrides = None,
     ignore: Ignore = None,
     only: Only = None,
     seed: Seed = 0,
@@ -78,7 +83,9 @@ def prune(
     """Zero weights until every layer obeys the pattern; writes a dense checkpoint any engine loads."""
     from ..checkpoint import Recipe
 
-    recipe = Recipe(pattern, method.value, form="dense", ignore=tuple(ignore or ()), only=tuple(only or ()), seed=seed)
+    recipe = Recipe(
+        pattern, method.value, form="dense", ignore=tuple(ignore or ()), only=tuple(only or ()), seed=seed, overrides=_read(overrides)
+    )
     _run("pruning", model, out, recipe, device, overwrite, json)
 
 
@@ -106,6 +113,7 @@ def pack(
     pattern: Annotated[
         Pattern | None, typer.Option("--pattern", "-p", parser=_pattern, metavar="KEPT:GROUP", help="Detected when not given.")
     ] = None,
+    overrides: Overrides = None,
     ignore: Ignore = None,
     only: Only = None,
     device: Device = "auto",
@@ -115,7 +123,7 @@ def pack(
     """Pack weights that obey a pattern already; refuses, naming the first group, when they do not."""
     from ..checkpoint import Recipe
 
-    recipe = Recipe(pattern, form=format.value, ignore=tuple(ignore or ()), only=tuple(only or ()))
+    recipe = Recipe(pattern, form=format.value, ignore=tuple(ignore or ()), only=tuple(only or ()), overrides=_read(overrides))
     _run("packing", model, out, recipe, device, overwrite, json)
 
 
@@ -126,6 +134,7 @@ def convert(
     scheme: Annotated[Scheme | None, typer.Option(help="Type of the weights; as they are when not given.")] = None,
     method: MethodOption = Method.magnitude,
     format: Annotated[Form, typer.Option(help="packed: values and keep-bits; dense: the portable twin.")] = Form.packed,
+    overrides: Overrides = None,
     ignore: Ignore = None,
     only: Only = None,
     seed: Seed = 0,
@@ -137,7 +146,9 @@ def convert(
     from ..checkpoint import Recipe
 
     name = scheme.value if scheme else None
-    recipe = Recipe(pattern, method.value, name, format.value, tuple(ignore or ()), tuple(only or ()), seed=seed)
+    recipe = Recipe(
+        pattern, method.value, name, format.value, tuple(ignore or ()), tuple(only or ()), seed=seed, overrides=_read(overrides)
+    )
     _run("converting", model, out, recipe, device, overwrite, json)
 
 
@@ -154,6 +165,12 @@ def import_(
     with screen.err.status(f"importing {escape(str(gguf))}"):
         import_gguf(gguf, out, overwrite=overwrite)
     screen.say(f"wrote {out}")
+
+
+def _read(overrides: Path | None) -> dict[str, Pattern]:
+    from ..checkpoint import read_overrides
+
+    return {} if overrides is None else read_overrides(overrides)
 
 
 def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwrite: bool, as_json: bool) -> None:
