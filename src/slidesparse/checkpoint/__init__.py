@@ -1,5 +1,6 @@
 """Checkpoints on disk: streaming conversion, inspection and verification of safetensors directories."""
 
+from .calibration import Calibration
 from .convert import ConversionReport, ConvertedLayer, convert
 from .inspection import InspectedLayer, Inspection, inspect
 from .overrides import read_overrides
@@ -8,6 +9,7 @@ from .source import Checkpoint
 from .verify import LayerVerdict, VerifyReport, verify
 
 __all__ = [
+    "Calibration",
     "Checkpoint",
     "ConversionReport",
     "ConvertedLayer",
