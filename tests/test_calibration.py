@@ -126,6 +126,7 @@ def test_files_can_be_joined_with_commas(tmp_path: Path) -> None:
     assert read_texts(Calibration(f"{one},{two}")).description == f"the files {one}, {two}"
     odd = written(tmp_path / "a, b.txt", "a name with a comma")
     assert whole(odd).startswith("a name")
+    assert len(Calibration(",".join([one] * 300)).files()) == 300  # longer than any file's name can be
 
 
 def test_text_comes_in_pieces_that_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -59,14 +60,15 @@ class Calibration:
         """
         if self.source is None:
             return (_built_in(),)
-        names = [self.source] if Path(self.source).exists() else [name.strip() for name in self.source.split(",")]
-        files = tuple(map(Path, names))
-        if len(files) == 1 and not files[0].exists() and not _named_like_a_file(names[0]):
+        # os.path answers False for names that no file can have, such as a long list; Path would raise.
+        names = [self.source] if os.path.exists(self.source) else [name.strip() for name in self.source.split(",")]
+        if len(names) == 1 and not os.path.exists(names[0]) and not _named_like_a_file(names[0]):
             return None
+        files = tuple(map(Path, names))
         for file in files:
-            if file.is_dir():
+            if os.path.isdir(file):
                 raise CheckpointError(f"{file} is a folder: name the text files to calibrate on, with commas between")
-            if not file.is_file():
+            if not os.path.isfile(file):
                 raise CheckpointError(f"{file}: no such file to calibrate on")
             if file.suffix.lower() == _TOKEN_IDS and len(files) > 1:
                 raise CheckpointError(f"{file} holds token ids: it cannot be joined with other files")
@@ -96,7 +98,7 @@ class Calibration:
 class Texts:
     """Text to calibrate on: put together, the ``pieces`` are the whole of it; ``description`` says where it is from, as a noun.
 
-    ``pieces`` are read as they are asked for, about `PIECE` characters at a time, so a large file needs no memory.
+    ``pieces`` are read as they are asked for, in whole lines of about `PIECE` characters together, so a large file needs no memory.
     """
 
     pieces: Iterator[str]
