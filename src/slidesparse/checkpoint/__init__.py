@@ -5,6 +5,7 @@ from .convert import ConversionReport, ConvertedLayer, convert
 from .inspection import InspectedLayer, Inspection, inspect
 from .overrides import read_overrides
 from .recipe import Recipe
+from .solved import PruningReport
 from .source import Checkpoint
 from .verify import LayerVerdict, VerifyReport, verify
 
@@ -16,6 +17,7 @@ __all__ = [
     "InspectedLayer",
     "Inspection",
     "LayerVerdict",
+    "PruningReport",
     "Recipe",
     "VerifyReport",
     "convert",

@@ -41,3 +41,11 @@ def convert(
 
         solver = solve
     return checkpoint.convert(source, out, recipe, overwrite=overwrite, device=device, progress=progress, solver=solver)
+
+
+def hide_progress_bars() -> None:
+    """Switch transformers' own progress bars off where it is there, for programs that show theirs."""
+    if find_spec("transformers") is not None:
+        from .transformers import hide_progress_bars as hide
+
+        hide()
