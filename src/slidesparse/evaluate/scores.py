@@ -72,7 +72,7 @@ def _beside(score: TaskScore, reference: TaskScore) -> Comparison:
     recovery = score.score / reference.score if reference.score else None
     stderr = None
     if score.per_item and len(score.per_item) == len(reference.per_item):
-        differences = Moments()
-        differences.add(torch.tensor(score.per_item, dtype=torch.float64) - torch.tensor(reference.per_item, dtype=torch.float64))
-        stderr = None if math.isnan(differences.stderr) else differences.stderr
+        items, others = (torch.tensor(each.per_item, dtype=torch.float64) for each in (score, reference))
+        error = Moments.of(items - others).stderr
+        stderr = None if math.isnan(error) else error
     return Comparison(score, reference, recovery, score.score - reference.score, stderr)

@@ -26,6 +26,13 @@ class Moments:
     total: float = 0.0
     squares: float = 0.0
 
+    @classmethod
+    def of(cls, values: Tensor) -> Moments:
+        """Of the numbers of one tensor."""
+        moments = cls()
+        moments.add(values)
+        return moments
+
     def add(self, values: Tensor) -> None:
         """Take in the numbers of a tensor of any shape."""
         wide = values.double()

@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 import yaml
 
 from ..errors import EvaluationError, UnsupportedError
@@ -161,8 +160,6 @@ def run_tasks(
         task.set_fewshot_seed(seed=SEED)
     try:
         results = evaluate(lm=runner, task_dict=tasks.loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=True)
-    except torch.OutOfMemoryError as error:
-        raise EvaluationError(f"out of memory in a forward pass of lm-eval: give a smaller --batch-size ({_line(error)})") from error
     except (ValueError, KeyError, AssertionError, NotImplementedError) as error:
         raise EvaluationError(f"lm-eval cannot run the tasks: {_line(error)}") from error
     return _scores(results)
