@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ GSM8K_SHOTS = 8
 """Items that gsm8k takes for shots from a file that has no others; they are not scored."""
 
 
-def write_tasks(data: Path, out: Path) -> list[str]:
-    """Write one task file per pattern whose data lies in ``data``, and the splits that files must be cut into; return the files.
+def write_tasks(data: Path, out: Path, *, only: Collection[str] | None = None) -> list[str]:
+    """Write one task file per pattern, and the splits that files must be cut into; return the files.
+
+    ``only`` names the tasks to write, where these are not all.
 
     Raises:
         FileNotFoundError: a task's data is not there; the message names the file.
@@ -27,6 +30,8 @@ def write_tasks(data: Path, out: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for pattern in sorted(PATTERNS.glob("*.yaml")):
+        if only is not None and pattern.stem not in only:
+            continue
         task = yaml.safe_load(pattern.read_text(encoding="utf-8"))
         if "group" in task:
             subjects = _split_mmlu(data, out)
