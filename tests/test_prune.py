@@ -70,7 +70,7 @@ def test_pairs_go_by_their_summed_magnitude():
     assert prune(weight, Pattern.parse("6:8x2")).tolist() == [[9, 0, 0, 0, 2, 2, 0, 0, 0, -3, 4, 4, 8, 8, 1, 8]]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.calibrated])
 @pytest.mark.parametrize("pattern", EVERY, ids=str)
 def test_exactly_the_dropped_go_and_the_rest_stays(method, pattern, rng):
     units = 3 * pattern.group

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,43 +11,81 @@ from torch import Tensor
 from ..errors import WeightError
 from ..pattern import Pattern
 from ..quant import check_finite
+from .admm import admm
 from .magnitude import magnitude
 from .random import random
+from .sparsegpt import sparsegpt
+from .statistics import Statistics
+from .wanda import wanda
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8)
 
 
-class Method(StrEnum):
-    """How the weights that go are chosen."""
+@dataclass(frozen=True)
+class Method:
+    """A pruning method.
 
-    MAGNITUDE = "magnitude"
-    RANDOM = "random"
+    ``calibrated`` says that ``run(weight [N, K], pattern, statistics)`` prunes and needs statistics; the others take ``offset`` and
+    ``generator`` instead, see `prune`. ``corrects``: weights that stay are changed too, and the result is float32.
+    """
+
+    run: Callable[..., Tensor]
+    calibrated: bool = False
+    corrects: bool = False
 
 
-METHODS = tuple(method.value for method in Method)
+METHODS = {
+    "magnitude": Method(lambda weight, pattern, offset, generator: magnitude(weight, pattern, offset)),
+    "random": Method(lambda weight, pattern, offset, generator: random(weight, pattern, offset, generator=generator)),
+    "wanda": Method(wanda, calibrated=True),
+    "sparsegpt": Method(sparsegpt, calibrated=True, corrects=True),
+    "admm": Method(admm, calibrated=True, corrects=True),
+}
+
+
+def method_named(name: str) -> Method:
+    """Look a method up.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown pruning method {name!r}: choose one of {', '.join(METHODS)}")
+    return METHODS[name]
 
 
 def prune(
-    weight: Tensor, pattern: Pattern, method: str = "magnitude", *, offset: int = 0, generator: torch.Generator | None = None
+    weight: Tensor,
+    pattern: Pattern,
+    method: str = "magnitude",
+    *,
+    statistics: Statistics | None = None,
+    offset: int = 0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Copy of ``weight [N, K]`` that obeys the pattern: exactly ``dropped`` units per group zeroed, as +0.0.
 
     Args:
         method: one of `METHODS`.
-        offset: units by which the row starts inside its first group.
+        statistics: of the layer's inputs, for the calibrated methods.
+        offset: units by which the row starts inside its first group; not for the calibrated methods.
         generator: source of randomness for ``random``; a fixed one (seed 0) when not given.
 
     Raises:
-        ValueError: unknown method, or K is not a whole number of units.
-        WeightError: a dtype that cannot be pruned, NaN or Inf.
+        ValueError: unknown method, K is not a whole number of units, or statistics or an offset that the method cannot use.
+        WeightError: a dtype that cannot be pruned, NaN or Inf, or statistics that do not fit.
     """
+    chosen = method_named(method)
     if weight.dtype not in _DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise WeightError(f"cannot prune {weight.dtype} weights: cast to one of {known}")
     pattern.units(weight.shape[1])
     check_finite(weight)
-    match Method(method):
-        case Method.MAGNITUDE:
-            return magnitude(weight, pattern, offset)
-        case Method.RANDOM:
-            return random(weight, pattern, offset, generator=generator or torch.Generator().manual_seed(0))
+    if not chosen.calibrated:
+        return chosen.run(weight, pattern, offset, generator or torch.Generator().manual_seed(0))
+    if statistics is None or offset:
+        raise ValueError(f"{method} needs statistics of the layer's inputs, and rows that start with a group (offset 0, got {offset})")
+    if weight.dtype.itemsize == 1:
+        raise WeightError(f"{method} cannot prune {weight.dtype} weights: prune the 16-bit ones")
+    statistics.check(weight.shape[1], hessian=chosen.corrects)
+    return chosen.run(weight, pattern, statistics)

@@ -1,0 +1,121 @@
+"""ADMM: the pattern as a projection between least-squares steps, then the best weights on the support that came out.
+
+After ALPS (Meng et al., arXiv 2406.07831): min tr((W − Ŵ) H (W − Ŵ)ᵀ) over W that obeys the pattern.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..pattern import Pattern
+from .selection import keep_largest, masked, threshold
+from .statistics import Scaled, Statistics, positive_inverse
+
+_FIRST_RHO, _CHECK_EVERY, _RESTARTS = 0.1, 3, 4
+_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+"""A larger share of the support changed between two checks → ρ grows by this factor."""
+_STILL = 1e-4
+"""A first check with fewer changes than this share says that ρ is too large to begin with."""
+
+
+def admm(
+    weight: Tensor,
+    pattern: Pattern,
+    statistics: Statistics,
+    *,
+    damping: float = 0.01,
+    iterations: int = 300,
+    refinements: int = 30,
+    tolerance: float = 1e-4,
+) -> Tensor:
+    """Pruned and corrected weights, float32 ``[N, K]``.
+
+    Args:
+        weight: ``[N, K]``, any float type.
+        statistics: with the Hessian.
+        damping: this part of the mean of diag H is added to the diagonal.
+        iterations: ADMM steps at most; they end when the support stands still.
+        refinements: steps of conjugate gradients on the support at most.
+        tolerance: relative residual at which conjugate gradients end.
+
+    Raises:
+        WeightError: a Hessian that cannot be factorised.
+    """
+    problem = Scaled.of(statistics, damping)
+    # Transposed, [K, N]: a group's positions are whole rows, and both products read contiguous memory.
+    target = (weight.float() * problem.scale).t().contiguous()
+    keep, start = _support(target, pattern, problem.hessian, iterations)
+    solution = refine(target, keep, start, problem.hessian, refinements, tolerance)
+    return masked(solution.t() / problem.scale, keep.t())
+
+
+def _support(target: Tensor, pattern: Pattern, hessian: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """The support ADMM arrives at, bool ``[K, N]``, and its last feasible point."""
+    product = hessian @ target
+    rho = _FIRST_RHO
+    for attempt in range(_RESTARTS + 1):
+        point, moved = _iterate(target, product, pattern, hessian, rho, iterations, patient=attempt == _RESTARTS)
+        if moved:
+            break
+        rho /= 5
+    keep = keep_largest(point.abs().t(), pattern).t()
+    return keep, point * keep
+
+
+def _iterate(
+    target: Tensor, product: Tensor, pattern: Pattern, hessian: Tensor, rho: float, iterations: int, *, patient: bool
+) -> tuple[Tensor, bool]:
+    """ADMM from the projection of ``target [K, N]``; false beside the point when the first check shows almost no change."""
+    point = project(target, pattern)
+    dual, support, inverse = torch.zeros_like(target), point != 0, positive_inverse(hessian, rho)
+    kept = max(int(support.sum()), 1)
+    for step in range(1, iterations + 1):
+        free = inverse @ torch.add(product, point, alpha=rho).sub_(dual)
+        point = project(torch.add(free, dual, alpha=1 / rho), pattern)
+        dual.add_(free.sub_(point), alpha=rho)
+        if step % _CHECK_EVERY:
+            continue
+        now = point != 0
+        changed, support = int((now != support).sum()) / kept, now
+        if step == _CHECK_EVERY and changed < _STILL and not patient:
+            return point, False
+        if changed == 0:
+            break
+        rho *= next(factor for share, factor in _GROWTH if changed > share)
+        inverse = positive_inverse(hessian, rho)
+    return point, True
+
+
+def project(point: Tensor, pattern: Pattern) -> Tensor:
+    """Transposed weights ``[K, N]`` with the smallest units of every group at 0; units that tie with the last to go, go too."""
+    k, n = point.shape
+    score = point.abs()
+    if pattern.unit > 1:
+        score = score.view(pattern.units(k), pattern.unit, n).sum(1)
+    units = score.shape[0]
+    score = torch.nn.functional.pad(score, (0, 0, 0, -units % pattern.group), value=-1.0).view(-1, pattern.group, n)
+    keep = (score > threshold(score.transpose(0, 1), pattern).unsqueeze(1)).view(-1, n)[:units]
+    return point * (keep.repeat_interleave(pattern.unit, dim=0) if pattern.unit > 1 else keep)
+
+
+def refine(target: Tensor, keep: Tensor, start: Tensor, hessian: Tensor, steps: int, tolerance: float) -> Tensor:
+    """The least-squares weights ``[K, N]`` on a support, by conjugate gradients for all outputs at once.
+
+    The Hessian's unit diagonal makes a preconditioner superfluous.
+    """
+    wanted = (hessian @ target).mul_(keep)
+    solution = start.clone()
+    residual = wanted - (hessian @ solution).mul_(keep)
+    direction = residual.clone()
+    size, limit = residual.square().sum(0), (tolerance * wanted.norm()) ** 2
+    for _ in range(steps):
+        if size.sum() <= limit:
+            break
+        image = (hessian @ direction).mul_(keep)
+        length = size / (direction * image).sum(0).clamp(min=torch.finfo(image.dtype).tiny)
+        solution.addcmul_(direction, length)
+        residual.addcmul_(image, length, value=-1)
+        before, size = size, residual.square().sum(0)
+        direction.mul_(size / before.clamp(min=torch.finfo(image.dtype).tiny)).add_(residual)
+    return solution

@@ -1,0 +1,131 @@
+"""What calibrated methods know of a layer's inputs, how the knowledge is gathered, and the layer error measured with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import WeightError
+
+_ERROR_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of a layer's inputs x ``[tokens, K]``, means over the tokens.
+
+    Attributes:
+        hessian: x xᵀ, float32 ``[K, K]``; None where only the norms are known.
+        norms: root of the mean x_k², float32 ``[K]``.
+        tokens: how many inputs were seen.
+    """
+
+    hessian: Tensor | None
+    norms: Tensor
+    tokens: int
+
+    def check(self, k: int, *, hessian: bool) -> None:
+        """Whether these are statistics of a layer with ``k`` inputs.
+
+        Raises:
+            WeightError: another shape, no ``hessian`` where one is needed, or values that are not finite.
+        """
+        if hessian and self.hessian is None:
+            raise WeightError("this pruning method needs the second moments of the inputs [K, K], the statistics hold norms only")
+        for name, tensor, shape in (("norms", self.norms, (k,)), ("hessian", self.hessian, (k, k))):
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape:
+                raise WeightError(f"{name} of the inputs have shape {list(tensor.shape)}, a layer with K = {k} needs {list(shape)}")
+            if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+                raise WeightError(f"{name} of the inputs hold NaN or Inf: the model does not run on the calibration samples")
+
+
+class Gathering:
+    """Adds inputs up into `Statistics`: float32 ``[K, K]`` on the inputs' device."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Inputs ``[..., K]`` of any float type; products are exact for 16-bit inputs and summed in float32."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if rows.is_cuda and rows.dtype != torch.float32:
+            part = torch.mm(rows.t(), rows, out_dtype=torch.float32)
+        else:
+            rows = rows.float()
+            part = rows.t() @ rows
+        self._sum = part if self._sum is None else self._sum.add_(part)
+        self._tokens += rows.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """How many inputs were added."""
+        return self._tokens
+
+    def statistics(self) -> Statistics:
+        """The means; nothing may be added afterwards.
+
+        Raises:
+            WeightError: no input was added.
+        """
+        if self._sum is None or self._tokens == 0:
+            raise WeightError("no calibration token reached the layer")
+        hessian, self._sum = self._sum.div_(self._tokens), None
+        return Statistics(hessian, hessian.diagonal().clamp(min=0).sqrt(), self._tokens)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A damped Hessian with unit diagonal, ``hessian [K, K]``, and the ``scale [K]`` by which weights are multiplied to match.
+
+    Dead inputs keep a diagonal of the damping alone, so nothing is divided by zero.
+    """
+
+    hessian: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, statistics: Statistics, damping: float) -> Scaled:
+        """H + damping · mean(diag H) · I, then divided by its diagonal's roots on both sides."""
+        hessian = statistics.hessian.float().clone()
+        diagonal = hessian.diagonal()
+        mean = float(diagonal.mean())
+        diagonal.add_(damping * mean if mean > 0 else 1.0)
+        scale = diagonal.sqrt()
+        return cls(hessian.div_(scale).div_(scale.unsqueeze(-1)), scale)
+
+
+def positive_inverse(matrix: Tensor, shift: float = 0.0) -> Tensor:
+    """(matrix + shift · I)⁻¹ of a positive definite float32 ``[K, K]`` by Cholesky, in float64 where float32 does not suffice.
+
+    Raises:
+        WeightError: the matrix is not positive definite in float64 either.
+    """
+    for dtype in (torch.float32, torch.float64):
+        shifted = matrix.to(dtype, copy=True)
+        shifted.diagonal().add_(shift)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if int(failed) == 0:
+            return torch.cholesky_inverse(factor).float()
+    raise WeightError("the second moments of the inputs are not positive definite: use more calibration samples")
+
+
+def row_errors(weight: Tensor, solution: Tensor, hessian: Tensor) -> Tensor:
+    """(s − w) H (s − w)ᵀ of every row, float64 ``[N]``, for weights and solution ``[N, K]``."""
+    parts = []
+    for first in range(0, weight.shape[0], _ERROR_ROWS):
+        rows = slice(first, first + _ERROR_ROWS)
+        difference = solution[rows].float() - weight[rows].float()
+        parts.append((difference @ hessian).mul_(difference).sum(-1, dtype=torch.float64))
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=weight.device)
+
+
+def layer_error(weight: Tensor, solution: Tensor, statistics: Statistics) -> float:
+    """Relative error of a layer's output, tr(D H Dᵀ) / tr(W H Wᵀ) with D = solution − weight, both ``[N, K]``; 0 for a silent layer."""
+    error = float(row_errors(weight, solution, statistics.hessian).sum())
+    whole = float(row_errors(torch.zeros_like(weight), weight, statistics.hessian).sum())
+    return error / whole if whole > 0 else 0.0
