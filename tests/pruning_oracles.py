@@ -32,17 +32,20 @@ class Layer:
         return self.hessian.diagonal().double().sqrt().float()
 
 
-def random_layer(n: int, k: int, tokens: int, rng: torch.Generator, *, decay: float = 1.0, dead: int = 0) -> Layer:
-    """Correlated inputs x = z A whose spectrum falls as i^-decay, a few channels 20 times as loud, ``dead`` silent ones.
+def random_layer(
+    n: int, k: int, tokens: int, rng: torch.Generator, *, decay: float = 0.7, mixed: float = 1, loud: float = 10, dead: int = 0
+) -> Layer:
+    """Inputs x = z A whose spectrum falls as i^-decay, a few channels ``loud`` times as loud, ``dead`` silent ones.
 
-    Every row of the weight has a scale of its own, and about one weight in a hundred is an outlier.
+    ``mixed`` says how much of A is random, the rest being I: at 0 and without decay, inputs do not depend on one another. Every
+    row of the weight has a scale of its own, and about one weight in a hundred is an outlier.
     """
     spectrum = torch.arange(1, k + 1, dtype=torch.float64) ** -decay
-    mixing = torch.randn(k, k, generator=rng, dtype=torch.float64)
+    mixing = mixed * torch.randn(k, k, generator=rng, dtype=torch.float64) + (1 - mixed) * torch.eye(k, dtype=torch.float64)
     x = (torch.randn(tokens, k, generator=rng, dtype=torch.float64) * spectrum) @ mixing
     x += 0.02 * torch.randn(tokens, k, generator=rng, dtype=torch.float64)
     order = torch.randperm(k, generator=rng)
-    x[:, order[: 1 + k // 64]] *= 20
+    x[:, order[: 1 + k // 64]] *= loud
     x[:, order[k - dead :]] = 0
     weight = torch.randn(n, k, generator=rng) * torch.rand(n, 1, generator=rng).mul(3).exp() * 0.01
     weight *= torch.where(torch.rand(n, k, generator=rng) < 0.01, 10.0, 1.0)

@@ -108,6 +108,7 @@ def test_the_layer_error_is_that_of_the_outputs(rng):
 def test_the_best_rounding_is_no_worse_than_the_nearest_and_has_no_better_neighbour(scheme, rng):
     grid = grid_of(scheme)
     assert len(grid) == {"int8": 255, "fp8": 253}[scheme.name]
+    assert grid[[0, -1]].tolist() == [-scheme.bound, scheme.bound] and grid[len(grid) // 2 + 1] == {"int8": 1, "fp8": 2**-9}[scheme.name]
     strictly = 0
     for _ in range(10):
         layer = random_layer(2, 5, 40, rng)
