@@ -17,7 +17,7 @@ _HOMES = {
     "SlideSparseError": "errors",
     "SlideSparseLinear": "nn",
     "accelerate": "nn",
-    "convert": "checkpoint",
+    "convert": "integrations.conversion",
     "inspect": "checkpoint",
     "load": "integrations.transformers",
     "place": "nn",
@@ -48,11 +48,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import pack, prune, quant
-    from .checkpoint import Recipe, convert, inspect, verify
+    from .checkpoint import Recipe, inspect, verify
     from .errors import SlideSparseError
     from .format import Packed
     from .gemm import use_plan
     from .gemm.tuning import tune
+    from .integrations.conversion import convert
     from .integrations.transformers import load
     from .nn import SlideSparseLinear, accelerate, place
     from .pattern import Pattern

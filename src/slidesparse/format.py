@@ -29,6 +29,9 @@ DEFAULT_IGNORE = ("lm_head", "*.lm_head", "*output_layer", *NOT_LINEAR)
 BLOCK = 16
 """Weights per block scale of nvfp4."""
 
+MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Layers of one module that serving engines merge into one, which has one pattern, by the last part of the names."""
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -218,6 +221,12 @@ class PackedConfig:
                     f"quantization_config: {scheme.name} stores pairs of weights, pattern {text} is one of single weights"
                 )
         return cls(pattern, scheme, list(ignore), parsed, dict(in_features), version)
+
+
+def merged_name(layer: str) -> str:
+    """The name of the layer that serving engines merge this one into (``….q_proj`` → ``….qkv_proj``); its own if they do not."""
+    head, dot, last = layer.rpartition(".")
+    return next((f"{head}{dot}{whole}" for whole, parts in MERGED.items() if last in parts), layer)
 
 
 def matches(layer: str, patterns: list[str] | tuple[str, ...]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -153,3 +154,8 @@ class Pattern:
 
 KNOWN = tuple(Pattern(group - 2, group) for group in range(4, 20, 2))
 """2:4, 4:6, … 16:18: the patterns detection looks for, tightest first."""
+
+
+def tightest_first(patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:
+    """Patterns by the share of weights they keep: the order in which weights are held against several."""
+    return tuple(sorted(patterns, key=lambda pattern: (pattern.density, pattern.group, str(pattern))))

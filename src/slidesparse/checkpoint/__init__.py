@@ -1,21 +1,27 @@
 """Checkpoints on disk: streaming conversion, inspection and verification of safetensors directories."""
 
+from .calibration import Calibration
 from .convert import ConversionReport, ConvertedLayer, convert
 from .inspection import InspectedLayer, Inspection, inspect
+from .overrides import read_overrides
 from .recipe import Recipe
+from .solved import PruningReport
 from .source import Checkpoint
 from .verify import LayerVerdict, VerifyReport, verify
 
 __all__ = [
+    "Calibration",
     "Checkpoint",
     "ConversionReport",
     "ConvertedLayer",
     "InspectedLayer",
     "Inspection",
     "LayerVerdict",
+    "PruningReport",
     "Recipe",
     "VerifyReport",
     "convert",
     "inspect",
+    "read_overrides",
     "verify",
 ]

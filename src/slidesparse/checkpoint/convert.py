@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..format import VERSION
 from .configs import output_config
 from .layers import Form
 from .recipe import LayerPlan, Recipe, plan_layers
+from .solved import REPORT, Job, PruningReport, Solver, remove_blocks, with_solved
 from .source import INDEX, Checkpoint
 from .staging import Staging, write_json
 from .tensorfile import DTYPE_NAMES, TensorInfo, TensorReader, TensorWriter, read_header
@@ -46,7 +47,10 @@ class ConvertedLayer:
 
 @dataclass
 class ConversionReport:
-    """What a conversion did; bytes are those of all tensors, ``kept_dense`` names linear-shaped layers left alone."""
+    """What a conversion did; bytes are those of all tensors, ``kept_dense`` names linear-shaped layers left alone.
+
+    ``pruning`` says how a calibrated method went.
+    """
 
     out: Path
     bytes_in: int
@@ -54,6 +58,7 @@ class ConversionReport:
     layers: list[ConvertedLayer]
     kept_dense: list[str] = field(default_factory=list)
     resumed_shards: int = 0
+    pruning: PruningReport | None = None
 
 
 def convert(
@@ -64,12 +69,14 @@ def convert(
     overwrite: bool = False,
     device: str = "auto",
     progress: Progress | None = None,
+    solver: Solver | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint directory to another, streaming: prune, quantise and store as the recipe says.
 
     Peak memory is a few blocks of rows, whatever the model's size. ``out`` appears whole or not at all; an interrupted run leaves
     ``out.incomplete``, which the same call resumes. ``device`` is where the arithmetic runs (``auto``: a GPU if there is one); the
-    result is bitwise the same.
+    result is bitwise the same. Calibrated methods run the model: ``solver`` does, which `slidesparse.convert` brings along; its memory
+    is that of the model on the host and of one block on the device.
 
     Raises:
         CheckpointError: a source that cannot be read, an output that exists, a full or read-only disk.
@@ -80,11 +87,20 @@ def convert(
     checkpoint = Checkpoint.open(source)
     plans = plan_layers(checkpoint, recipe)
     device = _device(device, recipe)
-    staging = Staging(Path(out), checkpoint.path, _job(checkpoint, recipe), overwrite)
+    progress = progress or (lambda done, total, what: None)
+    if recipe.calibrated and solver is None:
+        raise UnsupportedError(f"{recipe.method} runs the model: call slidesparse.convert, which brings transformers")
+    staging = Staging(Path(out), checkpoint.path, _job(checkpoint, recipe, device), overwrite)
     try:
         with staging, TensorReader() as reader:
-            conversion = _Conversion(checkpoint, recipe, plans, reader, device, progress or (lambda done, total, what: None))
-            return conversion.run(staging)
+            if not recipe.calibrated or solver is None:
+                return _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging)
+            _check_room(staging.path, 2 * sum(plan.layer.nbytes for plan in plans))
+            pruning = solver(Job(checkpoint, recipe, tuple(plans), staging.path, device, progress))
+            plans, others = with_solved(plans, staging.path)
+            write_json(staging.path / REPORT, asdict(pruning))
+            report = _Conversion(checkpoint, recipe, plans, reader, device, progress, others).run(staging)
+            return replace(report, pruning=pruning)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(f"the disk of {staging.path} is full: free space and run the same command again to resume") from error
@@ -100,8 +116,10 @@ class _Conversion:
         reader: TensorReader,
         device: str,
         progress: Progress,
+        replaced: dict[str, TensorInfo] | None = None,
     ) -> None:
         self.checkpoint, self.recipe, self.reader, self.device, self.progress = checkpoint, recipe, reader, device, progress
+        self.replaced = replaced or {}
         scanned = [plan for plan in plans if plan.pattern is None] if recipe.obey else []
         self.total = checkpoint.nbytes + sum(plan.layer.main.nbytes for plan in scanned)
         self.done, self.what = 0, ""
@@ -112,17 +130,15 @@ class _Conversion:
         shards = {name: self._outputs(tensors) for name, tensors in self.checkpoint.shards.items()}
         sizes = {name: sum(nbytes for _, _, nbytes in tensors.values()) for name, tensors in shards.items()}
         done = [name for name in shards if _finished(staging.path / name, shards[name])]
-        needed = sum(size for name, size in sizes.items() if name not in done)
-        free = shutil.disk_usage(staging.path).free
-        if needed > free:
-            room = f"needs {needed / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free"
-            raise CheckpointError(f"{staging.path} {room}: free some, or choose another disk")
+        _check_room(staging.path, sum(size for name, size in sizes.items() if name not in done))
         for name, tensors in self.checkpoint.shards.items():
             if name in done:
                 self._advance(sum(info.nbytes for info in tensors.values()))
             else:
                 self._write_shard(staging.path / name, tensors, shards[name])
         for file in self.checkpoint.side_files():
+            if self.recipe.calibrated and file.name == REPORT:
+                continue  # of an earlier pruning: this one's is there
             try:
                 content = file.read_bytes()
             except OSError as error:
@@ -131,6 +147,7 @@ class _Conversion:
         if (self.checkpoint.path / INDEX).exists():
             weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
             write_json(staging.path / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        remove_blocks(staging.path)
         staging.commit(output_config(self.checkpoint, self.recipe, list(self.plans.values())))
         return self._report(staging.out, sum(sizes.values()), len(done))
 
@@ -160,6 +177,7 @@ class _Conversion:
                 plan = self.plans.get(layer)
                 self.what = layer or name
                 if plan is None or suffix not in plan.layer.tensors:
+                    info = self.replaced.get(name, info)
                     for offset in range(0, info.nbytes, _COPY_BYTES):
                         size = min(_COPY_BYTES, info.nbytes - offset)
                         self._advance(writer.write(name, offset, self.reader.read_bytes(info, offset, size)))
@@ -197,6 +215,13 @@ def _device(name: str, recipe: Recipe) -> str:
     return "cuda" if name == "auto" else name
 
 
+def _check_room(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        room = f"needs {needed / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free"
+        raise CheckpointError(f"{path} {room}: free some, or choose another disk")
+
+
 def _finished(path: Path, tensors: dict[str, _Shape]) -> bool:
     """Whether an earlier run of the same job already wrote this shard: only whole files have its name."""
     if not path.exists():
@@ -205,7 +230,7 @@ def _finished(path: Path, tensors: dict[str, _Shape]) -> bool:
     return {name: (info.dtype_name, info.shape, info.nbytes) for name, info in found.items()} == tensors
 
 
-def _job(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+def _job(checkpoint: Checkpoint, recipe: Recipe, device: str) -> dict[str, Any]:
     """What makes two runs the same job: source files, recipe and format."""
     stats = {name: (checkpoint.path / name).stat() for name in checkpoint.shards}
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
@@ -216,4 +241,6 @@ def _job(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
         "files": files,
         "config": checkpoint.config,
         "recipe": recipe.to_dict(),
+        # Calibrated methods choose by sums, which differ in their last bits from one kind of device to another.
+        "device": device.partition(":")[0] if recipe.calibrated else None,
     }

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import UnsupportedError
 from ..format import BLOCK, DEFAULT_IGNORE, NOT_LINEAR, SCHEMES, Scheme, matches, scheme_named
 from ..pattern import Pattern
 from ..prune import METHODS
+from .calibration import Calibration
 from .layers import Form, Layer
+from .overrides import check_overrides, override_of
 from .source import Checkpoint
+
+AUTO = "auto"
+"""The best method there is: ``admm``, the better of ADMM and SparseGPT in each layer, with reconstruction of the blocks."""
+
+RECONSTRUCTION_STEPS = 300
 
 
 @dataclass(frozen=True)
@@ -19,13 +27,18 @@ class Recipe:
 
     Attributes:
         pattern: what the layers obey afterwards; without ``method`` they must obey it already (None: as marked, else detected).
-        method: how to prune (``magnitude``, ``random``), or None.
+        method: how to prune: a name in `slidesparse.prune.METHODS`, ``auto`` for ``admm`` with reconstruction of the blocks, or None.
         scheme: ``int8``, ``fp8``, ``bf16``, ``fp16``, ``nvfp4``; None keeps the layers' own.
         form: ``packed``, or ``dense`` for the portable twin.
         ignore: layers to leave alone besides `format.DEFAULT_IGNORE`.
         only: when given, the only layers to convert; naming a layer exactly overrides the default ignore.
         obey: False lets layers that obey no pattern through (dense form only).
-        seed: of random pruning.
+        seed: of random pruning, of the choice of calibration samples, and of the order in which reconstruction sees them.
+        overrides: other patterns of single layers, by name, glob or ``re:`` expression; see `override_of` for which entry counts. An entry
+            may name q, k and v, or gate and up, as serving engines do (``*.qkv_proj``, ``*.gate_up_proj``): these have one pattern.
+        calibration: the text that calibrated methods run the model on.
+        reconstruction_steps: steps of training by which every pruned block is fitted to the dense model's output at its depth, for
+            ``sparsegpt`` and ``admm``; None takes `RECONSTRUCTION_STEPS` for ``auto`` on a GPU, and none otherwise.
     """
 
     pattern: Pattern | None = None
@@ -36,37 +49,69 @@ class Recipe:
     only: tuple[str, ...] = ()
     obey: bool = True
     seed: int = 0
+    overrides: Mapping[str, Pattern] = field(default_factory=dict)
+    calibration: Calibration = field(default_factory=Calibration)
+    reconstruction_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.form not in ("packed", "dense"):
             raise ValueError(f"unknown form {self.form!r}: choose packed or dense")
-        if self.method is not None and self.method not in METHODS:
-            raise ValueError(f"unknown pruning method {self.method!r}: choose one of {', '.join(METHODS)}")
+        if self.method is not None and self.method not in (AUTO, *METHODS):
+            raise ValueError(f"unknown pruning method {self.method!r}: choose one of {', '.join((AUTO, *METHODS))}")
+        if self.reconstruction_steps is not None and self.reconstruction_steps < 0:
+            raise ValueError(f"reconstruction_steps must not be negative, got {self.reconstruction_steps}")
+        if self.reconstruction_steps and not self.corrects:
+            raise ValueError(f"reconstruction goes with the methods auto, admm and sparsegpt, not with {self.method}")
         if self.method is not None and self.pattern is None:
             raise ValueError("pruning needs a pattern")
         if self.form == "packed" and not self.obey:
             raise ValueError("a packed checkpoint must obey a pattern")
+        if self.overrides and not self.obey:
+            raise ValueError("overrides say what layers must obey: they do not go with obey=False")
         if self.scheme is not None:
             scheme_named(self.scheme)
-        matches("", self.ignore + self.only)
+        matches("", (*self.ignore, *self.only, *self.overrides))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether pruning runs the model on calibration text."""
+        return self.method is not None and (self.method == AUTO or METHODS[self.method].calibrated)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether pruning changes the weights that stay."""
+        return self.method is not None and (self.method == AUTO or METHODS[self.method].corrects)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON form that tells two jobs apart."""
-        return asdict(self) | {"pattern": str(self.pattern)}
+        # Pairs, since the order of overrides counts.
+        overrides = [[entry, str(pattern)] for entry, pattern in self.overrides.items()]
+        calibration = self.calibration.fingerprint() if self.calibrated else None
+        written = {"pattern": str(self.pattern), "overrides": overrides, "calibration": calibration}
+        return asdict(replace(self, overrides={})) | written
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer: ``scheme`` None keeps float32; ``pattern`` None makes no claim."""
+    """What becomes of one layer: ``scheme`` None keeps float32; ``pattern`` None makes no claim.
+
+    ``solved`` is the layer as a calibrated method pruned and rounded it, in files of its own.
+    """
 
     layer: Layer
     scheme: Scheme | None
     pattern: Pattern | None
+    solved: Layer | None = None
+
+    @property
+    def source(self) -> Layer:
+        """Where the conversion reads the layer's rows."""
+        return self.solved or self.layer
 
     @property
     def requantize(self) -> bool:
         """Whether weights are quantised or cast on the way (ternary layers arrive as integers)."""
-        return self.layer.form in (Form.FLOAT, Form.PACKED) and self.scheme is not self.layer.scheme
+        return self.source.form in (Form.FLOAT, Form.PACKED) and self.scheme is not self.source.scheme
 
 
 def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
@@ -86,12 +131,17 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
             _refuse_stranded(checkpoint, layer, recipe)
             continue
         scheme = _target(layer, recipe)
-        pattern = recipe.pattern or layer.pattern or checkpoint.marked_pattern(layer.name)
+        pattern = override_of(layer.name, recipe.overrides) or recipe.pattern or layer.pattern or checkpoint.marked_pattern(layer.name)
         _check_pattern(layer, scheme, pattern, recipe)
+        if recipe.calibrated and layer.form is not Form.FLOAT:
+            raise UnsupportedError(
+                f"layer {layer.name} holds {layer.form.value}: {recipe.method} needs 16- or 32-bit weights, --method magnitude does not"
+            )
         plans.append(LayerPlan(layer, scheme, pattern))
     if not plans:
         left = "--only and --ignore leave none" if checkpoint.layers else "it has no 16- or 32-bit or known quantised linear weights"
         raise UnsupportedError(f"{checkpoint.path}: no layer to convert; {left} (of {len(checkpoint.layers)})")
+    check_overrides({plan.layer.name: plan.pattern for plan in plans}, recipe.overrides, checkpoint.path)
     schemes = {plan.scheme for plan in plans}
     if recipe.form == "packed" and len(schemes) > 1:
         names = ", ".join(sorted(scheme.name for scheme in schemes if scheme))
@@ -146,6 +196,7 @@ def _check_pattern(layer: Layer, scheme: Scheme | None, pattern: Pattern | None,
     if pattern is None:
         return
     if scheme is not None and scheme.pair and pattern.unit != 2:
-        raise UnsupportedError(f"nvfp4 stores pairs of weights, pattern {pattern} prunes single ones: use {pattern.kept}:{pattern.group}x2")
+        pairs = f"{pattern.kept}:{pattern.group}x2"
+        raise UnsupportedError(f"layer {layer.name}: nvfp4 stores pairs of weights, pattern {pattern} prunes single ones: use {pairs}")
     if layer.k % pattern.unit:
         raise UnsupportedError(f"layer {layer.name}: K = {layer.k} is not a whole number of pairs (pattern {pattern})")

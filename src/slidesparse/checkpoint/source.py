@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from ..format import DEFAULT_IGNORE, MARKER, PackedConfig
-from ..pattern import Pattern
+from ..pattern import Pattern, tightest_first
 from .layers import Layer, find_layers, read_packed_config
 from .tensorfile import TensorInfo, read_header
 
@@ -77,22 +78,26 @@ class Checkpoint:
         Raises:
             CheckpointError: see `marked_patterns`.
         """
-        common, *_ = self.marked_patterns() or (None,)
-        override = ((self.marker or {}).get("overrides") or {}).get(layer)
-        return common if override is None else Pattern.parse(override)
+        common, overrides = self._marked
+        return overrides.get(layer, common)
 
     def marked_patterns(self) -> tuple[Pattern, ...]:
-        """Every pattern the dense twin's marker claims, the common one first; none for other checkpoints.
+        """Every pattern the dense twin's marker claims, tightest first; none for other checkpoints.
 
         Raises:
             CheckpointError: the marker holds something else than patterns.
         """
+        common, overrides = self._marked
+        return () if common is None else tightest_first({common, *overrides.values()})
+
+    @cached_property
+    def _marked(self) -> tuple[Pattern | None, dict[str, Pattern]]:
         marker = self.marker
         if marker is None:
-            return ()
+            return None, {}
         try:
-            texts = (marker.get("pattern", ""), *(marker.get("overrides") or {}).values())
-            return tuple(dict.fromkeys(Pattern.parse(text) for text in texts))
+            overrides = {layer: Pattern.parse(text) for layer, text in (marker.get("overrides") or {}).items()}
+            return Pattern.parse(marker.get("pattern", "")), overrides
         except ValueError as error:
             raise CheckpointError(f"{self.path / 'config.json'}: {MARKER}: {error}") from error
 

@@ -41,7 +41,7 @@ def transform(
         CheckpointError: NaN or Inf; names the layer.
         WeightError: a weight that does not fit the type asked for; names the layer.
     """
-    layer = plan.layer
+    layer = plan.source
     mean = mean_magnitude(reader, layer) if layer.form is Form.MASTER else None
     global_scale = _global_scale(reader, plan)
     if global_scale is not None:
@@ -54,7 +54,7 @@ def transform(
             raise PatternError(f"layer {layer.name}: {error}", row=error.row, group=error.group, values=error.values) from error
         except WeightError as error:
             raise WeightError(f"layer {layer.name}: {error}") from error
-        advance((last - first) * layer.main.nbytes // max(layer.n, 1))
+        advance((last - first) * plan.layer.main.nbytes // max(layer.n, 1))
 
 
 def detect_pattern(reader: TensorReader, layer: Layer, advance: Advance, *, unit: int = 1) -> Pattern:
@@ -89,13 +89,13 @@ def detect_pattern(reader: TensorReader, layer: Layer, advance: Advance, *, unit
 def _global_scale(reader: TensorReader, plan: LayerPlan) -> Tensor | None:
     if plan.scheme is None or not plan.scheme.pair:
         return None
-    if plan.layer.form is Form.FLOAT:
-        return torch.tensor([nvfp4_global_scale(largest_magnitude(reader, plan.layer))])
-    return reader.read(plan.layer.tensors["weight_global_scale"]).float()
+    if plan.source.form is Form.FLOAT:
+        return torch.tensor([nvfp4_global_scale(largest_magnitude(reader, plan.source))])
+    return reader.read(plan.source.tensors["weight_global_scale"]).float()
 
 
 def _prune(block: Block, plan: LayerPlan, recipe: Recipe) -> Block:
-    if recipe.method is None:
+    if recipe.method is None or recipe.calibrated:
         return block
     # Seeded by place, so that a resumed run makes the same choices.
     place = hashlib.sha256(f"{recipe.seed}/{plan.layer.name}/{block.first}".encode()).digest()

@@ -13,7 +13,7 @@ from ..pattern import Pattern
 from . import screen
 
 if TYPE_CHECKING:
-    from ..checkpoint import Recipe
+    from ..checkpoint import PruningReport, Recipe
 
 
 class Scheme(StrEnum):
@@ -34,8 +34,12 @@ class Form(StrEnum):
 
 
 class Method(StrEnum):
-    """Names of `slidesparse.prune.METHODS`."""
+    """Names of `slidesparse.prune.METHODS`, and the best of them."""
 
+    auto = "auto"
+    admm = "admm"
+    sparsegpt = "sparsegpt"
+    wanda = "wanda"
     magnitude = "magnitude"
     random = "random"
 
@@ -52,22 +56,54 @@ Out = Annotated[Path, typer.Argument(help="Directory to create.", show_default=F
 PatternOption = Annotated[
     Pattern, typer.Option("--pattern", "-p", parser=_pattern, metavar="KEPT:GROUP", help="At most KEPT of GROUP weights kept.")
 ]
+Overrides = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help='JSON with other patterns of single layers: {"*.down_proj": "8:10"}.', show_default=False),
+]
 Ignore = Annotated[
     list[str] | None, typer.Option(help="Leave these layers alone: name, glob, or re:REGEX; may be repeated.", show_default=False)
 ]
 Only = Annotated[list[str] | None, typer.Option(help="Convert only these layers; may be repeated.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
-MethodOption = Annotated[Method, typer.Option(help="How the weights that go are chosen.")]
+MethodOption = Annotated[
+    Method,
+    typer.Option(
+        help="How the weights that go are chosen. All but magnitude and random run the model on calibration text, through transformers; "
+        "auto is admm with reconstruction on a GPU, and magnitude without transformers."
+    ),
+]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE|NAME",
+        help="Text, JSON lines, token ids (.npy) or a data set's name; the built-in text when not given.",
+        show_default=False,
+    ),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration samples, where the text holds as many.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens of each calibration sample.")]
+Reconstruct = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Steps that fit each pruned block to the dense model's output; auto takes 300 on a GPU.", show_default=False
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.")]
-Seed = Annotated[int, typer.Option(help="Of random pruning.")]
+Seed = Annotated[int, typer.Option(help="Of random pruning, and of the choice of calibration samples.")]
 
 
 def prune(
     model: Model,
     out: Out,
     pattern: PatternOption = "6:8",  # type: ignore[assignment]
-    method: MethodOption = Method.magnitude,
+    method: MethodOption = Method.auto,
+    calibration: CalibrationOption = None,
+    samples: Samples = 128,
+    length: Length = 2048,
+    reconstruct: Reconstruct = None,
+    overrides: Overrides = None,
     ignore: Ignore = None,
     only: Only = None,
     seed: Seed = 0,
@@ -76,9 +112,19 @@ def prune(
     json: Json = False,
 ) -> None:
     """Zero weights until every layer obeys the pattern; writes a dense checkpoint any engine loads."""
-    from ..checkpoint import Recipe
+    from ..checkpoint import Calibration, Recipe
 
-    recipe = Recipe(pattern, method.value, form="dense", ignore=tuple(ignore or ()), only=tuple(only or ()), seed=seed)
+    recipe = Recipe(
+        pattern,
+        method.value,
+        form="dense",
+        ignore=tuple(ignore or ()),
+        only=tuple(only or ()),
+        seed=seed,
+        overrides=_read(overrides),
+        calibration=Calibration(calibration, samples, length),
+        reconstruction_steps=reconstruct,
+    )
     _run("pruning", model, out, recipe, device, overwrite, json)
 
 
@@ -106,6 +152,7 @@ def pack(
     pattern: Annotated[
         Pattern | None, typer.Option("--pattern", "-p", parser=_pattern, metavar="KEPT:GROUP", help="Detected when not given.")
     ] = None,
+    overrides: Overrides = None,
     ignore: Ignore = None,
     only: Only = None,
     device: Device = "auto",
@@ -115,7 +162,7 @@ def pack(
     """Pack weights that obey a pattern already; refuses, naming the first group, when they do not."""
     from ..checkpoint import Recipe
 
-    recipe = Recipe(pattern, form=format.value, ignore=tuple(ignore or ()), only=tuple(only or ()))
+    recipe = Recipe(pattern, form=format.value, ignore=tuple(ignore or ()), only=tuple(only or ()), overrides=_read(overrides))
     _run("packing", model, out, recipe, device, overwrite, json)
 
 
@@ -124,8 +171,13 @@ def convert(
     out: Out,
     pattern: PatternOption = "6:8",  # type: ignore[assignment]
     scheme: Annotated[Scheme | None, typer.Option(help="Type of the weights; as they are when not given.")] = None,
-    method: MethodOption = Method.magnitude,
+    method: MethodOption = Method.auto,
+    calibration: CalibrationOption = None,
+    samples: Samples = 128,
+    length: Length = 2048,
+    reconstruct: Reconstruct = None,
     format: Annotated[Form, typer.Option(help="packed: values and keep-bits; dense: the portable twin.")] = Form.packed,
+    overrides: Overrides = None,
     ignore: Ignore = None,
     only: Only = None,
     seed: Seed = 0,
@@ -134,10 +186,20 @@ def convert(
     json: Json = False,
 ) -> None:
     """Prune, quantise and pack in one streaming pass."""
-    from ..checkpoint import Recipe
+    from ..checkpoint import Calibration, Recipe
 
-    name = scheme.value if scheme else None
-    recipe = Recipe(pattern, method.value, name, format.value, tuple(ignore or ()), tuple(only or ()), seed=seed)
+    recipe = Recipe(
+        pattern,
+        method.value,
+        scheme.value if scheme else None,
+        format.value,
+        tuple(ignore or ()),
+        tuple(only or ()),
+        seed=seed,
+        overrides=_read(overrides),
+        calibration=Calibration(calibration, samples, length),
+        reconstruction_steps=reconstruct,
+    )
     _run("converting", model, out, recipe, device, overwrite, json)
 
 
@@ -156,9 +218,19 @@ def import_(
     screen.say(f"wrote {out}")
 
 
-def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwrite: bool, as_json: bool) -> None:
-    from ..checkpoint import convert as api_convert
+def _read(overrides: Path | None) -> dict[str, Pattern]:
+    from ..checkpoint import read_overrides
 
+    return {} if overrides is None else read_overrides(overrides)
+
+
+def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwrite: bool, as_json: bool) -> None:
+    from ..integrations.conversion import convert as api_convert
+
+    if recipe.calibrated:
+        from ..integrations.conversion import hide_progress_bars
+
+        hide_progress_bars()
     with screen.progress(title) as progress:
         report = api_convert(model, out, recipe, device=device, overwrite=overwrite, progress=progress)
     if as_json:
@@ -172,5 +244,18 @@ def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwr
     screen.say(f"  whole checkpoint: {screen.size(report.bytes_in)} → {screen.size(report.bytes_out)}")
     if report.kept_dense:
         screen.say(f"  left as they were: {', '.join(report.kept_dense[:4])}{' …' if len(report.kept_dense) > 4 else ''}")
+    if report.pruning is not None:
+        _tell(report.pruning)
     if report.resumed_shards:
         screen.say(f"  resumed: {report.resumed_shards} shards were there from an interrupted run")
+
+
+def _tell(pruning: PruningReport) -> None:
+    """How a calibrated method went, in a few lines; the rest is in the report beside the weights."""
+    errors = [layer["error"] for layer in pruning.layers.values()]
+    screen.say(f"  pruned by {pruning.method} on {pruning.calibration}")
+    screen.say(f"  output error of the layers: {sum(errors) / max(len(errors), 1):.2%} on average, {max(errors, default=0.0):.2%} at most")
+    fitted = [block for block in pruning.blocks if "error_after" in block]
+    if fitted:
+        before, after = (sum(block[f"error_{when}"] for block in fitted) / len(fitted) for when in ("before", "after"))
+        screen.say(f"  output error of the blocks, on samples held out: {before:.2%} before reconstruction, {after:.2%} after")

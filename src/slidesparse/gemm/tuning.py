@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import measure, ops, reference
 from ..errors import CheckpointError, UnsupportedError
-from ..format import Scheme
+from ..format import MERGED, Scheme
 from ..measure import Timing
 from ..pack import Shard, pack
 from ..pattern import Pattern
@@ -61,7 +61,6 @@ class Layer:
         return BUCKETS if str(self.pattern) == "6:8" else FEW_BUCKETS
 
 
-_MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _ROW_PARALLEL = ("o_proj", "out_proj", "wo", "down_proj", "fc2", "w2", "c_proj", "dense", "dense_4h_to_h")
 
 
@@ -70,7 +69,7 @@ def merged_layers(layers: Mapping[str, Layer]) -> dict[str, Layer]:
     found = dict(layers)
     for name, first in layers.items():
         head, _, tail = name.rpartition(".")
-        for merged, parts in _MERGED.items():
+        for merged, parts in MERGED.items():
             whole = {f"{head}.{part}": layers.get(f"{head}.{part}") for part in parts}
             if tail == parts[0] and all(part is not None and replace(part, n=first.n) == first for part in whole.values()):
                 found[f"{head}.{merged}"] = replace(first, n=sum(part.n for part in whole.values() if part is not None))

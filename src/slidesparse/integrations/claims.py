@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
 from ..format import DEFAULT_IGNORE, PackedConfig, matches
-from ..pattern import KNOWN, Pattern
+from ..pattern import KNOWN, Pattern, tightest_first
 
 OLDEST_VLLM = (0, 26)
 
@@ -104,7 +104,7 @@ class Claims:
         found = {self.overrides.get(part, self.pattern) for part in parts}
         if None in found:
             return KNOWN
-        return tuple(sorted(found, key=lambda pattern: (pattern.density, pattern.group)))
+        return tightest_first(found)
 
     def stored_pattern(self, layer: str, parts: Sequence[str]) -> Pattern:
         """The one pattern in which all parts of a packed layer are stored.

@@ -5,6 +5,8 @@ Importing it registers the quantisation method ``slidesparse`` with transformers
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -139,21 +141,47 @@ def load(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoint = Checkpoint.open(path)
-    if tokenizer and not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise CheckpointError(f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy the one of the original model there")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-        words = AutoTokenizer.from_pretrained(path, local_files_only=True) if tokenizer else None
-    except ImportError as error:
-        raise CheckpointError(f"{path} needs a package that is not installed: {error}") from error
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(f"{path}: transformers cannot load it ({reason[0][:300] if reason else type(error).__name__})") from error
+    words = open_tokenizer(path) if tokenizer else None
+    model = open_model(path, dtype)
     if checkpoint.marker is not None:
         accelerate(model, ignore=checkpoint.marked_ignore, candidates=checkpoint.marked_patterns())
         restore_scales(model, [str(file) for file in sorted(path.glob("*.safetensors"))])
     _LOG.info("%s", place(model.eval(), device, memory=memory))
     return model, words
+
+
+def open_model(path: Path, dtype: torch.dtype | str = "auto") -> Any:
+    """A causal language model on the CPU, just as transformers loads it.
+
+    Raises:
+        CheckpointError: transformers cannot load it; gives its reason in a line.
+    """
+    with _one_line(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+
+
+def open_tokenizer(path: Path) -> Any:
+    """The tokenizer in a model directory.
+
+    Raises:
+        CheckpointError: there is none, or transformers cannot load it.
+    """
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy the one of the original model there")
+    with _one_line(path):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """The errors of transformers' loaders as ours."""
+    try:
+        yield
+    except ImportError as error:
+        raise CheckpointError(f"{path} needs a package that is not installed: {error}") from error
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(f"{path}: transformers cannot load it ({reason[0][:300] if reason else type(error).__name__})") from error
 
 
 def hide_progress_bars() -> None:

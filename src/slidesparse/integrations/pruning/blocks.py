@@ -1,0 +1,166 @@
+"""The repeated blocks of a model: which they are, and running them one after the other without the rest of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UnsupportedError
+
+_PROBE = 16
+"""Tokens of the forward pass that shows how blocks hand over to each other."""
+
+
+class _Enough(Exception):
+    """Ends a forward pass behind the last block."""
+
+
+@dataclass
+class Call:
+    """How the model calls one block: everything but the hidden states, which come first or under ``keyword``."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: str | None
+
+    def to(self, device: torch.device) -> Call:
+        """The same with every tensor on a device."""
+        return Call(_moved(self.args, device), _moved(self.kwargs, device), self.keyword)
+
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        """Hidden states ``[B, T, hidden]`` behind the block."""
+        if self.keyword is None:
+            return _first(block(hidden, *self.args, **self.kwargs))
+        return _first(block(*self.args, **{self.keyword: hidden}, **self.kwargs))
+
+
+@dataclass
+class Blocks:
+    """The largest list of blocks with linear layers in a model; ``name`` is the list's, ``modules`` are in order."""
+
+    model: nn.Module
+    name: str
+    modules: list[nn.Module]
+    tuples: bool = False
+    """Whether a block returns a tuple; `check` finds out."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Blocks:
+        """Find them.
+
+        Raises:
+            UnsupportedError: the model has no list of blocks with linear layers.
+        """
+        best, most = None, 0
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.ModuleList) or (best and name.startswith(f"{best}.")):
+                continue
+            weights = sum(inner.weight.numel() for inner in module.modules() if isinstance(inner, nn.Linear))
+            if weights > most:
+                best, most = name, weights
+        if best is None:
+            raise UnsupportedError(f"{type(model).__name__} has no repeated blocks with linear layers: prune with --method magnitude")
+        return cls(model, best, list(model.get_submodule(best)))
+
+    def check(self, tokens: Tensor) -> None:
+        """Whether every block gets what the block before it gives, and nothing else that blocks compute; ``tokens [S, L]``.
+
+        Raises:
+            UnsupportedError: it does not, so the blocks cannot be run one by one.
+        """
+        given: list[Tensor] = []
+        problem: list[str] = []
+
+        def before(index: int) -> Callable[..., None]:
+            def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                hidden, _ = _split(args, kwargs)
+                if index != len(given) or (given and not torch.equal(given[-1], hidden)):
+                    problem.append(f"block {index} of {self.name} gets other hidden states than the block before it gives")
+
+            return look
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.tuples = not isinstance(output, Tensor)
+            given.append(_first(output))
+
+        handles = [block.register_forward_pre_hook(before(i), with_kwargs=True) for i, block in enumerate(self.modules)]
+        handles += [block.register_forward_hook(after) for block in self.modules]
+        try:
+            with torch.no_grad():
+                self.model(input_ids=tokens[:1, :_PROBE], use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if problem or len(given) != len(self.modules):
+            told = problem[0] if problem else f"{len(given)} of {len(self.modules)} blocks of {self.name} ran"
+            raise UnsupportedError(f"{type(self.model).__name__}: {told}: calibrated pruning cannot follow it, use --method magnitude")
+
+    @torch.no_grad()
+    def enter(self, tokens: Tensor, size: int) -> tuple[list[Tensor], list[list[Call]]]:
+        """What goes into the first block, ``[B, L, hidden]`` for each ``size`` of the samples ``tokens [S, L]``, and every block's calls.
+
+        Calls are listed by block, then by batch; batches of one size share them.
+        """
+        hidden: list[Tensor] = []
+        calls: list[list[Call]] = [[] for _ in self.modules]
+        known: dict[int, int] = {}
+        for number, batch in enumerate(tokens.split(size)):
+            seen = known.setdefault(len(batch), number)
+            with self._bypassed(hidden, calls, first_only=seen != number), suppress(_Enough):
+                self.model(input_ids=batch, use_cache=False)
+            if seen != number:
+                for own in calls:
+                    own.append(own[seen])
+        return hidden, calls
+
+    @contextmanager
+    def _bypassed(self, hidden: list[Tensor], calls: list[list[Call]], *, first_only: bool) -> Iterator[None]:
+        """While the model runs, blocks hand their input on; the first block's input and every block's call are noted."""
+        last = 0 if first_only else len(self.modules) - 1
+
+        def bypass(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                states, call = _split(args, kwargs)
+                if index == 0:
+                    hidden.append(states)
+                if not first_only:
+                    calls[index].append(call)
+                if index == last:
+                    raise _Enough
+                return (states,) if self.tuples else states
+
+            return forward
+
+        for index, block in enumerate(self.modules):
+            block.forward = bypass(index)
+        try:
+            yield
+        finally:
+            for block in self.modules:
+                del block.forward
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    if args and isinstance(args[0], Tensor):
+        return args[0], Call(args[1:], dict(kwargs), None)
+    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    return kwargs["hidden_states"], Call(args, others, "hidden_states")
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(item, device) for item in value)
+    return value

@@ -1,0 +1,229 @@
+"""The stream through a model's blocks: every block is solved behind the pruned blocks before it, and written at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint.recipe import AUTO, RECONSTRUCTION_STEPS, LayerPlan
+from ...checkpoint.solved import Job, PruningReport, read_block, solved_scheme, write_block
+from ...checkpoint.tensorfile import TensorInfo, TensorReader
+from ...errors import CheckpointError, UnsupportedError
+from ..calibration import Samples, calibration_samples
+from ..transformers import open_model, open_tokenizer
+from ..transformers_files import StoredTensors
+from .blocks import Blocks, Call
+from .reconstruction import Batches, reconstruct
+from .solving import Solution, Task, dequantized, gather, solve_layers
+
+_BATCH_TOKENS, _BATCHES = 4096, 8
+"""Samples run together up to so many tokens, but in at least so many batches, since some are held out."""
+_SHARE = 4
+"""Hidden states stay on the device where they take at most this fraction of its free memory."""
+
+
+def solve(job: Job) -> PruningReport:
+    """Prune the layers of a job with a calibrated method; solved blocks that are there already are only run through.
+
+    On a GPU blocks run in the model's own type, on a CPU in float32; the rest of the model stays on the host.
+
+    Raises:
+        UnsupportedError: a model whose blocks cannot be run one by one, or layers that are none of its blocks' linear modules.
+        CheckpointError: a model or calibration text that cannot be read.
+        WeightError: weights or inputs that cannot be used; names the layer.
+    """
+    job.progress(0, 0, "loading the model")
+    recipe, path = job.recipe, job.checkpoint.path
+    tokenizer = None if recipe.calibration.token_file() else open_tokenizer(path)
+    samples = calibration_samples(tokenizer, recipe.calibration, recipe.seed)
+    model = open_model(path)
+    _check_vocabulary(model, samples)
+    blocks = Blocks.of(model)
+    tasks = _tasks(job, blocks)
+    blocks.check(samples.tokens)
+    device = torch.device(job.device)
+    if device.type == "cpu":
+        _widen_all_but(blocks)
+    hidden, calls = blocks.enter(samples.tokens, _batch_size(samples))
+    stream = _Stream(job, blocks, tasks, device, _steps(job), calls, hidden, list(hidden))
+    report = PruningReport(_method(job) + (f" + {stream.steps} steps of reconstruction" if stream.steps else ""), samples.description)
+    for index in range(len(blocks.modules)):
+        report.blocks.append(stream.step(index))
+    return report
+
+
+class _Stream:
+    """Both streams of hidden states in front of the next block: behind the pruned blocks, and behind the dense ones."""
+
+    def __init__(
+        self,
+        job: Job,
+        blocks: Blocks,
+        tasks: list[list[Task]],
+        device: torch.device,
+        steps: int,
+        calls: list[list[Call]],
+        pruned: list[Tensor],
+        dense: list[Tensor],
+    ) -> None:
+        self.job, self.blocks, self.tasks, self.device, self.steps, self.calls = job, blocks, tasks, device, steps, calls
+        home = self._home(sum(batch.nbytes for batch in pruned + dense))
+        self.pruned, self.dense = ([batch.to(home) for batch in stream] for stream in (pruned, dense))
+        self.home = home
+        self.sizes = {task.name: task.module.weight.nbytes for block in tasks for task in block}
+        self.bytes = [sum(self.sizes[task.name] for task in block) for block in tasks]
+        self.done, self.total = 0, sum(self.bytes) * (2 if steps else 1)
+
+    def _home(self, nbytes: int) -> torch.device:
+        if self.device.type == "cpu" or nbytes * _SHARE > torch.cuda.mem_get_info(self.device)[0]:
+            return torch.device("cpu")
+        return self.device
+
+    def step(self, index: int) -> dict[str, Any]:
+        """Solve one block, or read it if it is solved; take both streams behind it; tell how it went."""
+        block, tasks = self.blocks.modules[index], self.tasks[index]
+        block.to(self.device)
+        if self.device.type == "cpu":
+            block.float()
+        moved = {id(call): call.to(self.device) for call in self.calls[index]}
+        calls = [moved[id(call)] for call in self.calls[index]]
+        if self.steps:
+            self.dense = self._through(block, calls, self.dense)
+        found = read_block(self.job.folder, index)
+        if found is None:
+            report = self._solve(index, block, calls)
+        else:
+            tensors, report = found
+            _place(tasks, tensors)
+            self._advance(self.bytes[index] * (2 if self.steps else 1), f"block {index + 1} is there from an earlier run")
+        if index + 1 < len(self.blocks.modules):
+            self.pruned = self._through(block, calls, self.pruned)
+        block.to("meta")
+        self.calls[index] = []
+        return report
+
+    def _solve(self, index: int, block: nn.Module, calls: list[Call]) -> dict[str, Any]:
+        tasks, where = self.tasks[index], f"block {index + 1} of {len(self.tasks)}"
+        if not tasks:
+            return {"block": index, "layers": {}}
+        passes = [self._pass(block, call, batch) for call, batch in zip(calls, self.pruned, strict=True)]
+        self._advance(0, f"{where}: running the samples")
+        with torch.no_grad():
+            statistics = gather(tasks, passes)
+            solutions = solve_layers(tasks, statistics, _method(self.job), lambda name: self._advance(self.sizes[name], f"{where}: {name}"))
+            del statistics
+            _put(tasks, solutions)
+        report: dict[str, Any] = {"block": index}
+        if self.steps:
+            batches = Batches(self.pruned, self.dense, calls)
+            share, before = self.bytes[index] / self.steps, self.done
+            outcome = reconstruct(
+                block,
+                tasks,
+                solutions,
+                batches,
+                steps=self.steps,
+                seed=self.job.recipe.seed + index,
+                device=self.device,
+                notice=lambda step: self._reach(before + round(step * share), f"{where}: reconstruction"),
+            )
+            self._reach(before + self.bytes[index], f"{where}: reconstruction")
+            solutions = outcome.solutions
+            _put(tasks, solutions)
+            report |= {"error_before": outcome.before, "error_after": min(outcome.before, outcome.after)}
+        report["layers"] = {name: {"method": solution.method, "error": solution.error} for name, solution in solutions.items()}
+        write_block(self.job.folder, index, _tensors(solutions), report)
+        return report
+
+    @torch.no_grad()
+    def _through(self, block: nn.Module, calls: list[Call], stream: list[Tensor]) -> list[Tensor]:
+        return [call.run(block, batch.to(self.device)).to(self.home) for call, batch in zip(calls, stream, strict=True)]
+
+    def _pass(self, block: nn.Module, call: Call, batch: Tensor) -> Callable[[], Tensor]:
+        return lambda: call.run(block, batch.to(self.device))
+
+    def _advance(self, nbytes: int, what: str) -> None:
+        self._reach(self.done + nbytes, what)
+
+    def _reach(self, done: int, what: str) -> None:
+        self.done = done
+        self.job.progress(done, self.total, what)
+
+
+def _method(job: Job) -> str:
+    return "admm" if job.recipe.method == AUTO else str(job.recipe.method)
+
+
+def _steps(job: Job) -> int:
+    asked = job.recipe.reconstruction_steps
+    if asked is not None:
+        return asked
+    return RECONSTRUCTION_STEPS if job.recipe.method == AUTO and job.device != "cpu" else 0
+
+
+def _batch_size(samples: Samples) -> int:
+    count, length = samples.tokens.shape
+    return max(1, min(_BATCH_TOKENS // length, count // _BATCHES))
+
+
+def _check_vocabulary(model: nn.Module, samples: Samples) -> None:
+    known, largest = model.get_input_embeddings().num_embeddings, int(samples.tokens.max())
+    if largest >= known:
+        raise CheckpointError(f"{samples.description}: token {largest} is beyond the {known} that the model knows")
+
+
+def _tasks(job: Job, blocks: Blocks) -> list[list[Task]]:
+    """The layers to prune, block by block.
+
+    Raises:
+        UnsupportedError: some are no linear modules of the blocks.
+    """
+    stored = StoredTensors.read(blocks.model, [str(job.checkpoint.path / shard) for shard in job.checkpoint.shards])
+    plans: dict[str, LayerPlan] = {plan.layer.name: plan for plan in job.plans}
+    tasks: list[list[Task]] = []
+    for index, block in enumerate(blocks.modules):
+        names = {f"{blocks.name}.{index}.{name}": module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        known = [(plans.pop(stored.layer_name(name), None), module) for name, module in names.items()]
+        tasks.append([Task(plan.layer.name, module, plan.pattern, solved_scheme(plan)) for plan, module in known if plan is not None])
+    if plans:
+        name, *others = plans
+        more = f" and {len(others)} more" if others else ""
+        raise UnsupportedError(
+            f"layer {name}{more}: no linear module of the repeated blocks ({blocks.name}) has these weights, as fused experts and layers "
+            f"outside the blocks do not: leave them out with --ignore, or use --method magnitude"
+        )
+    return tasks
+
+
+def _widen_all_but(blocks: Blocks) -> None:
+    """Everything but the blocks in float32; blocks follow one by one."""
+    inside = {id(module) for block in blocks.modules for module in block.modules()}
+    for module in blocks.model.modules():
+        if id(module) not in inside:
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and tensor.is_floating_point():
+                    tensor.data = tensor.data.float()
+
+
+def _put(tasks: list[Task], solutions: dict[str, Solution]) -> None:
+    """Solved weights into the block that runs."""
+    for task in tasks:
+        task.module.weight.data = solutions[task.name].weight.to(task.module.weight.dtype)
+
+
+def _place(tasks: list[Task], tensors: dict[str, TensorInfo]) -> None:
+    """The same from a solved block's file."""
+    with TensorReader() as reader:
+        for task in tasks:
+            scale = tensors.get(f"{task.name}.weight_scale")
+            values = reader.read(tensors[f"{task.name}.weight"])
+            weight = dequantized(values, None if scale is None else reader.read(scale))
+            task.module.weight.data = weight.to(task.module.weight.device, task.module.weight.dtype)
+
+
+def _tensors(solutions: dict[str, Solution]) -> dict[str, Tensor]:
+    weights = {f"{name}.weight": solution.values for name, solution in solutions.items()}
+    return weights | {f"{name}.weight_scale": solution.scale for name, solution in solutions.items() if solution.scale is not None}
