@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ def main() -> None:
     if asked.list:
         print(*(f"{job.cell.name}: {', '.join(job.stages)}" for job in jobs), sep="\n")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the jobs' processes end, too
     (asked.out / "logs").mkdir(parents=True, exist_ok=True)
     prepare(asked, jobs)
     Study(asked, models, jobs).run()
@@ -146,7 +148,7 @@ class Study:
         content: dict[str, Any] = {"cell": job.cell.name, "stages": job.stages, "model": self.models[job.cell.model]}
         content |= {key: str(getattr(asked, key)) for key in ("data", "work", "out", "calibration", "device")}
         beside = math.ceil(asked.workers / max(len(self.gpus), 1))
-        content |= {"settings": asked.settings, "commit": self.commit, "share": 0.96 / beside}
+        content |= {"settings": asked.settings, "commit": self.commit, "share": 0.9 / beside}
         return [sys.executable, "-W", "ignore", str(HERE / "fill.py"), json.dumps(content)]
 
     def environment(self, slot: int) -> dict[str, str]:
@@ -188,9 +190,11 @@ class Study:
 
 
 def shown(stages: dict[str, Any], job: Job) -> str:
-    """The first value of each stage."""
+    """The value of each stage that counts most."""
     found = [(stage, stages[stage]) for stage in ("convert", *job.stages) if stage in stages]
-    return ", ".join(f"{stage} {record['values'][0]['value']:.4g} ({record['seconds']:.0f} s)" for stage, record in found)
+    values = {stage: {value["metric"]: value["value"] for value in record["values"]} for stage, record in found}
+    heads = {stage: values[stage].get(store.MAIN.get(stage), next(iter(values[stage].values()))) for stage, _ in found}
+    return ", ".join(f"{stage} {heads[stage]:.4g} ({record['seconds']:.0f} s)" for stage, record in found)
 
 
 def last_line(log: Path) -> str:
