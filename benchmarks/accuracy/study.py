@@ -178,7 +178,6 @@ class Study:
             print(f"{job.cell.name}: {took}; {shown(stages, job)}", flush=True)
         if job.cell.method != DENSE and not any(other.cell == job.cell for other in self.waiting):
             shutil.rmtree(self.asked.work / job.cell.file, ignore_errors=True)
-        store.collect(self.asked.out, self.asked.out / "results.csv")
 
     def stop(self) -> None:
         for each in self.running:
