@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ def prepare(asked: argparse.Namespace, jobs: list[Job]) -> None:
     asked.calibration = asked.calibration or asked.data / "text" / "wikitext2_train_part.txt"
     tasks = {stage for job in jobs for stage in job.stages} - {TEXT, TWIN}
     if tasks:
+        if find_spec("lm_eval") is None:
+            sys.exit("tasks need lm-eval: pip install 'slidesparse[eval]', or leave all of them out with --skip-tasks")
         write_tasks(asked.data / "tasks", asked.work / "tasks", only=tasks)
     settings = {key: getattr(asked, key) for key in ("samples", "length", "steps", "context", "max_tokens", "limit")}
     settings |= {"calibration": f"{asked.calibration.name} {sha256(asked.calibration)}", "seed": 0}
