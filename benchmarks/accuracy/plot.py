@@ -37,6 +37,8 @@ def picture(table: Path, place: Path) -> None:
                 axis.plot(*zip(*points, strict=True), color=COLOURS[method], marker=MARKERS[method], label=shown)
         axis.axhline(1, color="black", linewidth=1)
         axis.set_yscale("log")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(lambda value, _: f"{value:g}")
         axis.set_xticks([kept(pattern) for pattern in PATTERNS], [f"{pattern}\n{kept(pattern):.0f} %" for pattern in PATTERNS])
         axis.set_xlabel("pattern and weights kept")
         axis.set_title(f"{model}, bf16", fontsize="medium")
