@@ -150,7 +150,9 @@ class Run:
 
     def windows(self, model: Any) -> dict[str, int]:
         context = self.asked["settings"]["context"]
-        return {"context": context, "stride": context, "batch": windows_per_pass(context, model.config.vocab_size, model.device)}
+        most = windows_per_pass(context, model.config.vocab_size, model.device)
+        # Both models' logits lie there at once: processes that share a GPU take fewer windows.
+        return {"context": context, "stride": context, "batch": max(1, int(most * min(1, 4 * self.asked["share"])))}
 
     def score_tasks(self, tasks: list[str]) -> None:
         """Each task kept when it is done."""
