@@ -77,7 +77,7 @@ def dense(tmp_path):
         bos_token_id=None,
         eos_token_id=1,
     )
-    random_model(config, torch.bfloat16).save_pretrained(tmp_path / "dense")
+    random_model(config, torch.float32).save_pretrained(tmp_path / "dense")
     vocabulary = {"<pad>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
