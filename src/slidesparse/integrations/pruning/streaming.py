@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ...checkpoint.recipe import AUTO, RECONSTRUCTION_STEPS, LayerPlan
 from ...checkpoint.solved import Job, PruningReport, read_block, solved_scheme, write_block
 from ...checkpoint.tensorfile import TensorInfo, TensorReader
 from ...errors import CheckpointError, UnsupportedError
+from ...quant import check_finite
 from ..calibration import Samples, calibration_samples
 from ..transformers import open_model, open_tokenizer
 from ..transformers_files import StoredTensors
@@ -39,8 +41,8 @@ def solve(job: Job) -> PruningReport:
     recipe, path = job.recipe, job.checkpoint.path
     tokenizer = None if recipe.calibration.token_file() else open_tokenizer(path)
     samples = calibration_samples(tokenizer, recipe.calibration, recipe.seed)
-    model = open_model(path)
-    _check_vocabulary(model, samples)
+    model = _open(job)
+    _check_samples(model, samples)
     blocks = Blocks.of(model)
     tasks = _tasks(job, blocks)
     blocks.check(samples.tokens)
@@ -169,10 +171,25 @@ def _batch_size(samples: Samples) -> int:
     return max(1, min(_BATCH_TOKENS // length, count // _BATCHES))
 
 
-def _check_vocabulary(model: nn.Module, samples: Samples) -> None:
+def _open(job: Job) -> Any:
+    """The model, in a type that holds every layer's weights exactly: config.json may name a narrower one than the files have."""
+    model = open_model(job.checkpoint.path)
+    exact = reduce(torch.promote_types, (plan.layer.main.dtype for plan in job.plans), model.dtype)
+    return model if exact == model.dtype else open_model(job.checkpoint.path, exact)
+
+
+def _check_samples(model: Any, samples: Samples) -> None:
+    """Whether the model can take them.
+
+    Raises:
+        CheckpointError: token ids or positions that it does not know.
+    """
     known, largest = model.get_input_embeddings().num_embeddings, int(samples.tokens.max())
     if largest >= known:
         raise CheckpointError(f"{samples.description}: token {largest} is beyond the {known} that the model knows")
+    length, positions = samples.tokens.shape[1], getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise CheckpointError(f"samples of {length} tokens are longer than the {positions} that the model takes: give a smaller --length")
 
 
 def _tasks(job: Job, blocks: Blocks) -> list[list[Task]]:
@@ -180,6 +197,7 @@ def _tasks(job: Job, blocks: Blocks) -> list[list[Task]]:
 
     Raises:
         UnsupportedError: some are no linear modules of the blocks.
+        WeightError: NaN or Inf, before any work is done; names the layer.
     """
     stored = StoredTensors.read(blocks.model, [str(job.checkpoint.path / shard) for shard in job.checkpoint.shards])
     plans: dict[str, LayerPlan] = {plan.layer.name: plan for plan in job.plans}
@@ -195,6 +213,8 @@ def _tasks(job: Job, blocks: Blocks) -> list[list[Task]]:
             f"layer {name}{more}: no linear module of the repeated blocks ({blocks.name}) has these weights, as fused experts and layers "
             f"outside the blocks do not: leave them out with --ignore, or use --method magnitude"
         )
+    for task in (task for block in tasks for task in block):
+        check_finite(task.module.weight, f"layer {task.name}")
     return tasks
 
 
