@@ -49,11 +49,21 @@ def solve(job: Job) -> PruningReport:
     device = torch.device(job.device)
     if device.type == "cpu":
         _widen_all_but(blocks)
-    hidden, calls = blocks.enter(samples.tokens, _batch_size(samples))
-    stream = _Stream(job, blocks, tasks, device, _steps(job), calls, hidden, list(hidden))
-    report = PruningReport(_method(job) + (f" + {stream.steps} steps of reconstruction" if stream.steps else ""), samples.description)
-    for index in range(len(blocks.modules)):
-        report.blocks.append(stream.step(index))
+    steps = _steps(job)
+    told = f" + {steps} steps of reconstruction" if steps else ""
+    if steps and len(samples.tokens) == 1:
+        steps, told = 0, ", without reconstruction: a single sample leaves none to judge by"
+    # Nothing here holds on to the hidden states: the stream lets go of them batch by batch.
+    stream = _Stream(job, blocks, tasks, device, steps, *blocks.enter(samples.tokens, _batch_size(samples)))
+    report = PruningReport(_method(job) + told, samples.description)
+    for index in range(len(tasks)):
+        try:
+            report.blocks.append(stream.step(index))
+        except torch.OutOfMemoryError as error:
+            raise UnsupportedError(
+                f"the memory of {device} ran out at block {index + 1} of {len(tasks)}: free some and run the same command again to "
+                "resume, or give a smaller --length, or --device cpu"
+            ) from error
     return report
 
 
@@ -67,14 +77,13 @@ class _Stream:
         tasks: list[list[Task]],
         device: torch.device,
         steps: int,
+        hidden: list[Tensor],
         calls: list[list[Call]],
-        pruned: list[Tensor],
-        dense: list[Tensor],
     ) -> None:
         self.job, self.blocks, self.tasks, self.device, self.steps, self.calls = job, blocks, tasks, device, steps, calls
-        home = self._home(sum(batch.nbytes for batch in pruned + dense))
-        self.pruned, self.dense = ([batch.to(home) for batch in stream] for stream in (pruned, dense))
-        self.home = home
+        self.home = self._home(sum(batch.nbytes for batch in hidden) * (2 if steps else 1))
+        self.pruned = [batch.to(self.home) for batch in hidden]
+        self.dense = list(self.pruned) if steps else []
         self.sizes = {task.name: task.module.weight.nbytes for block in tasks for task in block}
         self.bytes = [sum(self.sizes[task.name] for task in block) for block in tasks]
         self.done, self.total = 0, sum(self.bytes) * (2 if steps else 1)
@@ -93,7 +102,7 @@ class _Stream:
         moved = {id(call): call.to(self.device) for call in self.calls[index]}
         calls = [moved[id(call)] for call in self.calls[index]]
         if self.steps:
-            self.dense = self._through(block, calls, self.dense)
+            self._through(block, calls, self.dense)
         found = read_block(self.job.folder, index)
         if found is None:
             report = self._solve(index, block, calls)
@@ -102,7 +111,7 @@ class _Stream:
             _place(tasks, tensors)
             self._advance(self.bytes[index] * (2 if self.steps else 1), f"block {index + 1} is there from an earlier run")
         if index + 1 < len(self.blocks.modules):
-            self.pruned = self._through(block, calls, self.pruned)
+            self._through(block, calls, self.pruned)
         block.to("meta")
         self.calls[index] = []
         return report
@@ -141,8 +150,10 @@ class _Stream:
         return report
 
     @torch.no_grad()
-    def _through(self, block: nn.Module, calls: list[Call], stream: list[Tensor]) -> list[Tensor]:
-        return [call.run(block, batch.to(self.device)).to(self.home) for call, batch in zip(calls, stream, strict=True)]
+    def _through(self, block: nn.Module, calls: list[Call], stream: list[Tensor]) -> None:
+        """Put the hidden states behind the block in the place of those in front of it."""
+        for number, call in enumerate(calls):
+            stream[number] = call.run(block, stream[number].to(self.device)).to(self.home)
 
     def _pass(self, block: nn.Module, call: Call, batch: Tensor) -> Callable[[], Tensor]:
         return lambda: call.run(block, batch.to(self.device))
