@@ -35,3 +35,7 @@ class OutputExistsError(CheckpointError):
 
 class UnsupportedError(SlideSparseError):
     """An explicit request that cannot run here; the message says why."""
+
+
+class EvaluationError(SlideSparseError):
+    """Tasks, a text or a reference that an evaluation cannot go on with."""

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from .. import __version__, env
 from ..errors import SlideSparseError
-from . import examine, produce, run, tuning
+from . import evaluating, examine, produce, run, tuning
 
 app = typer.Typer(
     name="slidesparse",
@@ -43,7 +43,7 @@ app.command()(examine.inspect)
 app.command()(examine.verify)
 app.command()(tuning.tune)
 app.command()(run.generate)
-app.command(name="eval")(run.eval_)
+app.command(name="eval")(evaluating.eval_)
 app.command()(examine.doctor)
 
 

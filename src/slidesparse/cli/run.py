@@ -1,10 +1,8 @@
-"""generate and eval: run a model, packed or dense, through transformers."""
+"""generate: run a model, packed or dense, through transformers; and the options of every command that runs one."""
 
 from __future__ import annotations
 
-import dataclasses
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,7 +41,7 @@ def generate(
     hide_progress_bars()  # the status line is ours
 
     with screen.err.status(f"loading {escape(str(model))}"):
-        network, tokenizer = load(model, device=_device(device), memory=memory)
+        network, tokenizer = load(model, device=checked_device(device), memory=memory)
     with screen.err.status("generating"):
         text = complete(network, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed)
     if json:
@@ -52,40 +50,7 @@ def generate(
         print(text if chat else prompt + text)
 
 
-def eval_(
-    model: Model,
-    text: Annotated[Path, typer.Option(help="UTF-8 text file.", show_default=False)],
-    context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
-    stride: Annotated[int, typer.Option(min=1, help="Tokens by which the window moves; each token is scored once.")] = 512,
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="Use only the first tokens of the text.", show_default=False)] = None,
-    device: DeviceOption = "auto",
-    memory: MemoryOption = Memory.fast,
-    json: Json = False,
-) -> None:
-    """Perplexity on a text, with context and stride stated."""
-    from ..evaluate import check_fits, perplexity, read_text, tokenize_file
-    from ..integrations.transformers import hide_progress_bars, load
-
-    hide_progress_bars()  # the status line is ours
-
-    if stride > context:
-        raise typer.BadParameter(f"--stride {stride} is larger than --context {context}: tokens between windows would not be scored")
-    read_text(text)  # before the model, which takes longer
-    with screen.err.status(f"loading {escape(str(model))}"):
-        network, tokenizer = load(model, device=_device(device), memory=memory)
-    tokens = tokenize_file(tokenizer, text, max_tokens=max_tokens)
-    check_fits(network, tokens, min(context, tokens.numel()))
-    with screen.progress("evaluating", count=True) as progress:
-        result = perplexity(network, tokens, context=context, stride=stride, progress=progress)
-    if json:
-        screen.print_json({"model": str(model), "text": str(text)} | dataclasses.asdict(result))
-    else:
-        screen.out.print(
-            f"perplexity {result.perplexity:.4f}  ({result.tokens} tokens scored, context {result.context}, stride {result.stride})"
-        )
-
-
-def _device(name: str) -> str:
+def checked_device(name: str) -> str:
     """The name itself, if there is such a device here."""
     import torch
 

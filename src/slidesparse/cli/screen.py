@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,29 @@ def say(text: str) -> None:
 
 
 def print_json(data: Any) -> None:
-    """One JSON document on stdout: dataclasses as objects, paths as strings."""
+    """One JSON document on stdout."""
+    print(json_text(data))
+
+
+def json_text(data: Any) -> str:
+    """One JSON document: dataclasses as objects, paths as strings."""
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
         data = dataclasses.asdict(data)
-    print(
-        json.dumps(_finite(data), indent=2, allow_nan=False, default=lambda value: str(value) if isinstance(value, Path) else repr(value))
-    )
+    return json.dumps(_finite(data), indent=2, allow_nan=False, default=lambda each: str(each) if isinstance(each, Path) else repr(each))
+
+
+@contextmanager
+def stdout_on_stderr() -> Iterator[None]:
+    """What libraries print, and the processes they start, goes to stderr, so that stdout holds the report alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _finite(data: Any) -> Any:

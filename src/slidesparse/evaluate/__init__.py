@@ -1,6 +1,18 @@
-"""Running and scoring models: perplexity, and continuing a prompt."""
+"""Running and scoring models: perplexity, distance from a reference, scores on tasks, and continuing a prompt."""
 
+from .divergence import DivergenceResult, divergence
 from .generation import check_fits, complete, read_text, tokenize_file
 from .perplexity import PerplexityResult, perplexity
+from .windows import windows_per_pass
 
-__all__ = ["PerplexityResult", "check_fits", "complete", "perplexity", "read_text", "tokenize_file"]
+__all__ = [
+    "DivergenceResult",
+    "PerplexityResult",
+    "check_fits",
+    "complete",
+    "divergence",
+    "perplexity",
+    "read_text",
+    "tokenize_file",
+    "windows_per_pass",
+]

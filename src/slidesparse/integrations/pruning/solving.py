@@ -28,12 +28,11 @@ class Task:
 
 @dataclass
 class Solution:
-    """A pruned layer: ``weight`` float32 ``[N, K]`` is what ``values`` and ``scale``, as stored, stand for."""
+    """A pruned layer: ``weight`` float32 ``[N, K]`` is what ``values`` and ``scale``, as stored, stand for; ``error`` is its output's."""
 
     weight: Tensor
     values: Tensor
     scale: Tensor | None
-    method: str
     error: float
 
 
@@ -85,8 +84,6 @@ def solve_layers(
 ) -> dict[str, Solution]:
     """Prune and round every layer, by name; layers with the same inputs and pattern are solved together.
 
-    For ``admm`` SparseGPT is tried as well, and each layer keeps the weights with the smaller output error.
-
     Args:
         notice: called with each layer's name when it is done.
 
@@ -108,25 +105,17 @@ def solve_layers(
 
 
 def _solve_group(tasks: list[Task], statistics: Statistics, method: str) -> dict[str, Solution]:
-    sizes = [task.module.weight.shape[0] for task in tasks]
-    whole = torch.cat([task.module.weight.detach().float() for task in tasks])
-    tried = (method, "sparsegpt") if method == "admm" else (method,)
-    pruned = {name: prune(whole, tasks[0].pattern, name, statistics=statistics).split(sizes) for name in tried}
+    weights = [task.module.weight.detach().float() for task in tasks]
+    pruned = prune(torch.cat(weights), tasks[0].pattern, method, statistics=statistics).split([len(weight) for weight in weights])
     solutions = {}
-    for index, (task, weight) in enumerate(zip(tasks, whole.split(sizes), strict=True)):
-        errors = {name: layer_error(weight, parts[index], statistics) for name, parts in pruned.items()}
-        best = min(errors, key=errors.__getitem__)
-        solutions[task.name] = _stored(task, weight, pruned[best][index], statistics, best)
+    for task, weight, solution in zip(tasks, weights, pruned, strict=True):
+        if task.scheme is not None and task.scheme.dynamic and method_named(method).corrects:
+            values, scale = round_to_grid(solution, weight, statistics, task.scheme)
+        else:
+            values, scale = round_nearest(solution, task.scheme)
+        meant = dequantized(values, scale)
+        solutions[task.name] = Solution(meant, values, scale, layer_error(weight, meant, statistics))
     return solutions
-
-
-def _stored(task: Task, weight: Tensor, solution: Tensor, statistics: Statistics, method: str) -> Solution:
-    if task.scheme is not None and task.scheme.dynamic and method_named(method).corrects:
-        values, scale = round_to_grid(solution, weight, statistics, task.scheme)
-    else:
-        values, scale = round_nearest(solution, task.scheme)
-    meant = dequantized(values, scale)
-    return Solution(meant, values, scale, method, layer_error(weight, meant, statistics))
 
 
 def round_nearest(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, Tensor | None]:
