@@ -225,7 +225,7 @@ def _tasks(job: Job, blocks: Blocks) -> list[list[Task]]:
             f"outside the blocks do not: leave them out with --ignore, or use --method magnitude"
         )
     for task in (task for block in tasks for task in block):
-        check_finite(task.module.weight, f"layer {task.name}")
+        check_finite(task.module.weight.detach(), f"layer {task.name}")
     return tasks
 
 
