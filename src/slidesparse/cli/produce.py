@@ -86,9 +86,7 @@ Samples = Annotated[int, typer.Option(min=1, help="Calibration samples, where th
 Length = Annotated[int, typer.Option(min=1, help="Tokens of each calibration sample.")]
 Reconstruct = Annotated[
     int | None,
-    typer.Option(
-        min=0, help="Steps that fit each pruned block to the dense model's output; auto takes 300 on a GPU.", show_default=False
-    ),
+    typer.Option(min=0, help="Steps that fit each pruned block to the dense model's output; auto takes 300 on a GPU.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(help="Of random pruning, and of the choice of calibration samples.")]
@@ -185,7 +183,7 @@ def convert(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Prune, quantise and pack in one streaming pass."""
+    """Prune, quantise and pack in one go."""
     from ..checkpoint import Calibration, Recipe
 
     recipe = Recipe(
@@ -253,7 +251,7 @@ def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwr
 def _tell(pruning: PruningReport) -> None:
     """How a calibrated method went, in a few lines; the rest is in the report beside the weights."""
     errors = [layer["error"] for layer in pruning.layers.values()]
-    screen.say(f"  pruned by {pruning.method} on {pruning.calibration}")
+    screen.say(f"  pruned by {pruning.method}; {pruning.calibration}")
     screen.say(f"  output error of the layers: {sum(errors) / max(len(errors), 1):.2%} on average, {max(errors, default=0.0):.2%} at most")
     fitted = [block for block in pruning.blocks if "error_after" in block]
     if fitted:
