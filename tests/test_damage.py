@@ -23,6 +23,8 @@ from slidesparse.errors import CheckpointError
 from slidesparse.pattern import Pattern
 
 LAYER = "model.layers.1.self_attn.q_proj"
+CONVERT = ("convert", "--method", "magnitude")
+"""These models have random tensors and no tokenizer: nothing to calibrate with."""
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def refused(result: tuple[int, str, str], *words: str, code: int = 1) -> None:
 def test_truncated_file(run, dense, tmp_path):
     file = dense / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    refused(run("convert", dense, tmp_path / "out"), "model.safetensors", "truncated", "100 bytes")
+    refused(run(*CONVERT, dense, tmp_path / "out"), "model.safetensors", "truncated", "100 bytes")
     file.write_bytes(b"\x00\x01")
     refused(run("inspect", dense), "truncated or not a safetensors file")
     file.write_bytes(b"<html>not found</html>")
@@ -85,13 +87,13 @@ def test_missing_shard_and_index_outside_the_folder(run, tmp_path):
     original = index.read_text()
     moved = tmp_path / "model-00002-of-00003.safetensors"
     shutil.move(source / moved.name, moved)
-    refused(run("convert", source, tmp_path / "out"), moved.name, "missing")
+    refused(run(*CONVERT, source, tmp_path / "out"), moved.name, "missing")
     index.write_text(original.replace(moved.name, f"../{moved.name}"))
-    refused(run("convert", source, tmp_path / "out"), "outside the folder", f"../{moved.name}")
+    refused(run(*CONVERT, source, tmp_path / "out"), "outside the folder", f"../{moved.name}")
     index.write_text(original.replace(moved.name, "model-00001-of-00003.safetensors"))
-    refused(run("convert", source, tmp_path / "out"), "does not hold it")
+    refused(run(*CONVERT, source, tmp_path / "out"), "does not hold it")
     index.write_text('{"weight_map": 3}')
-    refused(run("convert", source, tmp_path / "out"), "index.json")
+    refused(run(*CONVERT, source, tmp_path / "out"), "index.json")
 
 
 def test_not_a_model(run, tmp_path, dense):
@@ -108,13 +110,13 @@ def test_wrong_dtype_and_transposed_or_foreign_weights(run, tmp_path):
     tensors = models.llama_tensors()
     tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"].to(torch.int8)
     source = models.write(tmp_path / "a", tensors)
-    status, _, _ = run("convert", source, tmp_path / "out", "--json")
+    status, _, _ = run(*CONVERT, source, tmp_path / "out", "--json")
     assert status == 0  # an integer matrix without a scale is no linear layer: it is copied
     tensors[f"{LAYER}.weight_scale"] = torch.ones(64, 1)
-    refused(run("convert", models.write(tmp_path / "b", tensors), tmp_path / "no"), LAYER, "config.json does not say how")
+    refused(run(*CONVERT, models.write(tmp_path / "b", tensors), tmp_path / "no"), LAYER, "config.json does not say how")
     config = models.LLAMA | {"quantization_config": {"quant_method": "gptq"}}
-    refused(run("convert", models.write(tmp_path / "c", None, config), tmp_path / "no"), "gptq")
-    refused(run("convert", models.write(tmp_path / "d", None, models.LLAMA | {"model_type": "gpt2"}), tmp_path / "no"), "transposed")
+    refused(run(*CONVERT, models.write(tmp_path / "c", None, config), tmp_path / "no"), "gptq")
+    refused(run(*CONVERT, models.write(tmp_path / "d", None, models.LLAMA | {"model_type": "gpt2"}), tmp_path / "no"), "transposed")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -123,7 +125,7 @@ def test_weights_that_are_not_finite(run, tmp_path, value):
     tensors[f"{LAYER}.weight"][511, 3] = value
     source = models.write(tmp_path / "dense", tensors)
     for arguments in (["--scheme", "int8"], ["--scheme", "bf16"], []):
-        refused(run("convert", source, tmp_path / "out", *arguments), LAYER, "row 511, column 3", str(value))
+        refused(run(*CONVERT, source, tmp_path / "out", *arguments), LAYER, "row 511, column 3", str(value))
     assert not (tmp_path / "out").exists()
 
 
@@ -190,44 +192,44 @@ def test_config_that_the_tensors_contradict(run, packed):
 
 def test_output_is_never_replaced_by_accident(run, dense, tmp_path):
     out = tmp_path / "out"
-    assert run("convert", dense, out)[0] == 0
+    assert run(*CONVERT, dense, out)[0] == 0
     before = (out / "model.safetensors").read_bytes()
-    refused(run("convert", dense, out), "exists already", "--overwrite")
+    refused(run(*CONVERT, dense, out), "exists already", "--overwrite")
     assert (out / "model.safetensors").read_bytes() == before
-    assert run("convert", dense, out, "--scheme", "int8", "--overwrite")[0] == 0
+    assert run(*CONVERT, dense, out, "--scheme", "int8", "--overwrite")[0] == 0
     assert (out / "model.safetensors").read_bytes() != before
     assert {file.name for file in tmp_path.iterdir()} == {"dense", "out"}
-    refused(run("convert", dense, dense, "--overwrite"), "overlap")
-    refused(run("convert", dense, tmp_path, "--overwrite"), "overlap")
-    refused(run("convert", dense, dense / "inside"), "overlap")
+    refused(run(*CONVERT, dense, dense, "--overwrite"), "overlap")
+    refused(run(*CONVERT, dense, tmp_path, "--overwrite"), "overlap")
+    refused(run(*CONVERT, dense, dense / "inside"), "overlap")
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    refused(run("convert", dense, precious, "--overwrite"), "not a checkpoint")
+    refused(run(*CONVERT, dense, precious, "--overwrite"), "not a checkpoint")
     assert (precious / "thesis.txt").exists()
 
 
 def test_disk_full_before_and_during(run, dense, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
-    refused(run("convert", dense, tmp_path / "out"), "GB free")
+    refused(run(*CONVERT, dense, tmp_path / "out"), "GB free")
     monkeypatch.undo()
 
     def full(*arguments: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tensorfile.os, "pwrite", full)
-    refused(run("convert", dense, tmp_path / "out"), "full", "resume")
+    refused(run(*CONVERT, dense, tmp_path / "out"), "full", "resume")
     monkeypatch.undo()
     assert not (tmp_path / "out").exists() and not list((tmp_path / "out.incomplete").glob("*.safetensors*"))
-    assert run("convert", dense, tmp_path / "out")[0] == 0
+    assert run(*CONVERT, dense, tmp_path / "out")[0] == 0
 
 
 def test_output_that_cannot_be_written(run, dense, tmp_path):
     (tmp_path / "file").write_text("")
-    refused(run("convert", dense, tmp_path / "file" / "out"), "cannot write", "Not a directory")
+    refused(run(*CONVERT, dense, tmp_path / "file" / "out"), "cannot write", "Not a directory")
     if os.geteuid() != 0:
         (tmp_path / "readonly").mkdir(mode=0o555)
-        refused(run("convert", dense, tmp_path / "readonly" / "out"), "cannot write")
+        refused(run(*CONVERT, dense, tmp_path / "readonly" / "out"), "cannot write")
 
 
 def test_interrupted_runs_leave_nothing_whole_and_resume(run, tmp_path, monkeypatch):
@@ -242,13 +244,13 @@ def test_interrupted_runs_leave_nothing_whole_and_resume(run, tmp_path, monkeypa
         original(self, path, *rest)
 
     monkeypatch.setattr(tensorfile.TensorWriter, "__init__", stop_at_third)
-    refused(run("convert", source, tmp_path / "out"), "interrupted", "run again", code=130)
+    refused(run(*CONVERT, source, tmp_path / "out"), "interrupted", "run again", code=130)
     monkeypatch.setattr(tensorfile.TensorWriter, "__init__", original)
     remains = tmp_path / "out.incomplete"
     assert not (tmp_path / "out").exists() and not (remains / "config.json").exists()
     refused(run("inspect", remains), "no config.json")
-    refused(run("convert", source, tmp_path / "out", "--scheme", "int8"), "different run")
-    status, out, _ = run("convert", source, tmp_path / "out")
+    refused(run(*CONVERT, source, tmp_path / "out", "--scheme", "int8"), "different run")
+    status, out, _ = run(*CONVERT, source, tmp_path / "out")
     assert status == 0 and "2 shards" in out and not remains.exists()
     convert(source, tmp_path / "straight", Recipe(Pattern.parse("6:8"), "magnitude"))
     resumed, straight = models.read(tmp_path / "out"), models.read(tmp_path / "straight")
@@ -259,14 +261,14 @@ def test_two_runs_do_not_write_the_same_output(run, dense, tmp_path):
     from slidesparse.checkpoint.staging import Staging
 
     with Staging(tmp_path / "out", dense, {}, False):
-        refused(run("convert", dense, tmp_path / "out"), "another run")
+        refused(run(*CONVERT, dense, tmp_path / "out"), "another run")
 
 
 def test_ctrl_c_for_real(tmp_path):
     tensors = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(2048, 1024).bfloat16() for i in range(60)}
     source = models.write(tmp_path / "dense", tensors)
     out = tmp_path / "out"
-    command = [sys.executable, "-c", "from slidesparse.cli import main; main()", "convert", str(source), str(out)]
+    command = [sys.executable, "-c", "from slidesparse.cli import main; main()", *CONVERT, str(source), str(out)]
     # A shell that runs the tests in the background has told its children to ignore the signal.
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(), preexec_fn=listen)
@@ -281,14 +283,14 @@ def test_ctrl_c_for_real(tmp_path):
 
 def test_usage_errors_exit_with_two(run, dense, tmp_path):
     for arguments in (["--pattern", "5:8"], ["--pattern", "six"], ["--scheme", "int4"], ["--nonsense"]):
-        status, _, err = run("convert", dense, tmp_path / "out", *arguments)
+        status, _, err = run(*CONVERT, dense, tmp_path / "out", *arguments)
         assert status == 2 and err, arguments
     assert run("convert")[0] == 2
-    refused(run("convert", dense, tmp_path / "out", "--ignore", "re:("), "bad regular expression")
+    refused(run(*CONVERT, dense, tmp_path / "out", "--ignore", "re:("), "bad regular expression")
 
 
 def test_json_output_is_json(run, dense, packed, tmp_path):
-    for arguments in (["inspect", packed], ["verify", packed], ["doctor"], ["convert", dense, tmp_path / "o"]):
+    for arguments in (["inspect", packed], ["verify", packed], ["doctor"], [*CONVERT, dense, tmp_path / "o"]):
         status, out, _ = run(*arguments, "--json")
         assert status == 0 and json.loads(out)
 

@@ -221,8 +221,8 @@ def test_the_command_line_takes_a_file(run, tmp_path, dense):
     wanted = {layer: str(expected(layer)) for layer in layers_of(dense)}
     masked = tmp_path / "prune"
     for command, source, *options in (
-        ("prune", dense),
-        ("convert", dense, "--scheme", "int8"),
+        ("prune", dense, "--method", "magnitude"),
+        ("convert", dense, "--method", "magnitude", "--scheme", "int8"),
         ("pack", masked, "--pattern", "6:8"),
     ):
         code, out, err = run(command, source, tmp_path / command, "--overrides", file, "--json", *options)

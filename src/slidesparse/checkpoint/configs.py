@@ -27,7 +27,7 @@ def output_config(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan]
     ignore += [] if "lm_head" in converted or "lm_head" in ignore else ["lm_head"]
     pattern, overrides = _common_pattern(plans)
     scheme = plans[0].scheme
-    if scheme is not None and scheme.name in _CONFIG_DTYPE and any(plan.requantize for plan in plans):
+    if scheme is not None and scheme.name in _CONFIG_DTYPE and any(plan.scheme is not plan.layer.scheme for plan in plans):
         # The weights' new type is the model's: a loader would cast them, or all activations, from the old one.
         for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
             config[key] = _CONFIG_DTYPE[scheme.name]

@@ -19,7 +19,7 @@ from ..format import VERSION
 from .configs import output_config
 from .layers import Form
 from .recipe import LayerPlan, Recipe, plan_layers
-from .solved import REPORT, Job, PruningReport, Solver, remove_blocks, with_solved
+from .solved import REPORT, Job, PruningReport, Solver, read_report, remove_blocks, solved_bytes, with_solved
 from .source import INDEX, Checkpoint
 from .staging import Staging, write_json
 from .tensorfile import DTYPE_NAMES, TensorInfo, TensorReader, TensorWriter, read_header
@@ -76,7 +76,7 @@ def convert(
     Peak memory is a few blocks of rows, whatever the model's size. ``out`` appears whole or not at all; an interrupted run leaves
     ``out.incomplete``, which the same call resumes. ``device`` is where the arithmetic runs (``auto``: a GPU if there is one); the
     result is bitwise the same. Calibrated methods run the model: ``solver`` does, which `slidesparse.convert` brings along; its memory
-    is that of the model on the host and of one block on the device.
+    is that of the model on the host and of one block on the device, and its result depends on the kind of device.
 
     Raises:
         CheckpointError: a source that cannot be read, an output that exists, a full or read-only disk.
@@ -95,10 +95,12 @@ def convert(
         with staging, TensorReader() as reader:
             if not recipe.calibrated or solver is None:
                 return _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging)
-            _check_room(staging.path, 2 * sum(plan.layer.nbytes for plan in plans))
-            pruning = solver(Job(checkpoint, recipe, tuple(plans), staging.path, device, progress))
+            pruning = read_report(staging.path)
+            if pruning is None:
+                _check_room(staging.path, _bytes_with_solved(checkpoint, recipe, plans) - staging.nbytes)
+                pruning = solver(Job(checkpoint, recipe, tuple(plans), staging.path, device, progress))
+                write_json(staging.path / REPORT, asdict(pruning))
             plans, others = with_solved(plans, staging.path)
-            write_json(staging.path / REPORT, asdict(pruning))
             report = _Conversion(checkpoint, recipe, plans, reader, device, progress, others).run(staging)
             return replace(report, pruning=pruning)
     except OSError as error:
@@ -194,7 +196,7 @@ class _Conversion:
     def _report(self, out: Path, bytes_out: int, resumed: int) -> ConversionReport:
         layers = []
         for plan in self.plans.values():
-            size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in output_specs(plan, self.recipe))
+            size = _output_bytes(plan, self.recipe)
             scheme = plan.scheme.name if plan.scheme else "fp32"
             layer, pattern = plan.layer, str(plan.pattern or "none")
             layers.append(ConvertedLayer(layer.name, layer.n, layer.k, scheme, pattern, layer.nbytes, size))
@@ -213,6 +215,16 @@ def _device(name: str, recipe: Recipe) -> str:
     if recipe.method == "random" or gpus == 0:
         return "cpu"
     return "cuda" if name == "auto" else name
+
+
+def _output_bytes(plan: LayerPlan, recipe: Recipe) -> int:
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in output_specs(plan, recipe))
+
+
+def _bytes_with_solved(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan]) -> int:
+    """What a calibrated conversion takes on disk before its solved blocks are removed."""
+    rest = checkpoint.nbytes - sum(plan.layer.nbytes for plan in plans)
+    return rest + sum(solved_bytes(plan) + _output_bytes(plan, recipe) for plan in plans)
 
 
 def _check_room(path: Path, needed: int) -> None:

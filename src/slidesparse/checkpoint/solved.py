@@ -77,6 +77,12 @@ def read_block(folder: Path, index: int) -> tuple[dict[str, TensorInfo], dict[st
     return tensors, json.loads(metadata[_METADATA])
 
 
+def read_report(folder: Path) -> PruningReport | None:
+    """The report that an earlier run left once all its blocks were solved, None where there is none."""
+    path = folder / REPORT
+    return PruningReport(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
 def remove_blocks(folder: Path) -> None:
     """Remove every solved block."""
     for path in folder.glob(_NAME.replace("{:05d}", "*")):
@@ -98,3 +104,9 @@ def with_solved(plans: list[LayerPlan], folder: Path) -> tuple[list[LayerPlan], 
 def solved_scheme(plan: LayerPlan) -> Scheme | None:
     """How a solver stores a layer: as the output will, nvfp4 excepted, which the conversion rounds to."""
     return plan.layer.scheme if plan.scheme is not None and plan.scheme.pair else plan.scheme
+
+
+def solved_bytes(plan: LayerPlan) -> int:
+    """Bytes of a solved layer, scales included."""
+    scheme, n, k = solved_scheme(plan), plan.layer.n, plan.layer.k
+    return n * k * 4 if scheme is None else n * k * scheme.dtype.itemsize + (n * 4 if scheme.dynamic else 0)

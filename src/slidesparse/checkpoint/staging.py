@@ -60,6 +60,11 @@ class Staging:
                 self.path.rmdir()
         os.close(self._lock)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files that are there."""
+        return sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
+
     def commit(self, config: dict[str, Any]) -> None:
         """Write config.json last and give the directory its name; what stood there before goes only after that.
 

@@ -54,7 +54,7 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code != 130:
             raise
-        _fail("interrupted; run again to go on: a conversion from its last finished shard, a plan from its last cell", 130)
+        _fail("interrupted; run again to go on: a conversion from its last finished shard or block, a plan from its last cell", 130)
     except (SlideSparseError, ValueError, OSError) as error:
         if env.debug():
             raise

@@ -86,9 +86,7 @@ Samples = Annotated[int, typer.Option(min=1, help="Calibration samples, where th
 Length = Annotated[int, typer.Option(min=1, help="Tokens of each calibration sample.")]
 Reconstruct = Annotated[
     int | None,
-    typer.Option(
-        min=0, help="Steps that fit each pruned block to the dense model's output; auto takes 300 on a GPU.", show_default=False
-    ),
+    typer.Option(min=0, help="Steps that fit each pruned block to the dense model's output; auto takes 300 on a GPU.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(help="Of random pruning, and of the choice of calibration samples.")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ...errors import UnsupportedError
 
 _PROBE = 16
 """Tokens of the forward pass that shows how blocks hand over to each other."""
+_HIDDEN = "hidden_states"
 
 
 class _Enough(Exception):
@@ -68,19 +69,29 @@ class Blocks:
         return cls(model, best, list(model.get_submodule(best)))
 
     def check(self, tokens: Tensor) -> None:
-        """Whether every block gets what the block before it gives, and nothing else that blocks compute; ``tokens [S, L]``.
+        """Whether every block gets what the block before it gives, and nothing else that depends on tokens; ``tokens [S, L]``.
 
         Raises:
-            UnsupportedError: it does not, so the blocks cannot be run one by one.
+            UnsupportedError: the model does not run, or its blocks cannot be run one by one.
         """
+        probe = tokens[:1, :_PROBE]
+        calls = self._watch(probe)
+        for other in (probe, probe.flip(1)):
+            for index, (call,) in enumerate(self.enter(other, 1)[1]):
+                if not _same((call.args, call.kwargs), (calls[index].args, calls[index].kwargs)):
+                    self._refuse(f"block {index} of {self.name} gets more than hidden states from the tokens or from other blocks")
+
+    def _watch(self, probe: Tensor) -> list[Call]:
+        """The calls of all blocks in a forward pass of the model as it is."""
         given: list[Tensor] = []
-        problem: list[str] = []
+        calls: list[Call] = []
 
         def before(index: int) -> Callable[..., None]:
             def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                hidden, _ = _split(args, kwargs)
-                if index != len(given) or (given and not torch.equal(given[-1], hidden)):
-                    problem.append(f"block {index} of {self.name} gets other hidden states than the block before it gives")
+                hidden, call = self._split(args, kwargs)
+                if index != len(given) or (given and given[-1] is not hidden and not torch.equal(given[-1], hidden)):
+                    self._refuse(f"block {index} of {self.name} gets other hidden states than the block before it gives")
+                calls.append(call)
 
             return look
 
@@ -92,13 +103,33 @@ class Blocks:
         handles += [block.register_forward_hook(after) for block in self.modules]
         try:
             with torch.no_grad():
-                self.model(input_ids=tokens[:1, :_PROBE], use_cache=False)
+                self._run(probe)
         finally:
             for handle in handles:
                 handle.remove()
-        if problem or len(given) != len(self.modules):
-            told = problem[0] if problem else f"{len(given)} of {len(self.modules)} blocks of {self.name} ran"
-            raise UnsupportedError(f"{type(self.model).__name__}: {told}: calibrated pruning cannot follow it, use --method magnitude")
+        if len(given) != len(self.modules):
+            self._refuse(f"{len(given)} of {len(self.modules)} blocks of {self.name} ran")
+        return calls
+
+    def _run(self, tokens: Tensor) -> None:
+        try:
+            self.model(input_ids=tokens, use_cache=False)
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            self._refuse(f"it does not run on {tokens.shape[1]} tokens ({reason})", error)
+
+    def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+        """Hidden states and the rest of a block's arguments."""
+        if args and isinstance(args[0], Tensor):
+            return args[0], Call(args[1:], dict(kwargs), None)
+        if not isinstance(kwargs.get(_HIDDEN), Tensor):
+            self._refuse(f"the blocks of {self.name} are not called with hidden states")
+        return kwargs[_HIDDEN], Call(args, {name: value for name, value in kwargs.items() if name != _HIDDEN}, _HIDDEN)
+
+    def _refuse(self, told: str, cause: Exception | None = None) -> NoReturn:
+        raise UnsupportedError(
+            f"{type(self.model).__name__}: {told}: calibrated pruning cannot follow it, use --method magnitude"
+        ) from cause
 
     @torch.no_grad()
     def enter(self, tokens: Tensor, size: int) -> tuple[list[Tensor], list[list[Call]]]:
@@ -112,7 +143,7 @@ class Blocks:
         for number, batch in enumerate(tokens.split(size)):
             seen = known.setdefault(len(batch), number)
             with self._bypassed(hidden, calls, first_only=seen != number), suppress(_Enough):
-                self.model(input_ids=batch, use_cache=False)
+                self._run(batch)
             if seen != number:
                 for own in calls:
                     own.append(own[seen])
@@ -125,7 +156,7 @@ class Blocks:
 
         def bypass(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                states, call = _split(args, kwargs)
+                states, call = self._split(args, kwargs)
                 if index == 0:
                     hidden.append(states)
                 if not first_only:
@@ -145,13 +176,6 @@ class Blocks:
                 del block.forward
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    if args and isinstance(args[0], Tensor):
-        return args[0], Call(args[1:], dict(kwargs), None)
-    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    return kwargs["hidden_states"], Call(args, others, "hidden_states")
-
-
 def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
@@ -164,3 +188,16 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_moved(item, device) for item in value)
     return value
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two blocks' arguments are equal, as far as tensors, numbers, text and what they are kept in can tell."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b if isinstance(a, bool | int | float | str) else True

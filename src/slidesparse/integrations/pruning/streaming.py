@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ...checkpoint.recipe import AUTO, RECONSTRUCTION_STEPS, LayerPlan
 from ...checkpoint.solved import Job, PruningReport, read_block, solved_scheme, write_block
 from ...checkpoint.tensorfile import TensorInfo, TensorReader
 from ...errors import CheckpointError, UnsupportedError
+from ...quant import check_finite
 from ..calibration import Samples, calibration_samples
 from ..transformers import open_model, open_tokenizer
 from ..transformers_files import StoredTensors
@@ -39,19 +41,29 @@ def solve(job: Job) -> PruningReport:
     recipe, path = job.recipe, job.checkpoint.path
     tokenizer = None if recipe.calibration.token_file() else open_tokenizer(path)
     samples = calibration_samples(tokenizer, recipe.calibration, recipe.seed)
-    model = open_model(path)
-    _check_vocabulary(model, samples)
+    model = _open(job)
+    _check_samples(model, samples)
     blocks = Blocks.of(model)
     tasks = _tasks(job, blocks)
     blocks.check(samples.tokens)
     device = torch.device(job.device)
     if device.type == "cpu":
         _widen_all_but(blocks)
-    hidden, calls = blocks.enter(samples.tokens, _batch_size(samples))
-    stream = _Stream(job, blocks, tasks, device, _steps(job), calls, hidden, list(hidden))
-    report = PruningReport(_method(job) + (f" + {stream.steps} steps of reconstruction" if stream.steps else ""), samples.description)
-    for index in range(len(blocks.modules)):
-        report.blocks.append(stream.step(index))
+    steps = _steps(job)
+    told = f" + {steps} steps of reconstruction" if steps else ""
+    if steps and len(samples.tokens) == 1:
+        steps, told = 0, ", without reconstruction: a single sample leaves none to judge by"
+    # Nothing here holds on to the hidden states: the stream lets go of them batch by batch.
+    stream = _Stream(job, blocks, tasks, device, steps, *blocks.enter(samples.tokens, _batch_size(samples)))
+    report = PruningReport(_method(job) + told, samples.description)
+    for index in range(len(tasks)):
+        try:
+            report.blocks.append(stream.step(index))
+        except torch.OutOfMemoryError as error:
+            raise UnsupportedError(
+                f"the memory of {device} ran out at block {index + 1} of {len(tasks)}: free some and run the same command again to "
+                "resume, or give a smaller --length, or --device cpu"
+            ) from error
     return report
 
 
@@ -65,14 +77,13 @@ class _Stream:
         tasks: list[list[Task]],
         device: torch.device,
         steps: int,
+        hidden: list[Tensor],
         calls: list[list[Call]],
-        pruned: list[Tensor],
-        dense: list[Tensor],
     ) -> None:
         self.job, self.blocks, self.tasks, self.device, self.steps, self.calls = job, blocks, tasks, device, steps, calls
-        home = self._home(sum(batch.nbytes for batch in pruned + dense))
-        self.pruned, self.dense = ([batch.to(home) for batch in stream] for stream in (pruned, dense))
-        self.home = home
+        self.home = self._home(sum(batch.nbytes for batch in hidden) * (2 if steps else 1))
+        self.pruned = [batch.to(self.home) for batch in hidden]
+        self.dense = list(self.pruned) if steps else []
         self.sizes = {task.name: task.module.weight.nbytes for block in tasks for task in block}
         self.bytes = [sum(self.sizes[task.name] for task in block) for block in tasks]
         self.done, self.total = 0, sum(self.bytes) * (2 if steps else 1)
@@ -91,7 +102,7 @@ class _Stream:
         moved = {id(call): call.to(self.device) for call in self.calls[index]}
         calls = [moved[id(call)] for call in self.calls[index]]
         if self.steps:
-            self.dense = self._through(block, calls, self.dense)
+            self._through(block, calls, self.dense)
         found = read_block(self.job.folder, index)
         if found is None:
             report = self._solve(index, block, calls)
@@ -100,7 +111,7 @@ class _Stream:
             _place(tasks, tensors)
             self._advance(self.bytes[index] * (2 if self.steps else 1), f"block {index + 1} is there from an earlier run")
         if index + 1 < len(self.blocks.modules):
-            self.pruned = self._through(block, calls, self.pruned)
+            self._through(block, calls, self.pruned)
         block.to("meta")
         self.calls[index] = []
         return report
@@ -139,8 +150,10 @@ class _Stream:
         return report
 
     @torch.no_grad()
-    def _through(self, block: nn.Module, calls: list[Call], stream: list[Tensor]) -> list[Tensor]:
-        return [call.run(block, batch.to(self.device)).to(self.home) for call, batch in zip(calls, stream, strict=True)]
+    def _through(self, block: nn.Module, calls: list[Call], stream: list[Tensor]) -> None:
+        """Put the hidden states behind the block in the place of those in front of it."""
+        for number, call in enumerate(calls):
+            stream[number] = call.run(block, stream[number].to(self.device)).to(self.home)
 
     def _pass(self, block: nn.Module, call: Call, batch: Tensor) -> Callable[[], Tensor]:
         return lambda: call.run(block, batch.to(self.device))
@@ -169,10 +182,25 @@ def _batch_size(samples: Samples) -> int:
     return max(1, min(_BATCH_TOKENS // length, count // _BATCHES))
 
 
-def _check_vocabulary(model: nn.Module, samples: Samples) -> None:
+def _open(job: Job) -> Any:
+    """The model, in a type that holds every layer's weights exactly: config.json may name a narrower one than the files have."""
+    model = open_model(job.checkpoint.path)
+    exact = reduce(torch.promote_types, (plan.layer.main.dtype for plan in job.plans), model.dtype)
+    return model if exact == model.dtype else open_model(job.checkpoint.path, exact)
+
+
+def _check_samples(model: Any, samples: Samples) -> None:
+    """Whether the model can take them.
+
+    Raises:
+        CheckpointError: token ids or positions that it does not know.
+    """
     known, largest = model.get_input_embeddings().num_embeddings, int(samples.tokens.max())
     if largest >= known:
         raise CheckpointError(f"{samples.description}: token {largest} is beyond the {known} that the model knows")
+    length, positions = samples.tokens.shape[1], getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise CheckpointError(f"samples of {length} tokens are longer than the {positions} that the model takes: give a smaller --length")
 
 
 def _tasks(job: Job, blocks: Blocks) -> list[list[Task]]:
@@ -180,6 +208,7 @@ def _tasks(job: Job, blocks: Blocks) -> list[list[Task]]:
 
     Raises:
         UnsupportedError: some are no linear modules of the blocks.
+        WeightError: NaN or Inf, before any work is done; names the layer.
     """
     stored = StoredTensors.read(blocks.model, [str(job.checkpoint.path / shard) for shard in job.checkpoint.shards])
     plans: dict[str, LayerPlan] = {plan.layer.name: plan for plan in job.plans}
@@ -195,6 +224,8 @@ def _tasks(job: Job, blocks: Blocks) -> list[list[Task]]:
             f"layer {name}{more}: no linear module of the repeated blocks ({blocks.name}) has these weights, as fused experts and layers "
             f"outside the blocks do not: leave them out with --ignore, or use --method magnitude"
         )
+    for task in (task for block in tasks for task in block):
+        check_finite(task.module.weight, f"layer {task.name}")
     return tasks
 
 
