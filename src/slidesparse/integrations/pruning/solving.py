@@ -13,6 +13,7 @@ from ...errors import SlideSparseError, WeightError
 from ...format import Scheme
 from ...pattern import Pattern
 from ...prune import Gathering, Statistics, layer_error, method_named, prune, round_to_grid
+from ...prune.statistics import row_errors
 from ...quant import quantize_weight
 
 
@@ -114,10 +115,15 @@ def _solve_group(tasks: list[Task], statistics: Statistics, method: str) -> dict
     pruned = {name: prune(whole, tasks[0].pattern, name, statistics=statistics).split(sizes) for name in tried}
     solutions = {}
     for index, (task, weight) in enumerate(zip(tasks, whole.split(sizes), strict=True)):
-        errors = {name: layer_error(weight, parts[index], statistics) for name, parts in pruned.items()}
-        best = min(errors, key=errors.__getitem__)
-        solutions[task.name] = _stored(task, weight, pruned[best][index], statistics, best)
+        candidates = {name: parts[index] for name, parts in pruned.items()}
+        best = _best(weight, candidates, statistics) if len(candidates) > 1 else method
+        solutions[task.name] = _stored(task, weight, candidates[best], statistics, best)
     return solutions
+
+
+def _best(weight: Tensor, candidates: dict[str, Tensor], statistics: Statistics) -> str:
+    errors = {name: float(row_errors(weight, candidate, statistics.hessian).sum()) for name, candidate in candidates.items()}
+    return min(errors, key=errors.__getitem__)
 
 
 def _stored(task: Task, weight: Tensor, solution: Tensor, statistics: Statistics, method: str) -> Solution:
