@@ -150,7 +150,9 @@ class Run:
 
     def windows(self, model: Any) -> dict[str, int]:
         context = self.asked["settings"]["context"]
-        return {"context": context, "stride": context, "batch": windows_per_pass(context, model.config.vocab_size, model.device)}
+        most = windows_per_pass(context, model.config.vocab_size, model.device)
+        # Both models' logits lie there at once: processes that share a GPU take fewer windows.
+        return {"context": context, "stride": context, "batch": max(1, int(most * min(1, 4 * self.asked["share"])))}
 
     def score_tasks(self, tasks: list[str]) -> None:
         """Each task kept when it is done."""
@@ -173,8 +175,8 @@ class Run:
             size = GENERATED  # an automatic size would be that of texts as long as the model's context
         runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_batch_size=BATCH, softmax_dtype="float32")
         scores = [score for score in harness.run_tasks(runner, found, limit=limit) if not score.group]
-        values = [metric(f"{s.metric},{s.filter}", s.score, s.stderr, s.items, s.shots) for s in scores]
-        main = next(score for score in scores if f"{score.metric},{score.filter}" == store.MAIN[task])
+        values = [metric(store.metric_name(s.metric, s.filter), s.score, s.stderr, s.items, s.shots) for s in scores]
+        main = next(score for score in scores if store.metric_name(score.metric, score.filter) == store.MAIN[task])
         return values, as_digits(main)
 
 

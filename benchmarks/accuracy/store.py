@@ -13,12 +13,18 @@ from typing import Any
 import numpy as np
 from cells import ALL_TASKS, SMALL_TASKS, Cell
 
-MAIN = dict.fromkeys(ALL_TASKS, "acc,none") | dict.fromkeys(("hellaswag", "arc_challenge", "openbookqa"), "acc_norm,none")
-MAIN["gsm8k"] = "exact_match,flexible-extract"
+MAIN = dict.fromkeys(ALL_TASKS, "acc") | dict.fromkeys(("hellaswag", "arc_challenge", "openbookqa"), "acc_norm")
+MAIN["gsm8k"] = "exact_match:flexible-extract"
 """The metric by which a task enters the tables: that of most papers."""
 
 MEANS = {"mean_of_4": SMALL_TASKS, "mean_of_9": tuple(task for task in ALL_TASKS if task != "gsm8k"), "mean_of_10": ALL_TASKS}
 """Means over tasks, of all cells that have all of these."""
+
+
+def metric_name(metric: str, filter_: str) -> str:
+    """With what lm-eval did to the answers, where it did something."""
+    return metric if filter_ == "none" else f"{metric}:{filter_}"
+
 
 FIELDS = (
     *("date", "commit", "gpu", "torch", "model", "method", "pattern", "scheme", "stage", "metric", "value", "stderr", "items", "shots"),

@@ -14,10 +14,12 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ def main() -> None:
     if asked.list:
         print(*(f"{job.cell.name}: {', '.join(job.stages)}" for job in jobs), sep="\n")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the jobs' processes end, too
     (asked.out / "logs").mkdir(parents=True, exist_ok=True)
     prepare(asked, jobs)
     Study(asked, models, jobs).run()
@@ -91,6 +94,8 @@ def prepare(asked: argparse.Namespace, jobs: list[Job]) -> None:
     asked.calibration = asked.calibration or asked.data / "text" / "wikitext2_train_part.txt"
     tasks = {stage for job in jobs for stage in job.stages} - {TEXT, TWIN}
     if tasks:
+        if find_spec("lm_eval") is None:
+            sys.exit("tasks need lm-eval: pip install 'slidesparse[eval]', or leave all of them out with --skip-tasks")
         write_tasks(asked.data / "tasks", asked.work / "tasks", only=tasks)
     settings = {key: getattr(asked, key) for key in ("samples", "length", "steps", "context", "max_tokens", "limit")}
     settings |= {"calibration": f"{asked.calibration.name} {sha256(asked.calibration)}", "seed": 0}
@@ -146,7 +151,7 @@ class Study:
         content: dict[str, Any] = {"cell": job.cell.name, "stages": job.stages, "model": self.models[job.cell.model]}
         content |= {key: str(getattr(asked, key)) for key in ("data", "work", "out", "calibration", "device")}
         beside = math.ceil(asked.workers / max(len(self.gpus), 1))
-        content |= {"settings": asked.settings, "commit": self.commit, "share": 0.96 / beside}
+        content |= {"settings": asked.settings, "commit": self.commit, "share": 0.9 / beside}
         return [sys.executable, "-W", "ignore", str(HERE / "fill.py"), json.dumps(content)]
 
     def environment(self, slot: int) -> dict[str, str]:
@@ -176,7 +181,6 @@ class Study:
             print(f"{job.cell.name}: {took}; {shown(stages, job)}", flush=True)
         if job.cell.method != DENSE and not any(other.cell == job.cell for other in self.waiting):
             shutil.rmtree(self.asked.work / job.cell.file, ignore_errors=True)
-        store.collect(self.asked.out, self.asked.out / "results.csv")
 
     def stop(self) -> None:
         for each in self.running:
@@ -188,9 +192,11 @@ class Study:
 
 
 def shown(stages: dict[str, Any], job: Job) -> str:
-    """The first value of each stage."""
+    """The value of each stage that counts most."""
     found = [(stage, stages[stage]) for stage in ("convert", *job.stages) if stage in stages]
-    return ", ".join(f"{stage} {record['values'][0]['value']:.4g} ({record['seconds']:.0f} s)" for stage, record in found)
+    values = {stage: {value["metric"]: value["value"] for value in record["values"]} for stage, record in found}
+    heads = {stage: values[stage].get(store.MAIN.get(stage), next(iter(values[stage].values()))) for stage, _ in found}
+    return ", ".join(f"{stage} {heads[stage]:.4g} ({record['seconds']:.0f} s)" for stage, record in found)
 
 
 def last_line(log: Path) -> str:

@@ -11,13 +11,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
+from jinja2 import TemplateError
+from yaml import YAMLError
 
 from ..errors import EvaluationError, UnsupportedError
 from ..evaluate.scores import TaskScore, items_of_mean
 
 try:
     import lm_eval
+    from datasets import disable_progress_bars
     from datasets.exceptions import DatasetsError
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
@@ -31,6 +33,10 @@ RESAMPLES = 1000
 """For standard errors that lm-eval can only bootstrap."""
 CPU_BATCH = 8
 _FILES = (".yaml", ".yml")
+_UNUSABLE = (
+    ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError, SyntaxError, YAMLError, TemplateError,
+)  # fmt: skip
+"""What lm-eval lets through where a task file is at fault."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,13 @@ def find_tasks(names: Sequence[str], *, include: Path | None = None) -> Tasks:
     Raises:
         EvaluationError: an unknown name, a file that is no task, or data that cannot be had.
     """
+    names = list(dict.fromkeys(names))
     if not names:
         raise EvaluationError("no task is named")
     if include is not None and not include.is_dir():
         raise EvaluationError(f"{include} is no folder of task files")
     with _linked([Path(name) for name in names if name.endswith(_FILES)]) as links:
-        manager = _manager(include, links, only_files=len(links) == len(names))
+        manager = _manager(names, include, links)
         of_file = {str(entry.yaml_path): name for name, entry in manager.task_index.items()}
         found: list[Any] = []
         for name in names:
@@ -84,14 +91,25 @@ def _linked(files: list[Path]) -> Iterator[dict[str, Path]]:
         yield links
 
 
-def _manager(include: Path | None, links: dict[str, Path], *, only_files: bool) -> TaskManager:
-    """An index of tasks; that of lm-eval's own takes seconds, and files that are no groups need none of them."""
+def _manager(names: Sequence[str], include: Path | None, links: dict[str, Path]) -> TaskManager:
+    """An index of tasks; that of lm-eval's own takes seconds, and is left out where the files given say all themselves."""
     folders = [str(path) for path in dict.fromkeys([include, *(link.parent for link in links.values())]) if path is not None]
-    if only_files:
-        manager = TaskManager(include_path=folders, include_defaults=False)
-        if not any("group" in (entry.cfg or {}) for entry in manager.task_index.values()):
-            return manager
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if all(name in links or name in manager.task_index for name in names) and _say_all(manager.task_index):
+        return manager
     return TaskManager(include_path=folders)
+
+
+def _say_all(index: dict[str, Any]) -> bool:
+    """Whether every group is made of tasks that are in the index, or described where they are named."""
+    for entry in index.values():
+        config = entry.cfg or {}
+        members = config.get("task") if "group" in config else None
+        for member in [members] if isinstance(members, str) else members or ():
+            described = isinstance(member, dict) and "dataset_path" in config | member
+            if not described and (member["task"] if isinstance(member, dict) and "task" in member else str(member)) not in index:
+                return False
+    return True
 
 
 def _load(manager: TaskManager, name: str) -> list[Any]:
@@ -100,7 +118,7 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
         loaded = manager.load([name])
     except (OSError, DatasetsError) as error:
         raise EvaluationError(f"task {name}: its data cannot be read or fetched ({_line(error)})") from error
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError, yaml.YAMLError) as error:
+    except _UNUSABLE as error:
         raise EvaluationError(f"task {name}: lm-eval cannot set it up ({_line(error)})") from error
     groups = loaded.get("groups", {})
     inner = {child for children in loaded.get("group_map", {}).values() for child in children}
@@ -224,6 +242,7 @@ def _line(error: BaseException) -> str:
 
 def hush() -> None:
     """Let lm-eval and the hub's client report errors, and prompts that were cut, for programs that say themselves what they do."""
+    disable_progress_bars()
     for name in ("lm_eval", "huggingface_hub", "datasets"):
         getLogger(name).setLevel(ERROR)
     for name in ("huggingface", "vllm_causallms", "utils"):

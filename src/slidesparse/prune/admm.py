@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..pattern import Pattern
-from .selection import keep_largest, masked, threshold
-from .statistics import Scaled, Statistics, positive_inverse
+from .selection import keep_largest, threshold
+from .sparsegpt import sweep
+from .statistics import Scaled, Statistics, positive_inverse, row_errors
 
 _FIRST_RHO, _CHECK_EVERY, _RESTARTS = 0.1, 3, 4
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
@@ -26,17 +27,19 @@ def admm(
     *,
     damping: float = 0.01,
     iterations: int = 300,
-    refinements: int = 30,
-    tolerance: float = 1e-4,
+    refinements: int = 60,
+    tolerance: float = 1e-5,
 ) -> Tensor:
     """Pruned and corrected weights, float32 ``[N, K]``.
+
+    Two supports are tried, ADMM's and SparseGPT's; each row keeps the one whose best weights give the smaller output error.
 
     Args:
         weight: ``[N, K]``, any float type.
         statistics: with the Hessian.
         damping: this part of the mean of diag H is added to the diagonal.
         iterations: ADMM steps at most; they end when the support stands still.
-        refinements: steps of conjugate gradients on the support at most.
+        refinements: steps of conjugate gradients on a support at most.
         tolerance: relative residual at which conjugate gradients end.
 
     Raises:
@@ -45,13 +48,17 @@ def admm(
     problem = Scaled.of(statistics, damping)
     # Transposed, [K, N]: a group's positions are whole rows, and both products read contiguous memory.
     target = (weight.float() * problem.scale).t().contiguous()
-    keep, start = _support(target, pattern, problem.hessian, iterations)
-    solution = refine(target, keep, start, problem.hessian, refinements, tolerance)
-    return masked(solution.t() / problem.scale, keep.t())
+    best, least = torch.zeros_like(target), torch.full_like(target[0], torch.inf, dtype=torch.float64)
+    for start in (_support(target, pattern, problem.hessian, iterations), sweep(target.t(), pattern, problem).t()):
+        found = refine(target, start != 0, start, problem.hessian, refinements, tolerance)
+        error = row_errors(target.t(), found.t(), problem.hessian)
+        best = torch.where(error < least, found, best)
+        least = torch.minimum(error, least)
+    return (best.t() / problem.scale).contiguous() + 0.0
 
 
-def _support(target: Tensor, pattern: Pattern, hessian: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """The support ADMM arrives at, bool ``[K, N]``, and its last feasible point."""
+def _support(target: Tensor, pattern: Pattern, hessian: Tensor, iterations: int) -> Tensor:
+    """The feasible point ``[K, N]`` that ADMM arrives at."""
     product = hessian @ target
     rho = _FIRST_RHO
     for attempt in range(_RESTARTS + 1):
@@ -59,8 +66,7 @@ def _support(target: Tensor, pattern: Pattern, hessian: Tensor, iterations: int)
         if moved:
             break
         rho /= 5
-    keep = keep_largest(point.abs().t(), pattern).t()
-    return keep, point * keep
+    return point * keep_largest(point.abs().t(), pattern).t()
 
 
 def _iterate(
@@ -96,8 +102,8 @@ def project(point: Tensor, pattern: Pattern) -> Tensor:
     units = score.shape[0]
     if units % pattern.group:
         score = torch.nn.functional.pad(score, (0, 0, 0, -units % pattern.group), value=-1.0)
-    score = score.view(-1, pattern.group, n)
-    keep = (score > threshold(score.transpose(0, 1), pattern).unsqueeze(1)).view(-1, n)[:units]
+    score = score.unflatten(0, (-1, pattern.group))
+    keep = (score > threshold(score.transpose(0, 1), pattern).unsqueeze(1)).flatten(0, 1)[:units]
     keep = keep.repeat_interleave(pattern.unit, dim=0) if pattern.unit > 1 else keep
     return point * keep.to(point.dtype)  # floats: a product with booleans is slow on a CPU
 

@@ -48,9 +48,9 @@ def keep_largest(score: Tensor, pattern: Pattern) -> Tensor:
     """
     n, k = score.shape
     units = score.view(n, pattern.units(k), pattern.unit).sum(-1) if pattern.unit > 1 else score
-    padded = torch.nn.functional.pad(units, (0, -units.shape[1] % pattern.group), value=-1.0).view(n, -1, pattern.group)
+    padded = torch.nn.functional.pad(units, (0, -units.shape[1] % pattern.group), value=-1.0).unflatten(1, (-1, pattern.group))
     gone = padded.sort(dim=-1, stable=True).indices[..., : pattern.dropped]
-    keep = torch.ones_like(padded, dtype=torch.bool).scatter_(-1, gone, False).view(n, -1)[:, : units.shape[1]]
+    keep = torch.ones_like(padded, dtype=torch.bool).scatter_(-1, gone, False).flatten(1)[:, : units.shape[1]]
     return keep.repeat_interleave(pattern.unit, dim=1) if pattern.unit > 1 else keep
 
 

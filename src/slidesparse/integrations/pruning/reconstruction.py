@@ -125,8 +125,7 @@ class _Trained:
         found = {}
         for task in self.tasks:
             values, scale = round_nearest(self.weights[task.name].detach() * self.masks[task.name] + 0.0, task.scheme)
-            old = self.start[task.name]
-            found[task.name] = Solution(dequantized(values, scale), values, scale, f"{old.method} + reconstruction", old.error)
+            found[task.name] = Solution(dequantized(values, scale), values, scale, self.start[task.name].error)
         return found
 
 

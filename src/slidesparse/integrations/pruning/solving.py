@@ -13,7 +13,6 @@ from ...errors import SlideSparseError, WeightError
 from ...format import Scheme
 from ...pattern import Pattern
 from ...prune import Gathering, Statistics, layer_error, method_named, prune, round_to_grid
-from ...prune.statistics import row_errors
 from ...quant import quantize_weight
 
 
@@ -29,12 +28,11 @@ class Task:
 
 @dataclass
 class Solution:
-    """A pruned layer: ``weight`` float32 ``[N, K]`` is what ``values`` and ``scale``, as stored, stand for."""
+    """A pruned layer: ``weight`` float32 ``[N, K]`` is what ``values`` and ``scale``, as stored, stand for; ``error`` is its output's."""
 
     weight: Tensor
     values: Tensor
     scale: Tensor | None
-    method: str
     error: float
 
 
@@ -86,8 +84,6 @@ def solve_layers(
 ) -> dict[str, Solution]:
     """Prune and round every layer, by name; layers with the same inputs and pattern are solved together.
 
-    For ``admm`` SparseGPT is tried as well, and each layer keeps the weights with the smaller output error.
-
     Args:
         notice: called with each layer's name when it is done.
 
@@ -109,30 +105,17 @@ def solve_layers(
 
 
 def _solve_group(tasks: list[Task], statistics: Statistics, method: str) -> dict[str, Solution]:
-    sizes = [task.module.weight.shape[0] for task in tasks]
-    whole = torch.cat([task.module.weight.detach().float() for task in tasks])
-    tried = (method, "sparsegpt") if method == "admm" else (method,)
-    pruned = {name: prune(whole, tasks[0].pattern, name, statistics=statistics).split(sizes) for name in tried}
+    weights = [task.module.weight.detach().float() for task in tasks]
+    pruned = prune(torch.cat(weights), tasks[0].pattern, method, statistics=statistics).split([len(weight) for weight in weights])
     solutions = {}
-    for index, (task, weight) in enumerate(zip(tasks, whole.split(sizes), strict=True)):
-        candidates = {name: parts[index] for name, parts in pruned.items()}
-        best = _best(weight, candidates, statistics) if len(candidates) > 1 else method
-        solutions[task.name] = _stored(task, weight, candidates[best], statistics, best)
+    for task, weight, solution in zip(tasks, weights, pruned, strict=True):
+        if task.scheme is not None and task.scheme.dynamic and method_named(method).corrects:
+            values, scale = round_to_grid(solution, weight, statistics, task.scheme)
+        else:
+            values, scale = round_nearest(solution, task.scheme)
+        meant = dequantized(values, scale)
+        solutions[task.name] = Solution(meant, values, scale, layer_error(weight, meant, statistics))
     return solutions
-
-
-def _best(weight: Tensor, candidates: dict[str, Tensor], statistics: Statistics) -> str:
-    errors = {name: float(row_errors(weight, candidate, statistics.hessian).sum()) for name, candidate in candidates.items()}
-    return min(errors, key=errors.__getitem__)
-
-
-def _stored(task: Task, weight: Tensor, solution: Tensor, statistics: Statistics, method: str) -> Solution:
-    if task.scheme is not None and task.scheme.dynamic and method_named(method).corrects:
-        values, scale = round_to_grid(solution, weight, statistics, task.scheme)
-    else:
-        values, scale = round_nearest(solution, task.scheme)
-    meant = dequantized(values, scale)
-    return Solution(meant, values, scale, method, layer_error(weight, meant, statistics))
 
 
 def round_nearest(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, Tensor | None]:

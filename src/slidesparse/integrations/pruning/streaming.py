@@ -146,7 +146,7 @@ class _Stream:
             solutions = outcome.solutions
             _put(tasks, solutions)
             report |= {"error_before": outcome.before, "error_after": min(outcome.before, outcome.after)}
-        report["layers"] = {name: {"method": solution.method, "error": solution.error} for name, solution in solutions.items()}
+        report["layers"] = {name: {"error": solution.error} for name, solution in solutions.items()}
         write_block(self.job.folder, index, _tensors(solutions) | norms, report)
         return report
 
