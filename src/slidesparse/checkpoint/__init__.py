@@ -3,6 +3,7 @@
 from .calibration import Calibration
 from .convert import ConversionReport, ConvertedLayer, convert
 from .inspection import InspectedLayer, Inspection, inspect
+from .norms import NORMS, read_norms
 from .overrides import read_overrides
 from .recipe import Recipe
 from .solved import PruningReport
@@ -10,6 +11,7 @@ from .source import Checkpoint
 from .verify import LayerVerdict, VerifyReport, verify
 
 __all__ = [
+    "NORMS",
     "Calibration",
     "Checkpoint",
     "ConversionReport",
@@ -22,6 +24,7 @@ __all__ = [
     "VerifyReport",
     "convert",
     "inspect",
+    "read_norms",
     "read_overrides",
     "verify",
 ]

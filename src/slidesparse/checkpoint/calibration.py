@@ -90,7 +90,7 @@ class Calibration:
             CheckpointError: see `files`; a file that cannot be read.
         """
         files = self.files()
-        hashes = None if files is None else [_sha256(file) for file in files]
+        hashes = None if files is None else [sha256_of(file) for file in files]
         return {"source": self.source, "sha256": hashes, "samples": self.samples, "length": self.length}
 
 
@@ -183,7 +183,12 @@ def _named_like_a_file(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).suffix.lower() in _FILES
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """The hash of a file's content.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -18,6 +18,7 @@ from ..errors import CheckpointError, UnsupportedError
 from ..format import VERSION
 from .configs import output_config
 from .layers import Form
+from .norms import NORMS, write_norms
 from .recipe import LayerPlan, Recipe, plan_layers
 from .solved import REPORT, Job, PruningReport, Solver, read_report, remove_blocks, solved_bytes, with_solved
 from .source import INDEX, Checkpoint
@@ -100,7 +101,8 @@ def convert(
                 _check_room(staging.path, _bytes_with_solved(checkpoint, recipe, plans) - staging.nbytes)
                 pruning = solver(Job(checkpoint, recipe, tuple(plans), staging.path, device, progress))
                 write_json(staging.path / REPORT, asdict(pruning))
-            plans, others = with_solved(plans, staging.path)
+            plans, norms, others = with_solved(plans, staging.path)
+            write_norms(staging.path / NORMS, {layer: reader.read(info) for layer, info in norms.items()})
             report = _Conversion(checkpoint, recipe, plans, reader, device, progress, others).run(staging)
             return replace(report, pruning=pruning)
     except OSError as error:
@@ -139,8 +141,8 @@ class _Conversion:
             else:
                 self._write_shard(staging.path / name, tensors, shards[name])
         for file in self.checkpoint.side_files():
-            if self.recipe.calibrated and file.name == REPORT:
-                continue  # of an earlier pruning: this one's is there
+            if self.recipe.calibrated and file.name in (REPORT, NORMS):
+                continue  # of an earlier pruning: this one's are there
             try:
                 content = file.read_bytes()
             except OSError as error:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedError
+from torch import Tensor
+
+from ..errors import UnsupportedError, WeightError
 from ..format import BLOCK, DEFAULT_IGNORE, NOT_LINEAR, SCHEMES, Scheme, matches, scheme_named
 from ..pattern import Pattern
-from ..prune import METHODS
-from .calibration import Calibration
+from ..prune import METHODS, Statistics
+from .calibration import Calibration, sha256_of
 from .layers import Form, Layer
+from .norms import read_norms
 from .overrides import check_overrides, override_of
 from .source import Checkpoint
 
@@ -37,6 +41,8 @@ class Recipe:
         overrides: other patterns of single layers, by name, glob or ``re:`` expression; see `override_of` for which entry counts. An entry
             may name q, k and v, or gate and up, as serving engines do (``*.qkv_proj``, ``*.gate_up_proj``): these have one pattern.
         calibration: the text that calibrated methods run the model on.
+        statistics: the file of norms that a calibrated pruning of this model left (`norms.NORMS`): ``wanda`` prunes from them, to any
+            pattern, as a plain streaming pass that does not run the model.
         reconstruction_steps: steps of training by which every pruned block is fitted to the dense model's output at its depth, for
             ``sparsegpt`` and ``admm``; None takes `RECONSTRUCTION_STEPS` for ``auto`` on a GPU, and none otherwise.
     """
@@ -52,6 +58,7 @@ class Recipe:
     overrides: Mapping[str, Pattern] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
     reconstruction_steps: int | None = None
+    statistics: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.form not in ("packed", "dense"):
@@ -62,6 +69,8 @@ class Recipe:
             raise ValueError(f"reconstruction_steps must not be negative, got {self.reconstruction_steps}")
         if self.reconstruction_steps and not self.corrects:
             raise ValueError(f"reconstruction goes with the methods auto, admm and sparsegpt, not with {self.method}")
+        if self.statistics is not None and self.method != "wanda":
+            raise ValueError(f"saved statistics are norms, from which the method wanda prunes: they do not go with {self.method}")
         if self.method is not None and self.pattern is None:
             raise ValueError("pruning needs a pattern")
         if self.form == "packed" and not self.obey:
@@ -75,6 +84,11 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether pruning runs the model on calibration text."""
+        return self.informed and self.statistics is None
+
+    @property
+    def informed(self) -> bool:
+        """Whether pruning knows the layers' inputs: from a run of the model, or from saved statistics."""
         return self.method is not None and (self.method == AUTO or METHODS[self.method].calibrated)
 
     @property
@@ -87,7 +101,8 @@ class Recipe:
         # Pairs, since the order of overrides counts.
         overrides = [[entry, str(pattern)] for entry, pattern in self.overrides.items()]
         calibration = self.calibration.fingerprint() if self.calibrated else None
-        written = {"pattern": str(self.pattern), "overrides": overrides, "calibration": calibration}
+        statistics = None if self.statistics is None else sha256_of(Path(self.statistics))
+        written = {"pattern": str(self.pattern), "overrides": overrides, "calibration": calibration, "statistics": statistics}
         return asdict(replace(self, overrides={})) | written
 
 
@@ -95,13 +110,14 @@ class Recipe:
 class LayerPlan:
     """What becomes of one layer: ``scheme`` None keeps float32; ``pattern`` None makes no claim.
 
-    ``solved`` is the layer as a calibrated method pruned and rounded it, in files of its own.
+    ``solved`` is the layer as a calibrated method pruned and rounded it, in files of its own; ``statistics`` are those the recipe has.
     """
 
     layer: Layer
     scheme: Scheme | None
     pattern: Pattern | None
     solved: Layer | None = None
+    statistics: Statistics | None = None
 
     @property
     def source(self) -> Layer:
@@ -119,7 +135,9 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
 
     Raises:
         UnsupportedError: the recipe cannot be applied to this checkpoint; the message names the layer and the way out.
+        CheckpointError: the recipe's statistics cannot be read.
     """
+    norms = {} if recipe.statistics is None else read_norms(recipe.statistics)
     if checkpoint.packed and (recipe.ignore or recipe.only):
         raise UnsupportedError(f"{checkpoint.path} is packed: its layers can only be converted all together, without --ignore and --only")
     for entry in (*recipe.ignore, *recipe.only):
@@ -133,11 +151,12 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
         scheme = _target(layer, recipe)
         pattern = override_of(layer.name, recipe.overrides) or recipe.pattern or layer.pattern or checkpoint.marked_pattern(layer.name)
         _check_pattern(layer, scheme, pattern, recipe)
-        if recipe.calibrated and layer.form is not Form.FLOAT:
+        if recipe.informed and layer.form is not Form.FLOAT:
             raise UnsupportedError(
                 f"layer {layer.name} holds {layer.form.value}: {recipe.method} needs 16- or 32-bit weights, --method magnitude does not"
             )
-        plans.append(LayerPlan(layer, scheme, pattern))
+        statistics = None if recipe.statistics is None else _statistics(layer, norms, recipe)
+        plans.append(LayerPlan(layer, scheme, pattern, statistics=statistics))
     if not plans:
         left = "--only and --ignore leave none" if checkpoint.layers else "it has no 16- or 32-bit or known quantised linear weights"
         raise UnsupportedError(f"{checkpoint.path}: no layer to convert; {left} (of {len(checkpoint.layers)})")
@@ -190,6 +209,19 @@ def _target(layer: Layer, recipe: Recipe) -> Scheme | None:
     if scheme is not None and scheme.pair and layer.k % BLOCK:
         raise UnsupportedError(f"layer {layer.name}: nvfp4 needs K to be a multiple of {BLOCK}, got {layer.k}: leave it out with --ignore")
     return scheme
+
+
+def _statistics(layer: Layer, norms: Mapping[str, Tensor], recipe: Recipe) -> Statistics:
+    if layer.name not in norms:
+        raise UnsupportedError(
+            f"{recipe.statistics} holds no norms of the inputs of layer {layer.name}: leave it out with --ignore, or calibrate anew"
+        )
+    found = Statistics(None, norms[layer.name])
+    try:
+        found.check(layer.k, hessian=False)
+    except WeightError as error:
+        raise UnsupportedError(f"{recipe.statistics} is of another model: layer {layer.name}: {error}") from error
+    return found
 
 
 def _check_pattern(layer: Layer, scheme: Scheme | None, pattern: Pattern | None, recipe: Recipe) -> None:

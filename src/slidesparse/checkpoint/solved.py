@@ -21,6 +21,8 @@ REPORT = "pruning_report.json"
 """The output's side file with the `PruningReport`."""
 _NAME = "block-{:05d}.solved.safetensors"
 _METADATA = "report"
+INPUT_NORMS = "input_norms"
+"""What follows a layer's name where a solved block holds the norms of its inputs, float32 ``[K]``."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def block_file(folder: Path, index: int) -> Path:
 
 
 def write_block(folder: Path, index: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
-    """Write a block's solved tensors, by their names in the checkpoint: values, scales where quantised; whole or not at all."""
+    """Write a block's solved tensors, by their names in the checkpoint: values, scales where quantised, norms; whole or not at all."""
     specs = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape), math.prod(t.shape) * t.element_size()) for name, t in tensors.items()}
     with TensorWriter(block_file(folder, index), specs, {"format": "pt", _METADATA: json.dumps(report)}) as writer:
         for name, tensor in tensors.items():
@@ -89,16 +91,18 @@ def remove_blocks(folder: Path) -> None:
         path.unlink()
 
 
-def with_solved(plans: list[LayerPlan], folder: Path) -> tuple[list[LayerPlan], dict[str, TensorInfo]]:
-    """The plans with their layers' rows in the solved files, and the other tensors found there, by name."""
+def with_solved(plans: list[LayerPlan], folder: Path) -> tuple[list[LayerPlan], dict[str, TensorInfo], dict[str, TensorInfo]]:
+    """The plans with their layers' rows in the solved files, the norms found there by layer, and the other tensors by name."""
     tensors = {name: info for path in sorted(folder.glob(_NAME.replace("{:05d}", "*"))) for name, info in read_header(path)[0].items()}
-    done = []
+    done, norms = [], {}
     for plan in plans:
         name = plan.layer.name
         own = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in ("weight", "weight_scale") if f"{name}.{suffix}" in tensors}
+        if f"{name}.{INPUT_NORMS}" in tensors:
+            norms[name] = tensors.pop(f"{name}.{INPUT_NORMS}")
         form = Form.QUANTIZED if "weight_scale" in own else Form.FLOAT
         done.append(replace(plan, solved=replace(plan.layer, form=form, scheme=solved_scheme(plan), tensors=own)))
-    return done, tensors
+    return done, norms, tensors
 
 
 def solved_scheme(plan: LayerPlan) -> Scheme | None:

@@ -100,7 +100,8 @@ def _prune(block: Block, plan: LayerPlan, recipe: Recipe) -> Block:
     # Seeded by place, so that a resumed run makes the same choices.
     place = hashlib.sha256(f"{recipe.seed}/{plan.layer.name}/{block.first}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(place[:7], "little"))
-    return Block(block.first, prune.prune(block.values, plan.pattern, recipe.method, generator=generator), block.scale)
+    pruned = prune.prune(block.values, plan.pattern, recipe.method, statistics=plan.statistics, generator=generator)
+    return Block(block.first, pruned, block.scale)
 
 
 def _quantize(block: Block, plan: LayerPlan, global_scale: Tensor | None) -> Block:

@@ -82,6 +82,15 @@ CalibrationOption = Annotated[
         show_default=False,
     ),
 ]
+StatisticsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--statistics",
+        metavar="FILE",
+        help="The calibration_norms.npz that a calibrated pruning of the model left: wanda prunes from it, without running the model.",
+        show_default=False,
+    ),
+]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration samples, where the text holds as many.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens of each calibration sample.")]
 Reconstruct = Annotated[
@@ -100,6 +109,7 @@ def prune(
     calibration: CalibrationOption = None,
     samples: Samples = 128,
     length: Length = 2048,
+    statistics: StatisticsOption = None,
     reconstruct: Reconstruct = None,
     overrides: Overrides = None,
     ignore: Ignore = None,
@@ -122,6 +132,7 @@ def prune(
         overrides=_read(overrides),
         calibration=Calibration(calibration, samples, length),
         reconstruction_steps=reconstruct,
+        statistics=statistics,
     )
     _run("pruning", model, out, recipe, device, overwrite, json)
 
@@ -173,6 +184,7 @@ def convert(
     calibration: CalibrationOption = None,
     samples: Samples = 128,
     length: Length = 2048,
+    statistics: StatisticsOption = None,
     reconstruct: Reconstruct = None,
     format: Annotated[Form, typer.Option(help="packed: values and keep-bits; dense: the portable twin.")] = Form.packed,
     overrides: Overrides = None,
@@ -197,6 +209,7 @@ def convert(
         overrides=_read(overrides),
         calibration=Calibration(calibration, samples, length),
         reconstruction_steps=reconstruct,
+        statistics=statistics,
     )
     _run("converting", model, out, recipe, device, overwrite, json)
 

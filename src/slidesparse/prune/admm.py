@@ -83,7 +83,7 @@ def _iterate(
         if step % _CHECK_EVERY:
             continue
         now = point != 0
-        changed, support = int((now != support).sum()) / kept, now
+        changed, support = int(torch.count_nonzero(now != support)) / kept, now
         if step == _CHECK_EVERY and changed < _STILL and not patient:
             return point, False
         if changed == 0:
@@ -100,9 +100,12 @@ def project(point: Tensor, pattern: Pattern) -> Tensor:
     if pattern.unit > 1:
         score = score.view(pattern.units(k), pattern.unit, n).sum(1)
     units = score.shape[0]
-    score = torch.nn.functional.pad(score, (0, 0, 0, -units % pattern.group), value=-1.0).unflatten(0, (-1, pattern.group))
+    if units % pattern.group:
+        score = torch.nn.functional.pad(score, (0, 0, 0, -units % pattern.group), value=-1.0)
+    score = score.unflatten(0, (-1, pattern.group))
     keep = (score > threshold(score.transpose(0, 1), pattern).unsqueeze(1)).flatten(0, 1)[:units]
-    return point * (keep.repeat_interleave(pattern.unit, dim=0) if pattern.unit > 1 else keep)
+    keep = keep.repeat_interleave(pattern.unit, dim=0) if pattern.unit > 1 else keep
+    return point * keep.to(point.dtype)  # floats: a product with booleans is slow on a CPU
 
 
 def refine(target: Tensor, keep: Tensor, start: Tensor, hessian: Tensor, steps: int, tolerance: float) -> Tensor:

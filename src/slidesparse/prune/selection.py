@@ -34,7 +34,10 @@ def threshold(scores: Tensor, pattern: Pattern) -> Tensor:
     smallest = [torch.full_like(scores[0], top) for _ in range(pattern.dropped)]
     for score in scores:
         for level in range(pattern.dropped):
-            smallest[level], score = torch.minimum(smallest[level], score), torch.maximum(smallest[level], score)
+            lower = torch.minimum(smallest[level], score)
+            if level + 1 < pattern.dropped:
+                score = torch.maximum(smallest[level], score)
+            smallest[level] = lower
     return smallest[-1]
 
 

@@ -19,12 +19,12 @@ class Statistics:
     Attributes:
         hessian: x xᵀ, float32 ``[K, K]``; None where only the norms are known.
         norms: root of the mean x_k², float32 ``[K]``.
-        tokens: how many inputs were seen.
+        tokens: how many inputs were seen; 0 where that is not known.
     """
 
     hessian: Tensor | None
     norms: Tensor
-    tokens: int
+    tokens: int = 0
 
     def check(self, k: int, *, hessian: bool) -> None:
         """Whether these are statistics of a layer with ``k`` inputs.

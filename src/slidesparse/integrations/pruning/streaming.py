@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint.recipe import AUTO, RECONSTRUCTION_STEPS, LayerPlan
-from ...checkpoint.solved import Job, PruningReport, read_block, solved_scheme, write_block
+from ...checkpoint.solved import INPUT_NORMS, Job, PruningReport, read_block, solved_scheme, write_block
 from ...checkpoint.tensorfile import TensorInfo, TensorReader
 from ...errors import CheckpointError, UnsupportedError
 from ...quant import check_finite
@@ -139,6 +139,7 @@ class _Stream:
         with torch.no_grad():
             statistics = gather(tasks, passes)
             solutions = solve_layers(tasks, statistics, _method(self.job), lambda name: self._advance(self.sizes[name], f"{where}: {name}"))
+            norms = {f"{name}.{INPUT_NORMS}": known.norms for name, known in statistics.items()}
             del statistics
             _put(tasks, solutions)
         report: dict[str, Any] = {"block": index}
@@ -158,7 +159,7 @@ class _Stream:
             _put(tasks, solutions)
             report |= {"error_before": outcome.before, "error_after": min(outcome.before, outcome.after)}
         report["layers"] = {name: {"error": solution.error} for name, solution in solutions.items()}
-        write_block(self.job.folder, index, _tensors(solutions), report)
+        write_block(self.job.folder, index, _tensors(solutions) | norms, report)
         return report
 
     @torch.no_grad()
