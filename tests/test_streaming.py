@@ -220,6 +220,20 @@ def test_reconstruction_keeps_masks_and_never_makes_a_block_worse(tmp_path, sche
     assert json.loads((tmp_path / "fitted/pruning_report.json").read_text())["blocks"] == reports["fitted"].blocks
 
 
+def test_only_pruned_weights_get_gradients(tmp_path, monkeypatch):
+    dense, ids = tiny.build(tmp_path / "dense", "qwen2-moe"), tiny.token_ids(tmp_path / "ids.npy")
+    fit, blocks = streaming.reconstruct, []
+
+    def look(block, *arguments, **options):
+        outcome = fit(block, *arguments, **options)
+        blocks.append([name for name, parameter in block.named_parameters() if parameter.grad is not None])
+        return outcome
+
+    monkeypatch.setattr(streaming, "reconstruct", look)
+    convert(dense, tmp_path / "out", tiny.recipe("auto", ids, reconstruction_steps=2))
+    assert blocks == [[], []]
+
+
 def test_one_sample_is_too_few_to_fit_a_block_and_the_report_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "reconstruct", None)  # not to be called
     dense, ids = tiny.build(tmp_path / "dense"), tiny.token_ids(tmp_path / "ids.npy", 1, 60)
