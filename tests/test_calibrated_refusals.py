@@ -115,6 +115,15 @@ def test_weights_that_are_not_finite(tmp_path, dense, ids, layer, value):
     refused(tmp_path / "out", dense, tiny.recipe("auto", ids), WeightError, told)
 
 
+@pytest.mark.parametrize("tensor", ["self_attn.k_proj.weight", "input_layernorm.weight"])
+def test_tensors_that_are_missing(tmp_path, dense, ids, tensor):
+    tensors = models.read(dense)
+    tensors.pop(f"model.layers.1.{tensor}")
+    models.save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    told = rf"dense: tensor model\.layers\.1\.{re.escape(tensor)} is missing$"
+    refused(tmp_path / "out", dense, tiny.recipe("admm", ids), CheckpointError, told)
+
+
 def test_a_model_that_gives_no_numbers(tmp_path, dense, ids):
     norm = "model.layers.1.input_layernorm.weight"
     models.edit_tensors(dense, **{norm: torch.full_like(models.read(dense)[norm], float("nan"))})

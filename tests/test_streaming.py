@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import models
 import tiny
-from slidesparse import convert, prune, verify
+from slidesparse import Recipe, convert, prune, verify
 from slidesparse.errors import UnsupportedError
 from slidesparse.integrations.pruning import reconstruction, solving, streaming
 from slidesparse.integrations.pruning.blocks import Blocks
@@ -24,7 +24,14 @@ from tiny import SIX
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
 WIDE = {"hidden_size": 64, "intermediate_size": 104, "num_hidden_layers": 3}
-BLOCKS = {"llama": "model.layers", "gemma3": "model.layers", "falcon": "transformer.h", "gpt-neox": "gpt_neox.layers"}
+BLOCKS = {
+    "llama": "model.layers",
+    "gemma3": "model.layers",
+    "falcon": "transformer.h",
+    "bloom": "transformer.h",
+    "gpt-neox": "gpt_neox.layers",
+}
+SAMPLES = 21  # the last batch is smaller than the others
 
 
 def inputs_of(model: nn.Module, layers: dict[str, nn.Linear], tokens: Tensor) -> dict[str, Tensor]:
@@ -52,8 +59,8 @@ def statistics_of(x: Tensor) -> Statistics:
 def test_every_block_is_solved_behind_the_pruned_blocks_before_it(tmp_path, family, dtype):
     """The model as a whole, in float32, tells what each layer is given; blocks get the weights of the output once they are compared."""
     sizes = WIDE if family != "gemma3" else WIDE | {"num_hidden_layers": 4}
-    dense, ids = tiny.build(tmp_path / "dense", family, dtype=dtype, **sizes), tiny.token_ids(tmp_path / "ids.npy", 20, 40)
-    convert(dense, tmp_path / "out", tiny.recipe("sparsegpt", ids, samples=20, length=40))
+    dense, ids = tiny.build(tmp_path / "dense", family, dtype=dtype, **sizes), tiny.token_ids(tmp_path / "ids.npy", SAMPLES, 40)
+    convert(dense, tmp_path / "out", tiny.recipe("sparsegpt", ids, samples=SAMPLES, length=40))
     tokens, pruned = torch.from_numpy(np.load(ids)), models.read(tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
     for index, block in enumerate(model.get_submodule(BLOCKS[family])):
@@ -70,6 +77,22 @@ def test_every_block_is_solved_behind_the_pruned_blocks_before_it(tmp_path, fami
             assert distance < (2**-9 if dtype == torch.bfloat16 else 1e-4), f"{name}: {distance:.2e}"
         for name, layer in layers.items():
             layer.weight.data = pruned[f"{name}.weight"].float()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_8_bit_weights_are_rounded_with_the_output_in_view(tmp_path, scheme):
+    dense, ids = tiny.build(tmp_path / "dense"), tiny.token_ids(tmp_path / "ids.npy", SAMPLES)
+    report = convert(dense, tmp_path / "direct", tiny.recipe("admm", ids, samples=SAMPLES, scheme=scheme)).pruning
+    convert(dense, tmp_path / "masked", tiny.recipe("admm", ids, samples=SAMPLES))
+    convert(tmp_path / "masked", tmp_path / "nearest", Recipe(SIX, scheme=scheme, form="dense"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    layers = {name: model.get_submodule(name) for name in report.blocks[0]["layers"]}
+    stored = {run: models.read(tmp_path / run) for run in ("direct", "nearest")}
+    for name, given in inputs_of(model, layers, torch.from_numpy(np.load(ids))).items():
+        weight = layers[name].weight.detach()
+        meant = {run: tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"] for run, tensors in stored.items()}
+        errors = {run: prune.layer_error(weight, each, statistics_of(given)) for run, each in meant.items()}
+        assert errors["direct"] < errors["nearest"] and errors["direct"] == pytest.approx(report.layers[name]["error"], rel=1e-3), name
 
 
 def test_statistics_are_taken_once_for_a_block_while_all_its_layers_are_dense(tmp_path, monkeypatch):
@@ -195,6 +218,20 @@ def test_reconstruction_keeps_masks_and_never_makes_a_block_worse(tmp_path, sche
         assert not ((fitted != 0) & (plain == 0)).any() and not torch.equal(fitted, plain)
     assert verify(tmp_path / "fitted").ok
     assert json.loads((tmp_path / "fitted/pruning_report.json").read_text())["blocks"] == reports["fitted"].blocks
+
+
+def test_only_pruned_weights_get_gradients(tmp_path, monkeypatch):
+    dense, ids = tiny.build(tmp_path / "dense", "qwen2-moe"), tiny.token_ids(tmp_path / "ids.npy")
+    fit, blocks = streaming.reconstruct, []
+
+    def look(block, *arguments, **options):
+        outcome = fit(block, *arguments, **options)
+        blocks.append([name for name, parameter in block.named_parameters() if parameter.grad is not None])
+        return outcome
+
+    monkeypatch.setattr(streaming, "reconstruct", look)
+    convert(dense, tmp_path / "out", tiny.recipe("auto", ids, reconstruction_steps=2))
+    assert blocks == [[], []]
 
 
 def test_one_sample_is_too_few_to_fit_a_block_and_the_report_says_so(tmp_path, monkeypatch):

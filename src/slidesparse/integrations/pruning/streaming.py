@@ -16,7 +16,7 @@ from ...errors import CheckpointError, UnsupportedError
 from ...quant import check_finite
 from ..calibration import Samples, calibration_samples
 from ..transformers import open_model, open_tokenizer
-from ..transformers_files import StoredTensors
+from ..transformers_files import StoredTensors, check_parameters
 from .blocks import Blocks, Call
 from .reconstruction import Batches, Depth, reconstruct
 from .solving import Solution, Task, dequantized, gather, solve_layers
@@ -199,7 +199,9 @@ def _open(job: Job) -> Any:
     """The model, in a type that holds every layer's weights exactly: config.json may name a narrower one than the files have."""
     model = open_model(job.checkpoint.path)
     exact = reduce(torch.promote_types, (plan.layer.main.dtype for plan in job.plans), model.dtype)
-    return (model if exact == model.dtype else open_model(job.checkpoint.path, exact)).requires_grad_(False)
+    model = model if exact == model.dtype else open_model(job.checkpoint.path, exact)
+    # Reconstruction trains copies of some weights: gradients of all the others would be for nothing.
+    return model.requires_grad_(False)
 
 
 def _check_samples(model: Any, samples: Samples) -> None:
@@ -220,10 +222,12 @@ def _tasks(job: Job, blocks: Blocks) -> list[list[Task]]:
     """The layers to prune, block by block.
 
     Raises:
+        CheckpointError: a tensor of the blocks is missing.
         UnsupportedError: some are no linear modules of the blocks.
         WeightError: NaN or Inf, before any work is done; names the layer.
     """
     stored = StoredTensors.read(blocks.model, [str(job.checkpoint.path / shard) for shard in job.checkpoint.shards])
+    check_parameters(stored, blocks.model, f"{blocks.name}.")
     plans: dict[str, LayerPlan] = {plan.layer.name: plan for plan in job.plans}
     tasks: list[list[Task]] = []
     for index, block in enumerate(blocks.modules):
@@ -238,7 +242,7 @@ def _tasks(job: Job, blocks: Blocks) -> list[list[Task]]:
             f"outside the blocks do not: leave them out with --ignore, or use --method magnitude"
         )
     for task in (task for block in tasks for task in block):
-        check_finite(task.module.weight.detach(), f"layer {task.name}")
+        check_finite(task.module.weight, f"layer {task.name}")
     return tasks
 
 
