@@ -35,24 +35,22 @@ def picture(table: Path, place: Path) -> None:
             points = loss(cells, method)
             if points:
                 axis.plot(*zip(*points, strict=True), color=COLOURS[method], marker=MARKERS[method], label=shown)
-        axis.axhline(1, color="black", linewidth=1)
-        axis.set_yscale("log")
-        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            ticks(lambda value, _: f"{value:g}")
+        axis.set_yscale("log", nonpositive="clip")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g} %")
         axis.set_xticks([kept(pattern) for pattern in PATTERNS], [f"{pattern}\n{kept(pattern):.0f} %" for pattern in PATTERNS])
         axis.set_xlabel("pattern and weights kept")
         axis.set_title(f"{model}, bf16", fontsize="medium")
-        axis.grid(alpha=0.3, which="both")
-    axes[0][0].set_ylabel("WikiText-2 perplexity ÷ dense")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("WikiText-2 perplexity above the dense model's")
     axes[0][0].legend(fontsize="small")
     figure.savefig(place, dpi=110)
 
 
 def loss(cells: dict, method: str) -> list[tuple[float, float]]:
-    """Kept weights and the perplexity over the dense model's."""
+    """Kept weights, and by how many % the perplexity lies above the dense model's."""
     dense = cells.get(("dense", "-", "bf16"), {}).get(("text", "perplexity"))
     found = [(pattern, cells.get((method, pattern, "bf16"), {}).get(("text", "perplexity"))) for pattern in PATTERNS]
-    return [(kept(pattern), float(row["value"]) / float(dense["value"])) for pattern, row in found if row and dense]
+    return [(kept(pattern), 100 * (float(row["value"]) / float(dense["value"]) - 1)) for pattern, row in found if row and dense]
 
 
 def main() -> None:
