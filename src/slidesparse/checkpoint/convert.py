@@ -102,7 +102,8 @@ def convert(
                 pruning = solver(Job(checkpoint, recipe, tuple(plans), staging.path, device, progress))
                 write_json(staging.path / REPORT, asdict(pruning))
             plans, norms, others = with_solved(plans, staging.path)
-            write_norms(staging.path / NORMS, {layer: reader.read(info) for layer, info in norms.items()})
+            if not (staging.path / NORMS).exists():  # else from a run that was stopped when it had removed solved blocks already
+                write_norms(staging.path / NORMS, {layer: reader.read(info) for layer, info in norms.items()})
             report = _Conversion(checkpoint, recipe, plans, reader, device, progress, others).run(staging)
             return replace(report, pruning=pruning)
     except OSError as error:
