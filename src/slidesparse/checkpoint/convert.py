@@ -101,10 +101,10 @@ def convert(
                 _check_room(staging.path, _bytes_with_solved(checkpoint, recipe, plans) - staging.nbytes)
                 pruning = solver(Job(checkpoint, recipe, tuple(plans), staging.path, device, progress))
                 write_json(staging.path / REPORT, asdict(pruning))
-            plans, norms, others = with_solved(plans, staging.path)
+            plans, norms = with_solved(plans, staging.path)
             if not (staging.path / NORMS).exists():  # else from a run that was stopped when it had removed solved blocks already
                 write_norms(staging.path / NORMS, {layer: reader.read(info) for layer, info in norms.items()})
-            report = _Conversion(checkpoint, recipe, plans, reader, device, progress, others).run(staging)
+            report = _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging)
             return replace(report, pruning=pruning)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -121,10 +121,8 @@ class _Conversion:
         reader: TensorReader,
         device: str,
         progress: Progress,
-        replaced: dict[str, TensorInfo] | None = None,
     ) -> None:
         self.checkpoint, self.recipe, self.reader, self.device, self.progress = checkpoint, recipe, reader, device, progress
-        self.replaced = replaced or {}
         scanned = [plan for plan in plans if plan.pattern is None] if recipe.obey else []
         self.total = checkpoint.nbytes + sum(plan.layer.main.nbytes for plan in scanned)
         self.done, self.what = 0, ""
@@ -182,7 +180,6 @@ class _Conversion:
                 plan = self.plans.get(layer)
                 self.what = layer or name
                 if plan is None or suffix not in plan.layer.tensors:
-                    info = self.replaced.get(name, info)
                     for offset in range(0, info.nbytes, _COPY_BYTES):
                         size = min(_COPY_BYTES, info.nbytes - offset)
                         self._advance(writer.write(name, offset, self.reader.read_bytes(info, offset, size)))

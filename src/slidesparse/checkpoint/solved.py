@@ -91,8 +91,8 @@ def remove_blocks(folder: Path) -> None:
         path.unlink()
 
 
-def with_solved(plans: list[LayerPlan], folder: Path) -> tuple[list[LayerPlan], dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """The plans with their layers' rows in the solved files, the norms found there by layer, and the other tensors by name."""
+def with_solved(plans: list[LayerPlan], folder: Path) -> tuple[list[LayerPlan], dict[str, TensorInfo]]:
+    """The plans with their layers' rows in the solved files, and the norms found there by layer."""
     tensors = {name: info for path in sorted(folder.glob(_NAME.replace("{:05d}", "*"))) for name, info in read_header(path)[0].items()}
     done, norms = [], {}
     for plan in plans:
@@ -102,7 +102,7 @@ def with_solved(plans: list[LayerPlan], folder: Path) -> tuple[list[LayerPlan], 
             norms[name] = tensors.pop(f"{name}.{INPUT_NORMS}")
         form = Form.QUANTIZED if "weight_scale" in own else Form.FLOAT
         done.append(replace(plan, solved=replace(plan.layer, form=form, scheme=solved_scheme(plan), tensors=own)))
-    return done, norms, tensors
+    return done, norms
 
 
 def solved_scheme(plan: LayerPlan) -> Scheme | None:
