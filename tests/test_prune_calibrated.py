@@ -340,6 +340,15 @@ def test_the_door_gives_what_the_method_gives(method, rng):
         assert bitwise(prune(layer.weight, pattern, method, statistics=statistics_of(layer)), expected)
 
 
+@every_correcting
+def test_weights_too_large_to_correct_are_refused(method, rng):
+    layer = random_layer(4, 16, 50, rng)
+    weight = layer.weight.clone()
+    weight[2] = 3e38
+    with pytest.raises(WeightError, match=rf"^pruned by {method}, weight: value at row 2, column \d+ is (nan|inf|-inf); "):
+        prune(weight, Pattern(6, 8), method, statistics=statistics_of(layer))
+
+
 def damaged(**fields: Callable[[Statistics], object]) -> Callable[[Statistics], Statistics]:
     return lambda whole: dataclasses.replace(whole, **{name: change(whole) for name, change in fields.items()})
 

@@ -48,7 +48,8 @@ def admm(
     problem = Scaled.of(statistics, damping)
     # Transposed, [K, N]: a group's positions are whole rows, and both products read contiguous memory.
     target = (weight.float() * problem.scale).t().contiguous()
-    best, least = torch.zeros_like(target), target.new_full((target.shape[1],), torch.inf, dtype=torch.float64)
+    # NaN until a solution takes its place: a row whose errors all overflow must not look like a pruned one.
+    best, least = torch.full_like(target, torch.nan), target.new_full((target.shape[1],), torch.inf, dtype=torch.float64)
     for start in (_support(target, pattern, problem.hessian, iterations), sweep(target.t(), pattern, problem).t()):
         found = refine(target, start != 0, start, problem.hessian, refinements, tolerance)
         error = row_errors(target.t(), found.t(), problem.hessian)
@@ -89,7 +90,7 @@ def _iterate(
         if changed == 0:
             break
         rho *= next(factor for share, factor in _GROWTH if changed > share)
-        del inverse  # [K, K], as much as the next one and the factor it is made of
+        inverse = None  # [K, K], as much as the next one and the factor it is made of
         inverse = positive_inverse(hessian, rho)
     return point, True
 

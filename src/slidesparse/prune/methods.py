@@ -73,7 +73,7 @@ def prune(
 
     Raises:
         ValueError: unknown method, K is not a whole number of units, or statistics or an offset that the method cannot use.
-        WeightError: a dtype that cannot be pruned, NaN or Inf, or statistics that do not fit.
+        WeightError: a dtype that cannot be pruned, NaN or Inf, statistics that do not fit, or numbers too large to correct in float32.
     """
     chosen = method_named(method)
     if weight.dtype not in _DTYPES:
@@ -88,4 +88,7 @@ def prune(
     if weight.dtype.itemsize == 1:
         raise WeightError(f"{method} cannot prune {weight.dtype} weights: prune the 16-bit ones")
     statistics.check(weight.shape[1], hessian=chosen.corrects)
-    return chosen.run(weight, pattern, statistics)
+    pruned = chosen.run(weight, pattern, statistics)
+    if chosen.corrects:
+        check_finite(pruned, f"pruned by {method}, weight")
+    return pruned
