@@ -74,12 +74,22 @@ class Blocks:
         Raises:
             UnsupportedError: the model does not run, or its blocks cannot be run one by one.
         """
+        self._check_apart()
         probe = tokens[:1, :_PROBE]
         calls = self._watch(probe)
         for other in (probe, probe.flip(1)):
             for index, (call,) in enumerate(self.enter(other, 1)[1]):
                 if not _same((call.args, call.kwargs), (calls[index].args, calls[index].kwargs)):
                     self._refuse(f"block {index} of {self.name} gets more than hidden states from the tokens or from other blocks")
+
+    def _check_apart(self) -> None:
+        """No block's parameter or buffer is another's, too: blocks are pruned, and let go of, one by one."""
+        owners: dict[int, int] = {}
+        for index, block in enumerate(self.modules):
+            for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+                owner = owners.setdefault(id(tensor), index)
+                if owner != index:
+                    self._refuse(f"blocks {owner} and {index} of {self.name} share {name}")
 
     def _watch(self, probe: Tensor) -> list[Call]:
         """The calls of all blocks in a forward pass of the model as it is."""
