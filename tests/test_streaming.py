@@ -16,8 +16,9 @@ import models
 import tiny
 from slidesparse import Recipe, convert, prune, verify
 from slidesparse.errors import UnsupportedError
+from slidesparse.format import SCHEMES
 from slidesparse.integrations.pruning import reconstruction, solving, streaming
-from slidesparse.integrations.pruning.blocks import Blocks
+from slidesparse.integrations.pruning.blocks import Blocks, Call
 from slidesparse.prune import Statistics
 from tiny import SIX
 
@@ -163,6 +164,8 @@ class Model(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind, self.embed, self.blocks = kind, nn.Embedding(32, 16), nn.ModuleList(Block() for _ in range(3))
+        if kind == "shares":
+            self.blocks[2].linear = self.blocks[0].linear
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
         hidden = first = self.embed(input_ids)
@@ -186,6 +189,7 @@ class Model(nn.Module):
         ("first", "block 1 of blocks gets other hidden states"),
         ("tokens", "block 0 of blocks gets more than hidden states from the tokens"),
         ("states", "block 1 of blocks gets more than hidden states"),
+        ("shares", "blocks 0 and 2 of blocks share linear.weight"),
         ("shape", r"does not run on 16 tokens \(mat1 and mat2 shapes cannot be multiplied\)"),
     ],
 )
@@ -232,6 +236,22 @@ def test_only_pruned_weights_get_gradients(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "reconstruct", look)
     convert(dense, tmp_path / "out", tiny.recipe("auto", ids, reconstruction_steps=2))
     assert blocks == [[], []]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_loud_tokens_fit_a_block_in_16_bits(dtype):
+    """Each token's gradient is too small for float16; on a GPU blocks run in the model's own type."""
+    block = Block().to(dtype).requires_grad_(False)
+    mixed = torch.randn(3, 16)  # inputs of low rank: the weights that stay can do what the others did
+    inputs = [(8000 * nn.functional.normalize(torch.randn(4, 512, 3) @ mixed, dim=-1)).to(dtype) for _ in range(5)]
+    tasks = [solving.Task("linear", block.linear, SIX, SCHEMES["fp16" if dtype == torch.float16 else "bf16"])]
+    with torch.no_grad():
+        targets = [block(x) for x in inputs]
+        statistics = solving.gather(tasks, [lambda x=x: block(x) for x in inputs])
+        solutions = solving.solve_layers(tasks, statistics, "wanda", lambda name: None)
+    batches = reconstruction.Batches(inputs, reconstruction.Depth(block, [Call((), {}, None)] * 5, targets))
+    outcome = reconstruction.reconstruct(tasks, solutions, batches, steps=100, seed=0, device=torch.device("cpu"), notice=lambda step: None)
+    assert outcome.after < 0.9 * outcome.before
 
 
 def test_one_sample_is_too_few_to_fit_a_block_and_the_report_says_so(tmp_path, monkeypatch):

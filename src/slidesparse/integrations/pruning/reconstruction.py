@@ -93,13 +93,17 @@ def reconstruct(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
+    # A token's part in the loss has gradients of about its error / (its size · tokens), which float16 rounds to 0.
+    half = any(task.module.weight.dtype == torch.float16 for task in tasks)
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
     order: list[int] = []
     for step in range(steps):
         order = order or [training[i] for i in torch.randperm(len(training), generator=generator)]
         number = order.pop()
         optimizer.zero_grad()
-        trained.loss(batches, number, device).backward()
-        optimizer.step()
+        scaler.scale(trained.loss(batches, number, device)).backward()
+        scaler.step(optimizer)
+        scaler.update()
         schedule.step()
         notice(step + 1)
     found = trained.solutions()
