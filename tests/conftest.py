@@ -71,6 +71,16 @@ def rng(request: pytest.FixtureRequest) -> torch.Generator:
 
 
 @pytest.fixture
+def tiny_models(rng: torch.Generator) -> Iterator[None]:
+    """Everything random follows the test's own seed; one thread, since threads wait longer for each other than tiny matrices take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(rng.initial_seed())
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Sets the tensor-parallel rank and size that vLLM's layers believe in."""
 

@@ -77,7 +77,7 @@ def dense(tmp_path):
         bos_token_id=None,
         eos_token_id=1,
     )
-    random_model(config, torch.bfloat16).save_pretrained(tmp_path / "dense")
+    random_model(config, torch.float32).save_pretrained(tmp_path / "dense")
     vocabulary = {"<pad>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -163,6 +163,25 @@ def test_scores_are_those_of_the_packed_layers(harness, packed, tmp_path, monkey
         assert found.stderr == pytest.approx(statistics.stdev(items) / 7**0.5) and found.higher_is_better and found.group == ""
     limited = harness.evaluate_tasks(model, tokenizer, [str(file)], limit=3)
     assert limited[0].per_item == acc.per_item[:3]
+
+
+def test_automatic_batches_follow_from_lengths(harness, packed, tmp_path, monkeypatch):
+    file, _ = write_task(tmp_path, items=20)
+    model, tokenizer = load(packed, device="cpu")
+    lengths, shapes = [], []
+
+    def by_length(length: int, vocabulary: int, device: torch.device) -> int:
+        lengths.append(length)
+        assert vocabulary == WORDS
+        return 24 // length
+
+    monkeypatch.setattr(harness, "windows_per_pass", by_length)
+    model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    runner = harness.Runner(pretrained=model, tokenizer=tokenizer, batch_size="auto:8", max_batch_size=256, softmax_dtype="float32")
+    found = harness.run_tasks(runner, [str(file)])
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] == 9 and lengths[-1] == 6 and len(lengths) <= 9
+    assert max(rows for rows, _ in shapes) == 4 and shapes[0] == (2, 8)
+    assert [row.per_item for row in found] == [row.per_item for row in harness.evaluate_tasks(model, tokenizer, [str(file)])]
 
 
 def test_shots_folders_and_groups(harness, dense, tmp_path):

@@ -195,7 +195,7 @@ def convert(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Prune, quantise and pack in one streaming pass."""
+    """Prune, quantise and pack in one go."""
     from ..checkpoint import Calibration, Recipe
 
     recipe = Recipe(
@@ -264,7 +264,7 @@ def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwr
 def _tell(pruning: PruningReport) -> None:
     """How a calibrated method went, in a few lines; the rest is in the report beside the weights."""
     errors = [layer["error"] for layer in pruning.layers.values()]
-    screen.say(f"  pruned by {pruning.method} on {pruning.calibration}")
+    screen.say(f"  pruned by {pruning.method}; {pruning.calibration}")
     screen.say(f"  output error of the layers: {sum(errors) / max(len(errors), 1):.2%} on average, {max(errors, default=0.0):.2%} at most")
     fitted = [block for block in pruning.blocks if "error_after" in block]
     if fitted:

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from yaml import YAMLError
 
 from ..errors import EvaluationError, UnsupportedError
+from ..evaluate import windows_per_pass
 from ..evaluate.scores import TaskScore, items_of_mean
 
 try:
@@ -22,6 +23,7 @@ try:
     from datasets import disable_progress_bars
     from datasets.exceptions import DatasetsError
     from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise UnsupportedError(f"tasks need lm-eval, which cannot be imported ({error}): pip install 'slidesparse[eval]'") from error
@@ -32,6 +34,9 @@ SEED = 1234
 RESAMPLES = 1000
 """For standard errors that lm-eval can only bootstrap."""
 CPU_BATCH = 8
+LARGEST_BATCH = 256
+GENERATING_BATCH = 32
+"""Sequences that a GPU continues at a time."""
 _FILES = (".yaml", ".yml")
 _UNUSABLE = (
     ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError, SyntaxError, YAMLError, TemplateError,
@@ -130,6 +135,20 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; near it: {', '.join(near)}" if near else " to lm-eval, and no file ends in it"
 
 
+class Runner(HFLM):
+    """lm-eval's runner of transformers, whose automatic batches follow from lengths.
+
+    lm-eval finds batches by running out of memory, and tries the longest sequence that the model has positions for before it generates.
+    """
+
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        if not requests:
+            return GENERATING_BATCH
+        _, context, continuation = requests[pos]
+        length = min(len(context) + len(continuation), self.max_length)
+        return min(LARGEST_BATCH, windows_per_pass(length, self.model.config.get_text_config().vocab_size, self.device))
+
+
 def evaluate_tasks(
     model: Any,
     tokenizer: Any,
@@ -146,16 +165,14 @@ def evaluate_tasks(
         tasks: from `find_tasks`, or what it takes.
         limit: only the first items of each task.
         num_fewshot: solved examples before each question, in place of each task's own number.
-        batch_size: requests per forward pass; found by trying on a GPU, `CPU_BATCH` on a CPU.
+        batch_size: requests per forward pass; when not given by their lengths on a GPU, see `Runner`, and `CPU_BATCH` on a CPU.
 
     Raises:
         EvaluationError: see `find_tasks`; or lm-eval cannot run a task with this model.
     """
-    from lm_eval.models.huggingface import HFLM
-
-    size = batch_size or (CPU_BATCH if model.device.type == "cpu" else "auto")
+    size = batch_size or (CPU_BATCH if model.device.type == "cpu" else "auto:8")  # they are chosen anew as sequences get shorter
     # In bfloat16, lm-eval's default, log-probabilities around -150 are rounded to whole numbers.
-    runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, softmax_dtype="float32")
+    runner = Runner(pretrained=model, tokenizer=tokenizer, batch_size=size, max_batch_size=LARGEST_BATCH, softmax_dtype="float32")
     return run_tasks(runner, tasks, include=include, limit=limit, num_fewshot=num_fewshot)
 
 

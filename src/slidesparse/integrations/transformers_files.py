@@ -118,6 +118,18 @@ def check_rest(stored: StoredTensors, model: nn.Module) -> None:
             raise CheckpointError(f"{stored.where}: the model has no place for tensor {found.key}")
 
 
+def check_parameters(stored: StoredTensors, model: nn.Module, prefix: str) -> None:
+    """Parameters whose names begin with ``prefix`` must all be there: transformers makes random ones up, and only warns.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name, _ in model.named_parameters():
+        if name.startswith(prefix) and name not in stored.tensors and name not in tied and not _listed(name, model, "missing"):
+            raise CheckpointError(f"{stored.where}: tensor {name} is missing")
+
+
 def restore_scales(model: nn.Module, files: list[str]) -> None:
     """Give packed layers the float32 scales that a dense twin stores: transformers rounds them to the model's type when it loads.
 

@@ -48,7 +48,7 @@ def admm(
     problem = Scaled.of(statistics, damping)
     # Transposed, [K, N]: a group's positions are whole rows, and both products read contiguous memory.
     target = (weight.float() * problem.scale).t().contiguous()
-    best, least = torch.zeros_like(target), torch.full_like(target[0], torch.inf, dtype=torch.float64)
+    best, least = torch.zeros_like(target), target.new_full((target.shape[1],), torch.inf, dtype=torch.float64)
     for start in (_support(target, pattern, problem.hessian, iterations), sweep(target.t(), pattern, problem).t()):
         found = refine(target, start != 0, start, problem, refinements, tolerance)
         error = row_errors(target.t(), found.t(), problem.hessian)

@@ -36,8 +36,8 @@ class Call:
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Hidden states ``[B, T, hidden]`` behind the block."""
         if self.keyword is None:
-            return _first(block(hidden, *self.args, **self.kwargs))
-        return _first(block(*self.args, **{self.keyword: hidden}, **self.kwargs))
+            return hidden_states(block(hidden, *self.args, **self.kwargs))
+        return hidden_states(block(*self.args, **{self.keyword: hidden}, **self.kwargs))
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Blocks:
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.tuples = not isinstance(output, Tensor)
-            given.append(_first(output))
+            given.append(hidden_states(output))
 
         handles = [block.register_forward_pre_hook(before(i), with_kwargs=True) for i, block in enumerate(self.modules)]
         handles += [block.register_forward_hook(after) for block in self.modules]
@@ -176,7 +176,7 @@ class Blocks:
                 del block.forward
 
 
-def _first(output: Any) -> Tensor:
+def hidden_states(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 

@@ -1,35 +1,56 @@
 """Block reconstruction: a pruned block's weights are trained, on their masks, to give what the dense model gives at that depth.
 
 The pruned block is fed what the pruned blocks before it give. After BRECQ's block-wise objective (arXiv 2102.05426), with masks in the
-place of rounding.
+place of rounding. The output is judged twice: as it is, and behind the next block, still dense, which shows what errors do there. Each
+token counts by its error relative to its own size, since a few tokens of language models are a thousand times larger than the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...format import Scheme
-from .blocks import Call
+from .blocks import Call, hidden_states
 from .solving import Solution, Task, dequantized, round_nearest
 
 _HELD_OUT = 8
 """One batch of so many is held out, to judge by."""
-_RATE = 5e-3
-"""Step of Adam in units of a weight matrix's root mean square."""
+_RATE = 1 / 60
+"""Largest step of Adam, in units of a weight matrix's root mean square times the layers' relative output error, as a root."""
+
+
+@dataclass
+class Depth:
+    """A block on the device, how each batch calls it, and what the dense model gives behind it, ``[B, L, hidden]``."""
+
+    block: nn.Module
+    calls: list[Call]
+    targets: list[Tensor]
+
+    def error(self, number: int, hidden: Tensor, run: Callable[..., Tensor] | None = None) -> Tensor:
+        """Mean over one batch's tokens of the squared error relative to the target's squares, for the hidden states in front of the block.
+
+        Args:
+            run: takes the block's place, as with other weights.
+        """
+        output, target = self.calls[number].run(run or self.block, hidden).float(), self.targets[number].to(hidden.device).float()
+        size = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        return ((output - target).square().sum(-1) / size).mean()
 
 
 @dataclass
 class Batches:
-    """A block's inputs behind the pruned blocks, the dense model's outputs at its end, ``[B, L, hidden]`` each, and how it is called."""
+    """What the pruned blocks give in front of a block, ``[B, L, hidden]`` each; the block, and the next one where there is one."""
 
     inputs: list[Tensor]
-    targets: list[Tensor]
-    calls: list[Call]
+    here: Depth
+    ahead: Depth | None = None
 
     def split(self) -> tuple[list[int], list[int]]:
         """Numbers of the batches to train on, and of those held out; none to train on where there is only one."""
@@ -48,7 +69,6 @@ class Outcome:
 
 
 def reconstruct(
-    block: nn.Module,
     tasks: list[Task],
     solutions: Mapping[str, Solution],
     batches: Batches,
@@ -58,14 +78,13 @@ def reconstruct(
     device: torch.device,
     notice: Callable[[int], None],
 ) -> Outcome:
-    """Train the pruned weights of one block; masks stay as they are.
+    """Train the pruned weights of one block, which is left as it is; masks stay as they are.
 
     Args:
-        block: with the pruned weights in place; left as it is.
         notice: called with the steps done.
     """
     training, held = batches.split()
-    trained = _Trained(block, tasks, solutions)
+    trained = _Trained(batches.here.block, tasks, solutions)
     before = trained.error(batches, held, device)
     if not training or steps == 0:
         return Outcome(before, before, dict(solutions))
@@ -84,7 +103,7 @@ def reconstruct(
         schedule.step()
         notice(step + 1)
     found = trained.solutions()
-    after = _Trained(block, tasks, found).error(batches, held, device)
+    after = _Trained(batches.here.block, tasks, found).error(batches, held, device)
     return Outcome(before, after, found if after < before else dict(solutions))
 
 
@@ -100,24 +119,37 @@ class _Trained:
 
     def groups(self) -> list[dict]:
         """Parameters for the optimiser, each with its own step size."""
-        return [{"params": [weight], "lr": _RATE * float(weight.detach().square().mean().sqrt())} for weight in self.weights.values()]
+        error = sum(solution.error for solution in self.start.values()) / len(self.start)
+        sizes = ((weight, float(weight.detach().square().mean().sqrt())) for weight in self.weights.values())
+        return [{"params": [weight], "lr": _RATE * error**0.5 * size} for weight, size in sizes]
 
-    def loss(self, batches: Batches, number: int, device: torch.device, *, rounded: bool = False) -> Tensor:
-        """Mean squared error of the block's output on one batch, relative to the target's mean square."""
+    def loss(self, batches: Batches, number: int, device: torch.device) -> Tensor:
+        """Error of one batch behind the block, and behind the next one."""
+        given, output = batches.inputs[number].to(device), []
+        error = batches.here.error(number, given, self._run(rounded=False, keep=output))
+        return error if batches.ahead is None else error + batches.ahead.error(number, output[0])
+
+    @torch.no_grad()
+    def error(self, batches: Batches, numbers: list[int], device: torch.device) -> float:
+        """Mean error behind the block, with weights rounded as they are stored."""
+        run = self._run(rounded=True)
+        return sum(float(batches.here.error(number, batches.inputs[number].to(device), run)) for number in numbers) / len(numbers)
+
+    def _run(self, *, rounded: bool, keep: list[Tensor] | None = None) -> Callable[..., Any]:
+        """The block with the weights in training; ``keep`` is given the hidden states behind it."""
         weights = {}
         for task in self.tasks:
             masked = self.weights[task.name] * self.masks[task.name]
             seen = masked + (_rounded(masked.detach(), task.scheme) - masked.detach()) if rounded or _is_8_bit(task.scheme) else masked
             weights[self.names[task.name]] = seen.to(task.module.weight.dtype)
-        call, target = batches.calls[number], batches.targets[number].to(device)
-        given = batches.inputs[number].to(device)
-        output = call.to(device).run(lambda *args, **kwargs: functional_call(self.block, weights, args, kwargs), given)
-        return (output.float() - target.float()).square().mean() / target.float().square().mean()
 
-    @torch.no_grad()
-    def error(self, batches: Batches, numbers: list[int], device: torch.device) -> float:
-        """Mean of the losses with weights rounded as they are stored."""
-        return sum(float(self.loss(batches, number, device, rounded=True)) for number in numbers) / len(numbers)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = functional_call(self.block, weights, args, kwargs)
+            if keep is not None:
+                keep.append(hidden_states(output))
+            return output
+
+        return run
 
     @torch.no_grad()
     def solutions(self) -> dict[str, Solution]:

@@ -16,9 +16,9 @@ from ...errors import CheckpointError, UnsupportedError
 from ...quant import check_finite
 from ..calibration import Samples, calibration_samples
 from ..transformers import open_model, open_tokenizer
-from ..transformers_files import StoredTensors
+from ..transformers_files import StoredTensors, check_parameters
 from .blocks import Blocks, Call
-from .reconstruction import Batches, reconstruct
+from .reconstruction import Batches, Depth, reconstruct
 from .solving import Solution, Task, dequantized, gather, solve_layers
 
 _BATCH_TOKENS, _BATCHES = 4096, 8
@@ -68,7 +68,7 @@ def solve(job: Job) -> PruningReport:
 
 
 class _Stream:
-    """Both streams of hidden states in front of the next block: behind the pruned blocks, and behind the dense ones."""
+    """Hidden states in front of the next block behind the pruned ones; in the dense model, behind that block and the one after it."""
 
     def __init__(
         self,
@@ -81,9 +81,9 @@ class _Stream:
         calls: list[list[Call]],
     ) -> None:
         self.job, self.blocks, self.tasks, self.device, self.steps, self.calls = job, blocks, tasks, device, steps, calls
-        self.home = self._home(sum(batch.nbytes for batch in hidden) * (2 if steps else 1))
+        self.home = self._home(sum(batch.nbytes for batch in hidden) * (3 if steps else 1))
         self.pruned = [batch.to(self.home) for batch in hidden]
-        self.dense = list(self.pruned) if steps else []
+        self.dense, self.ahead = (list(self.pruned), list(self.pruned)) if steps else ([], [])
         self.sizes = {task.name: task.module.weight.nbytes for block in tasks for task in block}
         self.bytes = [sum(self.sizes[task.name] for task in block) for block in tasks]
         self.done, self.total = 0, sum(self.bytes) * (2 if steps else 1)
@@ -94,33 +94,47 @@ class _Stream:
         return self.device
 
     def step(self, index: int) -> dict[str, Any]:
-        """Solve one block, or read it if it is solved; take both streams behind it; tell how it went."""
-        block, tasks = self.blocks.modules[index], self.tasks[index]
-        block.to(self.device)
-        if self.device.type == "cpu":
-            block.float()
-        moved = {id(call): call.to(self.device) for call in self.calls[index]}
-        calls = [moved[id(call)] for call in self.calls[index]]
-        if self.steps:
-            self._through(block, calls, self.dense)
+        """Solve one block, or read it if it is solved; take the streams behind it; tell how it went."""
+        block, calls = self._on_device(index)
+        ahead = self._look_ahead(index, block, calls) if self.steps else None
         found = read_block(self.job.folder, index)
         if found is None:
-            report = self._solve(index, block, calls)
+            report = self._solve(index, Depth(block, calls, self.dense), ahead)
         else:
             tensors, report = found
-            _place(tasks, tensors)
+            _place(self.tasks[index], tensors)
             self._advance(self.bytes[index] * (2 if self.steps else 1), f"block {index + 1} is there from an earlier run")
         if index + 1 < len(self.blocks.modules):
-            self._through(block, calls, self.pruned)
+            self._through(block, calls, self.pruned, self.pruned)
         block.to("meta")
         self.calls[index] = []
         return report
 
-    def _solve(self, index: int, block: nn.Module, calls: list[Call]) -> dict[str, Any]:
+    def _on_device(self, index: int) -> tuple[nn.Module, list[Call]]:
+        """A block and its calls; batches of one size share a call."""
+        block = self.blocks.modules[index].to(self.device)
+        if self.device.type == "cpu":
+            block.float()
+        moved = {id(call): call.to(self.device) for call in self.calls[index]}
+        return block, [moved[id(call)] for call in self.calls[index]]
+
+    def _look_ahead(self, index: int, block: nn.Module, calls: list[Call]) -> Depth | None:
+        """Take the dense stream behind the block, and behind the next one, which is returned."""
+        if index == 0:
+            self._through(block, calls, self.dense, self.dense)
+        else:
+            self.dense, self.ahead = self.ahead, self.dense
+        if index + 1 == len(self.blocks.modules):
+            return None
+        following, their_calls = self._on_device(index + 1)
+        self._through(following, their_calls, self.dense, self.ahead)
+        return Depth(following, their_calls, self.ahead)
+
+    def _solve(self, index: int, here: Depth, ahead: Depth | None) -> dict[str, Any]:
         tasks, where = self.tasks[index], f"block {index + 1} of {len(self.tasks)}"
         if not tasks:
             return {"block": index, "layers": {}}
-        passes = [self._pass(block, call, batch) for call, batch in zip(calls, self.pruned, strict=True)]
+        passes = [self._pass(here.block, call, batch) for call, batch in zip(here.calls, self.pruned, strict=True)]
         self._advance(0, f"{where}: running the samples")
         with torch.no_grad():
             statistics = gather(tasks, passes)
@@ -130,13 +144,11 @@ class _Stream:
             _put(tasks, solutions)
         report: dict[str, Any] = {"block": index}
         if self.steps:
-            batches = Batches(self.pruned, self.dense, calls)
             share, before = self.bytes[index] / self.steps, self.done
             outcome = reconstruct(
-                block,
                 tasks,
                 solutions,
-                batches,
+                Batches(self.pruned, here, ahead),
                 steps=self.steps,
                 seed=self.job.recipe.seed + index,
                 device=self.device,
@@ -151,10 +163,10 @@ class _Stream:
         return report
 
     @torch.no_grad()
-    def _through(self, block: nn.Module, calls: list[Call], stream: list[Tensor]) -> None:
-        """Put the hidden states behind the block in the place of those in front of it."""
+    def _through(self, block: nn.Module, calls: list[Call], before: list[Tensor], behind: list[Tensor]) -> None:
+        """Hidden states behind the block, batch by batch; the two lists may be one."""
         for number, call in enumerate(calls):
-            stream[number] = call.run(block, stream[number].to(self.device)).to(self.home)
+            behind[number] = call.run(block, before[number].to(self.device)).to(self.home)
 
     def _pass(self, block: nn.Module, call: Call, batch: Tensor) -> Callable[[], Tensor]:
         return lambda: call.run(block, batch.to(self.device))
@@ -187,7 +199,9 @@ def _open(job: Job) -> Any:
     """The model, in a type that holds every layer's weights exactly: config.json may name a narrower one than the files have."""
     model = open_model(job.checkpoint.path)
     exact = reduce(torch.promote_types, (plan.layer.main.dtype for plan in job.plans), model.dtype)
-    return model if exact == model.dtype else open_model(job.checkpoint.path, exact)
+    model = model if exact == model.dtype else open_model(job.checkpoint.path, exact)
+    # Reconstruction trains copies of some weights: gradients of all the others would be for nothing.
+    return model.requires_grad_(False)
 
 
 def _check_samples(model: Any, samples: Samples) -> None:
@@ -208,10 +222,12 @@ def _tasks(job: Job, blocks: Blocks) -> list[list[Task]]:
     """The layers to prune, block by block.
 
     Raises:
+        CheckpointError: a tensor of the blocks is missing.
         UnsupportedError: some are no linear modules of the blocks.
         WeightError: NaN or Inf, before any work is done; names the layer.
     """
     stored = StoredTensors.read(blocks.model, [str(job.checkpoint.path / shard) for shard in job.checkpoint.shards])
+    check_parameters(stored, blocks.model, f"{blocks.name}.")
     plans: dict[str, LayerPlan] = {plan.layer.name: plan for plan in job.plans}
     tasks: list[list[Task]] = []
     for index, block in enumerate(blocks.modules):
