@@ -230,6 +230,8 @@ class Change:
     after_dense: float | None
 
     def __str__(self) -> str:
+        if self.before is None and self.after is None:
+            return self.cell
         times = (self.before_us, self.before_dense, self.after_us, self.after_dense)
         old, old_dense, new, new_dense = ("-" if us is None else f"{us:.2f}" for us in times)
         return f"{self.cell:62} {self.before or '-':20} {old:>9} {old_dense:>9}   {self.after or '-':20} {new:>9} {new_dense:>9}"
