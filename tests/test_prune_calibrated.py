@@ -301,6 +301,26 @@ def test_two_inputs_that_are_one(method, rng):
         assert error(layer, solution) < 1.05 * error(layer, oracle) + 1e-9
 
 
+@every_correcting
+def test_inputs_so_alike_that_float32_cannot_hold_the_inverse(method, rng):
+    hessian = torch.eye(32)
+    hessian[:24, :24] = 1 - 2**-23
+    hessian.fill_diagonal_(1)
+    layer = Layer(torch.randn(6, 32, generator=rng), hessian, 100)
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(torch.linalg.inv(hessian.double()).float(), upper=True)
+    solution = run(method, layer, Pattern(6, 8), damping=0.0)
+    oracle, _ = sparsegpt_oracle(layer.weight, Pattern(6, 8), layer.hessian, damping=0.0)
+    assert error(layer, solution) < 1.05 * error(layer, oracle)
+
+
+@every_correcting
+def test_a_hessian_that_is_not_positive_definite_is_one_line(method, rng):
+    layer = random_layer(6, 32, 100, rng)
+    with pytest.raises(WeightError, match=r"^the second moments of the inputs are not positive definite: use more calibration samples$"):
+        run(method, dataclasses.replace(layer, hessian=torch.ones(32, 32) - 0.5 * torch.eye(32)), Pattern(6, 8))
+
+
 def test_layer_error(rng):
     layer = random_layer(20, 64, 200, rng)
     for solution in (run("wanda", layer, Pattern(2, 4)), run("sparsegpt", layer, Pattern(2, 4)), torch.zeros(20, 64)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..pattern import Pattern
-from .selection import keep_largest, threshold
+from .selection import threshold
 from .sparsegpt import sweep
 from .statistics import Scaled, Statistics, positive_inverse, row_errors
 
@@ -66,7 +66,7 @@ def _support(target: Tensor, pattern: Pattern, hessian: Tensor, iterations: int)
         if moved:
             break
         rho /= 5
-    return point * keep_largest(point.abs().t(), pattern).t()
+    return point
 
 
 def _iterate(
@@ -89,6 +89,7 @@ def _iterate(
         if changed == 0:
             break
         rho *= next(factor for share, factor in _GROWTH if changed > share)
+        del inverse  # [K, K], as much as the next one and the factor it is made of
         inverse = positive_inverse(hessian, rho)
     return point, True
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..pattern import Pattern
 from .selection import keep_largest
-from .statistics import Scaled, Statistics
+from .statistics import Scaled, Statistics, inverse_factor
 
 
 def sparsegpt(weight: Tensor, pattern: Pattern, statistics: Statistics, *, block: int = 128, damping: float = 0.01) -> Tensor:
@@ -30,7 +30,7 @@ def sparsegpt(weight: Tensor, pattern: Pattern, statistics: Statistics, *, block
 
 def sweep(scaled_weight: Tensor, pattern: Pattern, problem: Scaled, block: int = 128) -> Tensor:
     """`sparsegpt` on weights ``[N, K]`` that are scaled already: scaling a column changes neither the choice nor the correction."""
-    factor = torch.linalg.cholesky(problem.inverse, upper=True)
+    factor = inverse_factor(problem.hessian)
     group = pattern.group * pattern.unit
     width = max(block // group, 1) * group
     weight, k = scaled_weight.clone(), scaled_weight.shape[1]

@@ -110,7 +110,30 @@ class Scaled:
 
 
 def positive_inverse(matrix: Tensor, shift: float = 0.0) -> Tensor:
-    """(matrix + shift · I)⁻¹ of a positive definite float32 ``[K, K]`` by Cholesky, in float64 where float32 does not suffice.
+    """(matrix + shift · I)⁻¹ of a positive definite float32 ``[K, K]``.
+
+    Raises:
+        WeightError: see `_cholesky`.
+    """
+    return torch.cholesky_inverse(_cholesky(matrix, shift)).float()
+
+
+def inverse_factor(matrix: Tensor) -> Tensor:
+    """The upper U with Uᵀ U = matrix⁻¹ of a positive definite float32 ``[K, K]``.
+
+    With J the reversal of order and J matrix J = L Lᵀ, U = J L⁻¹ J. The inverse itself, which rounding may leave short of positive
+    definite, is never formed.
+
+    Raises:
+        WeightError: see `_cholesky`.
+    """
+    factor = _cholesky(matrix.flip(0, 1))
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1).float()
+
+
+def _cholesky(matrix: Tensor, shift: float = 0.0) -> Tensor:
+    """The lower L with L Lᵀ = matrix + shift · I, ``[K, K]``: float32, or float64 where that does not suffice.
 
     Raises:
         WeightError: the matrix is not positive definite in float64 either.
@@ -120,7 +143,8 @@ def positive_inverse(matrix: Tensor, shift: float = 0.0) -> Tensor:
         shifted.diagonal().add_(shift)
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if int(failed) == 0:
-            return torch.cholesky_inverse(factor).float()
+            return factor
+        del shifted, factor  # [K, K] each, before twice as much is asked for
     raise WeightError("the second moments of the inputs are not positive definite: use more calibration samples")
 
 

@@ -105,8 +105,10 @@ def solve_layers(
 
 
 def _solve_group(tasks: list[Task], statistics: Statistics, method: str) -> dict[str, Solution]:
-    weights = [task.module.weight.detach().float() for task in tasks]
-    pruned = prune(torch.cat(weights), tasks[0].pattern, method, statistics=statistics).split([len(weight) for weight in weights])
+    rows = [task.module.out_features for task in tasks]
+    together = torch.cat([task.module.weight.detach().float() for task in tasks])
+    weights = together.split(rows)
+    pruned = prune(together, tasks[0].pattern, method, statistics=statistics).split(rows)
     solutions = {}
     for task, weight, solution in zip(tasks, weights, pruned, strict=True):
         if task.scheme is not None and task.scheme.dynamic and method_named(method).corrects:
