@@ -74,9 +74,11 @@ def _iterate(
 ) -> tuple[Tensor, bool]:
     """ADMM from the projection of ``target [K, N]``; false beside the point when the first check shows almost no change."""
     point = project(target, pattern)
-    dual, support, inverse = torch.zeros_like(target), point != 0, positive_inverse(hessian, rho)
+    dual, support, inverse = torch.zeros_like(target), point != 0, None
     kept = max(int(support.sum()), 1)
     for step in range(1, iterations + 1):
+        if inverse is None:
+            inverse = positive_inverse(hessian, rho)
         free = inverse @ torch.add(product, point, alpha=rho).sub_(dual)
         point = project(torch.add(free, dual, alpha=1 / rho), pattern)
         dual.add_(free.sub_(point), alpha=rho)
@@ -89,8 +91,7 @@ def _iterate(
         if changed == 0:
             break
         rho *= next(factor for share, factor in _GROWTH if changed > share)
-        del inverse  # [K, K], as much as the next one and the factor it is made of
-        inverse = positive_inverse(hessian, rho)
+        inverse = None  # [K, K]: gone before the next one is made
     return point, True
 
 
