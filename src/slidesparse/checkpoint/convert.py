@@ -20,7 +20,7 @@ from .configs import output_config
 from .layers import Form
 from .norms import NORMS, write_norms
 from .recipe import LayerPlan, Recipe, plan_layers
-from .solved import REPORT, Job, PruningReport, Solver, read_report, remove_blocks, solved_bytes, with_solved
+from .solved import REPORT, Job, PruningReport, Solver, read_report, remove_blocks, solved_bytes, solved_norms, with_solved
 from .source import INDEX, Checkpoint
 from .staging import Staging, write_json
 from .tensorfile import DTYPE_NAMES, TensorInfo, TensorReader, TensorWriter, read_header
@@ -100,10 +100,11 @@ def convert(
             if pruning is None:
                 _check_room(staging.path, _bytes_with_solved(checkpoint, recipe, plans) - staging.nbytes)
                 pruning = solver(Job(checkpoint, recipe, tuple(plans), staging.path, device, progress))
-                write_json(staging.path / REPORT, asdict(pruning))
-            plans, norms = with_solved(plans, staging.path)
-            if not (staging.path / NORMS).exists():  # else from a run that was stopped when it had removed solved blocks already
+                norms = solved_norms(plans, staging.path)
                 write_norms(staging.path / NORMS, {layer: reader.read(info) for layer, info in norms.items()})
+                # Last, since it tells a later run that nothing is left to solve.
+                write_json(staging.path / REPORT, asdict(pruning))
+            plans = with_solved(plans, staging.path)
             report = _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging)
             return replace(report, pruning=pruning)
     except OSError as error:

@@ -71,6 +71,8 @@ class Recipe:
             raise ValueError(f"reconstruction goes with the methods auto, admm and sparsegpt, not with {self.method}")
         if self.statistics is not None and self.method != "wanda":
             raise ValueError(f"saved statistics are norms, from which the method wanda prunes: they do not go with {self.method}")
+        if self.calibration.source is not None and not self.calibrated:
+            raise ValueError(f"{self.method or 'packing'} does not run the model: leave out the calibration text {self.calibration.source}")
         if self.method is not None and self.pattern is None:
             raise ValueError("pruning needs a pattern")
         if self.form == "packed" and not self.obey:

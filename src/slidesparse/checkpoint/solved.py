@@ -91,18 +91,27 @@ def remove_blocks(folder: Path) -> None:
         path.unlink()
 
 
-def with_solved(plans: list[LayerPlan], folder: Path) -> tuple[list[LayerPlan], dict[str, TensorInfo]]:
-    """The plans with their layers' rows in the solved files, and the norms found there by layer."""
-    tensors = {name: info for path in sorted(folder.glob(_NAME.replace("{:05d}", "*"))) for name, info in read_header(path)[0].items()}
-    done, norms = [], {}
+def with_solved(plans: list[LayerPlan], folder: Path) -> list[LayerPlan]:
+    """The plans with their layers' rows in the solved files."""
+    tensors = _solved_tensors(folder)
+    done = []
     for plan in plans:
         name = plan.layer.name
-        own = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in ("weight", "weight_scale") if f"{name}.{suffix}" in tensors}
-        if f"{name}.{INPUT_NORMS}" in tensors:
-            norms[name] = tensors.pop(f"{name}.{INPUT_NORMS}")
+        own = {suffix: tensors[f"{name}.{suffix}"] for suffix in ("weight", "weight_scale") if f"{name}.{suffix}" in tensors}
         form = Form.QUANTIZED if "weight_scale" in own else Form.FLOAT
         done.append(replace(plan, solved=replace(plan.layer, form=form, scheme=solved_scheme(plan), tensors=own)))
-    return done, norms
+    return done
+
+
+def solved_norms(plans: list[LayerPlan], folder: Path) -> dict[str, TensorInfo]:
+    """Norms of the inputs that the solved files hold, by layer."""
+    tensors = _solved_tensors(folder)
+    names = {plan.layer.name: f"{plan.layer.name}.{INPUT_NORMS}" for plan in plans}
+    return {layer: tensors[name] for layer, name in names.items() if name in tensors}
+
+
+def _solved_tensors(folder: Path) -> dict[str, TensorInfo]:
+    return {name: info for path in sorted(folder.glob(_NAME.replace("{:05d}", "*"))) for name, info in read_header(path)[0].items()}
 
 
 def solved_scheme(plan: LayerPlan) -> Scheme | None:

@@ -8,7 +8,7 @@ from logging import getLogger
 from pathlib import Path
 
 from .. import checkpoint
-from ..checkpoint import ConversionReport, Recipe
+from ..checkpoint import Calibration, ConversionReport, Recipe
 from ..checkpoint.convert import Progress
 from ..checkpoint.recipe import AUTO
 from ..errors import UnsupportedError
@@ -34,7 +34,7 @@ def convert(
         if recipe.method != AUTO:
             raise UnsupportedError(f"{recipe.method} runs the model through transformers: pip install 'slidesparse[hf]'")
         _LOG.warning("transformers is not installed, so pruning goes by magnitude: pip install 'slidesparse[hf]' for calibrated methods")
-        recipe = replace(recipe, method="magnitude", reconstruction_steps=None)
+        recipe = replace(recipe, method="magnitude", calibration=Calibration(), reconstruction_steps=None)
     solver = None
     if recipe.calibrated:
         from .pruning import solve

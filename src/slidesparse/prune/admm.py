@@ -27,7 +27,7 @@ def admm(
     *,
     damping: float = 0.01,
     iterations: int = 300,
-    refinements: int = 60,
+    refinements: int = 40,
     tolerance: float = 1e-5,
 ) -> Tensor:
     """Pruned and corrected weights, float32 ``[N, K]``.
@@ -51,7 +51,7 @@ def admm(
     # NaN until a solution takes its place: a row whose errors all overflow must not look like a pruned one.
     best, least = torch.full_like(target, torch.nan), target.new_full((target.shape[1],), torch.inf, dtype=torch.float64)
     for start in (_support(target, pattern, problem.hessian, iterations), sweep(target.t(), pattern, problem).t()):
-        found = refine(target, start != 0, start, problem.hessian, refinements, tolerance)
+        found = refine(target, start != 0, start, problem, refinements, tolerance)
         error = row_errors(target.t(), found.t(), problem.hessian)
         best = torch.where(error < least, found, best)
         least = torch.minimum(error, least)
@@ -75,9 +75,11 @@ def _iterate(
 ) -> tuple[Tensor, bool]:
     """ADMM from the projection of ``target [K, N]``; false beside the point when the first check shows almost no change."""
     point = project(target, pattern)
-    dual, support, inverse = torch.zeros_like(target), point != 0, positive_inverse(hessian, rho)
+    dual, support, inverse = torch.zeros_like(target), point != 0, None
     kept = max(int(support.sum()), 1)
     for step in range(1, iterations + 1):
+        if inverse is None:
+            inverse = positive_inverse(hessian, rho)
         free = inverse @ torch.add(product, point, alpha=rho).sub_(dual)
         point = project(torch.add(free, dual, alpha=1 / rho), pattern)
         dual.add_(free.sub_(point), alpha=rho)
@@ -90,8 +92,7 @@ def _iterate(
         if changed == 0:
             break
         rho *= next(factor for share, factor in _GROWTH if changed > share)
-        inverse = None  # [K, K], as much as the next one and the factor it is made of
-        inverse = positive_inverse(hessian, rho)
+        inverse = None  # [K, K]: gone before the next one is made
     return point, True
 
 
@@ -110,23 +111,27 @@ def project(point: Tensor, pattern: Pattern) -> Tensor:
     return point * keep.to(point.dtype)  # floats: a product with booleans is slow on a CPU
 
 
-def refine(target: Tensor, keep: Tensor, start: Tensor, hessian: Tensor, steps: int, tolerance: float) -> Tensor:
+def refine(target: Tensor, keep: Tensor, start: Tensor, problem: Scaled, steps: int, tolerance: float) -> Tensor:
     """The least-squares weights ``[K, N]`` on a support, by conjugate gradients for all outputs at once.
 
-    The Hessian's unit diagonal makes a preconditioner superfluous.
+    The preconditioner is the Hessian's inverse on the support. It is the inverse that is wanted but for a part whose rank is at most the
+    number of weights that went, so that few steps suffice, however ill-conditioned the Hessian is.
     """
+    hessian, inverse, keep = problem.hessian, problem.inverse, keep.to(target.dtype)
     wanted = (hessian @ target).mul_(keep)
     solution = start.clone()
     residual = wanted - (hessian @ solution).mul_(keep)
-    direction = residual.clone()
-    size, limit = residual.square().sum(0), (tolerance * wanted.norm()) ** 2
+    direction = (inverse @ residual).mul_(keep)
+    tiny, limit = torch.finfo(target.dtype).tiny, (tolerance * wanted.norm()) ** 2
+    size = (residual * direction).sum(0)
     for _ in range(steps):
-        if size.sum() <= limit:
+        if residual.square().sum() <= limit:
             break
         image = (hessian @ direction).mul_(keep)
-        length = size / (direction * image).sum(0).clamp(min=torch.finfo(image.dtype).tiny)
+        length = size / (direction * image).sum(0).clamp(min=tiny)
         solution.addcmul_(direction, length)
         residual.addcmul_(image, length, value=-1)
-        before, size = size, residual.square().sum(0)
-        direction.mul_(size / before.clamp(min=torch.finfo(image.dtype).tiny)).add_(residual)
+        preconditioned = (inverse @ residual).mul_(keep)
+        before, size = size, (residual * preconditioned).sum(0)
+        direction.mul_(size / before.clamp(min=tiny)).add_(preconditioned)
     return solution

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -97,6 +98,15 @@ class Scaled:
         diagonal.add_(damping * mean if mean > 0 else 1.0)
         scale = diagonal.sqrt()
         return cls(hessian.div_(scale).div_(scale.unsqueeze(-1)), scale)
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """The Hessian's inverse ``[K, K]``.
+
+        Raises:
+            WeightError: see `positive_inverse`.
+        """
+        return positive_inverse(self.hessian)
 
 
 def positive_inverse(matrix: Tensor, shift: float = 0.0) -> Tensor:
