@@ -50,11 +50,13 @@ def admm(
     target = (weight.float() * problem.scale).t().contiguous()
     # NaN until a solution takes its place: a row whose errors all overflow must not look like a pruned one.
     best, least = torch.full_like(target, torch.nan), target.new_full((target.shape[1],), torch.inf, dtype=torch.float64)
-    for start in (_support(target, pattern, problem.hessian, iterations), sweep(target.t(), pattern, problem).t()):
-        found = refine(target, start != 0, start, problem, refinements, tolerance)
-        error = row_errors(target.t(), found.t(), problem.hessian)
-        best = torch.where(error < least, found, best)
-        least = torch.minimum(error, least)
+    for support in (lambda: _support(target, pattern, problem.hessian, iterations), lambda: sweep(target.t(), pattern, problem).t()):
+        start = support()
+        # The start as well: rounding may spoil the refinement of a row where the Hessian is close to singular.
+        for found in (start, refine(target, start != 0, start, problem, refinements, tolerance)):
+            error = row_errors(target.t(), found.t(), problem.hessian)
+            best = torch.where(error < least, found, best)
+            least = torch.where(error < least, error, least)
     return (best.t() / problem.scale).contiguous() + 0.0
 
 

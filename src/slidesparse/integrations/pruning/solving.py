@@ -28,7 +28,10 @@ class Task:
 
 @dataclass
 class Solution:
-    """A pruned layer: ``weight`` float32 ``[N, K]`` is what ``values`` and ``scale``, as stored, stand for; ``error`` is its output's."""
+    """A pruned layer: ``weight`` float32 ``[N, K]`` is what ``values`` and ``scale``, as stored, stand for.
+
+    ``error`` is the relative error of the layer's output before any reconstruction.
+    """
 
     weight: Tensor
     values: Tensor
