@@ -5,7 +5,7 @@ VENV := .venv/bin
 .PHONY: help setup demo test lint clean
 
 help:
-	@echo "make demo   prune, pack, check and measure a small language model (about seven minutes on two cores)"
+	@echo "make demo   prune, pack, check and measure a small language model (about six minutes on two cores)"
 	@echo "make test   style, layers and tests"
 	@echo "make setup  only set up .venv for both"
 	@echo "make clean  remove .venv, caches and the demo's output"
