@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,17 +21,9 @@ METHODS = {"wanda": wanda, "sparsegpt": sparsegpt, "admm": admm}
 CORRECTING = ("sparsegpt", "admm")
 PATTERNS = [Pattern.parse(text) for text in ("2:4", "4:6", "6:8", "8:10", "14:16", "6:8x2")]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_method = pytest.mark.parametrize("method", METHODS)
 every_correcting = pytest.mark.parametrize("method", CORRECTING)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small are slower on two threads, and much slower where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def statistics_of(layer: Layer) -> Statistics:

@@ -15,17 +15,9 @@ from slidesparse.pack import integer_view
 from slidesparse.pattern import Pattern
 from slidesparse.prune import Statistics, round_to_grid, sparsegpt, wanda
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_scheme = pytest.mark.parametrize("scheme", [SCHEMES["int8"], SCHEMES["fp8"]], ids=lambda scheme: scheme.name)
 PATTERNS = [Pattern.parse(text) for text in ("2:4", "6:8", "14:16", "6:8x2")]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small are slower on two threads, and much slower where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def statistics_of(layer: Layer) -> Statistics:

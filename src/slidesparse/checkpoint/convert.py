@@ -94,7 +94,7 @@ def convert(
     staging = Staging(Path(out), checkpoint.path, _job(checkpoint, recipe, device), overwrite)
     try:
         with staging, TensorReader() as reader:
-            if not recipe.calibrated or solver is None:
+            if not recipe.calibrated:
                 return _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging)
             pruning = read_report(staging.path)
             if pruning is None:
