@@ -11,8 +11,7 @@ Every file holds, for the plan of that GPU,
   with vLLM's kernels, and ``without`` them where that differs, one row for every measured number of tokens: ``[M, best dense route, µs,
   route that runs in fast memory, µs, in lean memory, µs]``, and the one in fast memory for M - 1 tokens if that is another one;
 - ``inspect``: the lines that ``inspect --plan`` prints, runs of blanks as one, with and without ``--vllm``;
-- ``adapter``: why vLLM runs a layer on its own kernels, or else the routes it runs, each up to so many tokens, and the first and last
-  number of tokens left to vLLM's own product (``waits``).
+- ``adapter``: why vLLM runs a layer on its own kernels, or else the routes it runs, each up to so many tokens.
 
 Routes are written short, see `short`: ``d:`` dense, ``r:`` restored in every call, ``s:`` cuSPARSELt with its algorithm, ``k=`` split_k and
 ``m=`` its mode.
@@ -53,12 +52,12 @@ MODELS = {
 }
 PATTERNS, KINDS = ("6:8", "2:4"), ("int8", "fp8", "bf16")
 
-# What vLLM is started with: the most tokens in a step, and for how many it captures CUDA graphs. Without a compiler it fuses nothing.
+# What vLLM is started with: its compiler, without which it fuses nothing, and the most tokens in a step.
 SETTINGS = {
-    "compiled, 8192 tokens": (True, handover.STEP, handover.GRAPHS),
-    "compiled, 2048 tokens": (True, 2048, handover.GRAPHS),
-    "compiled, 16384 tokens, graphs of 1024": (True, 16384, 1024),
-    "eager, 8192 tokens": (False, handover.STEP, 0),
+    "compiled, 8192 tokens": (True, handover.STEP),
+    "compiled, 2048 tokens": (True, 2048),
+    "compiled, 16384 tokens": (True, 16384),
+    "eager, 8192 tokens": (False, handover.STEP),
 }
 
 ABBREVIATED = {
@@ -184,24 +183,19 @@ def _printed(plan: Plan, layers: list[Layer], **how: Any) -> list[str]:
 
 
 def _adapter(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
-    for setting, (compiled, most, captured) in SETTINGS.items():
+    for setting, (compiled, most) in SETTINGS.items():
         for name, layers in _models():
             parts = {part.rpartition(".")[2]: layer for part, layer in merged_layers(layers).items()}
-            yield f"{name}, {setting}", {part: _decided(plan, part, layer, compiled, most, captured) for part, layer in parts.items()}
+            yield f"{name}, {setting}", {part: _decided(plan, part, layer, compiled, most) for part, layer in parts.items()}
 
 
-def _decided(plan: Plan, name: str, layer: Layer, compiled: bool, most: int, captured: int) -> dict[str, Any]:
+def _decided(plan: Plan, name: str, layer: Layer, compiled: bool, most: int) -> dict[str, Any]:
     """As `SlideSparseLinearMethod.process_weights_after_loading` decides, on one rank, with no backend asked for."""
     problem = layer.problem
     unscaled = compiled and layer.scheme.dynamic
     behind = unscaled and handover.follows_swiglu(name, "silu")
     why, chooses = handover.decide(plan, problem, sums=unscaled, without=frozenset(), most=most, swiglu=behind)
-    if why is not None:
-        return {VLLMS: why}
-    steps = _steps(layer, chooses, unscaled, most)
-    dense, rival = all(route.startswith(short("dense:")) for _, route in steps), handover.rival_of(problem)
-    waits = handover.waiting(chooses, key_of(problem), rival, captured, most) if behind and rival and dense else None
-    return {"ours": steps} | ({} if waits is None else {"waits": list(waits)})
+    return {"ours": _steps(layer, chooses, unscaled, most)} if why is None else {VLLMS: why}
 
 
 def _steps(layer: Layer, plan: Plan, unscaled: bool, most: int) -> list[Row]:
@@ -280,9 +274,8 @@ def _flat_rows(name: str, rows: list[Row]) -> dict[str, tuple[str | None, float 
 def _adapter_changes(name: str, part: str, before: dict | None, after: dict | None, plan: Plan) -> Iterator[Change]:
     """Whose the layer is, and where both are known what runs the measured numbers of tokens."""
     told = [None if one is None else one.get(VLLMS) or "ours" for one in (before, after)]
-    waits = [None if one is None else one.get("waits") for one in (before, after)]
-    if told[0] != told[1] or waits[0] != waits[1] or not (before and after):
-        yield Change(f"{name}, {part}: {told[0]}, waits {waits[0]} → {told[1]}, waits {waits[1]}", None, None, None, None, None, None)
+    if told[0] != told[1]:
+        yield Change(f"{name}, {part}: {told[0]} → {told[1]}", None, None, None, None, None, None)
     kind, compiled = name.partition(",")[0], SETTINGS[name.partition(", ")[2]][0] if name.partition(", ")[2] in SETTINGS else True
     layer = {p.rpartition(".")[2]: layer for p, layer in merged_layers(dict(_models())[kind]).items()}[part]
     unscaled = compiled and layer.scheme.dynamic

@@ -8,7 +8,7 @@ import torch
 from slidesparse.cli import tuning
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Cell, Plan, Problem
-from slidesparse.gemm.handover import RIVAL, average, gains, rival_of, waits_until, why_theirs, within_engine
+from slidesparse.gemm.handover import RIVAL, average, gains, rival_of, why_theirs, within_engine
 from slidesparse.gemm.machine import Machine
 from slidesparse.gemm.tuning import Layer
 from slidesparse.measure import Timing
@@ -184,25 +184,6 @@ def test_within_an_engine_another_dense_kernel_must_be_worth_it() -> None:
         assert within.route(KEY, 256, "fast", without, sums=True) == "dense:triton"
 
 
-@pytest.mark.parametrize(
-    ("us", "until"),
-    [
-        ({512: 60.0, 1024: 120.0, 2048: 240.0}, 1280),
-        ({512: 60.0}, 512),
-        ({1: 200.0}, 0),
-        ({512: None, 1024: 60.0, 4096: 300.0}, 2176),
-        ({}, 0),
-    ],
-)
-def test_how_many_tokens_wait_for_the_host(us: dict[int, float | None], until: int) -> None:
-    plan = Plan(measured(1).machine)
-    for m, one in us.items():
-        plan.add(KEY, Cell(m, {}, {}, {"dense:triton": flat(1.0)} | ({} if one is None else {RIVAL: flat(one)})))
-    assert waits_until(plan, KEY, RIVAL) == until
-    plan.add(KEY, Cell(8, {RIVAL: flat(1.0)}, {f"sums of {RIVAL}": "wrong"}, {"dense:triton": flat(1.0)}))
-    assert waits_until(plan, KEY, RIVAL) == 0
-
-
 def test_the_engine_is_taken_at_its_quickest() -> None:
     """Its whole linear leaves nothing to the compiler, whatever its bare product takes."""
     cell = Cell(16, {RIVAL: Timing(90.0, 90.0, 90.0)}, {}, {RIVAL: Timing(100.0, 100.0, 100.0), "cusparselt:": Timing(45.0, 45.0, 45.0)})
@@ -256,9 +237,7 @@ def test_a_plan_shown_for_vllm_tells_which_layers_swiglu_makes_ours(capsys: pyte
     for m in (16, 4096):
         times = {RIVAL: flat(100.0), "dense:triton": flat(50.0), "cusparselt:": flat(99.0)}
         plan.add(KEY, Cell(m, times, {}, times))
-    joined = (
-        "ours, with SiLU in the pass that quantises, its own product where steps wait for the host, 513 to 4096 tokens, on dense kernels"
-    )
+    joined = "ours, with SiLU in the pass that quantises, on dense kernels"
     for swiglu, told in (((), "in a step: its own kernels"), ((layer,), joined)):
         tuning.print_plan(plan, [layer], vllm=True, swiglu=swiglu)
         assert told in " ".join(capsys.readouterr().out.split())

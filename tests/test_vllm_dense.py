@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,19 +114,6 @@ def test_the_plan_in_force_decides_with_what_vllm_has_here(monkeypatch: pytest.M
         assert told["rival"] is None
     finally:
         use_plan(None)
-
-
-def test_from_how_many_tokens_to_how_many_steps_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, plan = Problem(256, 512, PATTERN, SCHEMES["int8"], "cuda", DTYPE), Plan(Machine("", "", "", "", "", "", ""))
-    monkeypatch.setattr(dense, "refusal", lambda name, problem: None)
-    monkeypatch.setattr(handover, "waits_until", lambda plan, key, rival: 1541)
-    assert dense.waiting(problem, plan, 512, 8192) == (513, 1541) and dense.waiting(problem, plan, 0, 1024) == (1, 1024)
-    assert dense.waiting(problem, plan, 2048, 8192) is None  # CUDA graphs take all of them
-    assert dense.waiting(problem, plan, 1536, 8192) is None  # or nearly all
-    assert dense.waiting(problem, None, 512, 8192) is None
-    assert dense.waiting(replace(problem, n=60), plan, 512, 8192) is None  # vLLM does not multiply it
-    monkeypatch.setattr(dense, "refusal", lambda name, problem: "not on this card" if name == "dense:cutlass" else None)
-    assert dense.waiting(problem, plan, 512, 8192) is None
 
 
 def test_settings_reach_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,11 @@ import torch
 
 pytest.importorskip("vllm", reason="vllm is not installed: pip install 'slidesparse[vllm]'")
 
-from vllm.config import CompilationConfig, CompilationMode
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, set_current_vllm_config
 from vllm.model_executor.layers import linear as layers
 
 from slidesparse.format import SCHEMES
-from slidesparse.integrations.vllm import graph, methods
+from slidesparse.integrations.vllm import graph, methods, register
 from slidesparse.testing import check_bitwise, check_close
 from vllm_layers import config_of, load, model_config, oracle, part
 
@@ -102,3 +102,24 @@ def test_only_where_vllm_compiles(tmp_path: Path, rank: Callable) -> None:
     for mode, expected in ((CompilationMode.VLLM_COMPILE, True), (CompilationMode.NONE, False)):
         config.compilation_config = CompilationConfig(mode=mode)
         assert graph.compiles(config) == expected
+
+
+@pytest.mark.parametrize(("mode", "replayed"), [("NONE", 0), ("PIECEWISE", 512), ("FULL_DECODE_ONLY", 0), ("FULL_AND_PIECEWISE", 512)])
+def test_graphs_of_decoding_alone_replay_no_other_steps(mode: str, replayed: int, tmp_path: Path) -> None:
+    register()
+    config = model_config(tmp_path)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
+    config.compilation_config.cudagraph_capture_sizes = [1, 512]
+    with set_current_vllm_config(config):
+        assert methods.Settings.current().replayed == replayed
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_where_larger_graphs_help_sparse_products_that_is_said(sparse: bool, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(methods, "_say_graphs", told.append)
+    monkeypatch.setattr(methods.Settings, "current", classmethod(lambda cls: methods.Settings(replayed=512)))
+    monkeypatch.setattr(methods, "has_own_layout", lambda backend: sparse)
+    layer = layers.RowParallelLinear(64, 16, bias=False, quant_config=config_of("packed", "int8"), prefix="m.down_proj")
+    load(layer, {None: part(16, 64, SCHEMES["int8"])}, "packed")
+    assert told == ([512] if sparse else [])

@@ -123,24 +123,17 @@ def print_plan(plan: Plan, layers: list[Layer], vllm: bool = False, swiglu: Coll
             names = escape(", ".join(sorted(elsewhere)))
             screen.out.print(f"also timed, but not to be had here without --vllm: {names}", style="dim")
         if vllm:
-            told = _ours(chooses, layer, rows, swiglu) if why is None else f"its own kernels: {why}"
+            told = _ours(layer, rows, swiglu) if why is None else f"its own kernels: {why}"
             screen.out.print(f"in vLLM, with up to {STEP} tokens in a step: {told}")
 
 
-def _ours(plan: Plan, layer: Layer, rows: list[dict], swiglu: Collection[Layer]) -> str:
+def _ours(layer: Layer, rows: list[dict], swiglu: Collection[Layer]) -> str:
     """How vLLM would run a layer of ours with its default settings."""
-    from ..gemm import key_of
-    from ..gemm.handover import GRAPHS, STEP, rival_of, waiting
+    from ..gemm.handover import STEP
 
     runs = [(row["fast"] or "dense").startswith("dense") for row in rows if row["m"] <= STEP]
-    told, sparse = "ours", not all(runs)
-    if layer in swiglu:
-        told += ", with SiLU in the pass that quantises"
-        rival = rival_of(layer.problem)
-        waits = None if rival is None or sparse else waiting(plan, key_of(layer.problem), rival, GRAPHS, STEP)
-        if waits is not None:
-            told += f", its own product where steps wait for the host, {waits[0]} to {waits[1]} tokens"
-    if not sparse:
+    told = "ours, with SiLU in the pass that quantises" if layer in swiglu else "ours"
+    if all(runs):
         return f"{told}, on dense kernels"
     return f"{told}, with a dense copy, too" if any(runs) else told
 

@@ -24,18 +24,8 @@ RIVAL = "dense:cutlass"
 STEP = 8192
 """Most tokens in a step of vLLM's server on a card of 70 GB and more, unless it is told otherwise."""
 
-GRAPHS = 512
-"""Most tokens for which vLLM captures CUDA graphs unless it is told otherwise."""
-
 ENOUGH = 2048
 """Tokens in a step that keep the GPU busy in models of 3B and more."""
-
-FEW = 64
-"""Fewer numbers of tokens are not worth a compiled graph."""
-
-HOST = 150.0
-"""Microseconds: steps outside CUDA graphs are taken to wait for the host while the engine's product behind SwiGLU, about a fifth of a
-layer's time, takes less. A layer took 500 to 600 of the hosts that were seen (docs/serving.md)."""
 
 WORTH = 1.03
 """How many times as fast a layer must be, on average, to be ours: less is hardly more than noise, and a second copy costs memory."""
@@ -160,33 +150,6 @@ def decide(
 def follows_swiglu(name: str, activation: str | None) -> bool:
     """Whether a layer of that name, in a model of that activation, reads silu(gate) · up in the graph: experts, shared ones too, do not."""
     return activation in ("silu", "swish") and name.rpartition(".")[2] in ("down_proj", "w2") and "expert" not in name
-
-
-def waits_until(plan: Plan, key: Key, rival: str) -> int:
-    """Up to how many tokens a step outside CUDA graphs waits for the host, told by a layer behind SwiGLU: see `HOST`.
-
-    0 where the engine's product without its epilogue was found wrong.
-    """
-    before, quick = 0, 0.0
-    for m, cell in sorted(plan.cells.get(key, {}).items()):
-        if SUMS_OF + rival in cell.dropped:
-            return 0
-        if rival not in cell.sums:
-            continue
-        us = cell.sums[rival].p50
-        if us >= HOST:
-            return before + int((HOST - quick) / (us - quick) * (m - before))
-        before, quick = m, us
-    return before
-
-
-def waiting(plan: Plan, key: Key, rival: str, captured: int, most: int) -> tuple[int, int] | None:
-    """The first and last number of tokens whose steps wait for the host: see `waits_until`.
-
-    More than CUDA graphs are ``captured`` for and no more than ``most``; None for hardly any.
-    """
-    last = min(waits_until(plan, key, rival), most)
-    return (captured + 1, last) if last - captured >= FEW else None
 
 
 def average(found: dict[int, float]) -> float:

@@ -2,9 +2,8 @@
 
 ``slidesparse::linear`` is a whole linear. ``slidesparse::sums`` leaves token scales and bias to the engine's graph, where its compiler
 fuses them into whatever consumes the output; ``slidesparse::silu_mul_sums`` and ``add_rms_norm_sums`` do the same with SwiGLU or a norm in
-front of it, and ``either_sums`` may be replaced by the engine's own product. The route is chosen inside the op by the number of tokens at
-hand. What the compiled graph holds of a layer is a tensor that names it, an input like any weight, so that the graphs of equal layers are
-equal and compiled once.
+front of it. The route is chosen inside the op by the number of tokens at hand. What the compiled graph holds of a layer is a tensor that
+names it, an input like any weight, so that the graphs of equal layers are equal and compiled once.
 """
 
 from __future__ import annotations
@@ -124,17 +123,6 @@ def sums(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return _sums_op(x, name, n)
 
 
-def either_sums(x: Tensor, name: Tensor, n: int, engine: list[Tensor], first: int, last: int) -> tuple[Tensor, Tensor]:
-    """`sums`, in whose place a pass over the compiled graph may put the engine's own product for ``first`` to ``last`` tokens.
-
-    ``engine`` is what that needs; nothing here reads it.
-
-    Raises:
-        UnsupportedError: as `sums`.
-    """
-    return _either_sums_op(x, name, n, engine, first, last)
-
-
 def silu_mul_sums(gate_up: Tensor, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """`sums` of silu(gate) · up: ``gate_up [M, 2K]``, gates first, times ``channel`` scales and token ``scale`` first, see `Gated`.
 
@@ -181,10 +169,6 @@ def _run_sums(x: Activations, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return y.contiguous(), scale
 
 
-def _run_either_sums(x: Tensor, name: Tensor, n: int, engine: list[Tensor], first: int, last: int) -> tuple[Tensor, Tensor]:
-    return _run_sums(x, name, n)
-
-
 def _run_silu_mul_sums(gate_up: Tensor, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return _run_sums(Gated(gate_up, scale, channel), name, n)
 
@@ -194,10 +178,6 @@ def _run_add_rms_norm_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     total = allocate(x, *x.shape, x.dtype)
     return *_run_sums(Normed(x, residual, weight, eps, total, scale, channel), name, n), total
-
-
-def _either_sums_fake(x: Tensor, name: Tensor, n: int, engine: list[Tensor], first: int, last: int) -> tuple[Tensor, Tensor]:
-    return _sums_fake(x, name, n)
 
 
 def _silu_mul_sums_fake(gate_up: Tensor, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -219,10 +199,6 @@ def _fake(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
 
 
 _linear_op = define("linear(Tensor x, Tensor name, Tensor? bias, SymInt n) -> Tensor", oracle=_run, cuda=_run, fake=_fake)
-_either_sums_op = define(
-    "either_sums(Tensor x, Tensor name, SymInt n, Tensor[] engine, int first, int last) -> (Tensor, Tensor)",
-    oracle=_run_either_sums, cuda=_run_either_sums, fake=_either_sums_fake,
-)  # fmt: skip
 _silu_mul_sums_op = define(
     "silu_mul_sums(Tensor gate_up, Tensor? scale, Tensor? channel, Tensor name, SymInt n) -> (Tensor, Tensor)",
     oracle=_run_silu_mul_sums, cuda=_run_silu_mul_sums, fake=_silu_mul_sums_fake,

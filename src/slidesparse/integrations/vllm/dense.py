@@ -1,5 +1,4 @@
-"""vLLM's own dense linears: layers that no plan makes faster are given back to them, their product takes part in plans, and in the graph
-it stands for ours where steps wait for the host.
+"""vLLM's own dense linears: layers that no plan makes faster are given back to them, and their product takes part in plans.
 
 A layer that runs dense whatever the number of tokens is to vLLM what it would be in a dense checkpoint: the same kernels, and the same
 fusions of norm and activation with quantisation, which an op of ours would hide from vLLM's compiler.
@@ -12,19 +11,16 @@ from collections.abc import Callable
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
-from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from vllm import _custom_ops
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8, CompressedTensorsW8A8Int8
 
 from ... import ops
-from ...format import SCHEMES, Scheme
-from ...gemm import Plan, Problem, active_plan, handover
+from ...format import Scheme
+from ...gemm import Plan, Problem, active_plan
 from ...gemm.execution import cannot_run
-from ...gemm.handover import RIVAL, decide, rival_of
+from ...gemm.handover import RIVAL, decide
 from ...gemm.numerics import int32_overflow
-from ...gemm.plan import key_of
-from ...gemm.registry import refusal
 from ...gemm.routes import Maybe, Route, add_route, one
 from ...ops.library import allocate
 
@@ -52,51 +48,6 @@ def handed_over(problem: Problem, *, sums: bool, most: int, swiglu: bool) -> tup
     plan = active_plan().plan
     without = frozenset() if plan is None else cannot_run(plan, problem)
     return decide(plan, problem, sums=sums, without=without, most=most, swiglu=swiglu)
-
-
-def waiting(problem: Problem, plan: Plan | None, captured: int, most: int) -> tuple[int, int] | None:
-    """From how many tokens to how many a step waits for the host: more than CUDA graphs are ``captured`` for, and no more than ``most``.
-
-    There an op of ours makes it wait longer than vLLM's product does. None where nothing says so, or for hardly any number of tokens.
-    """
-    rival = rival_of(problem)
-    if plan is None or rival is None or refusal(rival, problem) is not None:
-        return None
-    return handover.waiting(plan, key_of(problem), rival, captured, most)
-
-
-def engine_tensors(problem: Problem, weight: Tensor, scale: Tensor) -> list[Tensor]:
-    """What `engine_sums` needs of a layer with dense weights ``[N, K]`` and scales ``[N, 1]``."""
-    return [weight.to(problem.scheme.dtype).t(), scale if problem.scales_sums else one(weight.device), one(weight.device)]
-
-
-def engine_sums(x: Tensor, weight: Tensor, scale: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """`gemm.prepared.sums` by vLLM's product, for its compiler.
-
-    ``x [M, K]``, ``weight [K, N]``, ``scale [N, 1]`` or ``unit [1]`` → bfloat16 ``[M, N]``, float32 ``[M, 1]``. A quantised value may be
-    the next one: neither the compiler nor vLLM's int8 kernel, which takes NaN for 0, divides as IEEE does.
-    """
-    q, x_scale = (_quantize_int8 if weight.dtype == torch.int8 else _quantize_fp8)(x)
-    y = torch.empty(x.shape[0], weight.shape[1], dtype=torch.bfloat16, device=x.device)
-    op = torch.ops._C.cutlass_scaled_mm.default
-    return auto_functionalized(op, out=y, a=q, b=weight, a_scales=unit, b_scales=scale, bias=None)[1], x_scale
-
-
-def _quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    # By vLLM's own kernel: compiled into SwiGLU it took 63 µs, the two apart 46 (1024 × 18944, H200).
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    op = torch.ops._C.dynamic_scaled_int8_quant.default
-    return auto_functionalized(op, result=q, input=x.contiguous(), scale=scale, azp=None)[1:3]
-
-
-def _quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    # As vLLM has it, whose compiler fuses it with what stands in front, and as `reference.quantize`, which asks the values whether a row is
-    # poisoned: no graph can, and here its scale alone says so.
-    fp8 = SCHEMES["fp8"]
-    largest = x.abs().amax(-1, keepdim=True).to(torch.float32)
-    scale = torch.where(largest == 0, 1.0, torch.where(torch.isfinite(largest), largest / fp8.bound, torch.nan))
-    return (x.to(torch.float32) / scale).clamp(-fp8.bound, fp8.bound).to(fp8.dtype), scale
 
 
 def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | None) -> Apply:

@@ -3,8 +3,7 @@
 vLLM lets a configuration add a pass over its compiled graphs (``inductor_compile_config``, under the platform's ``pass_key``). Ours looks
 for ``slidesparse::sums`` of silu(gate) · up, or of a norm with a residual, with the scales that the product in front may have left, and
 puts ``slidesparse::silu_mul_sums`` or ``add_rms_norm_sums`` there: [M, K] in 16 bits is neither written nor read. What it does not find
-runs as it stands. Before that it decides what takes the place of ``slidesparse::either_sums``, by the numbers of tokens that the graph is
-compiled for: `sums`, or vLLM's own product where steps wait for the host.
+runs as it stands.
 """
 
 from __future__ import annotations
@@ -16,19 +15,10 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.pattern_matcher import (
-    MULTIPLE,
-    CallFunction,
-    KeywordArg,
-    Match,
-    PatternMatcherPass,
-    fwd_only,
-    register_graph_pattern,
-    register_replacement,
-)
+from torch._inductor.pattern_matcher import Match, PatternMatcherPass, fwd_only, register_replacement
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from vllm import ir
-from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode, get_pass_context
+from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.platforms import current_platform
@@ -36,7 +26,6 @@ from vllm.platforms import current_platform
 from ...gemm.handover import follows_swiglu
 from ...gemm.prepared import add_rms_norm_sums, silu_mul_sums, sums
 from ...ops.rescale import scaled
-from . import dense
 
 _ANY = {"n": 17, "eps": 0.17}
 """Stand for the number of outputs and the norm's epsilon where the patterns are traced; no other number there may be equal to them."""
@@ -48,12 +37,11 @@ class FuseQuantisation(InductorPass):
     found = 0
 
     def __call__(self, graph: fx.Graph) -> None:
-        _choices().apply(graph)
         FuseQuantisation.found += _patterns().apply(graph)
 
     def uuid(self) -> str:
         """What vLLM's and torch's compile caches know it by."""
-        return InductorPass.hash_source(*map(inspect.getsource, (sys.modules[__name__], dense, scaled)))
+        return InductorPass.hash_source(*map(inspect.getsource, (sys.modules[__name__], scaled)))
 
 
 def fuses(config: VllmConfig | None) -> bool:
@@ -89,20 +77,6 @@ def _takes(match: Match, inputs: tuple[str, ...]) -> bool:
 
 def _same(shape: torch.Size, wanted: tuple[int | torch.SymInt, ...]) -> bool:
     return len(shape) == len(wanted) and all(statically_known_true(a == b) for a, b in zip(shape, wanted, strict=True))
-
-
-@cache
-def _choices() -> PatternMatcherPass:
-    found, names = PatternMatcherPass(pass_name="slidesparse choices"), ("x", "name", "n", "engine", "first", "last")
-    either = CallFunction(torch.ops.slidesparse.either_sums.default, *map(KeywordArg, names), _users=MULTIPLE)
-
-    @register_graph_pattern(either, pass_dict=found)
-    def choose(match: Match, x: fx.Node, name: fx.Node, n: int, engine: list[fx.Node], first: int, last: int) -> None:
-        tokens = get_pass_context().compile_range
-        waits = first <= tokens.start and tokens.end <= last
-        match.replace_by_example(*((dense.engine_sums, [x, *engine]) if waits else (sums, [x, name, n])))
-
-    return found
 
 
 @cache

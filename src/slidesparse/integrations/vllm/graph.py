@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig
 
-from ...gemm.prepared import either_sums, sums
+from ...gemm.prepared import sums
 from ...ops.rescale import scaled
 
 _CACHE_KEY = "slidesparse_layers"
@@ -38,19 +38,7 @@ def enter_cache_key(configs: Iterable[VllmConfig | None], layer: str, how: str) 
     return True
 
 
-def compile_apart(configs: Iterable[VllmConfig | None], first: int, last: int) -> None:
-    """Let vLLM compile graphs for ``first`` to ``last`` tokens by themselves."""
-    for config in configs:
-        settings = None if config is None else config.compilation_config
-        if settings is not None and settings.compile_ranges_endpoints:
-            settings.compile_ranges_endpoints = sorted({*settings.compile_ranges_endpoints, *filter(None, (first - 1, last))})
-
-
 def open_linear(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     """``x [M, K]`` → ``[M, N]``: the prepared layer's sums, scales and bias in float32, rounded."""
-    if layer.slidesparse_waiting is None:
-        y, x_scale = sums(x, layer.slidesparse_name, layer.slidesparse_outputs)
-    else:
-        engine = [layer.get_buffer(f"slidesparse_engine_{i}") for i in range(3)]
-        y, x_scale = either_sums(x, layer.slidesparse_name, layer.slidesparse_outputs, engine, *layer.slidesparse_waiting)
+    y, x_scale = sums(x, layer.slidesparse_name, layer.slidesparse_outputs)
     return scaled(y, x_scale, layer.slidesparse_scale, bias, x.dtype)

@@ -25,9 +25,9 @@ from ...pack import Shard
 from ...quant import scheme_of_dtype
 from ..claims import Claims
 from ..rank_weights import blank, cut, made_up, pack
-from .dense import Apply, can_give_back, engine_tensors, give_back, handed_over, waiting
+from .dense import Apply, can_give_back, give_back, handed_over
 from .fusion import behind_swiglu, fuses
-from .graph import compile_apart, compiles, enter_cache_key, open_linear
+from .graph import compiles, enter_cache_key, open_linear
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
 
@@ -142,34 +142,14 @@ class SlideSparseLinearMethod(LinearMethodBase):
         name = prepare(layer, execution, layer.params_dtype, device, problem.bias, margins=margins)
         layer.register_buffer("slidesparse_name", name, persistent=False)
         layer.slidesparse_outputs = weights.packed.n
-        waits = None
         if opened:
             scale = None if problem.scales_sums else weights.channel_scale.view(1, -1)
             layer.register_buffer("slidesparse_scale", scale, persistent=False)
-            waits = self._let_wait(layer, execution, problem, plan if behind else None)
-        _report(self.layer, weights, _told(execution, waits))
+        _report(self.layer, weights, _told(execution))
         if compiles(self.config) and _sparse_beyond(execution, self.settings.replayed):
             _say_graphs(self.settings.replayed)
         if device.type == "cuda":
             warm(name, self.settings.captured)
-
-    def _let_wait(self, layer: nn.Module, execution: Execution, problem: Problem, plan: Plan | None) -> tuple[int, int] | None:
-        """Of a dense layer, leave the numbers of tokens for which steps wait for the host to vLLM's own product; returns first and last.
-
-        Not on several ranks: their plans may differ, and the graphs that vLLM runs one after the other must not.
-        """
-        layer.slidesparse_waiting = None
-        dense, configs = execution.resident("dense"), (self.config, get_current_vllm_config_or_none())
-        tokens = waiting(problem, plan, self.settings.replayed, self.settings.most)
-        if tokens is None or dense is None or _sparse_beyond(execution, 0) or getattr(layer, "tp_size", 1) > 1:
-            return None
-        if not enter_cache_key(configs, self.layer, f"sums, and vLLM's for {tokens} tokens"):
-            return None
-        for i, tensor in enumerate(engine_tensors(problem, dense["weight"], execution.weights.channel_scale)):
-            layer.register_buffer(f"slidesparse_engine_{i}", tensor, persistent=False)
-        compile_apart(configs, *tokens)
-        layer.slidesparse_waiting = tokens
-        return tokens
 
     def _can_open(self, layer: nn.Module, problem: Problem) -> bool:
         """Whether scales and bias may stand in the graph: it is compiled, and no sum over ranks comes in between."""
@@ -283,11 +263,10 @@ class DenseLinearMethod(SlideSparseLinearMethod):
         return Weights(packed, self.scheme, scale), shard.margins
 
 
-def _told(execution: Execution, waits: tuple[int, int] | None) -> str:
+def _told(execution: Execution) -> str:
     routes = [f"{choice} up to {most} tokens" for most, choice in execution.steps[:-1]]
     last = str(execution.steps[-1][1])
-    told = f"{', '.join(routes)}, then {last}" if routes else last
-    return told if waits is None else f"{told}; vLLM's own product in the graph for {waits[0]} to {waits[1]} tokens"
+    return f"{', '.join(routes)}, then {last}" if routes else last
 
 
 def _sparse_beyond(execution: Execution, tokens: int) -> bool:
@@ -307,7 +286,7 @@ def _report_routes(layer: str, n: int, k: int, pattern: str, scheme: str, routes
 
 @cache
 def _say_graphs(replayed: int) -> None:
-    """Say once how steps are kept from waiting, unless graphs are captured for more."""
+    """Say once that larger graphs keep steps from waiting for the host, unless they are captured."""
     if replayed < ENOUGH:
         _LOG.info(
             "slidesparse: steps of more than %d tokens, but too few to keep the GPU busy, wait for the host, and sparse products cost it "
