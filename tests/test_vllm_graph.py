@@ -114,12 +114,17 @@ def test_graphs_of_decoding_alone_replay_no_other_steps(mode: str, replayed: int
         assert methods.Settings.current().replayed == replayed
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_where_larger_graphs_help_sparse_products_that_is_said(sparse: bool, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("replayed", "most", "compiles", "said"),
+    [(512, 8192, True, [512]), (0, 8192, True, [0]), (2048, 8192, True, []), (512, 512, True, []), (512, 8192, False, [])],
+)
+def test_where_larger_graphs_would_help_products_of_ours_that_is_said(
+    replayed: int, most: int, compiles: bool, said: list[int], compiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = []
     monkeypatch.setattr(methods, "_say_graphs", told.append)
-    monkeypatch.setattr(methods.Settings, "current", classmethod(lambda cls: methods.Settings(replayed=512)))
-    monkeypatch.setattr(methods, "has_own_layout", lambda backend: sparse)
+    monkeypatch.setattr(methods, "compiles", lambda config: compiles)
+    monkeypatch.setattr(methods.Settings, "current", classmethod(lambda cls: methods.Settings(replayed=replayed, most=most)))
     layer = layers.RowParallelLinear(64, 16, bias=False, quant_config=config_of("packed", "int8"), prefix="m.down_proj")
     load(layer, {None: part(16, 64, SCHEMES["int8"])}, "packed")
-    assert told == ([512] if sparse else [])
+    assert told == said

@@ -20,7 +20,7 @@ from ...format import QUANT_METHOD, Packed, Scheme, packed_tensors
 from ...gemm import Execution, Plan, Problem, Weights
 from ...gemm.handover import ENOUGH
 from ...gemm.prepared import linear, prepare, warm
-from ...gemm.registry import has_own_layout, refusal
+from ...gemm.registry import refusal
 from ...pack import Shard
 from ...quant import scheme_of_dtype
 from ..claims import Claims
@@ -146,8 +146,8 @@ class SlideSparseLinearMethod(LinearMethodBase):
             scale = None if problem.scales_sums else weights.channel_scale.view(1, -1)
             layer.register_buffer("slidesparse_scale", scale, persistent=False)
         _report(self.layer, weights, _told(execution))
-        if compiles(self.config) and _sparse_beyond(execution, self.settings.replayed):
-            _say_graphs(self.settings.replayed)
+        if compiles(self.config) and chosen.replayed < min(ENOUGH, chosen.most):
+            _say_graphs(chosen.replayed)
         if device.type == "cuda":
             warm(name, self.settings.captured)
 
@@ -269,11 +269,6 @@ def _told(execution: Execution) -> str:
     return f"{', '.join(routes)}, then {last}" if routes else last
 
 
-def _sparse_beyond(execution: Execution, tokens: int) -> bool:
-    """Whether a sparse product runs for more tokens than that."""
-    return any(most > tokens and has_own_layout(choice.backend) for most, choice in execution.steps)
-
-
 def _report(layer: str, weights: Weights, routes: str) -> None:
     """Say once for every kind of layer who runs it."""
     _report_routes(layer.rpartition(".")[2], weights.packed.n, weights.k, str(weights.packed.pattern), weights.scheme.name, routes)
@@ -286,10 +281,9 @@ def _report_routes(layer: str, n: int, k: int, pattern: str, scheme: str, routes
 
 @cache
 def _say_graphs(replayed: int) -> None:
-    """Say once that larger graphs keep steps from waiting for the host, unless they are captured."""
-    if replayed < ENOUGH:
-        _LOG.info(
-            "slidesparse: steps of more than %d tokens, but too few to keep the GPU busy, wait for the host, and sparse products cost it "
-            "more than dense ones: --max-cudagraph-capture-size %d replays them",
-            replayed, ENOUGH,
-        )  # fmt: skip
+    """Say once that larger graphs keep steps from waiting for the host."""
+    _LOG.info(
+        "slidesparse: steps of more than %d tokens, but too few to keep the GPU busy, wait for the host, and products of ours cost it "
+        "more than vLLM's: --max-cudagraph-capture-size %d replays them",
+        replayed, ENOUGH,
+    )  # fmt: skip
