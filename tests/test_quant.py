@@ -11,9 +11,9 @@ import torch
 
 from slidesparse import reference
 from slidesparse.errors import WeightError
-from slidesparse.format import SCHEMES
+from slidesparse.format import SCHEMES, scheme_of_dtype
 from slidesparse.pattern import KNOWN, Pattern
-from slidesparse.quant import check_finite, quantize_weight, scheme_of_dtype, ternarize, unpack_ternary
+from slidesparse.quant import check_finite, quantize_weight, ternarize, unpack_ternary
 
 INT8, FP8 = SCHEMES["int8"], SCHEMES["fp8"]
 INPUTS = (torch.bfloat16, torch.float16, torch.float32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,20 +9,12 @@ import torch
 
 from .errors import CheckpointError
 from .pattern import Pattern
+from .select import matches
 
 QUANT_METHOD = "slidesparse"
 VERSION = 1
 MARKER = "slidesparse"
 """Key under which the portable dense twin names its pattern."""
-
-NOT_LINEAR = (
-    *("*embed*", "*wte", "*wpe", "shared", "*.shared", "*relative_attention_bias*"),
-    *("*norm*", "*router*", "*.gate", "*.gate.*", "*shared_expert_gate", "*.experts.*"),
-)
-"""Names of matrices that are no plain linear layers: embeddings, norms, routers, and expert stacks, which loaders merge."""
-
-DEFAULT_IGNORE = ("lm_head", "*.lm_head", "*output_layer", *NOT_LINEAR)
-"""Layers never pruned or packed by default: those above, and heads, which are taken when asked for by their exact name."""
 
 BLOCK = 16
 """Weights per block scale of nvfp4."""
@@ -81,6 +71,11 @@ def scheme_named(name: str) -> Scheme:
     if name not in SCHEMES:
         raise ValueError(f"unknown scheme {name!r}: choose one of {', '.join(SCHEMES)}")
     return SCHEMES[name]
+
+
+def scheme_of_dtype(dtype: torch.dtype) -> Scheme | None:
+    """The scheme whose stored dtype is ``dtype``, None if there is none (float32 must be cast first)."""
+    return next((scheme for scheme in SCHEMES.values() if scheme.dtype == dtype and not scheme.pair), None)
 
 
 @dataclass
@@ -227,21 +222,3 @@ def merged_name(layer: str) -> str:
     """The name of the layer that serving engines merge this one into (``….q_proj`` → ``….qkv_proj``); its own if they do not."""
     head, dot, last = layer.rpartition(".")
     return next((f"{head}{dot}{whole}" for whole, parts in MERGED.items() if last in parts), layer)
-
-
-def matches(layer: str, patterns: list[str] | tuple[str, ...]) -> bool:
-    """Whether a layer name is meant by one of the entries: an exact name, a glob, or a regular expression behind ``re:``.
-
-    Raises:
-        ValueError: an entry is not a valid regular expression.
-    """
-    for entry in patterns:
-        if entry.startswith("re:"):
-            try:
-                if re.match(entry[3:], layer):
-                    return True
-            except re.error as error:
-                raise ValueError(f"bad regular expression {entry!r}: {error}") from error
-        elif layer == entry or fnmatch.fnmatchcase(layer, entry):
-            return True
-    return False

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from .errors import WeightError
-from .format import BLOCK, SCHEMES, Scheme, scheme_named
+from .format import BLOCK, Scheme, scheme_named
 
 _FP4_MAX, _FP8_MAX = 6.0, 448.0
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -119,11 +119,6 @@ def unpack_ternary(packed: Tensor) -> Tensor:
         row, column = (int(i) for i in (codes == 3).nonzero()[0])
         raise WeightError(f"ternary weight: code 3 at row {row}, column {column}; only 0, 1 and 2 mean something")
     return codes.to(torch.int8) - 1
-
-
-def scheme_of_dtype(dtype: torch.dtype) -> Scheme | None:
-    """The scheme whose stored dtype is ``dtype``, None if there is none (float32 must be cast first)."""
-    return next((scheme for scheme in SCHEMES.values() if scheme.dtype == dtype and not scheme.pair), None)
 
 
 def _round_e2m1(x: Tensor) -> Tensor:

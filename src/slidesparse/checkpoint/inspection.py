@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import pack
 from ..errors import CheckpointError, PatternError
-from ..format import DEFAULT_IGNORE, matches
+from ..select import DEFAULT_IGNORE, matches
 from .layers import Form, Layer
 from .rows import mean_magnitude, read_block, row_ranges
 from .source import Checkpoint

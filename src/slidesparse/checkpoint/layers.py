@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..format import QUANT_METHOD, SCHEMES, PackedConfig, Scheme, dense_tensors, packed_tensors
+from ..format import QUANT_METHOD, SCHEMES, PackedConfig, Scheme, dense_tensors, packed_tensors, scheme_of_dtype
 from ..pattern import Pattern
-from ..quant import scheme_of_dtype
 from .tensorfile import DTYPES, TensorInfo
 
 # Their weights are stored [K, N]: groups along the last axis would run over output features.

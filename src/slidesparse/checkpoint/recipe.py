@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UnsupportedError, WeightError
-from ..format import BLOCK, DEFAULT_IGNORE, NOT_LINEAR, SCHEMES, Scheme, matches, scheme_named
+from ..format import BLOCK, SCHEMES, Scheme, scheme_named
 from ..pattern import Pattern
 from ..prune import METHODS, Statistics
+from ..select import DEFAULT_IGNORE, NOT_LINEAR, matches
 from .calibration import Calibration, sha256_of
 from .layers import Form, Layer
 from .norms import read_norms
@@ -34,7 +35,7 @@ class Recipe:
         method: how to prune: a name in `slidesparse.prune.METHODS`, ``auto`` for ``admm`` with reconstruction of the blocks, or None.
         scheme: ``int8``, ``fp8``, ``bf16``, ``fp16``, ``nvfp4``; None keeps the layers' own.
         form: ``packed``, or ``dense`` for the portable twin.
-        ignore: layers to leave alone besides `format.DEFAULT_IGNORE`.
+        ignore: layers to leave alone besides `select.DEFAULT_IGNORE`.
         only: when given, the only layers to convert; naming a layer exactly overrides the default ignore.
         obey: False lets layers that obey no pattern through (dense form only).
         seed: of random pruning, of the choice of calibration samples, and of the order in which reconstruction sees them.

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..format import DEFAULT_IGNORE, MARKER, PackedConfig
+from ..format import MARKER, PackedConfig
 from ..pattern import Pattern, tightest_first
+from ..select import DEFAULT_IGNORE
 from .layers import Layer, find_layers, read_packed_config
 from .tensorfile import TensorInfo, read_header
 

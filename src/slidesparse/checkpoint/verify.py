@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .. import pack, reference
 from ..errors import CheckpointError, SlideSparseError, WeightError
-from ..format import Packed, Scheme, matches
+from ..format import Packed, Scheme
 from ..pack.codes import count_negative_zeros
 from ..pattern import Pattern
 from ..quant import quantize_nvfp4, quantize_weight
+from ..select import matches
 from .layers import Form, Layer
 from .rows import Block, mean_magnitude, read_block, row_ranges
 from .source import Checkpoint

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import PatternError, SlideSparseError, WeightError
-from ..format import DEFAULT_IGNORE, PackedConfig, Scheme, matches, scheme_named
+from ..format import PackedConfig, Scheme, scheme_named
 from ..pack import find_violation
 from ..pattern import KNOWN, Pattern
+from ..select import DEFAULT_IGNORE, matches
 from .linear import SlideSparseLinear
 from .source import DenseSource, NotConvertible, read_linear
 
