@@ -17,7 +17,6 @@ from .. import __version__
 from ..errors import CheckpointError, UnsupportedError
 from ..format import VERSION
 from .configs import output_config
-from .layers import Form
 from .norms import NORMS, write_norms
 from .recipe import LayerPlan, Recipe, plan_layers
 from .solved import REPORT, Job, PruningReport, Solver, read_report, remove_blocks, solved_bytes, solved_norms, with_solved
@@ -201,7 +200,7 @@ class _Conversion:
             scheme = plan.scheme.name if plan.scheme else "fp32"
             layer, pattern = plan.layer, str(plan.pattern or "none")
             layers.append(ConvertedLayer(layer.name, layer.n, layer.k, scheme, pattern, layer.nbytes, size))
-        kept = [name for name, layer in self.checkpoint.layers.items() if name not in self.plans and layer.form is not Form.PACKED]
+        kept = [name for name in self.checkpoint.layers if name not in self.plans]
         self.progress(self.total, self.total, "done")
         return ConversionReport(out, self.checkpoint.nbytes, bytes_out, layers, kept, resumed)
 

@@ -15,7 +15,7 @@ from ..pattern import Pattern
 from ..prune import METHODS, Statistics
 from ..select import DEFAULT_IGNORE, NOT_LINEAR, matches
 from .calibration import Calibration, sha256_of
-from .layers import Form, Layer
+from .layers import Layer
 from .norms import read_norms
 from .overrides import check_overrides, override_of
 from .source import Checkpoint
@@ -129,8 +129,8 @@ class LayerPlan:
 
     @property
     def requantize(self) -> bool:
-        """Whether weights are quantised or cast on the way (ternary layers arrive as integers)."""
-        return self.source.form in (Form.FLOAT, Form.PACKED) and self.scheme is not self.source.scheme
+        """Whether weights are quantised or cast on the way."""
+        return self.scheme is not self.source.read_scheme
 
 
 def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
@@ -149,14 +149,18 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
     plans = []
     for layer in checkpoint.layers.values():
         if not _selected(layer, recipe):
-            _refuse_stranded(checkpoint, layer, recipe)
+            if recipe.form not in layer.may_stay_in:
+                raise UnsupportedError(
+                    f"{checkpoint.path}: layer {layer.name} holds {layer.holds} and cannot be left out of a {recipe.form} checkpoint: "
+                    "take it out of --ignore, or name it in --only"
+                )
             continue
         scheme = _target(layer, recipe)
         pattern = override_of(layer.name, recipe.overrides) or recipe.pattern or layer.pattern or checkpoint.marked_pattern(layer.name)
         _check_pattern(layer, scheme, pattern, recipe)
-        if recipe.informed and layer.form is not Form.FLOAT:
+        if recipe.informed and not layer.plain:
             raise UnsupportedError(
-                f"layer {layer.name} holds {layer.form.value}: {recipe.method} needs 16- or 32-bit weights, --method magnitude does not"
+                f"layer {layer.name} holds {layer.holds}: {recipe.method} needs 16- or 32-bit weights, --method magnitude does not"
             )
         statistics = None if recipe.statistics is None else _statistics(layer, norms, recipe)
         plans.append(LayerPlan(layer, scheme, pattern, statistics=statistics))
@@ -174,8 +178,8 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
 
 
 def _selected(layer: Layer, recipe: Recipe) -> bool:
-    if layer.form is Form.PACKED:
-        return True
+    if layer.pattern is not None:
+        return True  # packed layers go together
     if matches(layer.name, recipe.ignore):
         return False
     if recipe.only:
@@ -184,29 +188,11 @@ def _selected(layer: Layer, recipe: Recipe) -> bool:
     return not matches(layer.name, DEFAULT_IGNORE)
 
 
-def _refuse_stranded(checkpoint: Checkpoint, layer: Layer, recipe: Recipe) -> None:
-    """A quantised layer left out of a packed checkpoint would keep tensors that no loader of it expects."""
-    stranded = layer.form in (Form.QUANTIZED, Form.TERNARY)
-    if stranded and (recipe.form == "packed" or layer.form is Form.TERNARY):
-        raise UnsupportedError(
-            f"{checkpoint.path}: layer {layer.name} holds {layer.form.value} and cannot be left out of a {recipe.form} checkpoint: "
-            "take it out of --ignore, or name it in --only"
-        )
-
-
 def _target(layer: Layer, recipe: Recipe) -> Scheme | None:
+    refusal = layer.refusal(recipe.scheme, recipe.method)
+    if refusal:
+        raise UnsupportedError(f"layer {layer.name} {refusal}")
     scheme = SCHEMES[recipe.scheme] if recipe.scheme else layer.scheme
-    if layer.form in (Form.TERNARY, Form.MASTER):
-        if recipe.scheme != "int8":
-            raise UnsupportedError(
-                f"layer {layer.name} is BitNet: its ternary weights go through --scheme int8, in one convert or quantize step"
-            )
-        return scheme
-    quantized = layer.scheme is not None and (layer.scheme.dynamic or layer.scheme.pair)
-    if quantized and scheme is not layer.scheme:
-        raise UnsupportedError(f"layer {layer.name} is {layer.scheme.name} already: quantise to {recipe.scheme} from the 16-bit checkpoint")
-    if quantized and layer.scheme.pair and recipe.method:
-        raise UnsupportedError(f"layer {layer.name} is nvfp4 already: prune the 16-bit checkpoint")
     if scheme is None and recipe.form == "packed":
         raise UnsupportedError(f"layer {layer.name} is float32, which is not packed: give --scheme bf16, fp16, int8 or fp8")
     if scheme is not None and scheme.pair and layer.k % BLOCK:

@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from ..format import Scheme
-from .layers import Form
+from .formats.compressed_tensors import Quantized
+from .formats.floating import Floating
+from .layers import tensors_of
 from .recipe import LayerPlan, Recipe
 from .source import Checkpoint
 from .tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, read_header
@@ -96,10 +98,10 @@ def with_solved(plans: list[LayerPlan], folder: Path) -> list[LayerPlan]:
     tensors = _solved_tensors(folder)
     done = []
     for plan in plans:
-        name = plan.layer.name
-        own = {suffix: tensors[f"{name}.{suffix}"] for suffix in ("weight", "weight_scale") if f"{name}.{suffix}" in tensors}
-        form = Form.QUANTIZED if "weight_scale" in own else Form.FLOAT
-        done.append(replace(plan, solved=replace(plan.layer, form=form, scheme=solved_scheme(plan), tensors=own)))
+        layer, scheme = plan.layer, solved_scheme(plan)
+        kind = Quantized if scheme is not None and scheme.dynamic else Floating
+        own = tensors_of(layer.name, ("weight", "weight_scale"), tensors)
+        done.append(replace(plan, solved=kind(layer.name, layer.n, layer.k, scheme, own)))
     return done
 
 

@@ -16,8 +16,7 @@ from ..pack.codes import count_negative_zeros
 from ..pattern import Pattern
 from ..quant import quantize_nvfp4, quantize_weight
 from ..select import matches
-from .layers import Form, Layer
-from .rows import Block, mean_magnitude, read_block, row_ranges
+from .layers import Block, Layer
 from .source import Checkpoint
 from .tensorfile import TensorReader
 
@@ -91,7 +90,7 @@ def verify(
 def _claims(checkpoint: Checkpoint, pattern: Pattern | None) -> list[tuple[Layer, Pattern]]:
     """The layers that say they obey a pattern."""
     if checkpoint.packed:
-        return [(layer, layer.pattern) for layer in checkpoint.layers.values() if layer.form is Form.PACKED]
+        return [(layer, layer.pattern) for layer in checkpoint.layers.values() if layer.pattern]
     layers = [layer for layer in checkpoint.layers.values() if not matches(layer.name, checkpoint.marked_ignore)]
     claims = [(layer, pattern or checkpoint.marked_pattern(layer.name)) for layer in layers]
     claims = [(layer, claimed) for layer, claimed in claims if claimed is not None]
@@ -105,15 +104,13 @@ def _verify_layer(reader: TensorReader, layer: Layer, pattern: Pattern, other: C
     stored = layer.scheme.pattern_stored(pattern) if layer.scheme else pattern
     try:
         twin = None if other is None else _twin(other, layer)
-        mean = mean_magnitude(reader, layer) if layer.form is Form.MASTER else None
-        twin_mean = mean_magnitude(reader, twin) if twin is not None and twin.form is Form.MASTER else None
-        for first, last in row_ranges(layer.n, layer.k):
-            block = read_block(reader, layer, first, last, mean)
+        theirs = None if twin is None else twin.blocks(reader)
+        for block in layer.blocks(reader):
             verdict.negative_zeros += count_negative_zeros(block.values)
             packed = _repack(block, stored)
             check_identity(block.values, packed, first_row=block.first)
-            if twin is not None:
-                verdict.masked_away += _compare(reader, layer, block, twin, read_block(reader, twin, first, last, twin_mean))
+            if theirs is not None:
+                verdict.masked_away += _compare(reader, layer, block, twin, next(theirs))
         if other is not None and verdict.masked_away and (other.marker or other.packed):
             raise WeightError(f"the mask removes {verdict.masked_away} non-zero weights of {other.path}, which is masked already")
     except SlideSparseError as error:
@@ -168,7 +165,7 @@ def _compare(reader: TensorReader, layer: Layer, block: Block, twin: Layer, thei
 
     Their weights are taken where ours are not zero and quantised as ours were; a weight too small for its scale counts as zero.
     """
-    convert = twin.form is Form.FLOAT and twin.scheme is not layer.scheme
+    convert = twin.plain and twin.scheme is not layer.scheme
     mine = _clean(block.values)
     nonzero = _elements_nonzero(mine) if convert and layer.scheme is not None and layer.scheme.pair else _nonzero(mine)
     values, scale = (

@@ -38,9 +38,33 @@ def find_violation(weight: Tensor, pattern: Pattern, offset: int = 0, *, first_r
     )
 
 
-def detect(weight: Tensor, candidates: Iterable[Pattern] = KNOWN) -> Pattern | None:
-    """The first candidate (tightest first by default) that ``weight [N, K]`` obeys, None if it obeys none."""
-    return next((pattern for pattern in candidates if find_violation(weight, pattern) is None), None)
+def detect(blocks: Iterable[tuple[int, Tensor]], candidates: Iterable[Pattern] = KNOWN, *, start: int = 0) -> Pattern:
+    """The first candidate (tightest first by default) that a matrix obeys, given as blocks ``(first row, rows [R, K])`` in order.
+
+    ``start`` is the column at which these rows begin where they are a part of wider ones.
+
+    Raises:
+        PatternError: it obeys none; the first violation of the last candidate.
+        ValueError: there are no candidates.
+    """
+    remaining, blocks = list(candidates), iter(blocks)
+    if not remaining:
+        raise ValueError("no candidates to look for")
+    last, nearest = remaining[-1], None
+    block = next(blocks, None)
+    while block is not None:
+        (first, rows), block = block, next(blocks, None)
+        for pattern in tuple(remaining):
+            offset = start % (pattern.group * pattern.unit) // pattern.unit
+            violation = find_violation(rows, pattern, offset, first_row=first)
+            if violation is None and block is None:
+                return pattern  # these were the last rows: what comes behind need not be looked at
+            if violation is not None:
+                remaining.remove(pattern)
+                nearest = violation if pattern == last else nearest
+        if not remaining:
+            raise nearest
+    return remaining[0]
 
 
 def check_packed(packed: Packed, scale: Tensor | None = None, *, first_row: int = 0) -> None:
