@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,9 @@ SCHEMES = {
     )
 }
 
+FP32 = Scheme("fp32", torch.float32)
+"""32-bit weights: read and pruned, but with no packed form, so not one of `SCHEMES`."""
+
 
 def scheme_named(name: str) -> Scheme:
     """Look a scheme up.
@@ -108,6 +112,11 @@ class TensorSpec:
     suffix: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def dense_tensors(scheme: Scheme, n: int, k: int) -> tuple[TensorSpec, ...]:

@@ -85,19 +85,16 @@ def inspect(path: str | Path, *, scan: bool = True, progress: Callable[[int, int
 
 def _inspect_layer(reader: TensorReader, checkpoint: Checkpoint, layer: Layer, scan: bool) -> InspectedLayer:
     claimed = layer.pattern or checkpoint.marked_pattern(layer.name)
-    scheme = layer.scheme.name if layer.scheme else "fp32"
-    row = InspectedLayer(
-        layer.name, layer.n, layer.k, layer.holds, scheme, str(claimed) if claimed else None, layer.nbytes, layer.dense_nbytes
-    )
+    pattern, sizes = str(claimed) if claimed else None, (layer.nbytes, layer.dense_nbytes)
+    row = InspectedLayer(layer.name, layer.n, layer.k, layer.holds, layer.scheme.name, pattern, *sizes)
     if not scan:
         return row
     try:
         if claimed is None:
             row.pattern = str(detect_pattern(reader, layer, lambda nbytes: None))
             return row
-        stored = layer.scheme.pattern_stored(claimed) if layer.scheme else claimed
         for block in layer.blocks(reader):
-            violation = pack.find_violation(block.values, stored, first_row=block.first)
+            violation = pack.find_violation(block.values, layer.scheme.pattern_stored(claimed), first_row=block.first)
             if violation is not None:
                 row.problem = str(violation)
                 break

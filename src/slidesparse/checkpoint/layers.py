@@ -17,11 +17,8 @@ from .tensorfile import TensorInfo, TensorReader
 
 FLOATS = ("F32", "F16", "BF16")
 
-BLOCK_WEIGHTS = 1 << 18
-"""Weights per block: small enough that a block and its intermediates stay in the second-level cache."""
-
-GPU_BLOCK_WEIGHTS = 1 << 24
-"""Weights per block on a GPU: large enough to hide the launches of a few dozen kernels."""
+# Small enough that a block and its intermediates stay in the second-level cache; on a GPU large enough to hide a few dozen launches.
+_WEIGHTS, _GPU_WEIGHTS = 1 << 18, 1 << 24
 
 
 @dataclass
@@ -39,25 +36,23 @@ class Block:
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer ``[n, k]``; ``scheme`` is None for float32, ``pattern`` is set when packed.
+    """One linear layer ``[n, k]``; ``pattern`` is set when packed.
 
-    ``tensors`` are the layer's own by suffix, the one with the weights first. A format is a subclass, in a file of its own under
-    ``formats``.
+    ``tensors`` are the layer's own by suffix, the one with the weights first. Each format is a subclass, in a file of its own, and says:
+    what its layer ``holds``, in words; whether these are ``plain`` weights of 16 or 32 bits, and nothing else; in which forms of output
+    they ``may_stay`` as they are, for quantised ones in a packed checkpoint are what no loader expects.
     """
 
     name: str
     n: int
     k: int
-    scheme: Scheme | None
+    scheme: Scheme
     tensors: dict[str, TensorInfo]
     pattern: Pattern | None = None
 
     holds: ClassVar[str]
-    """What the layer holds, in words."""
     plain: ClassVar[bool] = False
-    """Whether it holds 16- or 32-bit weights and nothing else."""
-    may_stay_in: ClassVar[tuple[str, ...]] = ()
-    """Forms of output in which the layer may stand as it is: a quantised one in a packed checkpoint is what no loader expects."""
+    may_stay: ClassVar[tuple[str, ...]] = ()
 
     @property
     def main(self) -> TensorInfo:
@@ -72,21 +67,18 @@ class Layer:
     @property
     def dense_nbytes(self) -> int:
         """Bytes of the same weights in dense form, with the same element type."""
-        if self.scheme is None:
-            return self.n * self.k * 4
-        return self.n * self.scheme.k_stored(self.k) * self.scheme.dtype.itemsize + sum(
-            info.nbytes for suffix, info in self.tensors.items() if "scale" in suffix
-        )
+        scales = sum(info.nbytes for suffix, info in self.tensors.items() if "scale" in suffix)
+        return self.n * self.scheme.k_stored(self.k) * self.scheme.dtype.itemsize + scales
 
     @property
-    def read_scheme(self) -> Scheme | None:
+    def read_scheme(self) -> Scheme:
         """The scheme of the values that `blocks` gives."""
         return self.scheme
 
     def refusal(self, scheme: str | None, method: str | None) -> str | None:
         """Why the layer cannot be pruned by a method or stored in a scheme (None: as it is); None if it can."""
         own = self.scheme
-        if own is None or not (own.dynamic or own.pair):
+        if not (own.dynamic or own.pair):
             return None
         if scheme not in (None, own.name):
             return f"is {own.name} already: quantise to {scheme} from the 16-bit checkpoint"
@@ -111,7 +103,7 @@ class Layer:
 
     def row_ranges(self, device: str = "cpu") -> Iterator[tuple[int, int]]:
         """First and last row (exclusive) of every block."""
-        step = max(1, (BLOCK_WEIGHTS if device == "cpu" else GPU_BLOCK_WEIGHTS) // max(self.k, 1))
+        step = max(1, (_WEIGHTS if device == "cpu" else _GPU_WEIGHTS) // max(self.k, 1))
         return ((first, min(first + step, self.n)) for first in range(0, self.n, step))
 
     def _read(self, reader: TensorReader, ranges: Iterable[tuple[int, int]]) -> Iterator[Block]:

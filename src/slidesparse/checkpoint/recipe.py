@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UnsupportedError, WeightError
-from ..format import BLOCK, SCHEMES, Scheme, scheme_named
+from ..format import BLOCK, FP32, SCHEMES, Scheme, scheme_named
 from ..pattern import Pattern
 from ..prune import METHODS, Statistics
 from ..select import DEFAULT_IGNORE, NOT_LINEAR, matches
@@ -111,13 +111,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer: ``scheme`` None keeps float32; ``pattern`` None makes no claim.
+    """What becomes of one layer; ``pattern`` None makes no claim.
 
     ``solved`` is the layer as a calibrated method pruned and rounded it, in files of its own; ``statistics`` are those the recipe has.
     """
 
     layer: Layer
-    scheme: Scheme | None
+    scheme: Scheme
     pattern: Pattern | None
     solved: Layer | None = None
     statistics: Statistics | None = None
@@ -149,7 +149,7 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
     plans = []
     for layer in checkpoint.layers.values():
         if not _selected(layer, recipe):
-            if recipe.form not in layer.may_stay_in:
+            if recipe.form not in layer.may_stay:
                 raise UnsupportedError(
                     f"{checkpoint.path}: layer {layer.name} holds {layer.holds} and cannot be left out of a {recipe.form} checkpoint: "
                     "take it out of --ignore, or name it in --only"
@@ -157,7 +157,7 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
             continue
         scheme = _target(layer, recipe)
         pattern = override_of(layer.name, recipe.overrides) or recipe.pattern or layer.pattern or checkpoint.marked_pattern(layer.name)
-        _check_pattern(layer, scheme, pattern, recipe)
+        _check_pattern(layer, scheme, pattern)
         if recipe.informed and not layer.plain:
             raise UnsupportedError(
                 f"layer {layer.name} holds {layer.holds}: {recipe.method} needs 16- or 32-bit weights, --method magnitude does not"
@@ -170,7 +170,7 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
     check_overrides({plan.layer.name: plan.pattern for plan in plans}, recipe.overrides, checkpoint.path)
     schemes = {plan.scheme for plan in plans}
     if recipe.form == "packed" and len(schemes) > 1:
-        names = ", ".join(sorted(scheme.name for scheme in schemes if scheme))
+        names = ", ".join(sorted(scheme.name for scheme in schemes))
         raise UnsupportedError(f"{checkpoint.path}: layers of different types ({names}) cannot share one packed checkpoint: give --scheme")
     if checkpoint.packed and recipe.form == "packed" and not any(p.requantize or p.pattern != p.layer.pattern for p in plans):
         raise UnsupportedError(f"{checkpoint.path} is packed already")
@@ -188,14 +188,14 @@ def _selected(layer: Layer, recipe: Recipe) -> bool:
     return not matches(layer.name, DEFAULT_IGNORE)
 
 
-def _target(layer: Layer, recipe: Recipe) -> Scheme | None:
+def _target(layer: Layer, recipe: Recipe) -> Scheme:
     refusal = layer.refusal(recipe.scheme, recipe.method)
     if refusal:
         raise UnsupportedError(f"layer {layer.name} {refusal}")
     scheme = SCHEMES[recipe.scheme] if recipe.scheme else layer.scheme
-    if scheme is None and recipe.form == "packed":
+    if scheme is FP32 and recipe.form == "packed":
         raise UnsupportedError(f"layer {layer.name} is float32, which is not packed: give --scheme bf16, fp16, int8 or fp8")
-    if scheme is not None and scheme.pair and layer.k % BLOCK:
+    if scheme.pair and layer.k % BLOCK:
         raise UnsupportedError(f"layer {layer.name}: nvfp4 needs K to be a multiple of {BLOCK}, got {layer.k}: leave it out with --ignore")
     return scheme
 
@@ -213,10 +213,10 @@ def _statistics(layer: Layer, norms: Mapping[str, Tensor], recipe: Recipe) -> St
     return found
 
 
-def _check_pattern(layer: Layer, scheme: Scheme | None, pattern: Pattern | None, recipe: Recipe) -> None:
+def _check_pattern(layer: Layer, scheme: Scheme, pattern: Pattern | None) -> None:
     if pattern is None:
         return
-    if scheme is not None and scheme.pair and pattern.unit != 2:
+    if scheme.pair and pattern.unit != 2:
         pairs = f"{pattern.kept}:{pattern.group}x2"
         raise UnsupportedError(f"layer {layer.name}: nvfp4 stores pairs of weights, pattern {pattern} prunes single ones: use {pairs}")
     if layer.k % pattern.unit:

@@ -23,12 +23,8 @@ Advance = Callable[[int], None]
 
 def output_specs(plan: LayerPlan, recipe: Recipe) -> tuple[TensorSpec, ...]:
     """Tensors the layer becomes."""
-    layer = plan.layer
-    if plan.scheme is None:
-        return (TensorSpec("weight", torch.float32, (layer.n, layer.k)),)
-    if recipe.form == "packed":
-        return packed_tensors(plan.scheme, plan.pattern, layer.n, layer.k)
-    return dense_tensors(plan.scheme, layer.n, layer.k)
+    n, k = plan.layer.n, plan.layer.k
+    return packed_tensors(plan.scheme, plan.pattern, n, k) if recipe.form == "packed" else dense_tensors(plan.scheme, n, k)
 
 
 def transform(
@@ -61,8 +57,8 @@ def detect_pattern(reader: TensorReader, layer: Layer, advance: Advance, *, unit
     Raises:
         PatternError: it obeys none; names the first group that violates the widest.
     """
-    pairs_stored = layer.scheme is not None and layer.scheme.pair
-    candidates = [Pattern(p.kept, p.group, unit=1 if pairs_stored else unit) for p in KNOWN]
+    unit = 2 if layer.scheme.pair else unit
+    candidates = [layer.scheme.pattern_stored(replace(pattern, unit=unit)) for pattern in KNOWN]
 
     def rows() -> Iterator[tuple[int, Tensor]]:
         for block in layer.blocks(reader):
@@ -70,12 +66,11 @@ def detect_pattern(reader: TensorReader, layer: Layer, advance: Advance, *, unit
             advance(_share(layer, block))
 
     try:
-        tightest = pack.detect(rows(), candidates)
+        return replace(pack.detect(rows(), candidates), unit=unit)
     except PatternError as error:
         raise error.reworded(
             f"layer {layer.name} obeys no pattern from {KNOWN[0]} to {KNOWN[-1]}: {error}. Prune it, or leave it dense with --ignore"
         ) from error
-    return replace(tightest, unit=2 if pairs_stored else unit)
 
 
 def _share(layer: Layer, block: Block) -> int:
@@ -84,7 +79,7 @@ def _share(layer: Layer, block: Block) -> int:
 
 
 def _global_scale(reader: TensorReader, plan: LayerPlan) -> Tensor | None:
-    if plan.scheme is None or not plan.scheme.pair:
+    if not plan.scheme.pair:
         return None
     if not plan.requantize:
         return reader.read(plan.source.tensors["weight_global_scale"]).float()
@@ -114,17 +109,14 @@ def _quantize(block: Block, plan: LayerPlan, global_scale: Tensor | None) -> Blo
 
 def _store(block: Block, plan: LayerPlan, recipe: Recipe) -> Iterator[tuple[str, int, Tensor]]:
     scheme, pattern = plan.scheme, plan.pattern
-    stored = None if pattern is None else pattern if scheme is None else scheme.pattern_stored(pattern)
+    stored = None if pattern is None else scheme.pattern_stored(pattern)
     if recipe.form == "packed":
-        try:
-            packed = pack.pack(block.values, stored)
-        except PatternError as error:
-            raise pack.find_violation(block.values, stored, first_row=block.first) or error from error
+        packed = pack.pack(block.values, stored, first_row=block.first)
         yield "weight_values", block.first, packed.values
         yield "weight_keep", block.first, packed.keep
     else:
         if stored is not None and recipe.method is None and (violation := pack.find_violation(block.values, stored, first_row=block.first)):
             raise violation
-        yield "weight_packed" if scheme is not None and scheme.pair else "weight", block.first, block.values
+        yield "weight_packed" if scheme.pair else "weight", block.first, block.values
     if block.scale is not None:
         yield "weight_scale", block.first, block.scale

@@ -17,7 +17,10 @@ FORMATS = {
     compressed_tensors.METHOD: compressed_tensors.find,
     None: floating.find,
 }
-"""By the ``quant_method`` that declares them. A checkpoint may mix them: a layer is the first format's that takes it."""
+"""By the ``quant_method`` that declares them. A checkpoint may mix them: a layer is the first format's that takes it.
+
+Each is called with the folder, config.json and the tensors that are left, and raises `CheckpointError` at what it refuses.
+"""
 
 # Their weights are stored [K, N]: groups along the last axis would run over output features.
 _TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, WeightError
-from ...format import QUANT_METHOD, SCHEMES, Scheme, scheme_of_dtype
+from ...format import FP32, QUANT_METHOD, SCHEMES, Scheme, scheme_of_dtype
 from ...quant import check_finite
 from ..layers import FLOATS, Block, Layer, matrices, tensors_of
 from ..tensorfile import TensorInfo, TensorReader
@@ -59,7 +59,7 @@ class Ternary(_BitNet):
 class Master(_BitNet):
     """A layer of 16- or 32-bit weights, read as ternary ones with their mean magnitude as scale."""
 
-    holds, may_stay_in = "BitNet master weights", ("packed", "dense")
+    holds, may_stay = "BitNet master weights", ("packed", "dense")
 
     def _read(self, reader: TensorReader, ranges: Iterable[tuple[int, int]]) -> Iterator[Block]:
         sums = (float(reader.read_rows(self.main, *rows).abs().sum(dtype=torch.float64)) for rows in self.row_ranges())
@@ -71,11 +71,7 @@ class Master(_BitNet):
 
 
 def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Layer]:
-    """The layers in this format by name; those that a conversion left in a BitNet model are master weights still.
-
-    Raises:
-        CheckpointError: layers with a norm of their own, ternary weights without a scale, or a bias that the scale would act on.
-    """
+    """Layers of a BitNet model by name; refuses norms of their own, missing scales, and biases that a scale would act on."""
     quantization = config.get("quantization_config") or {}
     method, inverse = quantization.get("quant_method"), quantization.get("linear_class", "bitlinear") == "bitlinear"
     if method == METHOD and quantization.get("use_rms_norm"):
@@ -86,7 +82,7 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
     for name, suffix, info in matrices(tensors):
         own = tensors_of(name, (suffix, "weight_scale"), tensors)
         if suffix == "weight" and info.dtype_name in FLOATS:
-            layers[name] = Master(name, *info.shape, scheme_of_dtype(info.dtype), {suffix: info})
+            layers[name] = Master(name, *info.shape, scheme_of_dtype(info.dtype) or FP32, {suffix: info})
         elif suffix == "weight" and info.dtype_name == "U8":
             if "weight_scale" not in own:
                 raise CheckpointError(f"{info.path}: ternary tensor {info.name} has no weight_scale")

@@ -18,7 +18,7 @@ METHOD = "compressed-tensors"
 class Quantized(Layer):
     """A layer with dense quantised weights and their scales."""
 
-    holds, may_stay_in = "dense quantised weights with scales", ("dense",)
+    holds, may_stay = "dense quantised weights with scales", ("dense",)
 
     def _read(self, reader: TensorReader, ranges: Iterable[tuple[int, int]]) -> Iterator[Block]:
         for first, last in ranges:
@@ -27,11 +27,7 @@ class Quantized(Layer):
 
 
 def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Layer]:
-    """The layers in this format by name.
-
-    Raises:
-        CheckpointError: another scheme than those above, zero points, or tensors that contradict the configuration.
-    """
+    """Quantised layers by name; refuses other schemes, zero points, and tensors that contradict the configuration."""
     quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") != METHOD:
         return {}

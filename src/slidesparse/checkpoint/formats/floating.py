@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
-from ...format import scheme_of_dtype
+from ...format import FP32, scheme_of_dtype
 from ..layers import FLOATS, Block, Layer, matrices
 from ..tensorfile import TensorInfo, TensorReader
 
@@ -15,22 +15,18 @@ from ..tensorfile import TensorInfo, TensorReader
 class Floating(Layer):
     """A layer with nothing but its weights."""
 
-    holds, plain, may_stay_in = "16- or 32-bit weights", True, ("packed", "dense")
+    holds, plain, may_stay = "16- or 32-bit weights", True, ("packed", "dense")
 
     def _read(self, reader: TensorReader, ranges: Iterable[tuple[int, int]]) -> Iterator[Block]:
         return (Block(first, reader.read_rows(self.main, first, last)) for first, last in ranges)
 
 
 def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Layer]:
-    """The layers in this format by name.
-
-    Raises:
-        CheckpointError: a matrix with scales of a format that the configuration does not name.
-    """
+    """Float matrices by layer; refuses one with scales of a format that config.json does not name."""
     layers: dict[str, Layer] = {}
     for name, suffix, info in matrices(tensors):
         if info.dtype_name in FLOATS and suffix == "weight":
-            layers[name] = Floating(name, *info.shape, scheme_of_dtype(info.dtype), {suffix: info})
+            layers[name] = Floating(name, *info.shape, scheme_of_dtype(info.dtype) or FP32, {suffix: info})
         elif f"{name}.weight_scale" in tensors:
             raise CheckpointError(f"{info.path}: tensor {info.name} is quantised, but config.json does not say how")
     return layers

@@ -44,11 +44,7 @@ def read_packed_config(path: Path, config: dict[str, Any]) -> PackedConfig | Non
 
 
 def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Layer]:
-    """The layers in this format by name.
-
-    Raises:
-        CheckpointError: no layer, or tensors that contradict each other or the configuration.
-    """
+    """Packed layers by name; refuses tensors that contradict each other or the configuration, and a checkpoint with none."""
     packed = read_packed_config(path, config)
     if packed is None:
         return {}
