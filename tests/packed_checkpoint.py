@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from slidesparse.format import SCHEMES, PackedConfig, matches
+from slidesparse.format import SCHEMES, PackedConfig
 from slidesparse.pack import pack
 from slidesparse.pattern import Pattern
 from slidesparse.prune import prune
 from slidesparse.quant import nvfp4_global_scale, quantize_nvfp4, quantize_weight
+from slidesparse.select import matches
 
 Tensors = dict[str, torch.Tensor]
 

@@ -15,7 +15,7 @@ import tiny
 from slidesparse import Pattern, convert, load, reference, verify
 from slidesparse.checkpoint import Recipe
 from slidesparse.errors import UnsupportedError, WeightError
-from slidesparse.format import SCHEMES, PackedConfig
+from slidesparse.format import FP32, SCHEMES, PackedConfig
 from slidesparse.integrations.pruning.solving import Task, solve_layers
 from slidesparse.pack import find_violation
 from slidesparse.prune import Gathering, Statistics, layer_error, prune
@@ -200,11 +200,11 @@ def test_layers_are_solved_together_as_they_would_be_alone(layer):
     """Layers with the same inputs share a solve, whatever their size; one with another pattern does not."""
     linear, statistics = layer
     other = nn.Linear(72, 24, bias=False)
-    tasks = [Task("a", linear, SIX, None), Task("b", other, SIX, SCHEMES["bf16"]), Task("c", linear, Pattern.parse("2:4"), None)]
+    tasks = [Task("a", linear, SIX, FP32), Task("b", other, SIX, SCHEMES["bf16"]), Task("c", linear, Pattern.parse("2:4"), FP32)]
     both = solve_layers(tasks, dict.fromkeys("abc", statistics), "sparsegpt", lambda name: None)
     for task in tasks:
         alone = solve_layers([task], {task.name: statistics}, "sparsegpt", lambda name: None)[task.name]
         torch.testing.assert_close(both[task.name].weight, alone.weight)
         assert find_violation(both[task.name].weight, task.pattern) is None
-        assert both[task.name].values.dtype == (torch.float32 if task.scheme is None else torch.bfloat16)
+        assert both[task.name].values.dtype == task.scheme.dtype
     assert reference.prune_mask(both["a"].weight, SIX).float().mean() <= 0.75 + 1e-6

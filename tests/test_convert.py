@@ -181,6 +181,11 @@ def test_nvfp4_with_pairs(tmp_path):
     convert(tmp_path / "out", tmp_path / "twin", Recipe(form="dense"))
     convert(tmp_path / "twin", tmp_path / "again", Recipe())
     assert all(same(tensor, out[name]) for name, tensor in models.read(tmp_path / "again").items())
+    for form in ("packed", "dense"):  # masked first, in 16 bits
+        convert(source, tmp_path / f"16-{form}", Recipe(pattern, "magnitude", form=form))
+        convert(tmp_path / f"16-{form}", tmp_path / f"4-{form}", Recipe(scheme="nvfp4"))
+    one, other = (models.read(tmp_path / f"4-{form}") for form in ("packed", "dense"))
+    assert one.keys() == other.keys() == out.keys() and all(same(tensor, other[name]) for name, tensor in one.items())
 
 
 @pytest.mark.parametrize("linear_class", ["autobitlinear", "bitlinear"])

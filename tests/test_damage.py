@@ -126,6 +126,8 @@ def test_weights_that_are_not_finite(run, tmp_path, value):
     source = models.write(tmp_path / "dense", tensors)
     for arguments in (["--scheme", "int8"], ["--scheme", "bf16"], []):
         refused(run(*CONVERT, source, tmp_path / "out", *arguments), LAYER, "row 511, column 3", str(value))
+    bitnet = models.write(tmp_path / "bitnet", tensors, models.LLAMA | {"model_type": "bitnet"})  # rounding would make a number of it
+    refused(run(*CONVERT, bitnet, tmp_path / "out", "--scheme", "int8"), LAYER, "row 511, column 3", str(value))
     assert not (tmp_path / "out").exists()
 
 

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slidesparse.errors import CheckpointError
-from slidesparse.format import DEFAULT_IGNORE, SCHEMES, VERSION, PackedConfig, dense_tensors, matches, packed_tensors, scheme_named
+from slidesparse.format import SCHEMES, VERSION, PackedConfig, dense_tensors, packed_tensors, scheme_named
 from slidesparse.pack import pack
 from slidesparse.pattern import KNOWN, Pattern
+from slidesparse.select import DEFAULT_IGNORE, matches
 
 SINGLE = [*KNOWN, Pattern.parse("12:16@4:8")]
 PAIRS = [Pattern.parse("6:8x2"), Pattern.parse("8:10x2")]

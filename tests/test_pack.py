@@ -177,9 +177,30 @@ def test_pairs_are_not_elements(rng):
 def test_detect_finds_the_tightest(rng):
     for pattern in KNOWN:
         weight = reference.prune(nonzero((64, 16 * 9 * 5 * 7 * 2), rng)[:, : pattern.group * 20], pattern)
-        assert detect(weight) == pattern
-    assert detect(nonzero((4, 64), rng)) is None
-    assert detect(torch.zeros(4, 64)) == Pattern(2, 4)
+        assert detect([(0, weight)]) == pattern
+        assert detect([(0, weight[:3]), (3, weight[3:40]), (40, weight[40:])]) == pattern
+    assert detect([(0, torch.zeros(4, 64))]) == detect([]) == Pattern(2, 4)
+
+
+def test_detect_names_what_violates_the_last_candidate(rng):
+    weight = torch.zeros(6, 64, dtype=torch.int8)
+    weight[5] = nonzero((64,), rng)
+    weight[2, 8:16] = 1  # 2:4 falls in the first block, 6:8 in the second
+    with pytest.raises(PatternError, match=r"row 5, group 1 \(columns 2–9\).*pattern 6:8 ") as caught:
+        detect([(0, weight[:4]), (4, weight[4:])], [Pattern(2, 4), Pattern(6, 8)], start=6)
+    assert (caught.value.row, caught.value.group) == (5, 1)
+    with pytest.raises(ValueError, match="no candidates"):
+        detect([(0, weight)], [])
+
+
+@pytest.mark.parametrize("pattern", [Pattern(6, 8), Pattern.parse("6:8x2")], ids=str)
+def test_detect_counts_groups_from_the_start_of_the_whole_row(pattern, rng):
+    width = pattern.group * pattern.unit
+    whole = reference.prune(nonzero((32, 6 * width), rng), pattern)
+    for start in range(0, 2 * width, pattern.unit):
+        assert detect([(0, whole[:, start:])], [pattern], start=start) == pattern
+    with pytest.raises(PatternError):
+        detect([(0, whole[:, width // 2 :])], [pattern])
 
 
 @pytest.mark.parametrize("pattern", [Pattern(4, 6), Pattern(6, 8), Pattern(8, 10)], ids=str)

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from slidesparse import reference
+from slidesparse.checkpoint.formats.bitnet import ternarize, unpack_ternary
 from slidesparse.errors import WeightError
-from slidesparse.format import SCHEMES
+from slidesparse.format import SCHEMES, scheme_of_dtype
 from slidesparse.pattern import KNOWN, Pattern
-from slidesparse.quant import check_finite, quantize_weight, scheme_of_dtype, ternarize, unpack_ternary
+from slidesparse.quant import check_finite, quantize_weight
 
 INT8, FP8 = SCHEMES["int8"], SCHEMES["fp8"]
 INPUTS = (torch.bfloat16, torch.float16, torch.float32)
@@ -152,11 +153,48 @@ def test_empty_rows():
         assert q.shape == shape and scale.tolist() == [[1.0]] * shape[0]
 
 
-def test_weights_are_quantised_per_output_channel_as_tokens_are(rng):
-    weight = torch.randn(9, 40, generator=rng).bfloat16()
-    for scheme in (INT8, FP8):
+def edge_rows(scheme) -> list[list[float]]:
+    """Rows of eight: zeros, subnormals, the ends of float32, and values half-way between two codes or beyond the last one."""
+    tiny, bound = 2.0**-149, scheme.bound
+    middles = [k + 0.5 for k in range(7)] if scheme is INT8 else [(low + high) / 2 for low, high in pairwise(E4M3)][8:15]
+    return [
+        [0.0] * 8,
+        [-0.0] * 8,
+        [-0.0, tiny] + [0.0] * 6,
+        [tiny * size for size in (200, -99, 190, -190, 1, 63, 64, 127)],
+        [-tiny * size for size in (190, 60, 61, 62, 63, 64, 65, 66)],
+        [3.4028234663852886e38, -3.4028234663852886e38, 1.0, 1e-30, 0.0, -0.0, 1e38, -1e37],
+        [bound, *middles],
+        [-bound, *(-middle for middle in middles)],
+        [bound / 3, *(middle / 3 for middle in middles)],
+    ]
+
+
+@pytest.mark.parametrize("dtype", INPUTS, ids=str)
+@pytest.mark.parametrize("scheme", [INT8, FP8], ids=lambda scheme: scheme.name)
+def test_weights_are_quantised_per_output_channel_as_the_oracle_quantises_rows(scheme, dtype, rng):
+    sizes = torch.logspace(-44, 30, 400).unsqueeze(-1)
+    spread = torch.randn(400, 37, generator=rng) * sizes * torch.logspace(-8, 8, 37)
+    for weight in (spread, -spread.abs(), torch.tensor(edge_rows(scheme)), torch.zeros(0, 8), torch.zeros(3, 0)):
+        weight = weight.to(dtype)
+        weight = weight[torch.isfinite(weight).all(-1)]
         for ours, oracle in zip(quantize_weight(weight, scheme), reference.quantize(weight, scheme), strict=True):
-            assert torch.equal(bits(ours), bits(oracle))
+            assert ours.dtype == oracle.dtype and ours.shape == oracle.shape and torch.equal(bits(ours), bits(oracle))
+
+
+@pytest.mark.parametrize("scheme", [INT8, FP8], ids=lambda scheme: scheme.name)
+def test_weights_are_refused_where_the_oracle_poisons_a_row(scheme, rng):
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for column in (0, 20, 39):
+            weight = torch.randn(9, 40, generator=rng)
+            weight[6, column] = bad
+            (poisoned,) = reference.quantize(weight, scheme)[1].isnan().flatten().nonzero().flatten().tolist()
+            with pytest.raises(WeightError, match=f"row {100 + poisoned}, column {column} is {bad}"):
+                quantize_weight(weight, scheme, first_row=100)
+
+
+def test_16_bit_weights_have_no_scales(rng):
+    weight = torch.randn(9, 40, generator=rng).bfloat16()
     values, scale = quantize_weight(weight, SCHEMES["bf16"])
     assert torch.equal(values, weight) and scale is None
     with pytest.raises(ValueError, match="quantize_nvfp4"):

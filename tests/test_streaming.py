@@ -16,7 +16,7 @@ import models
 import tiny
 from slidesparse import Recipe, convert, prune, verify
 from slidesparse.errors import UnsupportedError
-from slidesparse.format import SCHEMES
+from slidesparse.format import FP32, SCHEMES
 from slidesparse.integrations.pruning import reconstruction, solving, streaming
 from slidesparse.integrations.pruning.blocks import Blocks, Call
 from slidesparse.prune import Statistics
@@ -115,7 +115,7 @@ def test_statistics_are_taken_once_for_a_block_while_all_its_layers_are_dense(tm
 def test_layers_with_the_same_input_share_its_statistics(tmp_path):
     dense = tiny.build(tmp_path / "dense", "llama", dtype=torch.float32)
     block = transformers.AutoModelForCausalLM.from_pretrained(dense).model.layers[0]
-    tasks = [solving.Task(name, module, SIX, None) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    tasks = [solving.Task(name, module, SIX, FP32) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
     x, half = torch.randn(2, 8, 32), torch.zeros(1, 8, 8)
     found = solving.gather(tasks, [lambda x=x: block(x, position_embeddings=(half.repeat(1, 1, 2), half.repeat(1, 1, 2)))] * 2)
     shared = {id(statistics) for statistics in found.values()}

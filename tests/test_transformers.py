@@ -19,11 +19,12 @@ import slidesparse.integrations.transformers as integration
 from packed_checkpoint import Written, random_model, save, write
 from slidesparse.checkpoint import Recipe, convert
 from slidesparse.errors import CheckpointError
-from slidesparse.format import SCHEMES, matches
+from slidesparse.format import SCHEMES
 from slidesparse.nn import SlideSparseLinear, accelerate, acceleration_report
 from slidesparse.pattern import Pattern
 from slidesparse.prune import prune
 from slidesparse.reference import quantize
+from slidesparse.select import matches
 from slidesparse.testing import check_bitwise
 
 IDS = torch.tensor([[3, 17, 42, 5, 9, 60, 1]])

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from slidesparse import reference
-from slidesparse.format import DEFAULT_IGNORE, SCHEMES, Scheme, matches
+from slidesparse.format import SCHEMES, Scheme
 from slidesparse.quant import quantize_weight
+from slidesparse.select import DEFAULT_IGNORE, matches
 
 
 class QuantizedLinear(nn.Module):

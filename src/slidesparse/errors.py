@@ -20,6 +20,10 @@ class PatternError(SlideSparseError, ValueError):
         super().__init__(message)
         self.row, self.group, self.values = row, group, values
 
+    def reworded(self, message: str) -> PatternError:
+        """The same violation under another message, such as one that names the layer."""
+        return PatternError(message, row=self.row, group=self.group, values=self.values)
+
 
 class WeightError(SlideSparseError, ValueError):
     """Weights or scales hold values that cannot be converted (NaN, Inf, wrong dtype or shape)."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,20 +10,12 @@ import torch
 
 from .errors import CheckpointError
 from .pattern import Pattern
+from .select import matches
 
 QUANT_METHOD = "slidesparse"
 VERSION = 1
 MARKER = "slidesparse"
 """Key under which the portable dense twin names its pattern."""
-
-NOT_LINEAR = (
-    *("*embed*", "*wte", "*wpe", "shared", "*.shared", "*relative_attention_bias*"),
-    *("*norm*", "*router*", "*.gate", "*.gate.*", "*shared_expert_gate", "*.experts.*"),
-)
-"""Names of matrices that are no plain linear layers: embeddings, norms, routers, and expert stacks, which loaders merge."""
-
-DEFAULT_IGNORE = ("lm_head", "*.lm_head", "*output_layer", *NOT_LINEAR)
-"""Layers never pruned or packed by default: those above, and heads, which are taken when asked for by their exact name."""
 
 BLOCK = 16
 """Weights per block scale of nvfp4."""
@@ -71,6 +62,9 @@ SCHEMES = {
     )
 }
 
+FP32 = Scheme("fp32", torch.float32)
+"""32-bit weights: read and pruned, but with no packed form, so not one of `SCHEMES`."""
+
 
 def scheme_named(name: str) -> Scheme:
     """Look a scheme up.
@@ -81,6 +75,11 @@ def scheme_named(name: str) -> Scheme:
     if name not in SCHEMES:
         raise ValueError(f"unknown scheme {name!r}: choose one of {', '.join(SCHEMES)}")
     return SCHEMES[name]
+
+
+def scheme_of_dtype(dtype: torch.dtype) -> Scheme | None:
+    """The scheme whose stored dtype is ``dtype``, None if there is none (float32 must be cast first)."""
+    return next((scheme for scheme in SCHEMES.values() if scheme.dtype == dtype and not scheme.pair), None)
 
 
 @dataclass
@@ -113,6 +112,11 @@ class TensorSpec:
     suffix: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def dense_tensors(scheme: Scheme, n: int, k: int) -> tuple[TensorSpec, ...]:
@@ -227,21 +231,3 @@ def merged_name(layer: str) -> str:
     """The name of the layer that serving engines merge this one into (``….q_proj`` → ``….qkv_proj``); its own if they do not."""
     head, dot, last = layer.rpartition(".")
     return next((f"{head}{dot}{whole}" for whole, parts in MERGED.items() if last in parts), layer)
-
-
-def matches(layer: str, patterns: list[str] | tuple[str, ...]) -> bool:
-    """Whether a layer name is meant by one of the entries: an exact name, a glob, or a regular expression behind ``re:``.
-
-    Raises:
-        ValueError: an entry is not a valid regular expression.
-    """
-    for entry in patterns:
-        if entry.startswith("re:"):
-            try:
-                if re.match(entry[3:], layer):
-                    return True
-            except re.error as error:
-                raise ValueError(f"bad regular expression {entry!r}: {error}") from error
-        elif layer == entry or fnmatch.fnmatchcase(layer, entry):
-            return True
-    return False

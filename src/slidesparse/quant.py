@@ -1,13 +1,12 @@
-"""Weight quantisation: 8-bit per output channel, nvfp4 in blocks, and the ternary weights of BitNet."""
+"""Weight quantisation: 8-bit per output channel, and nvfp4 in blocks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import reference
 from .errors import WeightError
-from .format import BLOCK, SCHEMES, Scheme, scheme_named
+from .format import BLOCK, Scheme, scheme_named
 
 _FP4_MAX, _FP8_MAX = 6.0, 448.0
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -22,11 +21,15 @@ def check_finite(weight: Tensor, what: str = "weight", *, first_row: int = 0) ->
     if not weight.is_floating_point():
         return
     values = weight.float() if weight.dtype.itemsize == 1 else weight
-    # A sum is finite only if every term is, but may overflow: look closer only when it is not.
-    if weight.numel() == 0 or bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all()):
+    if _finite(values):
         return
     row, column = (int(i) for i in (~torch.isfinite(values)).nonzero()[0])
     raise WeightError(f"{what}: value at row {first_row + row}, column {column} is {float(values[row, column])}; weights must be finite")
+
+
+def _finite(values: Tensor) -> bool:
+    # A sum is finite only if every term is, but may overflow: look closer only when it is not.
+    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme | str, *, first_row: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -41,17 +44,29 @@ def quantize_weight(weight: Tensor, scheme: Scheme | str, *, first_row: int = 0)
     scheme = scheme_named(scheme) if isinstance(scheme, str) else scheme
     if scheme.pair:
         raise ValueError("nvfp4 weights are quantised by quantize_nvfp4, which takes the tensor's global scale")
-    if scheme.dynamic:
-        q, scale = reference.quantize(weight, scheme)
-        if not bool(torch.isfinite(scale).all()):
+    if not scheme.dynamic:
+        values = weight.to(scheme.dtype)
+        if not _finite(values):
             check_finite(weight, first_row=first_row)
-        return q, scale
-    check_finite(weight, first_row=first_row)
-    values = weight.to(scheme.dtype)
-    if scheme.dtype != weight.dtype:
-        types = " to ".join(str(dtype).removeprefix("torch.") for dtype in (weight.dtype, scheme.dtype))
-        check_finite(values, f"weight, cast from {types},", first_row=first_row)
-    return values, None
+            types = " to ".join(str(dtype).removeprefix("torch.") for dtype in (weight.dtype, scheme.dtype))
+            check_finite(values, f"weight, cast from {types},", first_row=first_row)
+        return values, None
+    q, scale = _quantize_rows(weight.float(), scheme)
+    if not _finite(scale):
+        check_finite(weight, first_row=first_row)
+    return q, scale
+
+
+def _quantize_rows(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """`reference.quantize` for finite rows, bitwise: float32 ``[N, K]`` → q ``[N, K]``, scale float32 ``[N, 1]``."""
+    # Two passes that only read cost less than one that writes magnitudes.
+    ends = (weight.amax(-1, keepdim=True), -weight.amin(-1, keepdim=True)) if weight.shape[1] else (weight.new_zeros(len(weight), 1),) * 2
+    largest = torch.maximum(*ends)
+    # Tensors as divisors: CUDA multiplies by the reciprocal of a plain number, which is not IEEE division.
+    scale = largest / torch.full_like(largest, scheme.bound)
+    scale.masked_fill_(scale == 0, 1.0)
+    q = (weight / scale).clamp_(-scheme.bound, scheme.bound)
+    return (q.round_() if scheme.dtype == torch.int8 else q).to(scheme.dtype), scale
 
 
 def nvfp4_global_scale(largest: float) -> float:
@@ -72,10 +87,10 @@ def quantize_nvfp4(weight: Tensor, global_scale: float, *, first_row: int = 0) -
     n, k = weight.shape
     if k % BLOCK:
         raise WeightError(f"nvfp4 needs K to be a multiple of {BLOCK}, got {k}")
-    check_finite(weight, first_row=first_row)
     blocks = weight.to(torch.float32).view(n, k // BLOCK, BLOCK)
     largest = blocks.abs().amax(-1)
-    # Tensors as divisors: CUDA multiplies by the reciprocal of a plain number, which is not IEEE division.
+    if not _finite(largest):
+        check_finite(weight, first_row=first_row)
     factor = torch.full_like(largest, global_scale)
     scale = (largest / torch.full_like(largest, _FP4_MAX) * factor).clamp(max=_FP8_MAX).to(torch.float8_e4m3fn)
     divisor = (scale.to(torch.float32) / factor).unsqueeze(-1)
@@ -98,32 +113,6 @@ def canonical_nvfp4(packed: Tensor) -> Tensor:
     """The same e2m1 pairs with every -0 (which other tools write) as +0: uint8 ``[N, K/2]``."""
     low, high = packed & 15, packed >> 4
     return torch.where(low == 8, 0, low) | torch.where(high == 8, 0, high) << 4
-
-
-def ternarize(weight: Tensor, mean: float) -> Tensor:
-    """BitNet b1.58's weights (arXiv 2402.17764): round(w / mean|w|) clamped to ±1, as int8 ``[N, K]``.
-
-    ``mean`` is the mean magnitude of the whole tensor, at least 1e-5 as in the published models.
-    """
-    return (weight.to(torch.float32) / torch.tensor(max(mean, 1e-5), device=weight.device)).round().clamp(-1, 1).to(torch.int8)
-
-
-def unpack_ternary(packed: Tensor) -> Tensor:
-    """The hub's ternary files, four to a byte: uint8 ``[N/4, K]`` → int8 ``[N, K]``; row i of block b stands in bits 2b.
-
-    Raises:
-        WeightError: a code other than 0, 1, 2 (that is −1, 0, 1).
-    """
-    codes = torch.cat([packed >> shift & 3 for shift in (0, 2, 4, 6)])
-    if bool((codes == 3).any()):
-        row, column = (int(i) for i in (codes == 3).nonzero()[0])
-        raise WeightError(f"ternary weight: code 3 at row {row}, column {column}; only 0, 1 and 2 mean something")
-    return codes.to(torch.int8) - 1
-
-
-def scheme_of_dtype(dtype: torch.dtype) -> Scheme | None:
-    """The scheme whose stored dtype is ``dtype``, None if there is none (float32 must be cast first)."""
-    return next((scheme for scheme in SCHEMES.values() if scheme.dtype == dtype and not scheme.pair), None)
 
 
 def _round_e2m1(x: Tensor) -> Tensor:

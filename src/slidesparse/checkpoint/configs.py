@@ -27,7 +27,7 @@ def output_config(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan]
     ignore += [] if "lm_head" in converted or "lm_head" in ignore else ["lm_head"]
     pattern, overrides = _common_pattern(plans)
     scheme = plans[0].scheme
-    if scheme is not None and scheme.name in _CONFIG_DTYPE and any(plan.scheme is not plan.layer.scheme for plan in plans):
+    if scheme.name in _CONFIG_DTYPE and any(plan.scheme is not plan.layer.scheme for plan in plans):
         # The weights' new type is the model's: a loader would cast them, or all activations, from the old one.
         for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
             config[key] = _CONFIG_DTYPE[scheme.name]
@@ -36,7 +36,7 @@ def output_config(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan]
         config["quantization_config"] = PackedConfig(pattern, scheme, ignore, overrides, ragged).to_dict()
         return config
     marker: dict[str, Any] = {"pattern": str(pattern), "overrides": {name: str(p) for name, p in overrides.items()}, "ignore": ignore}
-    if scheme is not None and scheme.name in _COMPRESSED_FORMAT:
+    if scheme.name in _COMPRESSED_FORMAT:
         config["quantization_config"] = _compressed_tensors(scheme.name, ignore)
         if pattern is not None:
             config["quantization_config"][MARKER] = marker

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from .. import __version__
 from ..errors import CheckpointError, UnsupportedError
 from ..format import VERSION
 from .configs import output_config
-from .layers import Form
 from .norms import NORMS, write_norms
 from .recipe import LayerPlan, Recipe, plan_layers
 from .solved import REPORT, Job, PruningReport, Solver, read_report, remove_blocks, solved_bytes, solved_norms, with_solved
@@ -157,8 +155,7 @@ class _Conversion:
 
     def _with_pattern(self, plan: LayerPlan) -> LayerPlan:
         self.what = f"detecting the pattern of {plan.layer.name}"
-        unit = 2 if plan.scheme is not None and plan.scheme.pair else 1
-        return replace(plan, pattern=detect_pattern(self.reader, plan.layer, self._advance, unit=unit))
+        return replace(plan, pattern=detect_pattern(self.reader, plan.layer, self._advance, unit=2 if plan.scheme.pair else 1))
 
     def _outputs(self, tensors: dict[str, TensorInfo]) -> dict[str, _Shape]:
         """Tensors of an output shard: a converted layer's stand where its weights stood."""
@@ -170,8 +167,7 @@ class _Conversion:
                 outputs[name] = (info.dtype_name, info.shape, info.nbytes)
             elif info is plan.layer.main:
                 for spec in output_specs(plan, self.recipe):
-                    nbytes = math.prod(spec.shape) * spec.dtype.itemsize
-                    outputs[f"{layer}.{spec.suffix}"] = (DTYPE_NAMES[spec.dtype], spec.shape, nbytes)
+                    outputs[f"{layer}.{spec.suffix}"] = (DTYPE_NAMES[spec.dtype], spec.shape, spec.nbytes)
         return outputs
 
     def _write_shard(self, path: Path, tensors: dict[str, TensorInfo], outputs: dict[str, _Shape]) -> None:
@@ -197,11 +193,9 @@ class _Conversion:
     def _report(self, out: Path, bytes_out: int, resumed: int) -> ConversionReport:
         layers = []
         for plan in self.plans.values():
-            size = _output_bytes(plan, self.recipe)
-            scheme = plan.scheme.name if plan.scheme else "fp32"
-            layer, pattern = plan.layer, str(plan.pattern or "none")
-            layers.append(ConvertedLayer(layer.name, layer.n, layer.k, scheme, pattern, layer.nbytes, size))
-        kept = [name for name, layer in self.checkpoint.layers.items() if name not in self.plans and layer.form is not Form.PACKED]
+            layer, pattern, size = plan.layer, str(plan.pattern or "none"), _output_bytes(plan, self.recipe)
+            layers.append(ConvertedLayer(layer.name, layer.n, layer.k, plan.scheme.name, pattern, layer.nbytes, size))
+        kept = [name for name in self.checkpoint.layers if name not in self.plans]
         self.progress(self.total, self.total, "done")
         return ConversionReport(out, self.checkpoint.nbytes, bytes_out, layers, kept, resumed)
 
@@ -219,7 +213,7 @@ def _device(name: str, recipe: Recipe) -> str:
 
 
 def _output_bytes(plan: LayerPlan, recipe: Recipe) -> int:
-    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in output_specs(plan, recipe))
+    return sum(spec.nbytes for spec in output_specs(plan, recipe))
 
 
 def _bytes_with_solved(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan]) -> int:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from .. import pack
 from ..errors import CheckpointError, PatternError
-from ..format import DEFAULT_IGNORE, matches
-from .layers import Form, Layer
-from .rows import mean_magnitude, read_block, row_ranges
+from ..select import DEFAULT_IGNORE, matches
+from .layers import Layer
 from .source import Checkpoint
 from .tensorfile import TensorReader
 from .transform import detect_pattern
@@ -67,7 +66,7 @@ def inspect(path: str | Path, *, scan: bool = True, progress: Callable[[int, int
         CheckpointError: the directory cannot be read as a checkpoint.
     """
     checkpoint = Checkpoint.open(path)
-    layers = [layer for layer in checkpoint.layers.values() if layer.form is Form.PACKED or not matches(layer.name, DEFAULT_IGNORE)]
+    layers = [layer for layer in checkpoint.layers.values() if layer.pattern or not matches(layer.name, DEFAULT_IGNORE)]
     total, done, rows = sum(layer.nbytes for layer in layers), 0, []
     with TensorReader() as reader:
         for layer in layers:
@@ -86,20 +85,16 @@ def inspect(path: str | Path, *, scan: bool = True, progress: Callable[[int, int
 
 def _inspect_layer(reader: TensorReader, checkpoint: Checkpoint, layer: Layer, scan: bool) -> InspectedLayer:
     claimed = layer.pattern or checkpoint.marked_pattern(layer.name)
-    scheme = layer.scheme.name if layer.scheme else "fp32"
-    row = InspectedLayer(
-        layer.name, layer.n, layer.k, layer.form.value, scheme, str(claimed) if claimed else None, layer.nbytes, layer.dense_nbytes
-    )
+    pattern, sizes = str(claimed) if claimed else None, (layer.nbytes, layer.dense_nbytes)
+    row = InspectedLayer(layer.name, layer.n, layer.k, layer.holds, layer.scheme.name, pattern, *sizes)
     if not scan:
         return row
     try:
         if claimed is None:
             row.pattern = str(detect_pattern(reader, layer, lambda nbytes: None))
             return row
-        stored = layer.scheme.pattern_stored(claimed) if layer.scheme else claimed
-        mean = mean_magnitude(reader, layer) if layer.form is Form.MASTER else None
-        for first, last in row_ranges(layer.n, layer.k):
-            violation = pack.find_violation(read_block(reader, layer, first, last, mean).values, stored, first_row=first)
+        for block in layer.blocks(reader):
+            violation = pack.find_violation(block.values, layer.scheme.pattern_stored(claimed), first_row=block.first)
             if violation is not None:
                 row.problem = str(violation)
                 break

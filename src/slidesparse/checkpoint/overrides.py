@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import UnsupportedError
-from ..format import matches, merged_name
+from ..format import merged_name
 from ..pattern import Pattern
+from ..select import matches
 
 
 def read_overrides(path: str | Path) -> dict[str, Pattern]:

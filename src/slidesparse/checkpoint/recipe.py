@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UnsupportedError, WeightError
-from ..format import BLOCK, DEFAULT_IGNORE, NOT_LINEAR, SCHEMES, Scheme, matches, scheme_named
+from ..format import BLOCK, FP32, SCHEMES, Scheme, scheme_named
 from ..pattern import Pattern
 from ..prune import METHODS, Statistics
+from ..select import DEFAULT_IGNORE, NOT_LINEAR, matches
 from .calibration import Calibration, sha256_of
-from .layers import Form, Layer
+from .layers import Layer
 from .norms import read_norms
 from .overrides import check_overrides, override_of
 from .source import Checkpoint
@@ -34,7 +35,7 @@ class Recipe:
         method: how to prune: a name in `slidesparse.prune.METHODS`, ``auto`` for ``admm`` with reconstruction of the blocks, or None.
         scheme: ``int8``, ``fp8``, ``bf16``, ``fp16``, ``nvfp4``; None keeps the layers' own.
         form: ``packed``, or ``dense`` for the portable twin.
-        ignore: layers to leave alone besides `format.DEFAULT_IGNORE`.
+        ignore: layers to leave alone besides `select.DEFAULT_IGNORE`.
         only: when given, the only layers to convert; naming a layer exactly overrides the default ignore.
         obey: False lets layers that obey no pattern through (dense form only).
         seed: of random pruning, of the choice of calibration samples, and of the order in which reconstruction sees them.
@@ -110,13 +111,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer: ``scheme`` None keeps float32; ``pattern`` None makes no claim.
+    """What becomes of one layer; ``pattern`` None makes no claim.
 
     ``solved`` is the layer as a calibrated method pruned and rounded it, in files of its own; ``statistics`` are those the recipe has.
     """
 
     layer: Layer
-    scheme: Scheme | None
+    scheme: Scheme
     pattern: Pattern | None
     solved: Layer | None = None
     statistics: Statistics | None = None
@@ -128,8 +129,8 @@ class LayerPlan:
 
     @property
     def requantize(self) -> bool:
-        """Whether weights are quantised or cast on the way (ternary layers arrive as integers)."""
-        return self.source.form in (Form.FLOAT, Form.PACKED) and self.scheme is not self.source.scheme
+        """Whether weights are quantised or cast on the way."""
+        return self.scheme is not self.source.read_scheme
 
 
 def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
@@ -148,14 +149,18 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
     plans = []
     for layer in checkpoint.layers.values():
         if not _selected(layer, recipe):
-            _refuse_stranded(checkpoint, layer, recipe)
+            if recipe.form not in layer.may_stay:
+                raise UnsupportedError(
+                    f"{checkpoint.path}: layer {layer.name} holds {layer.holds} and cannot be left out of a {recipe.form} checkpoint: "
+                    "take it out of --ignore, or name it in --only"
+                )
             continue
         scheme = _target(layer, recipe)
         pattern = override_of(layer.name, recipe.overrides) or recipe.pattern or layer.pattern or checkpoint.marked_pattern(layer.name)
-        _check_pattern(layer, scheme, pattern, recipe)
-        if recipe.informed and layer.form is not Form.FLOAT:
+        _check_pattern(layer, scheme, pattern)
+        if recipe.informed and not layer.plain:
             raise UnsupportedError(
-                f"layer {layer.name} holds {layer.form.value}: {recipe.method} needs 16- or 32-bit weights, --method magnitude does not"
+                f"layer {layer.name} holds {layer.holds}: {recipe.method} needs 16- or 32-bit weights, --method magnitude does not"
             )
         statistics = None if recipe.statistics is None else _statistics(layer, norms, recipe)
         plans.append(LayerPlan(layer, scheme, pattern, statistics=statistics))
@@ -165,7 +170,7 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
     check_overrides({plan.layer.name: plan.pattern for plan in plans}, recipe.overrides, checkpoint.path)
     schemes = {plan.scheme for plan in plans}
     if recipe.form == "packed" and len(schemes) > 1:
-        names = ", ".join(sorted(scheme.name for scheme in schemes if scheme))
+        names = ", ".join(sorted(scheme.name for scheme in schemes))
         raise UnsupportedError(f"{checkpoint.path}: layers of different types ({names}) cannot share one packed checkpoint: give --scheme")
     if checkpoint.packed and recipe.form == "packed" and not any(p.requantize or p.pattern != p.layer.pattern for p in plans):
         raise UnsupportedError(f"{checkpoint.path} is packed already")
@@ -173,8 +178,8 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
 
 
 def _selected(layer: Layer, recipe: Recipe) -> bool:
-    if layer.form is Form.PACKED:
-        return True
+    if layer.pattern is not None:
+        return True  # packed layers go together
     if matches(layer.name, recipe.ignore):
         return False
     if recipe.only:
@@ -183,32 +188,14 @@ def _selected(layer: Layer, recipe: Recipe) -> bool:
     return not matches(layer.name, DEFAULT_IGNORE)
 
 
-def _refuse_stranded(checkpoint: Checkpoint, layer: Layer, recipe: Recipe) -> None:
-    """A quantised layer left out of a packed checkpoint would keep tensors that no loader of it expects."""
-    stranded = layer.form in (Form.QUANTIZED, Form.TERNARY)
-    if stranded and (recipe.form == "packed" or layer.form is Form.TERNARY):
-        raise UnsupportedError(
-            f"{checkpoint.path}: layer {layer.name} holds {layer.form.value} and cannot be left out of a {recipe.form} checkpoint: "
-            "take it out of --ignore, or name it in --only"
-        )
-
-
-def _target(layer: Layer, recipe: Recipe) -> Scheme | None:
+def _target(layer: Layer, recipe: Recipe) -> Scheme:
+    refusal = layer.refusal(recipe.scheme, recipe.method)
+    if refusal:
+        raise UnsupportedError(f"layer {layer.name} {refusal}")
     scheme = SCHEMES[recipe.scheme] if recipe.scheme else layer.scheme
-    if layer.form in (Form.TERNARY, Form.MASTER):
-        if recipe.scheme != "int8":
-            raise UnsupportedError(
-                f"layer {layer.name} is BitNet: its ternary weights go through --scheme int8, in one convert or quantize step"
-            )
-        return scheme
-    quantized = layer.scheme is not None and (layer.scheme.dynamic or layer.scheme.pair)
-    if quantized and scheme is not layer.scheme:
-        raise UnsupportedError(f"layer {layer.name} is {layer.scheme.name} already: quantise to {recipe.scheme} from the 16-bit checkpoint")
-    if quantized and layer.scheme.pair and recipe.method:
-        raise UnsupportedError(f"layer {layer.name} is nvfp4 already: prune the 16-bit checkpoint")
-    if scheme is None and recipe.form == "packed":
+    if scheme is FP32 and recipe.form == "packed":
         raise UnsupportedError(f"layer {layer.name} is float32, which is not packed: give --scheme bf16, fp16, int8 or fp8")
-    if scheme is not None and scheme.pair and layer.k % BLOCK:
+    if scheme.pair and layer.k % BLOCK:
         raise UnsupportedError(f"layer {layer.name}: nvfp4 needs K to be a multiple of {BLOCK}, got {layer.k}: leave it out with --ignore")
     return scheme
 
@@ -226,10 +213,10 @@ def _statistics(layer: Layer, norms: Mapping[str, Tensor], recipe: Recipe) -> St
     return found
 
 
-def _check_pattern(layer: Layer, scheme: Scheme | None, pattern: Pattern | None, recipe: Recipe) -> None:
+def _check_pattern(layer: Layer, scheme: Scheme, pattern: Pattern | None) -> None:
     if pattern is None:
         return
-    if scheme is not None and scheme.pair and pattern.unit != 2:
+    if scheme.pair and pattern.unit != 2:
         pairs = f"{pattern.kept}:{pattern.group}x2"
         raise UnsupportedError(f"layer {layer.name}: nvfp4 stores pairs of weights, pattern {pattern} prunes single ones: use {pairs}")
     if layer.k % pattern.unit:

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..format import Scheme
-from .layers import Form
+from ..format import Scheme, dense_tensors
+from .formats.compressed_tensors import Quantized
+from .formats.floating import Floating
+from .layers import tensors_of
 from .recipe import LayerPlan, Recipe
 from .source import Checkpoint
 from .tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, read_header
@@ -96,10 +98,10 @@ def with_solved(plans: list[LayerPlan], folder: Path) -> list[LayerPlan]:
     tensors = _solved_tensors(folder)
     done = []
     for plan in plans:
-        name = plan.layer.name
-        own = {suffix: tensors[f"{name}.{suffix}"] for suffix in ("weight", "weight_scale") if f"{name}.{suffix}" in tensors}
-        form = Form.QUANTIZED if "weight_scale" in own else Form.FLOAT
-        done.append(replace(plan, solved=replace(plan.layer, form=form, scheme=solved_scheme(plan), tensors=own)))
+        layer, scheme = plan.layer, solved_scheme(plan)
+        kind = Quantized if scheme.dynamic else Floating
+        own = tensors_of(layer.name, ("weight", "weight_scale"), tensors)
+        done.append(replace(plan, solved=kind(layer.name, layer.n, layer.k, scheme, own)))
     return done
 
 
@@ -114,12 +116,11 @@ def _solved_tensors(folder: Path) -> dict[str, TensorInfo]:
     return {name: info for path in sorted(folder.glob(_NAME.replace("{:05d}", "*"))) for name, info in read_header(path)[0].items()}
 
 
-def solved_scheme(plan: LayerPlan) -> Scheme | None:
+def solved_scheme(plan: LayerPlan) -> Scheme:
     """How a solver stores a layer: as the output will, nvfp4 excepted, which the conversion rounds to."""
-    return plan.layer.scheme if plan.scheme is not None and plan.scheme.pair else plan.scheme
+    return plan.layer.scheme if plan.scheme.pair else plan.scheme
 
 
 def solved_bytes(plan: LayerPlan) -> int:
     """Bytes of a solved layer, scales included."""
-    scheme, n, k = solved_scheme(plan), plan.layer.n, plan.layer.k
-    return n * k * 4 if scheme is None else n * k * scheme.dtype.itemsize + (n * 4 if scheme.dynamic else 0)
+    return sum(spec.nbytes for spec in dense_tensors(solved_scheme(plan), plan.layer.n, plan.layer.k))

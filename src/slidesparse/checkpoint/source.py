@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..format import DEFAULT_IGNORE, MARKER, PackedConfig
+from ..format import MARKER, PackedConfig
 from ..pattern import Pattern, tightest_first
-from .layers import Layer, find_layers, read_packed_config
+from ..select import DEFAULT_IGNORE
+from .formats import find_layers
+from .formats.packed import read_packed_config
+from .layers import Layer
 from .tensorfile import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -46,7 +49,7 @@ class Checkpoint:
         shards = {name: read_header(path / name)[0] for name in _shard_names(path)}
         _check_index(path, shards)
         checkpoint = cls(path, config, shards, read_packed_config(path, config))
-        checkpoint.layers = find_layers(checkpoint.path, config, checkpoint.tensors, checkpoint.packed)
+        checkpoint.layers = find_layers(path, config, checkpoint.tensors)
         return checkpoint
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,9 +14,8 @@ from ..errors import PatternError, WeightError
 from ..format import TensorSpec, dense_tensors, packed_tensors
 from ..pattern import KNOWN, Pattern
 from ..quant import nvfp4_global_scale, quantize_nvfp4, quantize_weight
-from .layers import Form, Layer
+from .layers import Block, Layer
 from .recipe import LayerPlan, Recipe
-from .rows import Block, largest_magnitude, mean_magnitude, read_block, row_ranges
 from .tensorfile import TensorReader
 
 Advance = Callable[[int], None]
@@ -23,12 +23,8 @@ Advance = Callable[[int], None]
 
 def output_specs(plan: LayerPlan, recipe: Recipe) -> tuple[TensorSpec, ...]:
     """Tensors the layer becomes."""
-    layer = plan.layer
-    if plan.scheme is None:
-        return (TensorSpec("weight", torch.float32, (layer.n, layer.k)),)
-    if recipe.form == "packed":
-        return packed_tensors(plan.scheme, plan.pattern, layer.n, layer.k)
-    return dense_tensors(plan.scheme, layer.n, layer.k)
+    n, k = plan.layer.n, plan.layer.k
+    return packed_tensors(plan.scheme, plan.pattern, n, k) if recipe.form == "packed" else dense_tensors(plan.scheme, n, k)
 
 
 def transform(
@@ -42,19 +38,17 @@ def transform(
         WeightError: a weight that does not fit the type asked for; names the layer.
     """
     layer = plan.source
-    mean = mean_magnitude(reader, layer) if layer.form is Form.MASTER else None
     global_scale = _global_scale(reader, plan)
     if global_scale is not None:
         yield "weight_global_scale", 0, global_scale
-    for first, last in row_ranges(layer.n, layer.k, device):
-        block = read_block(reader, layer, first, last, mean).to(device)
+    for block in layer.blocks(reader, device):
         try:
             yield from _store(_quantize(_prune(block, plan, recipe), plan, global_scale), plan, recipe)
         except PatternError as error:
-            raise PatternError(f"layer {layer.name}: {error}", row=error.row, group=error.group, values=error.values) from error
+            raise error.reworded(f"layer {layer.name}: {error}") from error
         except WeightError as error:
             raise WeightError(f"layer {layer.name}: {error}") from error
-        advance((last - first) * plan.layer.main.nbytes // max(layer.n, 1))
+        advance(_share(plan.layer, block))
 
 
 def detect_pattern(reader: TensorReader, layer: Layer, advance: Advance, *, unit: int = 1) -> Pattern:
@@ -63,35 +57,34 @@ def detect_pattern(reader: TensorReader, layer: Layer, advance: Advance, *, unit
     Raises:
         PatternError: it obeys none; names the first group that violates the widest.
     """
-    pairs_stored = layer.scheme is not None and layer.scheme.pair
-    candidates = [Pattern(p.kept, p.group, unit=1 if pairs_stored else unit) for p in KNOWN]
-    mean = mean_magnitude(reader, layer) if layer.form is Form.MASTER else None
-    for first, last in row_ranges(layer.n, layer.k):
-        values = read_block(reader, layer, first, last, mean).values
-        for pattern in list(candidates):
-            violation = pack.find_violation(values, pattern, first_row=first)
-            if violation is None:
-                continue
-            candidates.remove(pattern)
-            if not candidates:
-                raise PatternError(
-                    f"layer {layer.name} obeys no pattern from {KNOWN[0]} to {KNOWN[-1]}: {violation}. "
-                    "Prune it, or leave it dense with --ignore",
-                    row=violation.row,
-                    group=violation.group,
-                    values=violation.values,
-                )
-        advance((last - first) * layer.main.nbytes // max(layer.n, 1))
-    tightest = candidates[0]
-    return Pattern(tightest.kept, tightest.group, unit=2 if pairs_stored else unit)
+    unit = 2 if layer.scheme.pair else unit
+    candidates = [layer.scheme.pattern_stored(replace(pattern, unit=unit)) for pattern in KNOWN]
+
+    def rows() -> Iterator[tuple[int, Tensor]]:
+        for block in layer.blocks(reader):
+            yield block.first, block.values
+            advance(_share(layer, block))
+
+    try:
+        return replace(pack.detect(rows(), candidates), unit=unit)
+    except PatternError as error:
+        raise error.reworded(
+            f"layer {layer.name} obeys no pattern from {KNOWN[0]} to {KNOWN[-1]}: {error}. Prune it, or leave it dense with --ignore"
+        ) from error
+
+
+def _share(layer: Layer, block: Block) -> int:
+    """The stored bytes of a block's weights."""
+    return block.values.shape[0] * layer.main.nbytes // max(layer.n, 1)
 
 
 def _global_scale(reader: TensorReader, plan: LayerPlan) -> Tensor | None:
-    if plan.scheme is None or not plan.scheme.pair:
+    if not plan.scheme.pair:
         return None
-    if plan.source.form is Form.FLOAT:
-        return torch.tensor([nvfp4_global_scale(largest_magnitude(reader, plan.source))])
-    return reader.read(plan.source.tensors["weight_global_scale"]).float()
+    if not plan.requantize:
+        return reader.read(plan.source.tensors["weight_global_scale"]).float()
+    largest = (float(block.values.float().abs().max()) for block in plan.source.blocks(reader) if block.values.numel())
+    return torch.tensor([nvfp4_global_scale(max(largest, default=0.0))])
 
 
 def _prune(block: Block, plan: LayerPlan, recipe: Recipe) -> Block:
@@ -100,12 +93,14 @@ def _prune(block: Block, plan: LayerPlan, recipe: Recipe) -> Block:
     # Seeded by place, so that a resumed run makes the same choices.
     place = hashlib.sha256(f"{recipe.seed}/{plan.layer.name}/{block.first}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(place[:7], "little"))
-    pruned = prune.prune(block.values, plan.pattern, recipe.method, statistics=plan.statistics, generator=generator)
-    return Block(block.first, pruned, block.scale)
+    # Not through the door of `prune`, which looks at every weight again: the plan was checked, and so was the block.
+    method = prune.METHODS[recipe.method]
+    needs = (plan.statistics,) if method.calibrated else (0, generator)
+    return Block(block.first, method.run(block.values, plan.pattern, *needs), block.scale)
 
 
 def _quantize(block: Block, plan: LayerPlan, global_scale: Tensor | None) -> Block:
-    if not plan.requantize or plan.scheme is None:
+    if not plan.requantize:
         return block
     if plan.scheme.pair:
         return Block(block.first, *quantize_nvfp4(block.values, float(global_scale), first_row=block.first))
@@ -114,17 +109,14 @@ def _quantize(block: Block, plan: LayerPlan, global_scale: Tensor | None) -> Blo
 
 def _store(block: Block, plan: LayerPlan, recipe: Recipe) -> Iterator[tuple[str, int, Tensor]]:
     scheme, pattern = plan.scheme, plan.pattern
-    stored = None if pattern is None else pattern if scheme is None else scheme.pattern_stored(pattern)
+    stored = None if pattern is None else scheme.pattern_stored(pattern)
     if recipe.form == "packed":
-        try:
-            packed = pack.pack(block.values, stored)
-        except PatternError as error:
-            raise pack.find_violation(block.values, stored, first_row=block.first) or error from error
+        packed = pack.pack(block.values, stored, first_row=block.first)
         yield "weight_values", block.first, packed.values
         yield "weight_keep", block.first, packed.keep
     else:
         if stored is not None and recipe.method is None and (violation := pack.find_violation(block.values, stored, first_row=block.first)):
             raise violation
-        yield "weight_packed" if scheme is not None and scheme.pair else "weight", block.first, block.values
+        yield "weight_packed" if scheme.pair else "weight", block.first, block.values
     if block.scale is not None:
         yield "weight_scale", block.first, block.scale

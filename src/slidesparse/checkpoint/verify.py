@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .. import pack, reference
 from ..errors import CheckpointError, SlideSparseError, WeightError
-from ..format import Packed, Scheme, matches
+from ..format import Packed
 from ..pack.codes import count_negative_zeros
 from ..pattern import Pattern
 from ..quant import quantize_nvfp4, quantize_weight
-from .layers import Form, Layer
-from .rows import Block, mean_magnitude, read_block, row_ranges
+from ..select import matches
+from .layers import Block, Layer
 from .source import Checkpoint
 from .tensorfile import TensorReader
 
@@ -90,7 +90,7 @@ def verify(
 def _claims(checkpoint: Checkpoint, pattern: Pattern | None) -> list[tuple[Layer, Pattern]]:
     """The layers that say they obey a pattern."""
     if checkpoint.packed:
-        return [(layer, layer.pattern) for layer in checkpoint.layers.values() if layer.form is Form.PACKED]
+        return [(layer, layer.pattern) for layer in checkpoint.layers.values() if layer.pattern]
     layers = [layer for layer in checkpoint.layers.values() if not matches(layer.name, checkpoint.marked_ignore)]
     claims = [(layer, pattern or checkpoint.marked_pattern(layer.name)) for layer in layers]
     claims = [(layer, claimed) for layer, claimed in claims if claimed is not None]
@@ -101,18 +101,16 @@ def _claims(checkpoint: Checkpoint, pattern: Pattern | None) -> list[tuple[Layer
 
 def _verify_layer(reader: TensorReader, layer: Layer, pattern: Pattern, other: Checkpoint | None) -> LayerVerdict:
     verdict = LayerVerdict(layer.name, str(pattern), layer.n)
-    stored = layer.scheme.pattern_stored(pattern) if layer.scheme else pattern
+    stored = layer.scheme.pattern_stored(pattern)
     try:
         twin = None if other is None else _twin(other, layer)
-        mean = mean_magnitude(reader, layer) if layer.form is Form.MASTER else None
-        twin_mean = mean_magnitude(reader, twin) if twin is not None and twin.form is Form.MASTER else None
-        for first, last in row_ranges(layer.n, layer.k):
-            block = read_block(reader, layer, first, last, mean)
+        theirs = None if twin is None else twin.blocks(reader)
+        for block in layer.blocks(reader):
             verdict.negative_zeros += count_negative_zeros(block.values)
             packed = _repack(block, stored)
             check_identity(block.values, packed, first_row=block.first)
-            if twin is not None:
-                verdict.masked_away += _compare(reader, layer, block, twin, read_block(reader, twin, first, last, twin_mean))
+            if theirs is not None:
+                verdict.masked_away += _compare(reader, layer, block, twin, next(theirs))
         if other is not None and verdict.masked_away and (other.marker or other.packed):
             raise WeightError(f"the mask removes {verdict.masked_away} non-zero weights of {other.path}, which is masked already")
     except SlideSparseError as error:
@@ -121,14 +119,11 @@ def _verify_layer(reader: TensorReader, layer: Layer, pattern: Pattern, other: C
 
 
 def _repack(block: Block, pattern: Pattern) -> Packed:
-    violation = pack.find_violation(block.values, pattern, first_row=block.first)
-    if violation is not None:
-        raise violation
-    packed = pack.pack(block.values, pattern)
+    packed = pack.pack(block.values, pattern, first_row=block.first)
     if block.packed is not None:
         for what in ("keep", "values"):
-            if not _same_bits(getattr(packed, what), getattr(block.packed, what)):
-                row = _first_row(getattr(packed, what), getattr(block.packed, what))
+            row = _first_difference(getattr(packed, what), getattr(block.packed, what))
+            if row is not None:
                 raise WeightError(f"weight_{what}: row {block.first + row} is not the canonical packing of the weights it restores to")
     return packed
 
@@ -142,9 +137,9 @@ def check_identity(dense: Tensor, packed: Packed, *, first_row: int = 0) -> None
         WeightError: a row differs.
     """
     clean = _clean(dense)
-    restored = pack.restore(packed)
-    if not _same_bits(clean, restored):
-        raise WeightError(f"restore(pack(W)) differs from W in row {first_row + _first_row(clean, restored)}")
+    row = _first_difference(clean, pack.restore(packed))
+    if row is not None:
+        raise WeightError(f"restore(pack(W)) differs from W in row {first_row + row}")
     x = torch.randint(-127, 128, (_COLUMNS, dense.shape[1]), dtype=torch.int32)
     direct = pack.integer_view(clean).double() @ x.double().t()
     slid = pack.integer_view(pack.slide(packed)).double() @ reference.lift(x, packed.pattern).double().t()
@@ -167,20 +162,17 @@ def _compare(reader: TensorReader, layer: Layer, block: Block, twin: Layer, thei
 
     Their weights are taken where ours are not zero and quantised as ours were; a weight too small for its scale counts as zero.
     """
-    convert = twin.form is Form.FLOAT and twin.scheme is not layer.scheme
+    convert = twin.plain and twin.scheme is not layer.scheme
     mine = _clean(block.values)
-    nonzero = _elements_nonzero(mine) if convert and layer.scheme is not None and layer.scheme.pair else _nonzero(mine)
-    values, scale = (
-        torch.where(nonzero, theirs.values.float(), torch.zeros(())).to(theirs.values.dtype),
-        theirs.scale,
-    )  # float32 holds every stored type
-    everything = theirs.values
+    nonzero = _elements_nonzero(mine) if convert and layer.scheme.pair else _nonzero(mine)
+    everything, scale = theirs.values, theirs.scale
+    values = torch.where(nonzero, everything.float(), torch.zeros(())).to(everything.dtype)  # float32 holds every stored type
     if convert:
         values, scale = _quantize_like(reader, layer, values)
         everything, _ = _quantize_like(reader, layer, theirs.values)
     for what, a, b in (("weight", mine, _clean(values)), ("weight_scale", block.scale, scale)):
-        if a is not None and (b is None or not _same_bits(a, b.to(a.dtype))):
-            row = 0 if b is None else _first_row(a, b.to(a.dtype))
+        row = None if a is None else 0 if b is None else _first_difference(a, b.to(a.dtype))
+        if row is not None:
             raise WeightError(f"{what}: row {block.first + row} differs from {twin.main.path}")
     return int((_nonzero(everything) & ~_nonzero(mine)).sum())
 
@@ -195,12 +187,9 @@ def _elements_nonzero(pairs: Tensor) -> Tensor:
 
 
 def _quantize_like(reader: TensorReader, layer: Layer, values: Tensor) -> tuple[Tensor, Tensor | None]:
-    scheme: Scheme | None = layer.scheme
-    if scheme is None:
-        return values.float(), None
-    if scheme.pair:
+    if layer.scheme.pair:
         return quantize_nvfp4(values, float(reader.read(layer.tensors["weight_global_scale"])))
-    return quantize_weight(values, scheme)
+    return quantize_weight(values, layer.scheme)
 
 
 def _different_tensors(reader: TensorReader, checkpoint: Checkpoint, other: Checkpoint, layers: set[str]) -> list[str]:
@@ -232,11 +221,9 @@ def _clean(values: Tensor) -> Tensor:
     return values if not values.is_floating_point() else torch.where(values.float() == 0, torch.zeros(()), values.float()).to(values.dtype)
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(pack.integer_view(a), pack.integer_view(b))
-
-
-def _first_row(a: Tensor, b: Tensor) -> int:
+def _first_difference(a: Tensor, b: Tensor) -> int | None:
+    """The first row that is not bitwise equal, None if all are."""
     if a.shape != b.shape:
         return 0
-    return int((pack.integer_view(a) != pack.integer_view(b)).flatten(1).any(-1).nonzero()[0])
+    different = (pack.integer_view(a) != pack.integer_view(b)).flatten(1).any(-1)
+    return int(different.nonzero()[0]) if bool(different.any()) else None

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from ..format import DEFAULT_IGNORE, PackedConfig, matches
+from ..format import PackedConfig
 from ..pattern import KNOWN, Pattern, tightest_first
+from ..select import DEFAULT_IGNORE, matches
 
 OLDEST_VLLM = (0, 26)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import PatternError, WeightError
 from ..format import Packed, Scheme
-from ..pack import Shard, check_packed, check_scale, find_violation
+from ..pack import Shard, check_packed, check_scale, detect
 from ..pattern import Pattern
 from ..prune import prune
 from ..quant import check_finite, quantize_weight
@@ -66,14 +66,12 @@ def pack(weight: Tensor, scale: Tensor | None, k: int, start: int, candidates: S
     check_loaded(weight)
     if scale is not None:
         check_scale(scale, (weight.shape[0], 1))
-    nearest: PatternError | None = None
-    for pattern in candidates:
-        shard = Shard(pattern, k, start, start + weight.shape[1])
-        nearest = _violation(weight, shard)
-        if nearest is None:
-            return _joined([shard.pack(rows) for _, rows in _blocks(weight)]), shard
-    names = ", ".join(map(str, candidates))
-    raise PatternError(f"obeys none of {names}: {nearest}", row=nearest.row, group=nearest.group, values=nearest.values)
+    try:
+        pattern = detect(_blocks(weight), candidates, start=start)
+    except PatternError as nearest:
+        raise nearest.reworded(f"obeys none of {', '.join(map(str, candidates))}: {nearest}") from nearest
+    shard = Shard(pattern, k, start, start + weight.shape[1])
+    return _joined([shard.pack(rows) for _, rows in _blocks(weight)]), shard
 
 
 def made_up(n: int, shard: Shard, scheme: Scheme, device: torch.device) -> tuple[Packed, Tensor | None]:
@@ -85,11 +83,6 @@ def made_up(n: int, shard: Shard, scheme: Scheme, device: torch.device) -> tuple
         blocks.append(shard.pack(values))
         scales.append(scale)
     return _joined(blocks), None if scales[0] is None else torch.cat(scales)
-
-
-def _violation(weight: Tensor, shard: Shard) -> PatternError | None:
-    found = (find_violation(rows, shard.pattern, shard.offset // shard.pattern.unit, first_row=first) for first, rows in _blocks(weight))
-    return next((violation for violation in found if violation is not None), None)
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import PatternError, SlideSparseError, WeightError
-from ..format import DEFAULT_IGNORE, PackedConfig, Scheme, matches, scheme_named
-from ..pack import find_violation
+from ..format import PackedConfig, Scheme, scheme_named
+from ..pack import detect
 from ..pattern import KNOWN, Pattern
+from ..select import DEFAULT_IGNORE, matches
 from .linear import SlideSparseLinear
 from .source import DenseSource, NotConvertible, read_linear
 
@@ -133,14 +134,15 @@ def _survey(
 
 
 def _pattern_for(name: str, source: DenseSource, wanted: Pattern | None, candidates: tuple[Pattern, ...]) -> Pattern:
-    nearest: PatternError | None = None
-    for pattern in candidates if wanted is None else (wanted,):
-        nearest = find_violation(source.weight, source.pattern_stored(pattern))
-        if nearest is None:
-            return source.pattern_as_named(pattern)
-    if wanted is not None and nearest is not None:
-        raise PatternError(f"layer {name}: {nearest}", row=nearest.row, group=nearest.group, values=nearest.values)
-    raise NotConvertible(f"obeys none of {', '.join(map(str, candidates))}" if candidates else "no pattern to look for")
+    sought = candidates if wanted is None else (wanted,)
+    if not sought:
+        raise NotConvertible("no pattern to look for")
+    try:
+        return source.pattern_as_named(detect([(0, source.weight)], map(source.pattern_stored, sought)))
+    except PatternError as nearest:
+        if wanted is not None:
+            raise nearest.reworded(f"layer {name}: {nearest}") from nearest
+        raise NotConvertible(f"obeys none of {', '.join(map(str, candidates))}") from nearest
 
 
 def _convert(step: _Step, memory: str) -> SlideSparseLinear:

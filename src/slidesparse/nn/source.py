@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..format import BLOCK, SCHEMES, Scheme
+from ..format import BLOCK, SCHEMES, Scheme, scheme_of_dtype
 from ..pattern import Pattern
-from ..quant import scheme_of_dtype
 
 
 class NotConvertible(Exception):

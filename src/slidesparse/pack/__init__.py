@@ -1,7 +1,8 @@
 """Fast packing: dense masked weights ↔ kept values and keep-bits, and the slid layout derived from them."""
 
-from .checks import check_packed, check_scale, detect, find_violation
+from .checks import check_packed, check_scale
 from .codes import integer_view
+from .obeys import detect, find_violation
 from .packing import pack, restore, slid_mask, slide, unpack_keep
 from .sharding import Shard
 

@@ -1,46 +1,13 @@
-"""Does it obey? Pattern detection on dense weights and the checks a loader makes before trusting packed tensors."""
+"""The checks a loader makes before trusting packed tensors."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from ..errors import PatternError, WeightError
+from ..errors import WeightError
 from ..format import Packed
-from ..pattern import KNOWN, Pattern
-from .codes import pad_to_groups, unit_codes
 from .packing import unpack_keep
-
-
-def find_violation(weight: Tensor, pattern: Pattern, offset: int = 0, *, first_row: int = 0) -> PatternError | None:
-    """The first group of ``weight [N, K]`` with more non-zero units than the pattern keeps, or None.
-
-    The error carries row, group and the group's values; ``first_row`` is added to the row where the weights are a block of more.
-    """
-    codes = pad_to_groups(unit_codes(weight, pattern), pattern, offset)
-    excess = (codes != 0).unflatten(1, (-1, pattern.group)).sum(-1, dtype=torch.uint8) > pattern.kept
-    if not bool(excess.any()):
-        return None
-    row, group = (int(i) for i in excess.nonzero()[0])
-    start = max((group * pattern.group - offset) * pattern.unit, 0)
-    stop = ((group + 1) * pattern.group - offset) * pattern.unit
-    values = tuple(weight[row, start:stop].float().tolist())
-    nonzero = int((codes[row].view(-1, pattern.group)[group] != 0).sum())
-    shown = ", ".join(f"{value:.4g}" for value in values)
-    return PatternError(
-        f"row {first_row + row}, group {group} (columns {start}–{min(stop, weight.shape[1]) - 1}): {nonzero} non-zero, "
-        f"pattern {pattern} keeps {pattern.kept} of {pattern.group}: [{shown}]",
-        row=first_row + row,
-        group=group,
-        values=values,
-    )
-
-
-def detect(weight: Tensor, candidates: Iterable[Pattern] = KNOWN) -> Pattern | None:
-    """The first candidate (tightest first by default) that ``weight [N, K]`` obeys, None if it obeys none."""
-    return next((pattern for pattern in candidates if find_violation(weight, pattern) is None), None)
 
 
 def check_packed(packed: Packed, scale: Tensor | None = None, *, first_row: int = 0) -> None:

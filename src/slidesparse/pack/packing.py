@@ -10,26 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import PatternError
 from ..format import Packed
 from ..pattern import Pattern
 from .codes import integer_view, pad_to_groups, unit_codes
+from .obeys import find_violation
 
 # Multiplying eight 0/1 bytes by this gathers their lowest bits into the top byte, first byte lowest.
 _GATHER = 0x0102040810204080
 
 
-def pack(weight: Tensor, pattern: Pattern, offset: int = 0) -> Packed:
+def pack(weight: Tensor, pattern: Pattern, offset: int = 0, *, first_row: int = 0) -> Packed:
     """Store ``weight [N, K]`` (any dtype of a scheme, or float32) as kept values in K order plus keep-bits.
 
     With an ``offset`` the row starts that many units into its first group, and the result covers the padded row.
 
     Raises:
-        PatternError: a group has more non-zero units than the pattern keeps; names row, group and values.
+        PatternError: see `find_violation`, which ``first_row`` is for.
     """
     n, k = weight.shape
     codes = pad_to_groups(unit_codes(weight, pattern), pattern, offset)
-    keep = _filled_keep(codes, pattern, weight.dtype)
+    keep = _filled_keep(codes, pattern)
+    if keep is None:
+        raise find_violation(weight, pattern, offset, first_row=first_row)
     values = _select(codes, keep).view(weight.dtype)
     width = k if offset == 0 else codes.shape[1] * pattern.unit
     return Packed(values.view(n, pattern.packed_k(width)), _pack_bits(keep), pattern, width)
@@ -81,8 +83,11 @@ def _select(codes: Tensor, keep: Tensor) -> Tensor:
     return torch.from_numpy(np.compress(keep.numpy().ravel(), codes.numpy().ravel()))
 
 
-def _filled_keep(codes: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor:
-    """Bool like ``codes [N, groups·group]``: all but the last ``dropped`` zeros of every group, which is the canonical fill."""
+def _filled_keep(codes: Tensor, pattern: Pattern) -> Tensor | None:
+    """Bool like ``codes [N, groups·group]``: all but the last ``dropped`` zeros of every group, which is the canonical fill.
+
+    None where a group has too few zeros.
+    """
     zero = codes == 0
     lanes = zero.view(-1, pattern.group).t().contiguous()  # one contiguous row per position: every step below is a vector operation
     count = torch.zeros(lanes.shape[1], dtype=torch.uint8, device=codes.device)
@@ -91,21 +96,8 @@ def _filled_keep(codes: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor:
         lane &= count < pattern.dropped
         count += lane
     if bool((count < pattern.dropped).any()):
-        raise _violation(codes, pattern, dtype, int((count < pattern.dropped).nonzero()[0]))
+        return None
     return lanes.t().contiguous().logical_not_().view(zero.shape)
-
-
-def _violation(codes: Tensor, pattern: Pattern, dtype: torch.dtype, flat: int) -> PatternError:
-    row, group = divmod(flat, codes.shape[1] // pattern.group)
-    units = codes.view(-1, pattern.group)[flat]
-    values = tuple(units.view(dtype).float().tolist())
-    nonzero = int((units != 0).sum())
-    return PatternError(
-        f"row {row}, group {group}: {nonzero} non-zero of {pattern.group}, pattern {pattern} keeps {pattern.kept}: {values}",
-        row=row,
-        group=group,
-        values=values,
-    )
 
 
 def _pack_bits(keep: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...format import Scheme
+from ...quant import quantize_weight
 from .blocks import Call, hidden_states
-from .solving import Solution, Task, dequantized, round_nearest
+from .solving import Solution, Task, dequantized
 
 _HELD_OUT = 8
 """One batch of so many is held out, to judge by."""
@@ -146,7 +147,7 @@ class _Trained:
         weights = {}
         for task in self.tasks:
             masked = self.weights[task.name] * self.masks[task.name]
-            seen = masked + (_rounded(masked.detach(), task.scheme) - masked.detach()) if rounded or _is_8_bit(task.scheme) else masked
+            seen = masked + (_rounded(masked.detach(), task.scheme) - masked.detach()) if rounded or task.scheme.dynamic else masked
             weights[self.names[task.name]] = seen.to(task.module.weight.dtype)
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -162,14 +163,10 @@ class _Trained:
         """The weights as they are stored."""
         found = {}
         for task in self.tasks:
-            values, scale = round_nearest(self.weights[task.name].detach() * self.masks[task.name] + 0.0, task.scheme)
+            values, scale = quantize_weight(self.weights[task.name].detach() * self.masks[task.name] + 0.0, task.scheme)
             found[task.name] = Solution(dequantized(values, scale), values, scale, self.start[task.name].error)
         return found
 
 
-def _is_8_bit(scheme: Scheme | None) -> bool:
-    return scheme is not None and scheme.dynamic
-
-
-def _rounded(weight: Tensor, scheme: Scheme | None) -> Tensor:
-    return dequantized(*round_nearest(weight, scheme))
+def _rounded(weight: Tensor, scheme: Scheme) -> Tensor:
+    return dequantized(*quantize_weight(weight, scheme))

@@ -18,12 +18,12 @@ from ...quant import quantize_weight
 
 @dataclass
 class Task:
-    """One linear layer to prune: its ``name`` in the files, the pattern to obey and the scheme to store it in (None: float32)."""
+    """One linear layer to prune: its ``name`` in the files, the pattern to obey and the scheme to store it in."""
 
     name: str
     module: nn.Linear
     pattern: Pattern
-    scheme: Scheme | None
+    scheme: Scheme
 
 
 @dataclass
@@ -114,18 +114,13 @@ def _solve_group(tasks: list[Task], statistics: Statistics, method: str) -> dict
     pruned = prune(together, tasks[0].pattern, method, statistics=statistics).split(rows)
     solutions = {}
     for task, weight, solution in zip(tasks, weights, pruned, strict=True):
-        if task.scheme is not None and task.scheme.dynamic and method_named(method).corrects:
+        if task.scheme.dynamic and method_named(method).corrects:
             values, scale = round_to_grid(solution, weight, statistics, task.scheme)
         else:
-            values, scale = round_nearest(solution, task.scheme)
+            values, scale = quantize_weight(solution, task.scheme)
         meant = dequantized(values, scale)
         solutions[task.name] = Solution(meant, values, scale, layer_error(weight, meant, statistics))
     return solutions
-
-
-def round_nearest(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, Tensor | None]:
-    """Weights ``[N, K]`` as a scheme stores them, and their scales where there are any; float32 without a scheme."""
-    return (weight.float(), None) if scheme is None else quantize_weight(weight, scheme)
 
 
 def dequantized(values: Tensor, scale: Tensor | None) -> Tensor:

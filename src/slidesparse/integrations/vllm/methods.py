@@ -16,13 +16,12 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeigh
 
 from ... import ops
 from ...errors import PatternError, UnsupportedError, WeightError
-from ...format import QUANT_METHOD, Packed, Scheme, packed_tensors
+from ...format import QUANT_METHOD, Packed, Scheme, packed_tensors, scheme_of_dtype
 from ...gemm import Execution, Plan, Problem, Weights
 from ...gemm.handover import ENOUGH
 from ...gemm.prepared import linear, prepare, warm
 from ...gemm.registry import refusal
 from ...pack import Shard
-from ...quant import scheme_of_dtype
 from ..claims import Claims
 from ..rank_weights import blank, cut, made_up, pack
 from .dense import Apply, can_give_back, give_back, handed_over

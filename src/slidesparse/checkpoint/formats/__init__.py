@@ -1,0 +1,62 @@
+"""The formats in which checkpoints keep their linear layers: each finds its layers, reads their rows, and says what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError
+from ...format import QUANT_METHOD
+from ..layers import Layer
+from ..tensorfile import TensorInfo
+from . import bitnet, compressed_tensors, floating, packed
+
+FORMATS = {
+    QUANT_METHOD: packed.find,
+    bitnet.METHOD: bitnet.find,
+    compressed_tensors.METHOD: compressed_tensors.find,
+    None: floating.find,
+}
+"""By the ``quant_method`` that declares them. A checkpoint may mix them: a layer is the first format's that takes it.
+
+Each is called with the folder, config.json and the tensors that are left, and raises `CheckpointError` at what it refuses.
+"""
+
+# Their weights are stored [K, N]: groups along the last axis would run over output features.
+_TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+
+
+def find_layers(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Layer]:
+    """Every linear layer by name, in tensor order.
+
+    Raises:
+        CheckpointError: transposed or otherwise quantised weights, or tensors whose shapes contradict each other.
+    """
+    transposed = _transposed(config, tensors)
+    if transposed:
+        raise CheckpointError(f"{path}: {transposed} stores its linear weights transposed ([K, N]); that is not supported")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method not in FORMATS:
+        raise CheckpointError(f"{path}: weights quantised by {method!r} cannot be read; start from the 16-bit checkpoint")
+    found: dict[str, Layer] = {}
+    for find in FORMATS.values():
+        found |= find(path, config, {tensor: info for tensor, info in tensors.items() if tensor.rpartition(".")[0] not in found})
+    by_tensor = {layer.main.name: layer for layer in found.values()}
+    return {by_tensor[tensor].name: by_tensor[tensor] for tensor in tensors if tensor in by_tensor}
+
+
+def _transposed(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> str | None:
+    """What gives transposed weights away: a model type anywhere in the configuration, or a bias that fits the wrong side."""
+    if config.get("model_type") in _TRANSPOSED:
+        return str(config["model_type"])
+    for value in config.values():
+        if isinstance(value, dict) and (found := _transposed(value, {})):
+            return found
+    for tensor, info in tensors.items():
+        layer = tensor.removesuffix(".weight")
+        bias = tensors.get(f"{layer}.bias")
+        if layer.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc") and bias is not None and len(info.shape) == 2:
+            n, k = info.shape
+            if bias.shape == (k,) and n != k:
+                return layer
+    return None

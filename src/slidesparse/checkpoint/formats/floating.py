@@ -1,0 +1,32 @@
+"""16- or 32-bit weights, as models are published: every float matrix that no other format takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError
+from ...format import FP32, scheme_of_dtype
+from ..layers import FLOATS, Block, Layer, matrices
+from ..tensorfile import TensorInfo, TensorReader
+
+
+class Floating(Layer):
+    """A layer with nothing but its weights."""
+
+    holds, plain, may_stay = "16- or 32-bit weights", True, ("packed", "dense")
+
+    def _read(self, reader: TensorReader, ranges: Iterable[tuple[int, int]]) -> Iterator[Block]:
+        return (Block(first, reader.read_rows(self.main, first, last)) for first, last in ranges)
+
+
+def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Layer]:
+    """Float matrices by layer; refuses one with scales of a format that config.json does not name."""
+    layers: dict[str, Layer] = {}
+    for name, suffix, info in matrices(tensors):
+        if info.dtype_name in FLOATS and suffix == "weight":
+            layers[name] = Floating(name, *info.shape, scheme_of_dtype(info.dtype) or FP32, {suffix: info})
+        elif f"{name}.weight_scale" in tensors:
+            raise CheckpointError(f"{info.path}: tensor {info.name} is quantised, but config.json does not say how")
+    return layers
