@@ -2,7 +2,7 @@
 
     python benchmarks/agreement.py DENSE_MODEL TEXT.txt WORKDIR OUT.csv COMMIT [--schemes int8] [--patterns 6:8] [--ranks 1 2]
 
-Packed layers are made to run on sparse tensor cores (``backend: cusparselt``), whatever a plan would choose. Beside them stands what stock
+Packed layers are made to run on sparse tensor cores (``route: slid``), whatever a plan would choose. Beside them stands what stock
 vLLM does with the dense twin, the same weights and scheme, in the same comparison, and what float32 in place of bfloat16 does around the
 layers in transformers: 8-bit activations round anew after every change. Log-probabilities are those of the text's own tokens.
 Two greedy texts part where the first token differs; what counts there is how close the first run's two best tokens were. Interrupted, it
@@ -67,7 +67,7 @@ def in_transformers(asked: dict) -> dict[str, list]:
     if model.device.type == "cuda":
         for module in model.modules():
             if isinstance(module, slidesparse.SlideSparseLinear):
-                module.backend = asked["settings"].get("backend")
+                module.route = asked["settings"].get("route")
     ids = tokenizer.encode(Path(asked["text"]).read_text(encoding="utf-8"))
     logprobs, greedy = [], []
     with torch.inference_mode():
@@ -141,7 +141,7 @@ def compare(arguments: argparse.Namespace, scheme: str, pattern: str, record: Ca
             else in_a_process(__file__, asked, place, alone=asked["ranks"] == 1)
         )
 
-    for form, method, settings in (("packed", "slidesparse", {"backend": "cusparselt"}), ("dense", "compressed-tensors", {})):
+    for form, method, settings in (("packed", "slidesparse", {"route": "slid"}), ("dense", "compressed-tensors", {})):
         made = checkpoint(arguments.dense, arguments.folder, scheme, pattern, form)
         asked = {"model": str(made), "text": str(arguments.text), "settings": settings, "quantization": method, "engine": "vllm"}
         for ranks in arguments.ranks:

@@ -20,12 +20,11 @@ from torch import Tensor
 from records import records
 from slidesparse import measure, ops
 from slidesparse.format import SCHEMES
-from slidesparse.gemm.backends.cusparselt import CuSparseLt
-from slidesparse.gemm.backends.dense import Dense
-from slidesparse.gemm.numerics import finish
-from slidesparse.gemm.tuning import Bench, Layer
+from slidesparse.gemm.choose import fastest
+from slidesparse.gemm.tune import Bench, LinearShape
 from slidesparse.ops import cusparselt
 from slidesparse.pattern import Pattern
+from slidesparse.reference import scaled
 
 LAYERS = {"gate_up": (37888, 3584), "down": (3584, 18944)}
 EPS = 1e-6
@@ -48,27 +47,24 @@ class Case:
     def __init__(self, name: str, bench: Bench, m: int) -> None:
         self.name, self.bench, self.problem = name, bench, bench.problem
         self.scheme, self.pattern = bench.layer.scheme, bench.layer.pattern
-        self.sparse, self.dense = CuSparseLt(), Dense()
-        self.slid = self.sparse.prepare(self.problem, bench.weights)
-        self.plain = self.dense.prepare(self.problem, bench.weights)
+        self.compressed, self.alpha = bench.copies("slid", 1)[0]
         self.x = [torch.randn(m, self.problem.k, device="cuda").to(torch.bfloat16) for _ in range(2)]
         self.residual = torch.randn(m, self.problem.n, device="cuda").to(torch.bfloat16) if name == "down" else None
         self.weight = torch.ones(self.problem.n, device="cuda", dtype=torch.bfloat16)
-        self.algorithm = self.sparse.search(self.problem, self.x[0], self.slid, bench.weights.channel_scale)[0]
         cell = bench.cell(m, rounds=5)
-        self.route = cell.best("dense")
+        self.algorithm = fastest(cell.whole, ("slid",)).variant.replace("default", "")
+        self.route = fastest(cell.whole, ("dense",))
         self.compiled_consumer = torch.compile(silu_mul if name == "gate_up" else add_norm)
         self.compiled = torch.compile(self._whole, fullgraph=True)
 
-    def sums(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """GEMM output without the token scale, that scale, and the weight scale that is still to be applied."""
         q, x_scale = ops.quantize_lift(x, self.pattern, self.scheme, rows=16)
-        alpha = self.slid.get("alpha")
-        y = cusparselt.sparse_mm(q, self.slid["compressed"], alpha, self.problem.n, torch.bfloat16, self.algorithm)
-        return y[: x.shape[0]], x_scale, None if alpha is not None else self.bench.weights.channel_scale
+        y = cusparselt.sparse_mm(q, self.compressed, self.alpha, self.problem.n, torch.bfloat16, self.algorithm)
+        return y[: x.shape[0]], x_scale, None if self.alpha is not None else self.bench.weights.channel_scale
 
     def separate(self, x: Tensor) -> tuple[Tensor, ...]:
-        y, x_scale, w_scale = self.sums(x)
+        y, x_scale, w_scale = self.product(x)
         y = ops.rescale(y, x_scale, w_scale, None, torch.bfloat16)
         if self.name == "gate_up":
             return ops.quantize_lift(self.compiled_consumer(y), self.pattern, self.scheme)
@@ -76,21 +72,21 @@ class Case:
         return *ops.quantize_lift(h, self.pattern, self.scheme), total
 
     def fused(self, x: Tensor) -> tuple[Tensor, ...]:
-        y, x_scale, _ = self.sums(x)
+        y, x_scale, _ = self.product(x)
         if self.name == "gate_up":
             return ops.silu_mul_quantize(y, self.scheme, pattern=self.pattern, scale=x_scale)
         return ops.rms_norm_quantize(y, self.weight, EPS, self.scheme, pattern=self.pattern, residual=self.residual, scale=x_scale)
 
     def _whole(self, x: Tensor) -> tuple[Tensor, ...]:
-        y, x_scale, w_scale = self.sums(x)
-        y = finish(self.problem, y, x_scale, w_scale, None)
+        y, x_scale, w_scale = self.product(x)
+        y = scaled(y, x_scale, None if w_scale is None else w_scale.view(1, -1), None, torch.bfloat16)
         if self.name == "gate_up":
             return ops.quantize_lift(silu_mul(y), self.pattern, self.scheme)
         h, total = add_norm(y, self.residual, self.weight)
         return *ops.quantize_lift(h, self.pattern, self.scheme), total
 
     def best_dense(self, x: Tensor) -> tuple[Tensor, ...]:
-        y = self.dense.run(self.problem, x, self.plain, self.bench.weights.channel_scale, None, self.route.partition(":")[2])
+        y = self.bench.call(self.route, x, self.bench.copies("dense", 1)[0])()
         if self.name == "gate_up":
             return ops.silu_mul_quantize(y, self.scheme)
         return ops.rms_norm_quantize(y, self.weight, EPS, self.scheme, residual=self.residual)
@@ -103,11 +99,11 @@ def agree(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 
 
 def rows(scheme: str, name: str, m: int) -> Iterator[dict[str, object]]:
-    layer = Layer(*LAYERS[name], Pattern.parse("6:8"), SCHEMES[scheme])
+    layer = LinearShape(*LAYERS[name], Pattern.parse("6:8"), SCHEMES[scheme])
     case = Case(name, Bench(layer), m)
     ways: dict[str, Callable[[Tensor], tuple[Tensor, ...]]]
     ways = {"separate": case.separate, "compiled": case.compiled, "dense": case.best_dense}
-    if case.slid.get("alpha") is not None:
+    if case.alpha is not None:
         ways["fused"] = case.fused
     expected = case.separate(case.x[0])
     right = {way: agree(call(case.x[0]), expected) if way != "dense" else True for way, call in ways.items()}

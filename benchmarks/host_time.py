@@ -22,17 +22,17 @@ import torch
 from records import records
 from slidesparse import Pattern, ops
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Execution, Weights
-from slidesparse.gemm.prepared import prepare
+from slidesparse.gemm import Runner, Weights
+from slidesparse.gemm.op import handle
 from slidesparse.nn import SlideSparseLinear
 from slidesparse.ops import cusparselt
 from slidesparse.prune import prune
 
 N, K, M = 512, 512, 16
 ROUTES = {
-    "int8": ("dense:triton", "dense:cublaslt", "restore:triton", "cusparselt"),
-    "fp8": ("dense:rowwise", "dense:tensorwise", "restore:rowwise", "cusparselt"),
-    "bf16": ("dense:native", "restore:native", "cusparselt"),
+    "int8": ("dense:triton", "dense:cublaslt", "packed:triton", "slid"),
+    "fp8": ("dense:rowwise", "dense:tensorwise", "packed:rowwise", "slid"),
+    "bf16": ("dense:native", "packed:native", "slid"),
 }
 
 
@@ -63,7 +63,7 @@ def cold_us(call: Callable[[], object], count: int = 100) -> float:
 def layer_for(scheme: str, route: str) -> SlideSparseLinear:
     weight = prune(torch.randn(N, K, device="cuda"), Pattern(6, 8)).bfloat16()
     layer = SlideSparseLinear.from_dense(weight, pattern="6:8", scheme=scheme)
-    layer.backend = route
+    layer.route = route
     return layer
 
 
@@ -76,16 +76,17 @@ def steps(scheme: str) -> dict[str, Callable[[], object]]:
     compressed = cusparselt.compress(ops.slide(layer.packed, rows=32))
     alpha = torch.ones(N, device="cuda") if scheme == "int8" else None
     q, scale = ops.quantize_lift(x, pattern, kind, rows=16)
-    sums = cusparselt.sparse_mm(q, compressed, alpha, N, torch.bfloat16)
-    execution, owner = Execution(Weights(layer.packed, kind, layer.weight_scale), backend="cusparselt", sums=True), torch.nn.Module()
-    name = prepare(owner, execution, torch.bfloat16, x.device, None)
-    engine = torch.ops.slidesparse.sums.default  # the layer lives as long as its owner, which the call holds
+    product = cusparselt.sparse_mm(q, compressed, alpha, N, torch.bfloat16)
+    runner, owner = Runner(Weights(layer.packed, kind, layer.weight_scale), route="slid", unscaled=True), torch.nn.Module()
+    runner.prepare(torch.bfloat16, x.device)
+    name = handle(owner, lambda dtype, device: runner)
+    engine = torch.ops.slidesparse.linear_unscaled.default  # the layer lives as long as its owner, which the call holds
     found: dict[str, Callable[[], object]] = {
         "quantize": lambda: ops.quantize(x, kind),
         "quantize_lift": lambda: ops.quantize_lift(x, pattern, kind, rows=16),
         "sparse_mm": lambda: cusparselt.sparse_mm(q, compressed, alpha, N, torch.bfloat16),
-        "rescale": lambda: ops.rescale(sums, scale, None, None, torch.bfloat16),
-        "sums, as in an engine": lambda owner=owner: engine(x, name, N),
+        "rescale": lambda: ops.rescale(product, scale, None, None, torch.bfloat16),
+        "unscaled, as in an engine": lambda owner=owner: engine(x, name, N),
     }
     if importlib.util.find_spec("vllm"):
         from vllm import _custom_ops as theirs

@@ -16,9 +16,10 @@ import torch
 
 from records import records
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Cell, Plan, active_plan, use_plan
-from slidesparse.gemm.routes import is_known
-from slidesparse.gemm.tuning import Bench, Layer
+from slidesparse.gemm import Cell, Plan, Route, active_plan, use_plan
+from slidesparse.gemm.choose import choice_of, fastest
+from slidesparse.gemm.explain import elsewhere
+from slidesparse.gemm.tune import Bench, LinearShape
 from slidesparse.pattern import Pattern
 
 MODELS = {
@@ -30,29 +31,32 @@ MODELS = {
 }
 
 
-def rows(name: str, layer: Layer, cell: Cell, planned: dict[str, str | None]) -> Iterator[dict[str, object]]:
+def rows(name: str, layer: LinearShape, cell: Cell, planned: dict[str, Route | None]) -> Iterator[dict[str, object]]:
     """One row per route, and which of them the plan runs, by memory policy."""
-    dense = cell.best("dense")
+    dense = fastest(cell.whole, ("dense",))
     # Untuned means dense; a route that was not measured here cannot be claimed.
-    runs = {memory: route if (route := planned.get(memory)) in cell.timings else cell.best(fallback) for memory, fallback in
-            (("fast", "dense"), ("lean", "restore"))}  # fmt: skip
-    for route, timing in cell.timings.items():
+    runs = {memory: route if (route := planned.get(memory)) in cell.whole else fastest(cell.whole, (fallback,)) for memory, fallback in
+            (("fast", "dense"), ("lean", "packed"))}  # fmt: skip
+    for route, timing in cell.whole.items():
         yield {
             "layer": name, "m": cell.m, "n": layer.n, "k": layer.k, "pattern": str(layer.pattern), "scheme": layer.scheme.name,
-            "route": route, "plan": "+".join(memory for memory, run in runs.items() if run == route),
+            "route": str(route), "plan": "+".join(memory for memory, run in runs.items() if run == route),
             "us_p50": f"{timing.p50:.2f}", "us_p20": f"{timing.p20:.2f}", "us_p80": f"{timing.p80:.2f}",
             "tflops": f"{2e-6 * cell.m * layer.n * layer.k / timing.p50:.1f}",
-            "x_dense": f"{cell.timings[dense].p50 / timing.p50:.3f}" if dense else "", "correct": True,
+            "x_dense": f"{cell.whole[dense].p50 / timing.p50:.3f}" if dense else "", "correct": True,
         }  # fmt: skip
 
 
-def measured(model: str, layer_name: str, layer: Layer, ms: list[int], plan: Plan | None) -> Iterator[dict[str, object]]:
+def measured(model: str, layer_name: str, layer: LinearShape, ms: list[int], plan: Plan | None) -> Iterator[dict[str, object]]:
     bench = Bench(layer)
-    elsewhere = {route for route in plan.routes(bench.key) if not is_known(route)} if plan else set()
+    steps = {}
+    if plan:
+        without = elsewhere(plan, layer.problem)
+        steps = {memory: choice_of(plan, layer.problem, memory=memory, without=without)[1] for memory in ("fast", "lean")}
     for m in ms:
-        planned = [plan.route(bench.key, m, memory, elsewhere) for memory in ("fast", "lean")] if plan else []
-        cell = bench.cell(m, also=[route for route in planned if route])
-        for row in rows(layer_name, layer, cell, dict(zip(("fast", "lean"), planned, strict=False))):
+        planned = {memory: next((route for most, route in found if m <= most), None) for memory, found in steps.items()}
+        cell = bench.cell(m, also=[route for route in planned.values() if route])
+        for row in rows(layer_name, layer, cell, planned):
             yield {"model": model} | row
         torch.cuda.empty_cache()
 
@@ -65,18 +69,18 @@ def summary(table: list[dict[str, object]]) -> None:
         grouped[row["scheme"], row["pattern"], row["m"], row["layer"]].append(row)
     for (scheme, pattern, m, _), routes in grouped.items():
         into = cells[scheme, pattern, m]
-        for kind in ("dense", "restore", "cusparselt", "torchao"):
+        for kind in ("dense", "packed", "slid", "torchao"):
             times = [float(row["us_p50"]) for row in routes if str(row["route"]).startswith(kind + ":")]
             into[kind].append(min(times, default=float("nan")))
         for memory in ("fast", "lean"):
             into[memory] += [float(row["us_p50"]) for row in routes if memory in str(row["plan"]).split("+")]
         into["library"] += [float(row["us_p50"]) for row in routes if row["route"] in ("dense:cublaslt", "dense:rowwise", "dense:native")]
         into["sparse runs"].append(float(any("fast" in str(r["plan"]) and not str(r["route"]).startswith("dense") for r in routes)))
-    print("scheme pattern M | dense us | fast x (sparse layers) | lean x | cusparselt x | against library dense x | torchao x")
+    print("scheme pattern M | dense us | fast x (sparse layers) | lean x | slid x | against library dense x | torchao x")
     for (scheme, pattern, m), times in sorted(cells.items(), key=lambda item: (item[0][0], item[0][1], item[0][2])):
         total = {kind: sum(values) for kind, values in times.items()}
-        ratios = [total["dense"] / total[kind] for kind in ("fast", "lean", "cusparselt")]
-        ratios += [total["library"] / total["cusparselt"], total["dense"] / total["torchao"]]
+        ratios = [total["dense"] / total[kind] for kind in ("fast", "lean", "slid")]
+        ratios += [total["library"] / total["slid"], total["dense"] / total["torchao"]]
         print(f"{scheme:5} {pattern:5} {m:6} | {total['dense']:9.1f} | {ratios[0]:.3f} ({total['sparse runs']:.0f}) | "
               f"{ratios[1]:.3f} | {ratios[2]:.3f} | {ratios[3]:.3f} | {ratios[4]:.3f}")  # fmt: skip
 
@@ -99,7 +103,7 @@ def main() -> None:
         for scheme in arguments.schemes:
             for pattern in arguments.patterns:
                 for name, (n, k) in MODELS[arguments.model].items():
-                    layer = Layer(n, k, Pattern.parse(pattern), SCHEMES[scheme])
+                    layer = LinearShape(n, k, Pattern.parse(pattern), SCHEMES[scheme])
                     for row in measured(arguments.model, name, layer, arguments.tokens, plan):
                         record(row)
                         table.append(row)

@@ -10,35 +10,45 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from linears import MODELS
-from slidesparse.gemm.plan import Key, Plan, backend_of
+from slidesparse.format import SCHEMES
+from slidesparse.gemm import Plan, Route
+from slidesparse.gemm.choose import choice_of, fastest
+from slidesparse.gemm.plan import Key
+from slidesparse.gemm.tune import LinearShape
 from slidesparse.measure import Timing
+from slidesparse.pattern import Pattern
 
-VLLMS = frozenset({"dense:cutlass", "restore:cutlass"})
-LIBRARY = ("dense:cublaslt", "dense:rowwise", "dense:tensorwise", "dense:native")
+VLLMS = frozenset({Route("dense", "cutlass"), Route("packed", "cutlass")})
+LIBRARY = [Route("dense", name) for name in ("cublaslt", "rowwise", "tensorwise", "native")]
 NAMES = ("dense us", "plan", "lean", "sparse", "product", "plan, no vLLM", "sparse, library")
 
 
 def parts(plan: Plan, key: Key, m: int) -> dict[str, float]:
     """Microseconds of one layer, NaN where something was not measured."""
     cell, nothing = plan.cells[key][m], float("nan")
+    n, k, pattern, scheme = key
+    problem = LinearShape(n, k, Pattern.parse(pattern), SCHEMES[scheme]).problem
 
-    def of(route: str | None) -> float:
-        return cell.timings[route].p50 if route in cell.timings else nothing
+    def of(route: Route | None) -> float:
+        return cell.whole[route].p50 if route in cell.whole else nothing
 
-    def quickest(times: Mapping[str, Timing], names: Iterable[str]) -> float:
-        return min((times[name].p50 for name in names if name in times), default=nothing)
+    def quickest(times: Mapping[Route, Timing], routes: Iterable[Route]) -> float:
+        return min((times[route].p50 for route in routes if route in times), default=nothing)
 
-    sparse, dense = ([name for name in cell.timings | cell.sums if backend_of(name) == kind] for kind in ("cusparselt", "dense"))
-    runs = plan.route(key, m, "fast")
+    def runs(memory: str = "fast", without: Collection[Route] = ()) -> Route | None:
+        return next(route for most, route in choice_of(plan, problem, memory=memory, without=without)[1] if m <= most)
+
+    sparse, dense = ([route for route in cell.whole | cell.unscaled if route.layout == layout] for layout in ("slid", "dense"))
+    alone = {route: timing for route, timing in cell.whole.items() if route not in VLLMS}
     return {
-        "dense": of(cell.best("dense")), "fast": of(runs), "lean": of(plan.route(key, m, "lean")), "sparse": quickest(cell.timings, sparse),
-        "product": quickest(cell.sums, sparse), "either": min(quickest(cell.timings, dense), quickest(cell.sums, dense)),
-        "dense alone": of(cell.best("dense", VLLMS)), "fast alone": of(plan.route(key, m, "fast", VLLMS)),
-        "library": quickest(cell.timings, LIBRARY), "runs sparse": backend_of(runs) == "cusparselt",
+        "dense": of(fastest(cell.whole, ("dense",))), "fast": of(runs()), "lean": of(runs("lean")), "sparse": quickest(cell.whole, sparse),
+        "product": quickest(cell.unscaled, sparse), "either": min(quickest(cell.whole, dense), quickest(cell.unscaled, dense)),
+        "dense alone": of(fastest(alone, ("dense",))), "fast alone": of(runs(without=VLLMS)),
+        "library": quickest(cell.whole, LIBRARY), "runs sparse": runs().layout == "slid",
     }  # fmt: skip
 
 

@@ -1,44 +1,41 @@
 """What the shipped plans make run today, as data: `test_frozen_choices` replays it, and a change of the choice is judged by it.
 
-    python tests/freeze_choices.py [--check]
+    python tests/freeze_choices.py [--check] [--csv FILE]
 
-Writes ``tests/data/choices-GPU.json`` and shows what changes, or with ``--check`` only shows it. No GPU, Triton or
-vLLM is needed: whatever a plan has timed is taken to run, but for vLLM's kernels where the process is said to be without them.
+Writes ``tests/data/choices-GPU.json`` and shows what changes, or with ``--check`` only shows it; ``--csv`` also writes the cells that
+change into a table. No GPU, Triton or vLLM is needed: whatever a plan has timed is taken to run, but for vLLM's kernels where the process
+is said to be without them.
 
 Every file holds, for the plan of that GPU,
 
-- ``cells``: by layer and ``whole`` linears or ``unscaled`` ones (scales and bias are left to the consumer, as only vLLM's compiler asks),
-  with vLLM's kernels, and ``without`` them where that differs, one row for every measured number of tokens: ``[M, best dense route, µs,
-  route that runs in fast memory, µs, in lean memory, µs]``, and the one in fast memory for M - 1 tokens if that is another one;
-- ``inspect``: the lines that ``inspect --plan`` prints, runs of blanks as one, with and without ``--vllm``;
-- ``adapter``: why vLLM runs a layer on its own kernels, or else the routes it runs, each up to so many tokens.
-
-Routes are written short, see `short`: ``d:`` dense, ``r:`` restored in every call, ``s:`` cuSPARSELt with its algorithm, ``k=`` split_k and
-``m=`` its mode.
+- ``keeps``: by layer and form the layouts that stay and their share of the dense weights' bytes. A form is ``whole`` linears or
+  ``unscaled`` ones (scales and bias are left to the consumer, as only vLLM's compiler asks), with vLLM's kernels, or whole ones ``without``
+  them where that differs;
+- ``cells``: one row for every measured number of tokens: ``[M, best dense route, µs, route that runs, µs, in lean memory, µs]``;
+- ``adapter``: why vLLM runs a layer on its own kernels, or else the layouts that stay and the routes, each up to so many tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
-import re
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from difflib import unified_diff
-from math import exp, fsum, log
 from pathlib import Path
 from sys import maxsize
-from types import SimpleNamespace
-from typing import Any
-from unittest import mock
+from typing import Any, NamedTuple
 
-from slidesparse.cli import screen, tuning
+from plans import problem_of
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Cell, Plan, execution, handover, key_of, routes
+from slidesparse.gemm import Plan, Route
+from slidesparse.gemm.choose import Times, choice_of, geometric_mean
+from slidesparse.gemm.layouts import LAYOUTS
 from slidesparse.gemm.plan import Key
-from slidesparse.gemm.tuning import Layer, merged_layers
+from slidesparse.gemm.tune import LinearShape
+from slidesparse.integrations.engine.policy import decide
+from slidesparse.integrations.engine.shapes import follows_swiglu, merged_layers
+from slidesparse.integrations.vllm_facts import KERNEL, STEP, facts
 from slidesparse.pattern import Pattern
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,32 +51,31 @@ PATTERNS, KINDS = ("6:8", "2:4"), ("int8", "fp8", "bf16")
 
 # What vLLM is started with: its compiler, without which it fuses nothing, and the most tokens in a step.
 SETTINGS = {
-    "compiled, 8192 tokens": (True, handover.STEP),
+    "compiled, 8192 tokens": (True, STEP),
     "compiled, 2048 tokens": (True, 2048),
     "compiled, 16384 tokens": (True, 16384),
-    "eager, 8192 tokens": (False, handover.STEP),
+    "eager, 8192 tokens": (False, STEP),
 }
 
-ABBREVIATED = {
-    "cusparselt:alg=": "s:", "cusparselt:": "s:", "split_k=": "k=", "mode=": "m=", "dense:": "d:", "restore:": "r:",
-}  # fmt: skip
-ROUTE = re.compile(r"(?<![^\s,:])(" + "|".join(ABBREVIATED) + ")")
-VLLMS = "vLLM's"
-
-Row = list[Any]
+SECTIONS = ("keeps", "cells", "adapter")
 Frozen = dict[str, Any]
 
 
 def frozen(path: Path) -> Frozen:
     """What runs by the plan in that file."""
     plan = Plan.load(path)
-    return {
-        "plan": path.name,
-        "measured": plan.date,
-        "cells": dict(_cells(plan)),
-        "inspect": dict(_inspected(plan)),
-        "adapter": dict(_adapter(plan)),
-    }
+    found: Frozen = {"plan": path.name, "measured": plan.date} | {section: {} for section in SECTIONS}
+    for key in plan.cells:
+        forms = {form: _chosen(plan, key, form) for form in ("whole", "unscaled", "without")}
+        for form, (keeps, rows) in forms.items():
+            if rows and not (form == "without" and rows == forms["whole"][1]):
+                name = f"{key[0]}×{key[1]} {key[2]} {key[3]} {form}"
+                found["keeps"][name], found["cells"][name] = keeps, rows
+    for setting, (compiled, most) in SETTINGS.items():
+        for name, layers in _models():
+            decisions = {part.rpartition(".")[2]: _decided(plan, part, layer, compiled, most) for part, layer in layers.items()}
+            found["adapter"][f"{name}, {setting}"] = decisions
+    return found
 
 
 def data_file(path: Path) -> Path:
@@ -90,7 +86,7 @@ def data_file(path: Path) -> Path:
 def as_json(found: Frozen) -> str:
     """One line a row, so that version control shows what changed."""
     sections = []
-    for name in ("cells", "inspect", "adapter"):
+    for name in SECTIONS:
         groups = (f" {_text(title)}: {_lines(rows)}" for title, rows in found[name].items())
         sections.append(f"{_text(name)}: {{\n" + ",\n".join(groups) + "\n}")
     head = ", ".join(f"{_text(name)}: {_text(found[name])}" for name in ("plan", "measured"))
@@ -100,239 +96,151 @@ def as_json(found: Frozen) -> str:
 def _lines(rows: list | dict) -> str:
     if isinstance(rows, dict):
         return "{\n" + ",\n".join(f"  {_text(name)}: {_text(value)}" for name, value in rows.items()) + "}"
-    return "[\n" + ",\n".join(f" {_text(row)}" for row in rows) + "]"
+    return "[\n" + ",\n".join(f" {_text(row)}" for row in rows) + "]" if isinstance(rows[0], list) else _text(rows)
 
 
 def _text(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":") if isinstance(value, list) else None)
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def short(route: str | None) -> str | None:
-    """A route, or those in a line of text, in the notation of the data: different ones stay different."""
-    return None if route is None else ROUTE.sub(lambda found: ABBREVIATED[found[0]], route)
+def _chosen(plan: Plan, key: Key, form: str) -> tuple[list, list[list]]:
+    """What stays, and the rows of ``cells``."""
+    problem, unscaled = problem_of(key), form == "unscaled"
+    without = [route for route in plan.routes(key) if form == "without" and route.kernel == KERNEL]
+    layouts, fast = choice_of(plan, problem, unscaled=unscaled, without=without)
+    _, lean = choice_of(plan, problem, unscaled=unscaled, without=without, memory="lean")
+    nbytes = sum(LAYOUTS[name].nbytes(problem) for name in layouts) / LAYOUTS["dense"].nbytes(problem)
+    cells = plan.times(key, unscaled=unscaled, without=without)
+    rows = [
+        [m, *_timed(_best_dense(times), times), *(part for runs in (fast, lean) for part in _runs(runs, m, times))]
+        for m, times in cells.items()
+    ]
+    return [*layouts, round(nbytes, 3)], rows
 
 
-def _cells(plan: Plan) -> Iterator[tuple[str, list[Row]]]:
-    for key in plan.cells:
-        whole, unscaled = ([_row(plan, key, m, (), sums) for m in plan.table(key, sums=sums)] for sums in (False, True))
-        engines = [name for name in plan.routes(key) if name.endswith(handover.RIVAL.removeprefix("dense"))]
-        without = [_row(plan, key, m, engines, False) for m in plan.table(key)]
-        found = {"whole": whole, "unscaled": unscaled, "without": [row for row in without if row not in whole]}
-        yield from ((f"{title(*key)} {name}", rows) for name, rows in found.items() if rows)
+def _best_dense(times: Times) -> Route | None:
+    return min((route for route in times if route.layout == "dense"), key=lambda route: times[route].p50, default=None)
 
 
-def _row(plan: Plan, key: Key, m: int, without: Collection[str], unscaled: bool) -> Row:
-    cell = plan.cells[key][m]
-    dense, times = cell.dense(without, sums=unscaled), cell.times(unscaled)
-    row = [m, *((None, None) if dense is None else (short(dense[0]), dense[1].p50))]
-    for memory in ("fast", "lean"):
-        runs = plan.route(key, m, memory, without, sums=unscaled)
-        row += [short(runs), None if runs is None else times[runs].p50]
-    fewer = short(plan.route(key, m - 1, "fast", without, sums=unscaled)) if m > 1 else row[3]
-    return row if fewer == row[3] else [*row, fewer]
+def _runs(steps: Collection[tuple[int, Route | None]], m: int, times: Times) -> tuple[str | None, float | None]:
+    return _timed(next(route for most, route in steps if m <= most), times)
 
 
-def title(n: int, k: int, pattern: str, scheme: str) -> str:
-    """A layer's name in the data."""
-    return f"{n}×{k} {pattern} {scheme}"
+def _timed(route: Route | None, times: Times) -> tuple[str | None, float | None]:
+    return (None, None) if route is None else (str(route), times[route].p50)
 
 
-@contextmanager
-def vllm_kernels(there: bool) -> Iterator[None]:
-    """As in a process that has vLLM's kernels, or has not, whatever is installed here."""
-    vllms = handover.RIVAL.partition(":")[2]
-    table = {name: route for name, route in routes._ROUTES.items() if name != vllms}
-    if there:
-        table[vllms] = routes.Route(lambda problem: None, lambda *arguments: None, lambda *arguments: None)
-    with mock.patch.object(routes, "_ROUTES", table):
-        yield
-
-
-def model(name: str, pattern: str, scheme: str) -> dict[str, Layer]:
-    """The linear layers of one block of a model, as its checkpoint holds them."""
-    hidden, kv, wide = (MODELS[name][part] for part in ("hidden", "kv", "intermediate"))
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden),
-        "mlp.down_proj": (hidden, wide),
-    }  # fmt: skip
-    return {f"model.layers.0.{part}": Layer(n, k, Pattern.parse(pattern), SCHEMES[scheme]) for part, (n, k) in shapes.items()}
-
-
-def _models() -> Iterator[tuple[str, dict[str, Layer]]]:
-    for name in MODELS:
+def _models() -> Iterator[tuple[str, dict[str, LinearShape]]]:
+    """The linear layers of one block of every model, as vLLM merges them."""
+    for name, sizes in MODELS.items():
+        hidden, kv, wide = (sizes[part] for part in ("hidden", "kv", "intermediate"))
+        shapes = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden), "gate": (wide, hidden)}
+        shapes |= {"up": (wide, hidden), "down": (hidden, wide)}
         for pattern in PATTERNS:
             for scheme in KINDS:
-                yield f"{name} {pattern} {scheme}", model(name, pattern, scheme)
+                layers = {f"m.{part}_proj": LinearShape(*of, Pattern.parse(pattern), SCHEMES[scheme]) for part, of in shapes.items()}
+                yield f"{name} {pattern} {scheme}", merged_layers(layers)
 
 
-def _inspected(plan: Plan) -> Iterator[tuple[str, list[str]]]:
-    for name, layers in _models():
-        with vllm_kernels(False):
-            yield name, _printed(plan, tuning.distinct(layers, merged=True))
-        down = {part: layer for part, layer in layers.items() if layer.scheme.dynamic and handover.follows_swiglu(part, "silu")}
-        with vllm_kernels(True):
-            yield f"{name} --vllm", _printed(plan, tuning.served(layers, 1), vllm=True, swiglu=frozenset(tuning.served(down, 1)))
-
-
-def _printed(plan: Plan, layers: list[Layer], **how: Any) -> list[str]:
-    wide = screen.Console(highlight=False, soft_wrap=True, width=400, color_system=None)
-    with mock.patch.object(screen, "out", wide), wide.capture() as shown:
-        tuning.print_plan(plan, layers, **how)
-    return [short(" ".join(line.split())) for line in shown.get().splitlines()]
-
-
-def _adapter(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
-    for setting, (compiled, most) in SETTINGS.items():
-        for name, layers in _models():
-            parts = {part.rpartition(".")[2]: layer for part, layer in merged_layers(layers).items()}
-            yield f"{name}, {setting}", {part: _decided(plan, part, layer, compiled, most) for part, layer in parts.items()}
-
-
-def _decided(plan: Plan, name: str, layer: Layer, compiled: bool, most: int) -> dict[str, Any]:
-    """As `SlideSparseLinearMethod.process_weights_after_loading` decides, on one rank, with no backend asked for."""
-    problem = layer.problem
+def _decided(plan: Plan, name: str, layer: LinearShape, compiled: bool, most: int) -> str | list:
+    """As the adapter's `dense.decided` decides, on one rank, with no route asked for."""
     unscaled = compiled and layer.scheme.dynamic
-    behind = unscaled and handover.follows_swiglu(name, "silu")
-    why, chooses = handover.decide(plan, problem, sums=unscaled, without=frozenset(), most=most, swiglu=behind)
-    return {"ours": _steps(layer, chooses, unscaled, most)} if why is None else {VLLMS: why}
+    known = facts(layer.problem, unscaled=unscaled, most=most, swiglu=unscaled and follows_swiglu(name, "silu"))
+    found = decide(layer.problem, plan, known)
+    steps = [[None if most == maxsize else most, str(route)] for most, route in found.steps]
+    return [*found.layouts, steps] if found.why is None else found.why
 
 
-def _steps(layer: Layer, plan: Plan, unscaled: bool, most: int) -> list[Row]:
-    """`Execution.planned_steps` where all that was timed can run: most tokens, none in the last, and the route."""
+class Change(NamedTuple):
+    """One cell that runs something else, or in another time, and the best dense time."""
 
-    def named(route: str, *arguments: object, **how: object) -> SimpleNamespace:
-        backend, _, variant = route.partition(":")
-        return SimpleNamespace(backend=backend, variant=variant)
-
-    untuned = {"cannot_run": lambda *arguments: frozenset(), "named": named, "choose": lambda *arguments, **how: named("untuned:")}
-    with mock.patch.multiple(execution, **untuned):
-        steps = execution.Execution(None, sums=unscaled, most=most, plan=plan).planned_steps(layer.problem)
-    return [[None if most == maxsize else most, short(f"{choice.backend}:{choice.variant}")] for most, choice in steps]
-
-
-@dataclass(frozen=True)
-class Change:
-    """One cell that runs something else, or in another time: routes before and after, microseconds of both and of the best dense route."""
-
-    cell: str
+    gpu: str
+    layer: str
+    form: str
+    M: int
+    memory: str
     before: str | None
-    after: str | None
     before_us: float | None
+    after: str | None
     after_us: float | None
-    before_dense: float | None
-    after_dense: float | None
-
-    def __str__(self) -> str:
-        if self.before is None and self.after is None:
-            return self.cell
-        times = (self.before_us, self.before_dense, self.after_us, self.after_dense)
-        old, old_dense, new, new_dense = ("-" if us is None else f"{us:.2f}" for us in times)
-        return f"{self.cell:62} {self.before or '-':20} {old:>9} {old_dense:>9}   {self.after or '-':20} {new:>9} {new_dense:>9}"
+    best_dense_us: float | None
 
 
-def changes(before: Frozen, after: Frozen, plan: Plan) -> list[Change]:
-    """The cells of two states of the data that differ; times of what the adapter runs are the plan's."""
-    found = []
-    old, new = (_flat(state["cells"]) for state in (before, after))
-    for cell in dict.fromkeys([*old, *new]):
-        one, other = old.get(cell, (None,) * 3), new.get(cell, (None,) * 3)
-        if one != other:
-            found.append(Change(cell, one[0], other[0], one[1], other[1], one[2], other[2]))
-    for name in dict.fromkeys([*before["adapter"], *after["adapter"]]):
-        parts = [state["adapter"].get(name, {}) for state in (before, after)]
-        for part in dict.fromkeys([*parts[0], *parts[1]]):
-            one, other = (of.get(part) for of in parts)
-            if one != other:
-                found += _adapter_changes(name, part, one, other, plan)
+def changes(before: Frozen, after: Frozen) -> list[Change]:
+    """The cells of two states of the data that differ."""
+    found, old, new = [], *map(_flat, (before["cells"], after["cells"]))
+    for where in dict.fromkeys([*old, *new]):
+        (one, one_us, dense), (other, other_us, new_dense) = old.get(where, (None,) * 3), new.get(where, (None,) * 3)
+        if (one, one_us) != (other, other_us):
+            found.append(
+                Change(after["plan"].partition(".")[0], *where, one, one_us, other, other_us, dense if new_dense is None else new_dense)
+            )
     return found
 
 
-def _flat(cells: dict[str, list[Row]]) -> dict[str, tuple[str | None, float | None, float | None]]:
-    """Route, its time and dense's by cell and memory; what is left out as equal is filled in."""
+def _flat(cells: dict[str, list[list]]) -> dict[tuple[str, str, int, str], tuple]:
+    """Route, its time and dense's by layer, form, number of tokens and memory; what is left out as equal is filled in."""
     found = {}
     for name, rows in cells.items():
-        layer, _, kind = name.rpartition(" ")
-        if kind == "without":
-            continue
-        found |= _flat_rows(name, rows)
-        if kind == "whole":
-            differ = {row[0]: row for row in cells.get(f"{layer} without", [])}
-            found |= _flat_rows(f"{layer} without", [differ.get(row[0], row) for row in rows])
+        layer, _, form = name.rpartition(" ")
+        also = form == "whole" and f"{layer} without" not in cells
+        for m, _, dense_us, *runs in rows:
+            for memory, told in (("fast", runs[:2]), ("lean", runs[2:4])):
+                for kind in (form, "without") if also else (form,):
+                    found[layer, kind, m, memory] = (*told, dense_us)
     return found
 
 
-def _flat_rows(name: str, rows: list[Row]) -> dict[str, tuple[str | None, float | None, float | None]]:
-    found = {}
-    for m, _, dense_us, fast, fast_us, lean, lean_us, *fewer in rows:
-        found[f"{name} M={m}"] = fast, fast_us, dense_us
-        found[f"{name} lean M={m}"] = lean, lean_us, dense_us
-        found[f"{name} M={m - 1}, between"] = fewer[0] if fewer else fast, None, None
-    return found
-
-
-def _adapter_changes(name: str, part: str, before: dict | None, after: dict | None, plan: Plan) -> Iterator[Change]:
-    """Whose the layer is, and where both are known what runs the measured numbers of tokens."""
-    told = [None if one is None else one.get(VLLMS) or "ours" for one in (before, after)]
-    if told[0] != told[1]:
-        yield Change(f"{name}, {part}: {told[0]} → {told[1]}", None, None, None, None, None, None)
-    kind, compiled = name.partition(",")[0], SETTINGS[name.partition(", ")[2]][0] if name.partition(", ")[2] in SETTINGS else True
-    layer = {p.rpartition(".")[2]: layer for p, layer in merged_layers(dict(_models())[kind]).items()}[part]
-    unscaled = compiled and layer.scheme.dynamic
-    for m, cell in plan.table(key_of(layer.problem), sums=unscaled).items():
-        runs = [None if one is None else _runs(one, m) for one in (before, after)]
-        if runs[0] != runs[1]:
-            times = {short(route): timing.p50 for route, timing in cell.times(unscaled).items()} | {VLLMS: _vllms(cell, unscaled)}
-            dense = cell.dense(sums=unscaled)
-            us = None if dense is None else dense[1].p50
-            yield Change(f"{name}, {part} M={m}", *runs, *(times.get(run) for run in runs), us, us)
-
-
-def _runs(decided: dict, m: int) -> str:
-    return next((route for most, route in decided.get("ours", []) if most is None or m <= most), VLLMS)
-
-
-def _vllms(cell: Cell, unscaled: bool) -> float | None:
-    """Microseconds of vLLM's own product, or of the best dense route where it was not timed."""
-    found = [times[handover.RIVAL].p50 for times in (cell.times(unscaled), cell.timings) if handover.RIVAL in times]
-    dense = cell.dense(sums=unscaled)
-    return min(found) if found else None if dense is None else dense[1].p50
-
-
-def report(before: Frozen, after: Frozen, plan: Plan) -> list[str]:
+def report(before: Frozen, after: Frozen) -> list[str]:
     """Every change as a line of text; none where the states are equal."""
     if before == after:
         return []
-    found = changes(before, after, plan)
-    head = f"{'cell':62} {'before':20} {'µs':>9} {'dense µs':>9}   {'after':20} {'µs':>9} {'dense µs':>9}"
-    lines = [f"{after['plan']}: {len(found)} cells differ", head, *map(str, found)]
-    ratios = [log(one.after_us / one.before_us) for one in found if one.before_us and one.after_us and one.before != one.after]
+    found = changes(before, after)
+    lines = [f"{after['plan']}: {len(found)} cells differ", "\t".join(Change._fields)]
+    lines += ["\t".join("-" if value is None else str(value) for value in one) for one in found]
+    ratios = [one.after_us / one.before_us for one in found if one.before_us and one.after_us]
     if ratios:
-        lines.append(f"{len(ratios)} of them run another route, in {exp(fsum(ratios) / len(ratios)):.4f} of the time (geometric mean)")
-    for name in dict.fromkeys([*before["inspect"], *after["inspect"]]):
-        old, new = (state["inspect"].get(name, []) for state in (before, after))
-        lines += unified_diff(old, new, f"inspect --plan, before: {name}", "after", n=0, lineterm="")
+        lines.append(f"{len(ratios)} of them run in {geometric_mean(ratios):.4f} of the time (geometric mean)")
+    for section in ("keeps", "adapter"):
+        for name in dict.fromkeys([*before[section], *after[section]]):
+            one, other = (state[section].get(name) for state in (before, after))
+            both = [one, other] if isinstance(one, dict) and isinstance(other, dict) else [{"": one}, {"": other}]
+            lines += [
+                f"{section} {name}, {part}: {both[0].get(part)} → {told}" for part, told in both[1].items() if both[0].get(part) != told
+            ]
     heads = [{name: state.get(name) for name in ("plan", "measured")} for state in (before, after)]
     return lines if heads[0] == heads[1] else [*lines, f"{heads[0]} → {heads[1]}"]
+
+
+def write_csv(path: Path, found: Collection[Change]) -> None:
+    """A table of changes."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([Change._fields, *found])
 
 
 def main() -> None:
     """Write the data of both plans, or only show what would change."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if something would change")
-    check, changed = parser.parse_args().check, False
+    parser.add_argument("--csv", type=Path, help="also write the cells that change into this table")
+    arguments, changed, cells = parser.parse_args(), False, []
     for path in PLANS:
         file, found = data_file(path), frozen(path)
         if file.exists():
-            lines = report(json.loads(file.read_text(encoding="utf-8")), found, Plan.load(path))
+            before = json.loads(file.read_text(encoding="utf-8"))
+            lines = report(before, found)
+            cells += changes(before, found)
         else:
             lines = [f"{path.name}: there is no data yet"]
         changed = changed or bool(lines)
         print("\n".join(lines or [f"{path.name}: nothing differs"]))
-        if not check:
+        if not arguments.check:
             file.parent.mkdir(exist_ok=True)
             file.write_text(as_json(found), encoding="utf-8")
-    sys.exit(1 if check and changed else 0)
+    if arguments.csv:
+        write_csv(arguments.csv, cells)
+    sys.exit(1 if arguments.check and changed else 0)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,24 @@ def test_fakes_give_shapes_and_types(dtype, out):
             cusparselt.sparse_mm(q, compressed, None, 96, torch.float64)
 
 
+def test_many_tokens_share_plans():
+    steps = {m: cusparselt.token_step(m) for m in (1, 512, 513, 4096, 4097, 1 << 20)}
+    assert steps == {1: 16, 512: 16, 513: 64, 4096: 64, 4097: 128, 1 << 20: 128}
+    assert len({-(-m // step) * step for m, step in ((m, cusparselt.token_step(m)) for m in range(1, 32769))}) < 320
+
+
+def test_plans_are_made_where_they_are_not_known(monkeypatch):
+    class Plans:
+        def known(self, wanted):
+            return "known" if wanted == (1,) else None
+
+        def make(self, wanted):
+            return f"made for {wanted}"
+
+    monkeypatch.setattr(cusparselt, "plans", Plans())
+    assert cusparselt.plan_for((1,)) == "known" and cusparselt.plan_for((2,)) == "made for (2,)"
+
+
 def on_gpu(test):
     return pytest.mark.needs_gpu(pytest.mark.skipif(REASON is not None, reason=f"no cuSPARSELt: {REASON}")(test))
 

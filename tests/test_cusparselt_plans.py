@@ -13,7 +13,7 @@ import torch
 from slidesparse.errors import UnsupportedError
 from slidesparse.ops import cusparselt_plans, cusparselt_search
 from slidesparse.ops.cusparselt import Algorithm
-from slidesparse.ops.cusparselt_plans import Multiplication, Plan, Plans
+from slidesparse.ops.cusparselt_plans import LibraryPlan, Multiplication, Plans
 
 WANTED = Multiplication(0, 64, 96, 16, torch.int8, torch.bfloat16, True, "alg=3,split_k=2")
 
@@ -77,7 +77,7 @@ def recorder(monkeypatch) -> Recorder:
 
 
 def test_a_plan_describes_the_transposed_product_and_sets_its_algorithm(recorder):
-    plan = Plan(WANTED)
+    plan = LibraryPlan(WANTED)
     assert recorder.calls == [
         ("structured_descriptor_init", 1, 64, 96, 96, 16, 3, 2, 0),
         ("dense_descriptor_init", 1, 16, 96, 96, 16, 3, 2),
@@ -99,7 +99,7 @@ def test_a_plan_describes_the_transposed_product_and_sets_its_algorithm(recorder
 def test_a_refused_plan_leaves_nothing_behind_and_says_what_was_asked(recorder, failing):
     recorder.failing = failing
     with pytest.raises(UnsupportedError, match=r"n=64, k=96, m=16.*alg=3.*NOT_SUPPORTED"):
-        Plan(WANTED)
+        LibraryPlan(WANTED)
     gc.collect()
     assert not recorder.needs
 
@@ -139,7 +139,7 @@ def test_a_call_passes_pointers_and_the_current_stream(recorder, monkeypatch):
     monkeypatch.setattr(cusparselt_plans, "current_stream", lambda device: 77)
     q, compressed, alpha = torch.zeros(16, 96, dtype=torch.int8), torch.zeros(3840, dtype=torch.uint8), torch.ones(64)
     y = torch.empty(16, 64, dtype=torch.bfloat16)
-    for plan, vector in ((Plan(WANTED), alpha), (Plan(WANTED), None)):
+    for plan, vector in ((LibraryPlan(WANTED), alpha), (LibraryPlan(WANTED), None)):
         plan.run(q, compressed, vector, y)
         name, at, *rest = recorder.calls[-1]
         assert (name, *rest) == ("matmul", compressed.data_ptr(), q.data_ptr(), y.data_ptr(), 0.0, 77)
@@ -237,7 +237,7 @@ class Event:
 def test_a_search_returns_the_fastest_that_are_right_and_names_the_others(dtype, out, monkeypatch, caplog, rng):
     properties = type("", (), {"multi_processor_count": 132})
     for module, name, value in (
-        (cusparselt_search, "Plan", Imitation),
+        (cusparselt_search, "LibraryPlan", Imitation),
         (cusparselt_search, "capability", lambda device: (9, 0)),
         (cusparselt_plans, "library", lambda: Recorder),
         (torch.cuda, "Event", Event),

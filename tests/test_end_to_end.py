@@ -26,6 +26,7 @@ SMALL = {
     "head_dim": 16,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
+    "eos_token_id": None,  # random models end texts where they please
 }
 ARCHITECTURES = {
     "llama": ("LlamaConfig", {}),

@@ -11,7 +11,7 @@ import torch
 from slidesparse import ops, reference
 from slidesparse.format import SCHEMES, Scheme
 from slidesparse.ops import fused as kernels
-from slidesparse.ops.launch import Launch
+from slidesparse.ops.row_config import RowConfig
 from slidesparse.pattern import Pattern
 from slidesparse.testing import check_bitwise
 
@@ -88,7 +88,7 @@ def check_rows(got: tuple[torch.Tensor, ...], h: torch.Tensor, scheme: Scheme, p
     assert equal.float().mean() > 0.999 or equal.numel() - equal.sum() <= 2, f"{h.dtype}: {equal.float().mean()} are equal"
 
 
-def check_fused(device: str, m: int, k: int, dtype: torch.dtype, pattern: str | None, scheme: str, launch=None, compiled=True) -> None:
+def check_fused(device: str, m: int, k: int, dtype: torch.dtype, pattern: str | None, scheme: str, config=None, compiled=True) -> None:
     made = inputs(m, k, dtype, device)
     twin = {name: tensor.cpu() for name, tensor in made.items()}
     parsed, chosen = (Pattern.parse(pattern) if pattern else None), SCHEMES[scheme]
@@ -104,7 +104,7 @@ def check_fused(device: str, m: int, k: int, dtype: torch.dtype, pattern: str | 
         else:
             given = [extra.get(name) for name in ("residual", "scale", "channel", "bias")]
             got = kernels.launch_norm(
-                made["x"], made["weight"], given[0], EPS, chosen.dtype, text, *given[1:], width, 1, launch, fused=False
+                made["x"], made["weight"], given[0], EPS, chosen.dtype, text, *given[1:], width, 1, config, compiled=False
             )
         check_rows(got, normed, chosen, pattern, width)
         if "residual" in names:
@@ -120,16 +120,16 @@ def check_fused(device: str, m: int, k: int, dtype: torch.dtype, pattern: str | 
             got = ops.silu_mul_quantize(both, chosen, pattern=parsed, width=width, rows=16, **extra)
         else:
             given = [extra.get(name) for name in ("scale", "channel", "bias")]
-            got = kernels.launch_silu(both, chosen.dtype, text, *given, width, 1, launch, fused=False)
+            got = kernels.launch_silu(both, chosen.dtype, text, *given, width, 1, config, compiled=False)
         check_rows(got, expected, chosen, pattern, width)
 
 
 def interpreted() -> None:
     """Everything the interpreter is asked for; runs in a process of its own, which Triton reads the choice from at import."""
     torch.manual_seed(int(sys.argv[1]))
-    for pattern, k, launch in (("6:8", 60, Launch(2, 8, 1)), (None, 61, Launch(8, 4, 1)), ("8:10", 175, Launch(8, 1, 1))):
-        check_fused("cpu", 7, k, torch.bfloat16, pattern, "int8", launch, compiled=False)
-    check_fused("cpu", 5, 33, torch.float32, "4:6", "int8", Launch(8, 8, 1), compiled=False)
+    for pattern, k, config in (("6:8", 60, RowConfig(2, 8, 1)), (None, 61, RowConfig(8, 4, 1)), ("8:10", 175, RowConfig(8, 1, 1))):
+        check_fused("cpu", 7, k, torch.bfloat16, pattern, "int8", config, compiled=False)
+    check_fused("cpu", 5, 33, torch.float32, "4:6", "int8", RowConfig(8, 8, 1), compiled=False)
 
 
 @needs_triton

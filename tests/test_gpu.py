@@ -11,8 +11,10 @@ from slidesparse import pack, prune, reference, testing
 from slidesparse.checkpoint import Recipe, convert
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES, Packed
-from slidesparse.gemm import Execution, Plan, Weights, key_of, use_plan
-from slidesparse.gemm.tuning import Layer, tune
+from slidesparse.gemm import Plan, Runner, Weights, key_of, use_plan
+from slidesparse.gemm.choose import choice_of
+from slidesparse.gemm.kernels import kernels
+from slidesparse.gemm.tune import LinearShape, tune
 from slidesparse.nn import SlideSparseLinear, place
 from slidesparse.ops import cusparselt
 from slidesparse.pattern import KNOWN, Pattern
@@ -56,9 +58,9 @@ def test_conversion_is_bitwise_the_cpus(tmp_path, scheme):
 
 
 CUDA_ROUTES = [
-    *(("int8", route) for route in ("dense:triton", "dense:cublaslt", "dense:exact", "restore:triton", "cusparselt:exact", "cusparselt")),
-    *(("fp8", route) for route in ("dense:rowwise", "dense:tensorwise", "dense:exact", "restore", "cusparselt:exact", "cusparselt")),
-    *((scheme, route) for scheme in ("bf16", "fp16") for route in ("dense:native", "restore", "cusparselt")),
+    *(("int8", route) for route in ("dense:triton", "dense:cublaslt", "dense:exact", "packed:triton", "slid:cusparselt:exact", "slid")),
+    *(("fp8", route) for route in ("dense:rowwise", "dense:tensorwise", "dense:exact", "packed", "slid:cusparselt:exact", "slid")),
+    *((scheme, route) for scheme in ("bf16", "fp16") for route in ("dense:native", "packed", "slid")),
     ("nvfp4", "dense"),
 ]
 
@@ -80,15 +82,15 @@ def run_or_skip(layer: SlideSparseLinear, x: torch.Tensor) -> torch.Tensor:
     try:
         return layer(x)
     except UnsupportedError as error:
-        if "cusparselt" in str(layer.backend) and "nvmath" in str(error):
+        if "slid" in str(layer.route) and "nvmath" in str(error):
             pytest.skip(str(error))
         raise
 
 
-def check_layer(layer: SlideSparseLinear, x: torch.Tensor, y: torch.Tensor, *, fused: bool = False) -> None:
+def check_layer(layer: SlideSparseLinear, x: torch.Tensor, y: torch.Tensor, *, compiled: bool = False) -> None:
     """Hold outputs to the policy: one rounding bitwise for int8, the others against float64 and torch's own float32 sums.
 
-    Where a compiler fused the epilogue it may have contracted a product and a sum: not bitwise, but no worse.
+    Where a compiler fused scales and bias, the product was rounded before, and a product and a sum may have been contracted.
     """
     scheme, bias = layer.scheme, layer.bias
     if scheme.dynamic:
@@ -103,9 +105,8 @@ def check_layer(layer: SlideSparseLinear, x: torch.Tensor, y: torch.Tensor, *, f
     plain = exact.float() if scheme.name != "fp8" else q.float() @ values.float().t() * scales.view(1, -1) * x_scale
     if bias is not None:
         exact, plain = exact + bias.double(), plain + bias.float()
-    route = layer.backend or ""
-    twice = any(choice.backend.roundings(choice.variant) == 2 for _, choice in layer.routes)
-    if scheme.name == "int8" and route != "cusparselt" and not fused:
+    twice = compiled or any(kernels()[route.kernel].roundings(route.variant) == 2 for _, route in layer.routes)
+    if scheme.name == "int8" and not twice:
         testing.check_bitwise(y, reference.linear(q, x_scale, values, scales, bias, x.dtype))
     elif scheme.name == "fp8" and y.shape[0]:
         # Fast accumulation keeps fewer bits than float32: torch's own row-wise product, which takes multiples of 16, sets the measure.
@@ -124,22 +125,24 @@ def check_layer(layer: SlideSparseLinear, x: torch.Tensor, y: torch.Tensor, *, f
 @pytest.mark.parametrize(("scheme", "route"), CUDA_ROUTES, ids=lambda value: value)
 def test_every_route_keeps_the_tolerance_policy(scheme, route, m):
     layer = layer_on_gpu(scheme, 272, 528)
-    layer.backend = route
+    layer.route = route
     x = tokens(m, 528, layer.bias.dtype)
     check_layer(layer, x, run_or_skip(layer, x))
 
 
-@pytest.mark.parametrize("route", ["cusparselt", "cusparselt:exact", "dense"])
+@pytest.mark.parametrize("route", ["slid", "slid:cusparselt:exact", "dense"])
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 @pytest.mark.parametrize(("n", "k", "pattern"), [(272, 528, "6:8"), (264, 508, "4:6"), (256, 512, "2:4")])
 def test_later_calls_decide_nothing_anew_and_give_the_same(scheme, route, n, k, pattern):
     layer = layer_on_gpu(scheme, n, k, pattern)
-    layer.backend = route
+    layer.route = route
     wide = tokens(600, k + 24, torch.bfloat16)
     for x in (wide[:100, 8 : k + 8], wide[:33, :k].contiguous(), wide[:1, 1 : k + 1], wide[:, :k]):
         first = run_or_skip(layer, x)
         check_layer(layer, x, first)
         testing.check_bitwise(layer(x), first)
+        with torch.device("cuda"):  # somebody looks: through the ops
+            testing.check_bitwise(layer(x), first)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = layer(x)
@@ -147,40 +150,38 @@ def test_later_calls_decide_nothing_anew_and_give_the_same(scheme, route, n, k, 
         graph.replay()
         testing.check_bitwise(captured, first)
     with pytest.raises((ValueError, RuntimeError), match=r"[Bb]ias must"):
-        layer._execution(wide[:100, 8 : k + 8], layer.bias[:-1])
-    assert layer._execution._ready.decided
+        layer._runner(wide[:100, 8 : k + 8], layer.bias[:-1])
+    assert layer._runner.ready.calls
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 @pytest.mark.parametrize(("n", "k"), [(264, 508), (272, 528)])
-def test_later_sums_are_the_first(scheme, n, k):
+def test_later_unscaled_products_are_the_first(scheme, n, k):
     if reason := cusparselt.unavailable("cuda"):
         pytest.skip(reason)
     layer, x = layer_on_gpu(scheme, n, k, bias=False), tokens(600, k, torch.bfloat16)
-    execution = Execution(Weights(layer.packed, layer.scheme, layer.weight_scale), backend="cusparselt", sums=True)
-    execution.prepare(torch.bfloat16, x.device)
+    run = Runner(Weights(layer.packed, layer.scheme, layer.weight_scale), route="slid", unscaled=True)
     for part in (x[:50], x):
-        first, again = execution.sums(part), execution.sums(part)
-        for one, other in zip(first, again, strict=True):
+        first = run.unscaled(part)
+        bound = len(run.ready.calls)
+        for one, other in zip(first, run.unscaled(part), strict=True):
             testing.check_bitwise(one.contiguous(), other.contiguous())
-    assert len(execution._ready.decided) == 2
+        assert len(run.ready.calls) == bound > 0
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:6", "8:10", "14:16"])
-@pytest.mark.parametrize(
-    ("scheme", "route"), [("int8", "dense"), ("int8", "cusparselt:exact"), ("fp8", "cusparselt"), ("bf16", "cusparselt")]
-)
+@pytest.mark.parametrize(("scheme", "route"), [("int8", "dense"), ("int8", "slid:cusparselt:exact"), ("fp8", "slid"), ("bf16", "slid")])
 def test_routes_take_ragged_layers_of_every_pattern(scheme, route, pattern):
     layer = layer_on_gpu(scheme, 264, 508, pattern, bias=False)
-    layer.backend = route
+    layer.route = route
     x = tokens(33, 508, torch.bfloat16)
     check_layer(layer, x, run_or_skip(layer, x))
 
 
-@pytest.mark.parametrize(("scheme", "route"), CUDA_ROUTES[:-1], ids=lambda value: value)
+@pytest.mark.parametrize(("scheme", "route"), [*CUDA_ROUTES[:-1], ("int8", None), ("fp8", None), ("bf16", None)], ids=str)
 def test_routes_compile_whole_and_replay_in_graphs_and_on_streams(scheme, route):
     layer = layer_on_gpu(scheme, 256, 512)
-    layer.backend = route
+    layer.route = route
     wide = tokens(96, 600, layer.bias.dtype)
     x = wide[:, 40:552]
     eager = run_or_skip(layer, x)
@@ -188,7 +189,7 @@ def test_routes_compile_whole_and_replay_in_graphs_and_on_streams(scheme, route)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for part in (x, x[:40], x[:17]):
-        check_layer(layer, part, compiled(part), fused=True)
+        check_layer(layer, part, compiled(part), compiled=route is None and layer.scheme.dynamic)
     static, graph = torch.zeros_like(x), torch.cuda.CUDAGraph()
     layer(static)
     with torch.cuda.graph(graph):
@@ -213,7 +214,7 @@ def test_routes_compile_whole_and_replay_in_graphs_and_on_streams(scheme, route)
 def test_a_row_that_is_not_finite_spoils_only_itself():
     for scheme, route in CUDA_ROUTES:
         layer = layer_on_gpu(scheme, 256, 512)
-        layer.backend = route
+        layer.route = route
         x = tokens(20, 512, layer.bias.dtype)
         x[3, 7], x[5, 9] = float("nan"), float("inf")
         try:
@@ -253,14 +254,16 @@ def test_capture_before_the_first_call_is_refused():
 
 
 def test_tuning_measures_checks_and_resumes(tmp_path):
-    layers = [Layer(512, 768, Pattern.parse(pattern), SCHEMES[scheme]) for pattern, scheme in (("6:8", "int8"), ("2:4", "fp8"))]
+    layers = [LinearShape(512, 768, Pattern.parse(pattern), SCHEMES[scheme]) for pattern, scheme in (("6:8", "int8"), ("2:4", "fp8"))]
     path, seen = tmp_path / "plan.json", []
     plan = tune(layers, path, ms=(1, 16, 100), progress=lambda done, total, what: seen.append((done, total)))
     assert seen[-1] == (6, 6)
     for layer in layers:
         for m in (1, 16, 100):
             cell = plan.cells[key_of(layer.problem)][m]
-            assert cell.best("dense") and cell.best("restore") and all(t.p20 <= t.p50 <= t.p80 for t in cell.timings.values())
+            for times in (cell.whole, cell.unscaled):
+                assert {"dense", "packed"} <= {route.layout for route in times}
+                assert all(t.p20 <= t.p50 <= t.p80 for t in times.values())
             assert not any(reason.startswith("max error") for reason in cell.dropped.values()), cell.dropped
     seen.clear()
     assert tune(layers, path, ms=(1, 16, 100), progress=lambda done, total, what: seen.append((done, total))) == Plan.load(path)
@@ -270,9 +273,7 @@ def test_tuning_measures_checks_and_resumes(tmp_path):
         chosen = layer_on_gpu("int8", 512, 768, bias=False)
         x = tokens(100, 768, torch.bfloat16)
         y = chosen(x)
-        measured = plan.cells[key_of(layers[0].problem)]
-        assert [str(choice) for _, choice in chosen.routes][-1] == measured[100].pick("fast")
-        chosen.backend = str(chosen.routes[-1][1])
+        assert chosen.routes == choice_of(Plan.load(path), layers[0].problem)[1]
         check_layer(chosen, x, y)
     finally:
         use_plan(None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slidesparse.ops import library
+from slidesparse.ops import launch, library
 
 
 class Mode(TorchDispatchMode):
@@ -21,13 +21,13 @@ def watchers():
 
 
 def test_modes_profilers_and_transforms_watch() -> None:
-    assert not library._watched()
+    assert not launch._watched()
     for watcher in watchers():
         with watcher:
-            assert library._watched()
+            assert launch._watched()
     seen = []
-    torch.func.vmap(lambda x: (seen.append(library._watched()), x)[1])(torch.ones(2))
-    assert seen == [True] and not library._watched()
+    torch.func.vmap(lambda x: (seen.append(launch._watched()), x)[1])(torch.ones(2))
+    assert seen == [True] and not launch._watched()
 
 
 class OnCard:
@@ -47,12 +47,12 @@ def op():
 
 def test_a_plain_tensor_on_a_card_goes_to_the_kernel(op, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "current_device", lambda: 0)
-    monkeypatch.setattr(library, "_PLAIN", (OnCard,))
+    monkeypatch.setattr(launch, "_PLAIN", (OnCard,))
     assert op(OnCard(), 3) == ("kernel", 3)
     for watcher in watchers():
         # The dispatcher takes tensors only, which shows that it was asked.
         with watcher, pytest.raises(RuntimeError, match="stands_for_any"):
             op(OnCard(), 3)
-    monkeypatch.setattr(library, "_PLAIN", (torch.Tensor,))
+    monkeypatch.setattr(launch, "_PLAIN", (torch.Tensor,))
     with pytest.raises(RuntimeError, match="stands_for_any"):
         op(OnCard(), 3)

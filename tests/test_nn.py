@@ -188,9 +188,10 @@ def test_bad_arguments_are_refused() -> None:
     infinite[4, 5] = float("inf")
     with pytest.raises(WeightError, match="row 4, column 5 is inf"):
         SlideSparseLinear.from_dense(infinite, pattern="6:8", scheme="bf16")
-    layer.backend = "nowhere"
+    layer.route = "nowhere"
     with pytest.raises(UnsupportedError, match="nowhere"):
         layer(torch.randn(1, 32))
+    assert layer.cpu().dense_weight().shape == (8, 32) and layer.routes == ()  # nothing of the refused route is left
     assert "pattern=6:8, scheme=bf16" in repr(layer)
 
 
@@ -315,14 +316,27 @@ def test_moving_to_where_it_is_keeps_what_was_made() -> None:
     layer = SlideSparseLinear.from_dense(masked(8, 32), torch.randn(8), pattern="6:8", scheme="int8")
     x = torch.randn(4, 32)
     expected = layer(x)
-    made = layer._execution._ready
+    made = layer._runner.ready
     layer.to("cpu")
-    assert layer._execution._ready is made
+    assert layer._runner.ready is made
     layer.half()
     assert layer.bias.dtype == torch.float16 and layer.weight_scale.dtype == torch.float32
     assert torch.allclose(layer.float()(x), expected, atol=0.01)
     layer.to("meta")
-    assert layer._execution is None
+    assert layer._runner is None
+
+
+def test_another_route_or_policy_counts_from_the_next_call() -> None:
+    layer = SlideSparseLinear.from_dense(masked(8, 32), pattern="6:8", scheme="int8")
+    x = torch.randn(4, 32)
+    expected = layer(x)
+    assert [str(route) for _, route in layer.routes] == ["dense:exact"] and layer.resident_bytes == 8 * 32
+    layer.route = "packed:exact64"
+    check_bitwise(layer(x), expected)
+    assert [str(route) for _, route in layer.routes] == ["packed:exact64"] and layer.resident_bytes == 0
+    layer.route, layer.memory = None, "lean"
+    check_bitwise(layer(x), expected)
+    assert [str(route) for _, route in layer.routes] == ["packed:exact"] and layer.resident_bytes == 0
 
 
 def test_public_names() -> None:

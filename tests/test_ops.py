@@ -12,7 +12,7 @@ import torch
 
 from slidesparse import ops, reference
 from slidesparse.format import SCHEMES
-from slidesparse.ops.launch import Launch
+from slidesparse.ops.row_config import RowConfig
 from slidesparse.pattern import Pattern
 from slidesparse.testing import check_bitwise
 
@@ -47,14 +47,14 @@ def padded(y: torch.Tensor, width: int) -> torch.Tensor:
     return torch.nn.functional.pad(y.view(bits), (0, width - y.shape[1])).view(y.dtype)
 
 
-def check_kernels(device: str, m: int, k: int, dtype: torch.dtype, patterns=PATTERNS, launches=(None,), fused: bool = True) -> None:
+def check_kernels(device: str, m: int, k: int, dtype: torch.dtype, patterns=PATTERNS, configs=(None,), compiled: bool = True) -> None:
     x = rows(m, k, dtype)
     there = x.to(device)
     # The interpreter's own conversion to e4m3 loses the carry into the exponent (Triton 3.6): compiled kernels only.
-    schemes = ("int8", "fp8") if fused else ("int8",)
-    for scheme, launch in itertools.product((SCHEMES[name] for name in schemes), launches):
+    schemes = ("int8", "fp8") if compiled else ("int8",)
+    for scheme, config in itertools.product((SCHEMES[name] for name in schemes), configs):
         q, scale = reference.quantize(x, scheme)
-        got, got_scale = kernels.launch_quantize(there, scheme.dtype, k + 5, 1, launch, fused=fused)
+        got, got_scale = kernels.launch_quantize(there, scheme.dtype, k + 5, 1, config, compiled=compiled)
         check_bitwise(got_scale.cpu(), scale)
         check_bitwise(got.cpu(), padded(q, k + 5))
         twice = (("6:8", 0, True),) if ("6:8", 0) in patterns else ()
@@ -63,24 +63,24 @@ def check_kernels(device: str, m: int, k: int, dtype: torch.dtype, patterns=PATT
             width = -(-pattern.slid_k(k, offset) // 8) * 8 + 8
             expected = padded(reference.lift(q, pattern, offset), width)
             got, got_scale = kernels.launch_quantize_lift(
-                there, pattern, scheme.dtype, offset, width, 16, launch, fused=fused, gather=gather
+                there, pattern, scheme.dtype, offset, width, 16, config, compiled=compiled, gather=gather
             )
             assert got.shape[0] == -(-m // 16) * 16
             check_bitwise(got_scale.cpu(), scale)
             check_bitwise(got[:m].cpu(), expected)
-            lifted = kernels.launch_lift(there, pattern, offset, width, 1, launch)
+            lifted = kernels.launch_lift(there, pattern, offset, width, 1, config)
             check_bitwise(lifted.cpu(), padded(reference.lift(x, pattern, offset), width))
 
 
 def interpreted() -> None:
     """Everything the interpreter is asked for; runs in a process of its own, which Triton reads the choice from at import."""
     torch.manual_seed(int(sys.argv[1]))
-    check_kernels("cpu", 13, 61, torch.bfloat16, launches=(Launch(8, 8, 1),), fused=False)
-    check_kernels("cpu", 13, 256, torch.bfloat16, patterns=(("6:8", 0), ("8:10", 3)), launches=(Launch(8, 16, 1),), fused=False)
+    check_kernels("cpu", 13, 61, torch.bfloat16, configs=(RowConfig(8, 8, 1),), compiled=False)
+    check_kernels("cpu", 13, 256, torch.bfloat16, patterns=(("6:8", 0), ("8:10", 3)), configs=(RowConfig(8, 16, 1),), compiled=False)
     # More chunks than stay in registers.
-    check_kernels("cpu", 13, 255, torch.bfloat16, patterns=(("6:8", 0), ("8:10", 0)), launches=(Launch(16, 1, 1),), fused=False)
-    check_kernels("cpu", 63, 9, torch.float16, patterns=(("6:8", 1),), fused=False)
-    check_kernels("cpu", 14, 30, torch.float32, patterns=(("6:8", 0),), fused=False)
+    check_kernels("cpu", 13, 255, torch.bfloat16, patterns=(("6:8", 0), ("8:10", 0)), configs=(RowConfig(16, 1, 1),), compiled=False)
+    check_kernels("cpu", 63, 9, torch.float16, patterns=(("6:8", 1),), compiled=False)
+    check_kernels("cpu", 14, 30, torch.float32, patterns=(("6:8", 0),), compiled=False)
 
 
 @needs_triton
@@ -134,9 +134,9 @@ def test_int8_compiles_for_cards_without_e4m3():
     from triton.compiler import ASTSource
 
     from slidesparse.ops.kernels_quantize import quantize_kernel as kernel
-    from slidesparse.ops.launch import row_constants
+    from slidesparse.ops.row_config import row_constants
 
-    constants = row_constants(Launch(1, 32, 1), 256, 256, 0, torch.int8, True, False)
+    constants = row_constants(RowConfig(1, 32, 1), 256, 256, 0, torch.int8, True, False)
     types = {"x": "*bf16", "q": "*i8", "scale_out": "*fp32", "m": "i32", "k": "i32", "width": "i32", "stride": "i32"}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): constants[name] for name in signature if name not in types})

@@ -1,298 +1,254 @@
-"""Plans: the choice never loses to dense, files are checked, and layers follow the plan in force."""
+"""Plans on disk: files come back as they were, are checked, merged and freed of what is stale; and which plan is in force."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from sys import maxsize
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
+from plans import HERE, at, plan_of, problem_of, times
 from slidesparse import gemm
 from slidesparse.errors import CheckpointError
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Cell, Execution, Plan, Problem, active, execution, key_of, routes
-from slidesparse.gemm.handover import within_engine
-from slidesparse.gemm.machine import Machine, kernels_hash
-from slidesparse.gemm.tuning import BUCKETS, Layer, merged_layers, rank_layers
-from slidesparse.measure import Timing
+from slidesparse.gemm import Cell, Plan, Route, key_of, plans
+from slidesparse.gemm.explain import elsewhere
+from slidesparse.gemm.machine import Machine
+from slidesparse.gemm.tune import LinearShape
+from slidesparse.gemm.versions import kernel_versions
 from slidesparse.pattern import Pattern
-from test_gemm import layer
 
 KEY = (24, 64, "6:8", "int8")
-HERE = Machine("NVIDIA H200", "580", "13.0", "2.11.0", "3.6.0", "0.8.0", kernels_hash())
+SLID = Route("slid", "cusparselt", "alg=7")
+DEFAULT = Route("slid", "cusparselt", "default")
 
 
-def at(us: float, spread: float = 0.0) -> Timing:
-    return Timing(us, us - spread, us + spread)
+def cell(m: int, slid: float = 20.0, versions: dict[str, str] | None = None) -> Cell:
+    found = times(dense=10, packed=15) | {SLID: at(slid), DEFAULT: at(slid + 1)}
+    return Cell(m, found, {SLID: at(slid / 2)}, {}, versions or {"cusparselt": "1-a", "triton": "1-b"})
 
 
-def cell(m: int, dense: float = 10.0, sparse: float = 20.0, spread: float = 0.0) -> Cell:
-    times = {"dense:triton": at(dense, spread), "dense:cublaslt": at(dense * 2), "restore:triton": at(dense + 5), "restore:exact": at(0.01)}
-    return Cell(m, times | {"cusparselt:": at(sparse, spread), "cusparselt:alg=7": at(1e7)})
-
-
-@given(st.floats(1, 1e6), st.floats(1, 1e6), st.floats(0, 0.3))
-def test_another_backend_runs_only_where_it_beats_dense_by_more_than_the_spread(dense, sparse, spread):
-    measured = cell(16, dense, sparse, spread * min(dense, sparse))
-    picked = measured.pick("fast")
-    assert picked in ("dense:triton", "cusparselt:")
-    if picked != "dense:triton":
-        assert measured.timings[picked].p80 < measured.timings["dense:triton"].p20
-    else:
-        assert measured.timings["cusparselt:"].p80 >= measured.timings["dense:triton"].p20
-    assert measured.pick("lean") == "restore:exact"
-
-
-def test_between_measured_numbers_both_neighbours_must_agree():
-    plan = Plan(HERE)
-    assert plan.route(KEY, 5, "fast") is None
-    for one in (cell(16), cell(256, sparse=5), cell(1024, sparse=4), cell(4096)):
+def saved(path: Path, *cells: Cell, machine: Machine = HERE) -> Path:
+    plan = Plan(machine)
+    for one in cells:
         plan.add(KEY, one)
-    routes = {m: plan.route(KEY, m, "fast") for m in (1, 16, 17, 255, 256, 300, 1024, 1025, 4095, 4096, 90000)}
-    sparse = {m for m, route in routes.items() if route == "cusparselt:"}
-    assert sparse == {256, 300, 1024} and set(routes.values()) == {"dense:triton", "cusparselt:"}
-    assert {plan.route(KEY, m, "lean") for m in routes} == {"restore:exact"}
-    assert plan.pays_from(KEY) is None
-    plan.add(KEY, cell(4096, sparse=3))
-    assert plan.pays_from(KEY) == 256 and plan.route(KEY, 90000, "fast") == "cusparselt:"
-
-
-def test_a_median_is_enough_next_to_a_number_that_leaves_no_doubt():
-    sure, likely, dense = cell(16, sparse=5), cell(16, sparse=9.5, spread=1), cell(16, sparse=10)
-    for cells, sparse in (
-        ((sure, likely, sure), {1, 2, 3, 4, 5}),
-        ((likely, likely, sure), {3, 4, 5}),
-        ((sure, likely, dense), {1, 2, 3}),
-        ((dense, likely, dense), set()),
-        ((likely, dense, sure), {5}),
-        ((likely,), set()),
-    ):
-        plan = Plan(HERE)
-        for m, one in zip((1, 3, 5), cells, strict=False):
-            plan.add(KEY, replace(one, m=m))
-        assert {m for m in range(1, 6) if plan.route(KEY, m, "fast") == "cusparselt:"} == sparse
-        assert {plan.route(KEY, m, "lean") for m in range(1, 6)} == {"restore:exact"}
-    plan.add(KEY, replace(sure, m=3))
-    assert plan.route(KEY, 1, "fast", {"cusparselt:"}) == "dense:triton"
-
-
-def test_fewer_tokens_than_the_smallest_tile_has_rows_take_what_was_measured_there():
-    plan = Plan(HERE)
-    plan.add(KEY, cell(16, sparse=5))
-    plan.add(KEY, cell(64, sparse=5))
-    assert {plan.route(KEY, m, "fast") for m in (1, 8, 15, 16)} == {"cusparselt:"} and plan.route(KEY, 3, "lean") == "restore:exact"
-    plan.add(KEY, cell(1))
-    assert {plan.route(KEY, m, "fast") for m in (1, 8, 15)} == {"dense:triton"}
-    plan = Plan(HERE)
-    plan.add(KEY, cell(17, sparse=5))
-    assert plan.route(KEY, 16, "fast") == "dense:triton" and plan.route(KEY, 17, "fast") == "cusparselt:"
-
-
-def test_routes_that_cannot_run_here_make_way_for_the_next_best():
-    plan, times = (
-        Plan(HERE),
-        {"dense:other": at(5), "dense:triton": at(10), "cusparselt:": at(8), "cusparselt:alg=7": at(7), "restore:exact": at(30)},
-    )
-    plan.add(KEY, Cell(16, times))
-    assert plan.routes(KEY) == sorted(times) and plan.route(KEY, 16, "fast") == "dense:other"
-    assert plan.route(KEY, 16, "fast", {"dense:other"}) == "cusparselt:alg=7"
-    assert plan.route(KEY, 16, "fast", {"dense:other", "cusparselt:alg=7"}) == "cusparselt:"
-    assert plan.route(KEY, 16, "lean", {"restore:exact"}) is None
-
-
-def test_where_a_compiler_fuses_the_rest_bare_products_decide():
-    plan, whole = Plan(HERE), {"dense:triton": at(10), "cusparselt:": at(11)}
-    plan.add(KEY, Cell(16, whole, {}, {"dense:triton": at(8), "cusparselt:": at(7), "restore:exact": at(20)}))
-    assert plan.route(KEY, 16, "fast") == "dense:triton"
-    assert plan.route(KEY, 16, "fast", sums=True) == "cusparselt:" and plan.route(KEY, 16, "lean", sums=True) == "restore:exact"
-    assert "restore:exact" in plan.routes(KEY)
-    assert plan.cells[KEY][16].dense() == ("dense:triton", at(10)) and plan.cells[KEY][16].dense(sums=True) == ("dense:triton", at(8))
-    quick = Cell(16, whole | {"dense:rowwise": at(6)}, {}, {"dense:triton": at(8), "cusparselt:": at(7)})
-    assert quick.dense(sums=True) == ("dense:rowwise", at(6)), "a whole linear leaves the consumer nothing to do"
-    assert quick.pick("fast", sums=True) == "dense:triton" and quick.pick("fast", {"dense:rowwise"}, sums=True) == "cusparselt:"
-    assert Cell(16, {"cusparselt:": at(1)}).dense() is None
-    plan.add(KEY, Cell(256, whole | {"dense:other": at(9)}))
-    assert plan.compares(KEY, "dense:triton") and plan.compares(KEY, "dense:triton", sums=True)
-    assert not plan.compares(KEY, "dense:other") and not plan.compares((1, 1, "6:8", "int8"), "dense:triton")
-    assert list(plan.table(KEY)) == [16, 256] and list(plan.table(KEY, sums=True)) == [16]
-    assert plan.route(KEY, 4096, "fast", sums=True) == "cusparselt:" and plan.pays_from(KEY, sums=True) == 16
-
-
-def test_a_rival_found_wrong_was_compared():
-    plan, times = Plan(HERE), {"dense:triton": at(10)}
-    plan.add(KEY, Cell(16, times, {"sums of dense:other": "max error 5 (allowed 4)"}, times))
-    assert plan.compares(KEY, "dense:other", sums=True) and not plan.compares(KEY, "dense:other")
-    plan.add(KEY, Cell(256, times, {"dense:other": "max error 5 (allowed 4)"}))
-    assert plan.compares(KEY, "dense:other", sums=True) and not plan.compares(KEY, "dense:other")
-
-
-def test_a_plan_comes_back_from_its_file(tmp_path):
-    plan, path = Plan(HERE), tmp_path / "deep" / "plan.json"
-    plan.add(KEY, Cell(16, {"dense:triton": at(10.5, 0.25)}, {"cusparselt:": "max error 3 (allowed 1)"}, {"dense:triton": at(9)}))
-    plan.add(KEY, cell(1))
     plan.save(path)
-    again = Plan.load(path)
-    assert again == plan and [file.name for file in path.parent.iterdir()] == ["plan.json"]
+    return path
+
+
+@pytest.mark.parametrize("text", ["dense:triton", "slid:cusparselt:alg=2,split_k=-1,mode=1", "slid:cusparselt:default", "packed:exact64"])
+def test_a_route_is_read_as_it_is_written(text: str) -> None:
+    assert str(Route.parse(text)) == text and Route.parse(str(Route.parse(text))) == Route.parse(text)
+
+
+@pytest.mark.parametrize("text", ["dense", "dense:", ":triton", ""])
+def test_what_names_no_kernel_is_no_route(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a route: write layout:kernel"):
+        Route.parse(text)
+
+
+def test_a_plan_comes_back_from_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "plan.json"
+    dropped = {"cusparselt": "runs on CUDA", "dense:cublaslt": "max error 3 (allowed 1)", "unscaled packed:triton": "wrong"}
+    plan = plan_of(KEY, {1: times(dense=10.25, slid_2=7)}, {1: times(dense=9.5)})
+    plan.add(KEY, Cell(16, {Route("dense", "triton"): at(10.5, 0.25)}, {}, dropped, {"triton": "1-b"}))
+    plan.add(KEY, cell(64))
+    plan.add((64, 64, "2:4", "bf16"), Cell(16, {Route("dense", "native"): at(3)}, {}, {}, {"native": "1-c"}))
+    plan.save(path)
+    assert Plan.load(path) == plan and [file.name for file in path.parent.iterdir()] == ["plan.json"]
+    plan.save(path)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert data["version"] == 2 and len(data["kernels"]) == 4, "cells of the same kernels share their versions"
+
+
+def test_a_file_names_the_versions_of_timed_kernels_only(tmp_path: Path) -> None:
+    path = saved(tmp_path / "plan.json", cell(16, versions={"cusparselt": "1-a", "triton": "1-b", "native": "1-c"}))
+    assert json.loads(path.read_text())["kernels"] == [{"cusparselt": "1-a", "triton": "1-b"}]
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data.update(version=2), "version 2"),
+        (lambda data: data.update(version=3), "plan version 3, this slidesparse reads 2: run tune again"),
         (lambda data: data.pop("machine"), "machine"),
         (lambda data: data["machine"].update(colour="red"), "colour"),
+        (lambda data: data.pop("kernels"), "kernels"),
         (lambda data: data["layers"][0].update(pattern="6:9"), "6:9"),
         (lambda data: data["layers"][0].update(n=-1), "-1"),
+        (lambda data: data["layers"][0].update(k=True), "True"),
         (lambda data: data["layers"][0].update(scheme="int3"), "int3"),
         (lambda data: data["layers"][0]["cells"][0].update(m=0), "0 tokens"),
+        (lambda data: data["layers"][0]["cells"][0].update(kernels=1), "out of range"),
+        (lambda data: data["layers"][0]["cells"][0].update(kernels=-1), "kernels -1"),
+        (lambda data: data["layers"][0]["cells"][0].pop("us"), "us"),
+        (lambda data: data["layers"][0]["cells"][0]["us"].update({"triton": [1, 1, 1]}), "'triton' is not a route"),
         (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [1, 2, 3]}), "dense:triton"),
         (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [float("nan")] * 3}), "nan"),
+        (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [0, 0, 0]}), "dense:triton"),
         (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [1, 1]}), "unpack"),
-        (lambda data: data["layers"][0]["cells"][0].update(sums_us={"dense:triton": [1, 2, 3]}), "dense:triton"),
+        (lambda data: data["layers"][0]["cells"][0].update(unscaled_us={"dense:triton": [1, 2, 3]}), "dense:triton"),
     ],
 )
-def test_a_damaged_plan_is_refused(tmp_path, damage, message):
-    plan, path = Plan(HERE), tmp_path / "plan.json"
-    plan.add(KEY, cell(16))
-    plan.save(path)
+def test_a_damaged_plan_is_refused(tmp_path: Path, damage, message: str) -> None:
+    path = saved(tmp_path / "plan.json", cell(16))
     data = json.loads(path.read_text())
     damage(data)
     path.write_text(json.dumps(data))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as caught:
         Plan.load(path)
-    path.write_text("{")
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "", "[" * 100_000])
+def test_what_is_no_json_is_no_plan(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text)
     with pytest.raises(CheckpointError, match="is not a plan"):
         Plan.load(path)
 
 
-def test_a_layer_follows_the_plan_by_number_of_tokens(monkeypatch):
-    weights, _ = layer(24, 64, "int8")
-    problem = Problem(24, 64, Pattern(6, 8), SCHEMES["int8"], "cpu", torch.bfloat16)
-    assert key_of(problem) == KEY
-    plan = Plan(HERE)
-    for m, other in ((1, "reference:float64"), (16, "reference:float64"), (64, "cusparselt:quick"), (128, "restore:rowwise")):
-        plan.add(KEY, Cell(m, {"dense:exact": at(10), other: at(5)}))
-    monkeypatch.setattr(execution, "active_plan", lambda: active.Active(plan, ()))
-    run = Execution(weights)
-    steps = run.planned_steps(replace(problem, device="cuda"))
-    monkeypatch.undo()
-    chosen = [(most, str(choice)) for most, choice in steps]
-    # Routes that cannot run here, or that neighbours do not share, give way to dense.
-    assert chosen[0] == (16, "reference:float64") and all(name.startswith("dense:") for _, name in chosen[1:])
-    assert [str(choice) for _, choice in run.planned_steps(problem)] == ["dense:exact"], "a CPU has no plan"
+def test_cells_of_another_plan_win() -> None:
+    plan, other = plan_of(KEY, {1: times(dense=1), 16: times(dense=2)}), plan_of(KEY, {16: times(dense=3), 64: times(dense=4)})
+    other.add((64, 64, "2:4", "bf16"), Cell(1, times(dense_native=5)))
+    plan.merge(other)
+    assert {m: one[Route("dense", "triton")].p50 for m, one in plan.times(KEY).items()} == {1: 1, 16: 3, 64: 4}
+    assert list(plan.times((64, 64, "2:4", "bf16"))) == [1]
 
 
-@pytest.mark.parametrize(
-    ("most", "backends"), [(1, "d"), (15, "d"), (16, "dr"), (17, "dr"), (64, "dr"), (65, "drd"), (99, "drd"), (128, "drd"), (999, "drd")]
-)
-def test_what_only_more_tokens_than_a_call_has_would_run_is_left_out(most, backends, monkeypatch):
-    weights, _ = layer(24, 64, "int8")
-    plan = Plan(HERE)
-    for m, other in ((1, at(20)), (16, at(5)), (64, at(5)), (128, at(20))):
-        plan.add(KEY, Cell(m, {"dense:exact": at(10), "reference:float64": other}))
-    monkeypatch.setattr(execution, "active_plan", lambda: active.Active(plan, ()))
-    steps = Execution(weights, most=most).planned_steps(Problem(24, 64, Pattern(6, 8), SCHEMES["int8"], "cuda", torch.bfloat16))
-    assert "".join(str(choice)[0] for _, choice in steps) == backends and steps[-1][0] == maxsize
+def test_times_of_changed_kernels_go() -> None:
+    plan = Plan(HERE, {KEY: {16: cell(16)}})
+    assert plan.keep({"cusparselt": "1-a", "triton": "1-b", "new": "1-z"}, algorithms=True) == frozenset() and len(plan.routes(KEY)) == 4
+    assert plan.keep({"cusparselt": "1-other"}, algorithms=True) == {"cusparselt"}, "a kernel that this process has not is no other one"
+    assert [str(route) for route in plan.routes(KEY)] == ["dense:triton", "packed:triton"]
+    assert list(plan.times(KEY)) == [16] and plan.times(KEY, unscaled=True) == {}
 
 
-@pytest.mark.parametrize(("slow", "backends"), [(10.2, "r"), (11, "rd")])
-@pytest.mark.parametrize("most", [64, 99, 128])
-def test_within_an_engine_a_layer_may_need_no_dense_copy(slow, backends, most):
-    weights, _ = layer(24, 64, "int8")
-    plan = Plan(HERE)
-    for m, other in ((1, 5), (16, 5), (64, slow), (128, slow), (256, 20)):
-        plan.add(KEY, Cell(m, {"dense:exact": at(10), "reference:float64": at(other)}))
-    chosen = within_engine(plan, KEY, "dense:exact", sums=False, most=most)
-    problem = Problem(24, 64, Pattern(6, 8), SCHEMES["int8"], "cuda", torch.bfloat16)
-    steps = Execution(weights, most=most, plan=chosen).planned_steps(problem)
-    assert "".join(str(choice)[0] for _, choice in steps) == backends
+def test_of_another_version_of_the_library_the_numbers_of_algorithms_go() -> None:
+    plan = Plan(HERE, {KEY: {16: cell(16)}})
+    assert plan.keep({}, algorithms=False) == frozenset()
+    assert [str(route) for route in plan.routes(KEY)] == ["dense:triton", "packed:triton", str(DEFAULT)]
 
 
-def test_plans_of_other_machines_stay_unused(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLIDESPARSE_CACHE", str(tmp_path))
+def test_times_are_told_in_rising_order_without_what_is_left_out() -> None:
+    plan = plan_of(KEY, {64: times(dense=1, slid=2), 1: times(slid=3)}, {64: times(slid=4)})
+    slid = Route("slid", "cusparselt", "alg=1")
+    assert list(plan.times(KEY)) == [1, 64] and plan.times(KEY, unscaled=True) == {64: {slid: at(4)}}
+    assert plan.times(KEY, without={slid}) == {64: times(dense=1)} and plan.times(KEY, unscaled=True, without={slid}) == {}
+    assert plan.times((1, 1, "6:8", "int8")) == {} and plan.routes((1, 1, "6:8", "int8")) == []
+
+
+@pytest.fixture
+def gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is in force on a card, by the files ``mine`` and ``shipped`` that a function is given to write."""
     shipped = tmp_path / "shipped.json"
-    monkeypatch.setattr(active, "this_machine", lambda: HERE)
-    monkeypatch.setattr(active, "_shipped", lambda gpu: shipped)
+    monkeypatch.setenv("SLIDESPARSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(plans, "this_machine", lambda: HERE)
+    monkeypatch.setattr(plans, "_shipped", lambda gpu: shipped)
+    monkeypatch.setattr(plans, "kernel_versions", lambda: {"cusparselt": "1-a", "triton": "1-b"})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: HERE.gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
-    def gathered(mine: Machine | None, theirs: Machine | None) -> active.Active:
-        for machine, path, sparse in ((mine, active.user_plan_path(), 1.0), (theirs, shipped, 2.0)):
+    def gather(mine: Plan | str | None, theirs: Plan | str | None) -> plans.Active:
+        for content, path in ((mine, plans.user_plan_path()), (theirs, shipped)):
             path.unlink(missing_ok=True)
-            if machine is not None:
-                plan = Plan(machine)
-                plan.add(KEY, cell(16, sparse=sparse))
-                plan.save(path)
-        active._gather.cache_clear()
-        return active._gather(0)
+            if isinstance(content, Plan):
+                content.save(path)
+            elif content is not None:
+                path.write_text(content)
+        gemm.plans.forget_plans()
+        return gemm.active_plan()
 
-    assert gathered(None, None).plan is None
-    assert gathered(None, HERE).plan.cells[KEY][16].timings["cusparselt:"].p50 == 2.0
-    assert gathered(HERE, HERE).plan.cells[KEY][16].timings["cusparselt:"].p50 == 1.0
-    other = gathered(replace(HERE, driver="600"), replace(HERE, driver="600"))
-    assert other.plan.cells[KEY][16].timings["cusparselt:"].p50 == 2.0, "shipped plans survive another driver, the user's do not"
-    assert any("unverified here (driver" in line for line in other.sources) and any("'580' here" in line for line in other.sources)
-    library = gathered(None, replace(HERE, cusparselt="0.9.0"))
-    assert "cusparselt:alg=7" not in library.plan.cells[KEY][16].timings, "another version numbers its algorithms anew"
-    assert "cusparselt:alg=7" in gathered(None, HERE).plan.cells[KEY][16].timings
-    assert gathered(None, replace(HERE, kernels="0")).plan is None
-    user = active.user_plan_path()
-    user.write_text("broken")
-    active._gather.cache_clear()
-    assert "is not a plan" in active._gather(0).sources[1]
-    active._gather.cache_clear()
+    yield gather
+    plans.forget_plans()
 
 
-def test_a_plan_chosen_by_the_program_holds(tmp_path):
-    plan, path = Plan(HERE), tmp_path / "plan.json"
-    plan.add(KEY, cell(16))
-    plan.save(path)
+def one(machine: Machine = HERE, slid: float = 1.0, m: int = 16, versions: dict[str, str] | None = None) -> Plan:
+    return Plan(machine, {KEY: {m: cell(m, slid, versions)}})
+
+
+def told(active: plans.Active) -> dict[int, float]:
+    return {m: found[SLID].p50 for m, found in active.plan.times(KEY).items() if SLID in found}
+
+
+def test_the_users_plan_lies_over_the_shipped_one(gathered) -> None:
+    assert gathered(None, None).plan is None and gathered(None, None).sources == (
+        "shipped plan: none for NVIDIA H200",
+        "your plan: none for NVIDIA H200",
+    )
+    assert told(gathered(None, one(slid=2))) == {16: 2} and told(gathered(one(), None)) == {16: 1}
+    assert told(gathered(one(), one(slid=2))) == {16: 1} and told(gathered(one(m=64), one(slid=2))) == {16: 2, 64: 1}
+
+
+def test_plans_of_other_software_and_cards(gathered) -> None:
+    newer = replace(HERE, driver="600")
+    other = gathered(one(newer), one(newer, slid=2))
+    assert told(other) == {16: 2}, "shipped plans survive another driver, the user's do not"
+    assert "unverified here (driver differ)" in other.sources[0] and "not used, driver is '580' here, '600' there" in other.sources[1]
+    assert gathered(None, one(replace(HERE, gpu="Another"))).plan is None
+    library = gathered(None, one(replace(HERE, cusparselt="0.9.0")))
+    assert SLID not in library.plan.cells[KEY][16].whole, "another version numbers its algorithms anew"
+    assert DEFAULT in library.plan.cells[KEY][16].whole
+
+
+def test_times_of_a_kernel_that_has_changed_are_not_used_and_that_is_said(gathered, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = gathered(None, one(versions={"cusparselt": "1-old", "triton": "1-b"}))
+    assert told(found) == {} and Route("dense", "triton") in found.plan.cells[KEY][16].whole
+    assert "kernel cusparselt" in found.sources[0]
+    (line,) = caplog.messages
+    assert "times of cusparselt are not used, their code has changed; run `slidesparse tune`" in line
+
+
+def test_a_plan_of_the_first_version_is_discarded_with_one_sentence(gathered, caplog: pytest.LogCaptureFixture) -> None:
+    first = {"version": 1, "date": "2026-01-01", "machine": asdict(HERE) | {"kernels": "0123"}, "layers": []}
+    with caplog.at_level(logging.WARNING):
+        found = gathered(json.dumps(first), one(slid=2))
+    assert told(found) == {16: 2}
+    assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
+    assert caplog.messages[0].endswith("plan version 1, this slidesparse reads 2: run tune again")
+
+
+def test_a_damaged_plan_of_the_users_does_not_stop_anything(gathered) -> None:
+    found = gathered("broken", one(slid=2))
+    assert told(found) == {16: 2} and "is not a plan" in found.sources[1]
+
+
+def test_a_plan_chosen_by_the_program_holds(tmp_path: Path) -> None:
+    path = saved(tmp_path / "plan.json", cell(16))
     gemm.use_plan(path)
     try:
-        assert gemm.active_plan().plan == plan
+        assert gemm.active_plan().plan == Plan.load(path) and gemm.active_plan().sources == ("chosen by the program",)
+        with pytest.raises(CheckpointError):
+            gemm.use_plan(tmp_path / "missing.json")
+        assert gemm.active_plan().plan == Plan.load(path)
     finally:
         gemm.use_plan(None)
-    with pytest.raises(CheckpointError):
-        gemm.use_plan(tmp_path / "missing.json")
-
-
-def test_merged_layers_are_those_of_serving_engines():
-    def one(n: int, scheme: str = "int8") -> Layer:
-        return Layer(n, 64, Pattern(6, 8), SCHEMES[scheme])
-
-    layers = {f"layers.{i}.attn.{name}": one(n) for i in range(2) for name, n in (("q_proj", 64), ("k_proj", 16), ("v_proj", 16))}
-    layers |= {"layers.0.mlp.gate_proj": one(96), "layers.0.mlp.up_proj": one(96), "layers.1.mlp.gate_proj": one(96)}
-    layers |= {"layers.1.mlp.up_proj": one(96, "fp8"), "layers.0.mlp.down_proj": one(64)}
-    merged = merged_layers(layers)
-    assert merged == {
-        "layers.0.attn.qkv_proj": one(96), "layers.1.attn.qkv_proj": one(96), "layers.0.mlp.gate_up_proj": one(192),
-        "layers.1.mlp.gate_proj": one(96), "layers.1.mlp.up_proj": one(96, "fp8"), "layers.0.mlp.down_proj": one(64),
-    }  # fmt: skip
-    assert rank_layers(merged, 1) == list(dict.fromkeys(merged.values()))
-    assert one(8).buckets == BUCKETS and len(replace(one(8), pattern=Pattern(2, 4)).buckets) == 5
-
-
-def test_ranks_hold_rows_or_columns_widened_where_a_group_is_cut():
-    layer = Layer(64, 3584, Pattern(4, 6), SCHEMES["int8"])
-    found = rank_layers({"a.qkv_proj": layer, "a.o_proj": layer, "b.odd_proj": replace(layer, n=63)}, 2)
-    # The second rank begins at column 1792, 4 past the start of a group: 4 zeros to its left, 28 to its right make 57 · 32 columns.
-    assert found == [replace(layer, n=32), replace(layer, k=1792), replace(layer, k=1824)]
+    assert gemm.active_plan().sources != ("chosen by the program",)
 
 
 @pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
-def test_the_shipped_plan_is_of_these_kernels(gpu):
-    """Whoever changes what linears run measures again, or takes the plan away: layers then run dense."""
-    plan = Plan.load(active._shipped(gpu))
-    assert plan.machine.gpu == gpu and plan.machine.kernels == kernels_hash()
+def test_a_shipped_plan_is_of_its_card_and_times_every_layout_in_which_a_layer_always_runs(gpu: str) -> None:
+    plan = Plan.load(plans._shipped(gpu))
+    assert plan.machine.gpu == gpu and plan.cells
     for key, table in plan.cells.items():
         for m, measured in table.items():
-            assert measured.best("dense") and measured.best("restore"), (key, m)
+            assert {"dense", "packed"} <= {route.layout for route in measured.whole}, (key, m)
+            assert measured.versions.keys() == {route.kernel for route in (*measured.whole, *measured.unscaled)}, (key, m)
 
 
-def test_what_another_library_timed_is_told_apart(monkeypatch):
-    timed = set(Plan.load(active._shipped("NVIDIA H100 80GB HBM3")).routes((37888, 3584, "6:8", "int8")))
-    monkeypatch.setattr(routes, "_ROUTES", {name: route for name, route in routes._ROUTES.items() if name != "cutlass"})
-    assert {route for route in timed if not routes.is_known(route)} == {"dense:cutlass", "restore:cutlass"}
+def test_what_another_library_timed_is_told_apart() -> None:
+    plan = plan_of(KEY, {16: times(dense=1, dense_elsewhere=1, packed_elsewhere=2, slid=3)}, {16: times(dense_other=1)})
+    assert set(map(str, elsewhere(plan, problem_of(KEY)))) == {"dense:elsewhere", "packed:elsewhere", "dense:other"}
+    assert "elsewhere" not in kernel_versions()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "bf16"])
+def test_a_layer_is_the_same_problem_wherever_its_plan_is_shown(scheme: str) -> None:
+    """A plan of a card is shown, and chooses, on machines without one: bytes of dense weights are those on the card."""
+    shape = LinearShape(24, 64, Pattern(6, 8), SCHEMES[scheme])
+    problem = problem_of((24, 64, "6:8", scheme))
+    assert key_of(shape.problem) == key_of(problem) and shape.problem.compute_dtype == problem.compute_dtype

@@ -8,8 +8,8 @@ import torch
 from slidesparse import reference
 from slidesparse.errors import CheckpointError, PatternError, UnsupportedError, WeightError
 from slidesparse.format import SCHEMES, Packed
-from slidesparse.integrations.claims import Claims, check_version, part_names
-from slidesparse.integrations.rank_weights import blank, check_loaded, cut, made_up, pack
+from slidesparse.integrations.engine.claims import Claims, check_version, part_names
+from slidesparse.integrations.engine.rank_weights import blank, check_loaded, cut, made_up, pack
 from slidesparse.pack import Shard, check_packed, restore
 from slidesparse.pack import pack as pack_rows
 from slidesparse.pattern import KNOWN, Pattern

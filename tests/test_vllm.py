@@ -21,7 +21,7 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_qu
 from slidesparse.checkpoint import Recipe, convert  # noqa: E402
 from slidesparse.errors import CheckpointError, PatternError, UnsupportedError, WeightError  # noqa: E402
 from slidesparse.format import MARKER, SCHEMES, PackedConfig, Scheme  # noqa: E402
-from slidesparse.gemm import prepared  # noqa: E402
+from slidesparse.gemm import op  # noqa: E402
 from slidesparse.integrations import vllm as adapter  # noqa: E402
 from slidesparse.integrations.vllm import methods  # noqa: E402
 from slidesparse.pattern import Pattern  # noqa: E402
@@ -247,7 +247,7 @@ def test_vllm_chooses_the_method_from_config_json(name: str, asked: str | None, 
 def test_settings_come_from_additional_config(checkpoints: Path) -> None:
     adapter.register()
     model = EngineArgs(model=str(checkpoints / "packed-int8"), skip_tokenizer_init=True, enforce_eager=True).create_model_config()
-    for chosen, loaded in (({"memory": "lean", "backend": "reference"}, "auto"), ({}, "dummy")):
+    for chosen, loaded in (({"memory": "lean", "route": "packed:exact64"}, "auto"), ({}, "dummy")):
         config = VllmConfig(
             model_config=model,
             device_config=DeviceConfig(device="cpu"),
@@ -256,10 +256,10 @@ def test_settings_come_from_additional_config(checkpoints: Path) -> None:
         )
         with set_current_vllm_config(config):
             found = methods.Settings.current()
-        assert (found.memory, found.backend) == (chosen.get("memory", "fast"), chosen.get("backend"))
+        assert (found.memory, found.route) == (chosen.get("memory", "fast"), chosen.get("route"))
         assert found.random == (loaded == "dummy") and found.most == config.scheduler_config.max_num_batched_tokens
-    config.additional_config = {"slidesparse": {"backends": "dense"}}
-    with set_current_vllm_config(config), pytest.raises(UnsupportedError, match="not backends"):
+    config.additional_config = {"slidesparse": {"layout": "dense"}}
+    with set_current_vllm_config(config), pytest.raises(UnsupportedError, match="knows memory and route, not layout"):
         methods.Settings.current()
 
 
@@ -287,15 +287,15 @@ def test_one_graph_for_any_number_of_tokens(rank: Callable) -> None:
 
 
 def test_layers_are_forgotten_with_their_model(rank: Callable) -> None:
-    before = len(prepared._PREPARED)
+    before = len(op._LAYERS)
     layer = layers.ColumnParallelLinear(64, 8, bias=False, quant_config=config_of("packed", "int8"), prefix="m.up_proj")
     load(layer, {None: part(8, 64, SCHEMES["int8"])}, "packed")
     name = layer.slidesparse_name
-    assert len(prepared._PREPARED) == before + 1
+    assert len(op._LAYERS) == before + 1
     del layer
-    assert len(prepared._PREPARED) == before
-    with pytest.raises(UnsupportedError, match="no prepared layer"):
-        prepared.linear(torch.randn(1, 64), name, None, 8)
+    assert len(op._LAYERS) == before
+    with pytest.raises(UnsupportedError, match="there is no layer"):
+        op.linear(torch.randn(1, 64), name, None, 8)
 
 
 def test_the_entry_point_names_the_register_function() -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from plans import HERE, at, plan_of, problem_of, times
+
 vllm = pytest.importorskip("vllm", reason="vllm is not installed: pip install 'slidesparse[vllm]'")
 
 from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
@@ -16,21 +18,21 @@ from vllm.model_executor.layers import linear as layers  # noqa: E402
 
 from slidesparse import reference  # noqa: E402
 from slidesparse.format import SCHEMES, PackedConfig  # noqa: E402
-from slidesparse.gemm import Execution, Plan, Problem, Weights, handover, use_plan  # noqa: E402
-from slidesparse.gemm.machine import Machine, kernels_hash  # noqa: E402
-from slidesparse.gemm.registry import refusal  # noqa: E402
-from slidesparse.gemm.tuning import Layer, tune  # noqa: E402
+from slidesparse.gemm import Plan, Problem, Route, Runner, Weights, use_plan  # noqa: E402
+from slidesparse.gemm.kernels import refusal  # noqa: E402
+from slidesparse.gemm.tune import LinearShape, tune  # noqa: E402
 from slidesparse.integrations import vllm as adapter  # noqa: E402
+from slidesparse.integrations.engine.policy import Decision  # noqa: E402
 from slidesparse.integrations.vllm import dense, methods  # noqa: E402
+from slidesparse.integrations.vllm_facts import KERNEL  # noqa: E402
 from slidesparse.pack import pack  # noqa: E402
 from slidesparse.pattern import Pattern  # noqa: E402
 from slidesparse.prune import prune  # noqa: E402
 from slidesparse.quant import quantize_weight  # noqa: E402
 from slidesparse.testing import check_bitwise  # noqa: E402
-from test_handover import measured  # noqa: E402
 from vllm_layers import config_of, load, model_config, part  # noqa: E402
 
-PATTERN, DTYPE = Pattern(6, 8), torch.bfloat16
+PATTERN, DTYPE, KEY = Pattern(6, 8), torch.bfloat16, (256, 512, "6:8", "int8")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -66,12 +68,21 @@ def test_what_checks_let_go_is_given_back_before_copies_are_made(config: VllmCon
     def told(name: str, run: Callable) -> Callable:
         return lambda *arguments, **rest: order.append(name) or run(*arguments, **rest)
 
-    for name in ("cut", "prepare"):
-        monkeypatch.setattr(methods, name, told(name, getattr(methods, name)))
+    monkeypatch.setattr(methods, "cut", told("cut", methods.cut))
+    monkeypatch.setattr(methods, "Runner", told("made ready", methods.Runner))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("given back"))
     packed_layer(*weights(16, 32, "fp8"), torch.randn(16), "fp8")
-    assert order == ["cut", "given back", "prepare"]
+    assert order == ["cut", "given back", "made ready"]
+
+
+def test_a_layer_gives_its_packed_weights_up_unless_they_are_read(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(methods, "Runner", lambda *arguments, **rest: made.append(Runner(*arguments, **rest)) or made[-1])
+    for memory, gone in (("fast", True), ("lean", False)):
+        monkeypatch.setattr(methods.Settings, "current", classmethod(lambda cls, memory=memory: methods.Settings(memory=memory)))
+        packed_layer(*weights(16, 32, "int8"), torch.randn(16), "int8")
+        assert made[-1].weights.packed.values.is_meta == gone == (made[-1].resident_bytes > 0)
 
 
 def test_a_16_bit_layer_given_back_is_an_ordinary_linear(config: VllmConfig) -> None:
@@ -83,47 +94,66 @@ def test_a_16_bit_layer_given_back_is_an_ordinary_linear(config: VllmConfig) -> 
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "scheme", "dtype", "device", "bias", "told"),
+    ("n", "k", "scheme", "dtype", "card", "bias", "told"),
     [
-        (64, 64, "bf16", DTYPE, "cuda", None, "int8 and fp8"),
-        (64, 64, "int8", DTYPE, "cpu", None, "on CUDA"),
-        (64, 64, "int8", torch.float32, "cuda", None, "16-bit output"),
-        (64, 64, "int8", DTYPE, "cuda", torch.float16, "bias of its type"),
-        (60, 64, "int8", DTYPE, "cuda", None, "multiples of 16"),
+        (64, 64, "bf16", DTYPE, (9, 0), None, "int8 and fp8"),
+        (64, 64, "int8", DTYPE, (0, 0), None, "on CUDA"),
+        (64, 64, "int8", torch.float32, (9, 0), None, "16-bit output"),
+        (64, 64, "int8", DTYPE, (9, 0), torch.float16, "bias of its type"),
+        (60, 64, "int8", DTYPE, (9, 0), None, "multiples of 16"),
     ],
 )
-def test_vllms_route_says_why_it_cannot_run(n, k, scheme, dtype, device, bias, told, config: VllmConfig) -> None:
-    problem = Problem(n, k, PATTERN, SCHEMES[scheme], device, dtype, bias)
-    assert told in refusal(f"dense:{dense.ROUTE}", problem)
+def test_vllms_kernel_says_why_it_cannot_run(n, k, scheme, dtype, card, bias, told, config: VllmConfig) -> None:
+    problem = Problem(n, k, PATTERN, SCHEMES[scheme], card, dtype, bias)
+    for layout in ("dense", "packed"):
+        assert told in refusal(Route(layout, KERNEL), problem)
 
 
-def test_the_plan_in_force_decides_with_what_vllm_has_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, object] = {}
-    monkeypatch.setattr(handover, "why_theirs", lambda plan, key, rival, **rest: told.update(rest, plan=plan, key=key, rival=rival))
-    monkeypatch.setattr(dense, "cannot_run", lambda plan, problem: frozenset({"cusparselt:alg=9"}))
-    plan = Plan(Machine("A card", "580", "13.0", "2.11.0", "3.6.0", "0.8.0", kernels_hash()))
-    use_plan(plan)
+@pytest.mark.parametrize(
+    ("slid", "swiglu", "most", "ours"), [(50, False, 77, True), (200, False, 77, False), (200, True, 77, True), (50, False, 8, False)]
+)
+def test_the_plan_in_force_decides_with_what_vllm_has_here(slid, swiglu, most, ours, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = {Route("slid", "cusparselt", "alg=9"): times(dense=1)[Route("dense", "triton")]}
+    bare = {8: times(dense_cutlass=100, slid=120) | absent, 64: times(dense_cutlass=100, slid=slid) | absent}
+    monkeypatch.setattr(dense, "cannot_run", lambda plan, problem: frozenset({Route("slid", "cusparselt", "alg=9")}))
+    use_plan(plan_of(KEY, {}, bare))
     try:
-        problem = Problem(256, 512, PATTERN, SCHEMES["int8"], "cuda", DTYPE)
-        assert dense.handed_over(problem, sums=True, most=77, swiglu=True) == (None, Plan(plan.machine, {}, plan.date))
-        assert told == {
-            "plan": plan, "key": (256, 512, "6:8", "int8"), "rival": "dense:cutlass", "sums": True, "without": {"cusparselt:alg=9"},
-            "most": 77, "swiglu": True,
-        }  # fmt: skip
-        dense.handed_over(Problem(256, 512, PATTERN, SCHEMES["bf16"], "cuda", DTYPE), sums=False, most=77, swiglu=False)
-        assert told["rival"] is None
+        found = dense.decided(problem_of(KEY), unscaled=True, most=most, swiglu=swiglu)
+        unmeasured = dense.decided(problem_of((256, 512, "6:8", "bf16")), unscaled=False, most=most, swiglu=False)
+        use_plan(Plan(HERE))
+        assert (
+            "nothing was measured: run `slidesparse tune --vllm`" in dense.decided(problem_of(KEY), unscaled=True, most=77, swiglu=True).why
+        )
     finally:
         use_plan(None)
+    assert (found.why is None) == ours and "nothing was measured" in unmeasured.why
+    if ours:
+        assert {str(route) for _, route in found.steps} == {"dense:cutlass" if swiglu else "slid:cusparselt:alg=1"}
 
 
 def test_settings_reach_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, object] = {}
-    monkeypatch.setattr(methods, "handed_over", lambda problem, **rest: told.update(rest))
+    monkeypatch.setattr(methods, "decided", lambda problem, **rest: told.update(rest) or Decision("the test says so"))
     monkeypatch.setattr(methods, "can_give_back", lambda *_: True)
     method = methods.PackedLinearMethod.__new__(methods.PackedLinearMethod)
-    method.settings, method.scheme = methods.Settings(most=77), SCHEMES["int8"]
-    method._handed_over(None, torch.device("cuda"), True, False)
-    assert told == {"sums": True, "most": 77, "swiglu": False}
+    method.scheme, method.settings = SCHEMES["int8"], methods.Settings(most=77)
+    assert method._decision(None, torch.device("cuda"), True, False).why == "the test says so"
+    assert told == {"unscaled": True, "most": 77, "swiglu": False}
+    for settings in (methods.Settings(route="dense"), methods.Settings(memory="lean")):
+        method.settings = settings
+        assert method._decision(None, torch.device("cuda"), True, False) == Decision(None), "the user has chosen how it runs"
+
+
+def test_what_a_decision_names_runs(config: VllmConfig, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan that comes with it chooses the routes, as on a card, by kernels that run anywhere."""
+    cells = {m: times(packed_exact=1, dense_exact=2) for m in (1, 16)}
+    monkeypatch.setattr(methods, "can_give_back", lambda *_: True)
+    monkeypatch.setattr(methods, "decided", lambda problem, **_: Decision(None, plan_of(KEY, cells, cells)))
+    monkeypatch.setattr(Problem, "cuda", property(lambda problem: True))
+    made = []
+    monkeypatch.setattr(methods, "Runner", lambda *arguments, **rest: made.append(Runner(*arguments, **rest)) or made[-1])
+    packed_layer(*weights(256, 512, "int8"), torch.randn(256), "int8")
+    assert [str(route) for _, route in made[0].routes] == ["packed:exact"] and made[0].resident_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -158,9 +188,7 @@ def test_a_cut_shard_is_given_back_as_the_ranks_own_columns(form: str, scheme: s
 @pytest.fixture
 def untuned() -> None:
     if torch.cuda.is_available():
-        from slidesparse.gemm.machine import this_machine
-
-        use_plan(Plan(this_machine()))
+        use_plan(Plan(HERE))
     yield
     use_plan(None)
 
@@ -188,20 +216,22 @@ def test_an_untuned_layer_is_what_vllm_makes_of_the_dense_checkpoint(scheme: str
 @on_gpu
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_vllms_product_is_timed_and_runs_where_a_plan_chose_it(scheme: str, config: VllmConfig, tmp_path: Path) -> None:
-    plan = tune([Layer(256, 512, PATTERN, SCHEMES[scheme])], tmp_path / "plan.json", ms=[16, 256])
+    plan = tune([LinearShape(256, 512, PATTERN, SCHEMES[scheme])], tmp_path / "plan.json", ms=[16, 256])
     (cells,) = plan.cells.values()
-    assert all(f"dense:{dense.ROUTE}" in cell.timings for cell in cells.values())
+    route = Route("dense", KERNEL)
+    assert all(route in cell.whole and route in cell.unscaled for cell in cells.values())
     weight, scale = weights(256, 512, scheme)
-    execution = Execution(Weights(pack(weight.cuda(), PATTERN), SCHEMES[scheme], scale.cuda()), backend=f"dense:{dense.ROUTE}")
+    runner = Runner(Weights(pack(weight.cuda(), PATTERN), SCHEMES[scheme], scale.cuda()), route=str(route))
     x = torch.randn(33, 512).cuda()
     exact = x.float() @ (weight.float() * scale).cuda().t()
-    assert float((execution(x) - exact).norm() / exact.norm()) < 0.05
+    assert float((runner(x) - exact).norm() / exact.norm()) < 0.05
 
 
 @pytest.mark.needs_gpu
 @on_gpu
 def test_a_layer_that_pays_is_ours(config: VllmConfig) -> None:
-    use_plan(measured(1, "dense:triton", "dense:cutlass"))
+    cells = {m: times(dense=100, dense_cutlass=100) | {Route("slid", "cusparselt", "default"): at(50)} for m in (1, 256)}
+    use_plan(plan_of(KEY, cells, cells))
     try:
         weight, scale = weights(256, 512, "int8")
         with torch.device("cuda"):

@@ -15,6 +15,7 @@ from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, set_c
 from vllm.model_executor.layers import linear as layers
 
 from slidesparse.format import SCHEMES
+from slidesparse.gemm import kernels
 from slidesparse.integrations.vllm import graph, methods, register
 from slidesparse.testing import check_bitwise, check_close
 from vllm_layers import config_of, load, model_config, oracle, part
@@ -59,7 +60,7 @@ def test_one_graph_and_one_op_whatever_the_number_of_tokens(compiled: None) -> N
             check_bitwise(run(x)[0], layer(x)[0])
     assert len(graphs) == 1
     calls = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function" and "slidesparse" in str(node.target)]
-    assert calls == ["slidesparse.sums.default"]
+    assert calls == ["slidesparse.linear_unscaled.default"]
 
 
 def test_vllms_compile_cache_tells_graphs_apart(tmp_path: Path, rank: Callable) -> None:
@@ -67,33 +68,42 @@ def test_vllms_compile_cache_tells_graphs_apart(tmp_path: Path, rank: Callable) 
     users = config.additional_config = {"slidesparse": {"memory": "fast"}}
     inner = dataclasses.replace(config)
     hashes = {(config.compute_hash(), inner.compute_hash())}
-    for name, how in (("m.up_proj", "sums"), ("m.down_proj", "sums"), ("m.down_proj", "dense")):
+    for name, how in (("m.up_proj", "unscaled"), ("m.down_proj", "unscaled"), ("m.down_proj", "dense")):
         assert graph.enter_cache_key((inner, config), name, how)
         hashes.add((config.compute_hash(), inner.compute_hash()))
     assert len(hashes) == len({outer for outer, _ in hashes}) == len({own for _, own in hashes}) == 4
     assert users == {"slidesparse": {"memory": "fast"}}
-    assert graph.enter_cache_key((config, None), "m.up_proj", "sums") and (config.compute_hash(), inner.compute_hash()) in hashes
+    assert graph.enter_cache_key((config, None), "m.up_proj", "unscaled") and (config.compute_hash(), inner.compute_hash()) in hashes
     config.additional_config = type("Own", (), {"compute_hash": lambda self: "own"})()
-    assert not graph.enter_cache_key((config,), "m.up_proj", "sums") and graph.enter_cache_key((None,), "m.up_proj", "sums")
+    assert not graph.enter_cache_key((config,), "m.up_proj", "unscaled") and graph.enter_cache_key((None,), "m.up_proj", "unscaled")
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "backend", "gives", "opened"),
+    ("kind", "size", "route", "opened"),
     [
-        (layers.ColumnParallelLinear, 2, None, True, True),
-        (layers.RowParallelLinear, 1, None, True, True),
-        (layers.RowParallelLinear, 2, None, True, False),  # ranks are summed before anything could fuse
-        (layers.ColumnParallelLinear, 1, "dense:exact", True, True),
-        (layers.ColumnParallelLinear, 1, "dense:exact", False, False),
+        (layers.ColumnParallelLinear, 2, None, True),
+        (layers.RowParallelLinear, 1, None, True),
+        (layers.RowParallelLinear, 2, None, False),  # ranks are summed before anything could fuse
+        (layers.ColumnParallelLinear, 1, "dense:exact", True),
+        (layers.ColumnParallelLinear, 1, "packed", True),
+        (layers.ColumnParallelLinear, 1, "dense:whole", False),  # it applies scales and bias itself
     ],
 )
-def test_what_stays_in_the_op(kind, size, backend, gives, opened, rank: Callable, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_stays_in_the_op(kind, size, route, opened, rank: Callable, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     rank(0, size)
-    monkeypatch.setattr(methods.Settings, "current", classmethod(lambda cls: methods.Settings(backend=backend)))
-    monkeypatch.setattr(methods, "refusal", lambda name, problem, sums: None if gives else "it applies them itself")
+    exact = kernels._KERNELS["exact"]
+    monkeypatch.setitem(kernels._KERNELS, "whole", dataclasses.replace(exact, name="whole", unscaled=None))
+    monkeypatch.setattr(methods.Settings, "current", classmethod(lambda cls: methods.Settings(route=route)))
     layer = kind(64, 16, bias=False, quant_config=config_of("packed", "int8"), prefix="m.up_proj")
-    load(layer, {None: part(16, 64, SCHEMES["int8"])}, "packed")
+    one = part(16, 64, SCHEMES["int8"])
+    load(layer, {None: one}, "packed")
     assert layer.quant_method.opened == opened
+    x = torch.randn(200, 64)
+    y = layer.quant_method.apply(layer, x[:, : layer.input_size_per_partition])
+    weight = one.weight[: y.shape[1], : layer.input_size_per_partition].contiguous()
+    x, scale = x[:, : weight.shape[1]].contiguous(), one.scale[: y.shape[1]]
+    exact_y = oracle(x, weight, scale, None, SCHEMES["int8"], torch.float64).detach()
+    check_close(y.detach(), exact_y, oracle(x, weight, scale, None, SCHEMES["int8"]).detach(), roundings=2)
 
 
 def test_only_where_vllm_compiles(tmp_path: Path, rank: Callable) -> None:

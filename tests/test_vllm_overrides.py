@@ -20,7 +20,7 @@ from vllm.model_executor.layers import linear as layers  # noqa: E402
 from slidesparse.checkpoint import Recipe, convert  # noqa: E402
 from slidesparse.errors import CheckpointError, PatternError  # noqa: E402
 from slidesparse.format import SCHEMES  # noqa: E402
-from slidesparse.gemm import prepared  # noqa: E402
+from slidesparse.gemm import op  # noqa: E402
 from slidesparse.integrations import vllm as adapter  # noqa: E402
 from slidesparse.pattern import Pattern  # noqa: E402
 from test_vllm import hold  # noqa: E402
@@ -92,8 +92,8 @@ def test_every_layer_runs_in_its_own_pattern(name: str, form: str, size: int, ch
                         parameter = getattr(layer, suffix)
                         parameter.weight_loader(parameter, tensors[f"{one}.{suffix}"], *(() if shard is None else (shard,)))
                 layer.quant_method.process_weights_after_loading(layer)
-                ready = prepared._PREPARED[int(layer.slidesparse_name)]
-                assert str(ready.problem.pattern) == patterns[block]
+                find, *_ = op._LAYERS[int(layer.slidesparse_name)]
+                assert str(find(torch.bfloat16, torch.device("cpu")).ready.problem.pattern) == patterns[block]
                 # Floating-point types are put together as bytes: the CPU cannot with all of them.
                 weights = [held(twin[f"{one}.weight"], kind, number, size).view(torch.uint8) for one in names]
                 weight, scale = torch.cat(weights).view(scheme.dtype), None

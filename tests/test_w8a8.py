@@ -33,6 +33,19 @@ def expected(q, weight, x_scale, w_scale, bias, dtype: torch.dtype) -> torch.Ten
     return reference.linear(q[: len(x_scale)], x_scale, weight, w_scale, bias, dtype)
 
 
+def check_bound(q, weight, x_scale, w_scale, bias, dtype: torch.dtype) -> None:
+    """What `bound_w8a8` makes gives what `w8a8` does, whole, and without token scales and bias, in memory of its own."""
+    m, (n, k) = len(x_scale), weight.shape
+    for unscaled in (False, True):
+        kind = None if bias is None else bias.dtype
+        bound = kernels.bound_w8a8(m, n, k, q.device, dtype, kind, unscaled)
+        expect = ops.w8a8(q[:m], weight, torch.ones_like(x_scale) if unscaled else x_scale, w_scale, None if unscaled else bias, dtype)
+        first, second = (bound(q[:m], x_scale, (weight,), w_scale, bias) for _ in range(2))
+        check_bitwise(first, expect)
+        check_bitwise(second, expect)
+        assert first.data_ptr() != second.data_ptr()
+
+
 def interpreted() -> None:
     """Everything the interpreter is asked for; runs in a process of its own, which Triton reads the choice from at import."""
     torch.manual_seed(int(sys.argv[1]))
@@ -48,6 +61,8 @@ def interpreted() -> None:
         for tile in tiles:
             for descriptors in (False, True) if k % 16 == 0 else (False,):
                 check_bitwise(kernels.launch_w8a8(*arguments, dtype, tile, descriptors=descriptors), expected(*arguments, dtype))
+        check_bound(*arguments, dtype)
+    check_bound(*operands(5, 40, kernels.LONG_K + 40, torch.bfloat16), torch.float16)  # its K is split
     # Sums past 2^24, which float32 rounds.
     q, weight, x_scale, w_scale, bias = operands(2, 3, 4096)
     q.fill_(127), weight.fill_(127)
@@ -97,6 +112,18 @@ def test_bad_requests_are_refused():
             ops.w8a8(*arguments)
 
 
+def test_more_ones_than_are_kept_belong_to_one_call(monkeypatch):
+    given, (q, weight, x_scale, w_scale, _) = [], operands(5, 6, 32)
+    monkeypatch.setattr(kernels, "_tile_call", lambda *_: lambda q, weight, y, token, channel, bias: given.append(token))
+    monkeypatch.setattr(kernels, "MOST_ONES", 4)
+    for m in (4, 5):
+        bound = kernels.bound_w8a8(m, 6, 32, q.device, torch.bfloat16, None, unscaled=True)
+        for _ in range(2):
+            bound(q[:m], x_scale[:m], (weight,), w_scale, None)
+        *_, first, second = given
+        assert (first is second) == (m == 4) and first.numel() == m and first.eq(1).all() and second.eq(1).all()
+
+
 def test_every_shape_gets_a_tile_that_fits():
     """Powers of two, no part of K empty, and no more shared memory than cards of 9.0, 8.0 and 8.9 have."""
     for m in (1, 16, 17, 64, 65, 256, 1000, 4096, 1 << 17):
@@ -136,6 +163,7 @@ def test_kernels_are_bitwise_the_oracle_on_a_gpu(m, dtype):
         check_bitwise(ops.w8a8(*arguments, dtype), expected(*arguments, dtype))
         if m:
             check_bitwise(kernels.launch_w8a8(*arguments, dtype, descriptors=False), expected(*arguments, dtype))
+            check_bound(*arguments, dtype)
 
 
 @pytest.mark.needs_gpu

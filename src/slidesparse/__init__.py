@@ -21,7 +21,7 @@ _HOMES = {
     "inspect": "checkpoint",
     "load": "integrations.transformers",
     "place": "nn",
-    "tune": "gemm.tuning",
+    "tune": "gemm.tune",
     "use_plan": "gemm",
     "verify": "checkpoint",
 }
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from .errors import SlideSparseError
     from .format import Packed
     from .gemm import use_plan
-    from .gemm.tuning import tune
+    from .gemm.tune import tune
     from .integrations.conversion import convert
     from .integrations.transformers import load
     from .nn import SlideSparseLinear, accelerate, place

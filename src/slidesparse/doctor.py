@@ -10,7 +10,9 @@ import torch
 
 from . import __version__
 from .format import scheme_named
-from .gemm import Problem, Rejected, active_plan, verdicts
+from .gemm import Problem, active_plan
+from .gemm.kernels import kernels
+from .ops import capability
 from .pattern import Pattern
 
 _OPTIONAL = (
@@ -46,22 +48,22 @@ def diagnose() -> list[Finding]:
             findings.append(Finding(package, True, metadata.version(package), purpose))
         except metadata.PackageNotFoundError:
             findings.append(Finding(package, False, "not installed", f"needed to {purpose}: {remedy}"))
-    return findings + _backends() + _plans()
+    return findings + _kernels() + _plans()
 
 
-def _backends() -> list[Finding]:
-    """Who could run a middling layer here, in order of preference."""
+def _kernels() -> list[Finding]:
+    """What could run a middling layer here."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    problem = Problem(4096, 4096, Pattern(6, 8), scheme_named("int8"), device, torch.bfloat16)
+    problem = Problem(4096, 4096, Pattern(6, 8), scheme_named("int8"), capability(), torch.bfloat16)
     findings = []
-    for name, verdict in verdicts(problem).items():
-        reason = verdict.reason if isinstance(verdict, Rejected) else ""
-        findings.append(Finding(f"backend {name}", not reason, "cannot run" if reason else f"runs on {device}", reason))
+    for name, kernel in kernels().items():
+        reason = kernel.refuses(problem) or ""
+        findings.append(Finding(f"kernel {name}", not reason, "cannot run" if reason else f"runs on {device}", reason))
     return findings
 
 
 def _plans() -> list[Finding]:
-    """What the choice between backends rests on."""
+    """What the choice between kernels rests on."""
     if not torch.cuda.is_available():
         return []
     active = active_plan()
@@ -80,4 +82,4 @@ def _gpu() -> Finding:
     found = f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}"
     if (major, minor) < (8, 0):
         return Finding("gpu", True, found, "no 2:4 sparse tensor cores: layers run as restored dense weights")
-    return Finding("gpu", True, found, "layers run as plan and backends allow" + ("" if (major, minor) == (9, 0) else "; unverified card"))
+    return Finding("gpu", True, found, "layers run as plan and kernels allow" + ("" if (major, minor) == (9, 0) else "; unverified card"))

@@ -104,7 +104,7 @@ class Pattern:
 
     @property
     def bound(self) -> float:
-        """The speed-up no exact execution can exceed when the hardware doubles its rate: 1/density."""
+        """The speed-up no exact computation can exceed when the hardware doubles its rate: 1/density."""
         return 1.0 / self.density
 
     @cached_property

@@ -176,13 +176,23 @@ def linear(
     y = (q.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.float32)
     if q.dtype == torch.int8:
         y = y + 0.0  # an integer has no negative zero
+    row, column = (None if scale is None else scale.to(torch.float32) for scale in (x_scale, w_scale))
+    return scaled(y, None if row is None else row.view(-1, 1), None if column is None else column.view(1, -1), bias, out_dtype)
+
+
+def scaled(acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Scales ``[M, 1]`` and ``[N]`` or ``[1, N]``, then a bias ``[N]``, in float32, rounded once to ``dtype``: ``acc [M, N]`` → ``[M, N]``.
+
+    What changes nothing may be acc itself.
+    """
+    y = acc.to(torch.float32)
     if w_scale is not None:
-        y = y * w_scale.to(torch.float32).view(1, -1)
+        y = y * w_scale
     if x_scale is not None:
-        y = y * x_scale.to(torch.float32).view(-1, 1)
+        y = y * x_scale
     if bias is not None:
         y = y + bias.to(torch.float32)
-    return y.to(out_dtype)
+    return y.to(dtype)
 
 
 def _bits_of(weight: Tensor) -> Tensor:

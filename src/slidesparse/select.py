@@ -1,4 +1,4 @@
-"""Which layers are meant: names, globs and regular expressions, and the matrices that are no plain linear layers."""
+"""Which layers are meant: names, globs and regular expressions, and the names of matrices that are no plain linear layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOT_LINEAR = (
 """Names of matrices that are no plain linear layers: embeddings, norms, routers, and expert stacks, which loaders merge."""
 
 DEFAULT_IGNORE = ("lm_head", "*.lm_head", "*output_layer", *NOT_LINEAR)
-"""Layers never pruned or packed by default: those above, and heads, which are taken when asked for by their exact name."""
+"""Layers not pruned or packed by default: those above, and heads. `Recipe.only` takes a head by its exact name."""
 
 
 def matches(layer: str, patterns: Iterable[str]) -> bool:

@@ -23,7 +23,7 @@ def inspect(
     layers: Annotated[bool, typer.Option("--layers", help="List every layer instead of one line per kind.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Show instead who runs which layer, and from how many tokens it pays.")] = False,
     plan_file: Annotated[Path | None, typer.Option(help="Show this plan instead of the one in force.", show_default=False)] = None,
-    vllm: Annotated[bool, typer.Option("--vllm", help="With a plan: 8-bit layers as vLLM compiles them, its kernels as rivals.")] = False,
+    vllm: Annotated[bool, typer.Option("--vllm", help="With a plan: layers as vLLM holds them, and its kernels.")] = False,
     json: Json = False,
 ) -> None:
     """Pattern, scheme, per-layer shapes, bytes against dense, and what violates the pattern."""
@@ -56,15 +56,16 @@ def inspect(
 
 def _inspect_plan(model: Path, file: Path | None, vllm: bool, json: bool) -> None:
     from ..gemm import Plan, active_plan
+    from ..integrations.engine import shapes
 
     if file is None:
         active = active_plan()
         plan, sources = active.plan, active.sources
     else:
         plan, sources = Plan.load(file), (str(file),)
-    found = tuning.model_layers(model, None, None)
-    layers = tuning.served(found, 1) if vllm else tuning.distinct(found, merged=True)
-    swiglu = tuning.behind_swiglu(model, found, 1) if vllm else frozenset()
+    found = shapes.checkpoint_layers(model)
+    layers = shapes.served_layers(found) if vllm else tuning.distinct(found, merged=True)
+    swiglu = shapes.behind_swiglu(model, found) if vllm else frozenset()
     if json:
         screen.print_json({"sources": sources, "layers": [] if plan is None else tuning.plan_rows(plan, layers, vllm, swiglu)})
         return

@@ -1,32 +1,14 @@
-"""Choosing and running a GEMM: what is to be computed, which backends can, what was measured, and one layer's resident tensors."""
+"""From a layer's weights to a kernel: what is to be computed, the layouts and kernels there are, what was measured, and what runs."""
 
-from .active import Active, active_plan, use_plan, user_plan_path
-from .execution import Execution, refuse_capture
-from .plan import MEMORY, Cell, Plan, key_of
+from .kernels import Kernel, register
+from .layouts import Layout
+from .plan import Cell, Plan, key_of
+from .plans import active_plan, use_plan, user_plan_path
 from .problem import Problem, Weights
-from .registry import Accepted, Backend, Choice, Rejected, Verdict, backend_names, choose, named, register, verdicts
+from .route import Route
+from .runner import MEMORY, Runner, refuse_capture
 
 __all__ = [
-    "MEMORY",
-    "Accepted",
-    "Active",
-    "Backend",
-    "Cell",
-    "Choice",
-    "Execution",
-    "Plan",
-    "Problem",
-    "Rejected",
-    "Verdict",
-    "Weights",
-    "active_plan",
-    "backend_names",
-    "choose",
-    "key_of",
-    "named",
-    "refuse_capture",
-    "register",
-    "use_plan",
-    "user_plan_path",
-    "verdicts",
-]
+    "MEMORY", "Cell", "Kernel", "Layout", "Plan", "Problem", "Route", "Runner", "Weights", "active_plan", "key_of", "refuse_capture",
+    "register", "use_plan", "user_plan_path",
+]  # fmt: skip

@@ -1,11 +1,9 @@
-"""What a measured plan depends on: the card, its software, and the sources of our own kernels."""
+"""The card and the software on which times depend."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import resources
 
 import torch
 
@@ -22,10 +20,9 @@ class Machine:
     torch: str
     triton: str
     cusparselt: str
-    kernels: str
 
     def differences(self, other: Machine) -> dict[str, tuple[str, str]]:
-        """Fields that differ: mine and the other's."""
+        """Fields that differ, each with its value here and in ``other``."""
         mine, others = asdict(self), asdict(other)
         return {name: (mine[name], others[name]) for name in mine if mine[name] != others[name]}
 
@@ -38,9 +35,7 @@ def this_machine() -> Machine:
 @cache
 def _machine(index: int) -> Machine:
     library = "" if cusparselt.unavailable(torch.device("cuda", index)) else cusparselt.version()
-    return Machine(
-        torch.cuda.get_device_name(index), _driver(), torch.version.cuda or "", torch.__version__, _triton(), library, kernels_hash()
-    )
+    return Machine(torch.cuda.get_device_name(index), _driver(), torch.version.cuda or "", torch.__version__, _triton(), library)
 
 
 def _triton() -> str:
@@ -49,21 +44,6 @@ def _triton() -> str:
     except ImportError:
         return ""
     return triton.__version__
-
-
-_NOT_TIMED = ("__init__.py", "library.py", "launching.py", "fused.py", "kernels_fused.py")
-"""Sources that decide host time only, which plans leave out, or of ops that no linear runs."""
-
-
-@cache
-def kernels_hash() -> str:
-    """A hash of the sources of the ops that linears run, lines of comment left out."""
-    digest = hashlib.sha256()
-    for file in sorted(resources.files("slidesparse.ops").iterdir(), key=lambda file: file.name):
-        if file.name.endswith(".py") and file.name not in _NOT_TIMED:
-            lines = file.read_text(encoding="utf-8").splitlines()
-            digest.update("\n".join(line.rstrip() for line in lines if not line.lstrip().startswith("#")).encode())
-    return digest.hexdigest()[:12]
 
 
 def _driver() -> str:

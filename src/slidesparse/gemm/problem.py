@@ -1,31 +1,37 @@
-"""What a backend is asked to compute: the problem of one layer and its stored weights."""
+"""What a kernel is asked to compute: the problem of one layer, and its stored weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..format import Packed, Scheme
 from ..pattern import Pattern
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One whole linear but for its number of tokens: ``x [M, k]`` → ``y [M, n]``, in and out of type ``dtype``.
+    """One whole linear, for any number of tokens: ``x [M, k]`` → ``y [M, n]``, in and out of type ``dtype``.
 
-    ``k`` counts weights; ``device`` is a device type; ``bias`` is the bias's dtype, None without one.
+    ``k`` counts weights and ``pattern`` is the layer's, of pairs for nvfp4. ``capability`` is the compute capability of the CUDA device,
+    (0, 0) on others. ``bias`` is the bias's dtype, None without one.
     """
 
     n: int
     k: int
     pattern: Pattern
     scheme: Scheme
-    device: str
+    capability: tuple[int, int]
     dtype: torch.dtype
     bias: torch.dtype | None = None
+
+    @property
+    def cuda(self) -> bool:
+        """Whether a CUDA device runs it."""
+        return self.capability > (0, 0)
 
     @property
     def native(self) -> bool:
@@ -33,22 +39,15 @@ class Problem:
         return self.dtype == self.scheme.dtype and self.bias in (None, self.dtype)
 
     @property
-    def scales_sums(self) -> bool:
-        """Whether bare products come with the weight scales applied: every product of int8 does so for nothing, not every one of fp8."""
-        return self.scheme.dtype == torch.int8
-
-    @property
     def compute_dtype(self) -> torch.dtype:
-        """Type of resident dense weights: the narrowest that holds them exactly and whose products sum exactly enough.
+        """Type of dense weights: the narrowest that holds them exactly and whose products sum exactly enough.
 
         int8 stays int8 (int32 sums), fp8 stays fp8 on CUDA; elsewhere its products are exact in float32. 16-bit weights stay as they
         are unless activations or bias have another type, when all are widened to float32; nvfp4 weights are e2m1 · e4m3 / fp32, which
         only float32 holds.
         """
-        kept = self.scheme.dtype == torch.int8 or self.native or (self.scheme.dynamic and self.device == "cuda")
-        if kept:
-            return self.scheme.dtype
-        return torch.float32
+        kept = self.scheme.dtype == torch.int8 or self.native or (self.scheme.dynamic and self.cuda)
+        return self.scheme.dtype if kept else torch.float32
 
 
 @dataclass(frozen=True)
@@ -72,16 +71,12 @@ class Weights:
 
     def problem(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None) -> Problem:
         """The problem that activations and a bias of these types pose."""
-        return Problem(self.packed.n, self.k, self.packed.pattern, self.scheme, device.type, dtype, bias)
+        capability = ops.capability(device) if device.type == "cuda" else (0, 0)
+        pattern = replace(self.packed.pattern, unit=2) if self.scheme.pair else self.packed.pattern
+        return Problem(self.packed.n, self.k, pattern, self.scheme, capability, dtype, bias)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors themselves: the resident tensors of the ``packed`` layout."""
-        named = {"values": self.packed.values, "keep": self.packed.keep, "scale": self.scale, "global_scale": self.global_scale}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    @classmethod
-    def from_tensors(cls, problem: Problem, tensors: Mapping[str, Tensor]) -> Weights:
-        """Undo `tensors`."""
-        scheme = problem.scheme
-        packed = Packed(tensors["values"], tensors["keep"], scheme.pattern_stored(problem.pattern), scheme.k_stored(problem.k))
-        return cls(packed, scheme, tensors.get("scale"), tensors.get("global_scale"))
+    def to(self, device: torch.device) -> Weights:
+        """The same weights on that device."""
+        packed = replace(self.packed, values=self.packed.values.to(device), keep=self.packed.keep.to(device))
+        scale, factor = (None if tensor is None else tensor.to(device) for tensor in (self.scale, self.global_scale))
+        return replace(self, packed=packed, scale=scale, global_scale=factor)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import EvaluationError, UnsupportedError
 from ..evaluate.windows import check_windows, windows
-from .claims import check_version
+from .engine.claims import check_version
 
 try:
     import vllm

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from threading import RLock
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import WeightError
 from ..format import BLOCK, Packed, Scheme, packed_tensors, scheme_named
-from ..gemm import MEMORY, Choice, Execution, Weights, refuse_capture
+from ..gemm import MEMORY, Route, Runner, Weights, refuse_capture
+from ..gemm.kernels.base import LEAVES
+from ..gemm.op import handle, linear, linear_unscaled
 from ..pack import check_packed, pack, restore
 from ..pack.checks import check_scale
 from ..pattern import Pattern
 from ..quant import dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4, quantize_weight
+from ..reference import scaled
 
 _ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+
+_MAKING = RLock()
+"""Held while a layer is made ready: threads whose first calls meet share its copies."""
 
 
 class SlideSparseLinear(nn.Module):
@@ -29,7 +37,8 @@ class SlideSparseLinear(nn.Module):
 
     8-bit schemes quantise activations per token and sum exactly (int8) or in float32 (fp8). With a 16-bit scheme, activations of the
     weights' own type go through one linear in that type; any other mixture, such as bfloat16 weights in a float32 model, is computed
-    in float32, which holds both exactly, and rounded once to the activations' type. For inference: 8-bit layers pass no gradients.
+    in float32, which holds both exactly, and rounded once to the activations' type. For inference: 8-bit layers pass no gradients, and
+    under torch.compile no layer does.
 
     Args:
         pattern: kept:group of the weights.
@@ -63,8 +72,10 @@ class SlideSparseLinear(nn.Module):
         if memory not in MEMORY:
             raise ValueError(f"unknown memory policy {memory!r}: choose one of {', '.join(MEMORY)}")
         self.memory = memory
-        self.backend: str | None = None
-        """A backend that must run, for measurements; None lets the registry choose."""
+        self.route: str | None = None
+        """A route that must run, ``LAYOUT``, ``LAYOUT:KERNEL`` or ``LAYOUT:KERNEL:VARIANT``; None lets the plan choose."""
+        self.tokens: Collection[int] | None = None
+        """The numbers of tokens that choose the layouts; None: all that the plan measured."""
         self.name = ""
         """The layer's name in its model, for error messages."""
         specs = packed_tensors(self.scheme, self.pattern, out_features, in_features)
@@ -72,7 +83,8 @@ class SlideSparseLinear(nn.Module):
         for spec in specs:
             self.register_buffer(spec.suffix, torch.zeros(spec.shape, dtype=spec.dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
-        self._execution: Execution | None = None
+        self._runner: Runner | None = None
+        self._named: Tensor = _name(self)
 
     @classmethod
     def from_packed(
@@ -156,16 +168,16 @@ class SlideSparseLinear(nn.Module):
     @property
     def resident_bytes(self) -> int:
         """Bytes kept besides the stored tensors."""
-        return 0 if self._execution is None else self._execution.resident_bytes
+        return 0 if self._runner is None else self._runner.resident_bytes
 
     @property
-    def routes(self) -> tuple[tuple[int, Choice], ...]:
+    def routes(self) -> tuple[tuple[int, Route], ...]:
         """Who runs how many tokens at most, in rising order; empty before the first call."""
-        return () if self._execution is None else self._execution.steps
+        return () if self._runner is None else self._runner.routes
 
     def dense_weight(self) -> Tensor:
         """The masked weights ``[N, K]`` with their scales applied, on the device that runs: float32, or the 16-bit scheme's own type."""
-        device = self.packed.values.device if self._execution is None else self._execution.device
+        device = self.packed.values.device if self._runner is None else self._runner.ready.device
         held = self.packed
         dense = restore(replace(held, values=held.values.to(device), keep=held.keep.to(device)))
         scale = self._buffers.get("weight_scale")
@@ -206,7 +218,7 @@ class SlideSparseLinear(nn.Module):
         Raises:
             ValueError: another last dimension or type.
             WeightError: the packed tensors are damaged or were never loaded (checked on first use).
-            UnsupportedError: the backend asked for cannot run this.
+            UnsupportedError: the route asked for cannot run this.
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"{self._label}: input has {x.shape[-1]} features, the layer takes {self.in_features}")
@@ -214,23 +226,30 @@ class SlideSparseLinear(nn.Module):
             raise ValueError(f"{self._label}: input is {x.dtype}; bfloat16, float16 and float32 are taken")
         if x.dim() != 2:  # views cost host time, so none is made in vain
             return self.forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
-        execution = self._ready()
-        y = execution(x, self.bias)
-        if not torch.compiler.is_compiling():
-            self._release(execution)
-        return y
+        if torch.compiler.is_compiling():
+            return self._traced(x)
+        return self._ready(x.dtype, x.device)(x, self.bias)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """The opaque op; on a GPU 8-bit layers of bfloat16 leave scales and bias to the graph, where the compiler fuses them.
+
+        With a route that was asked for the op is the whole linear: not every route leaves them.
+        """
+        if not (x.is_cuda and self.scheme.dynamic and x.dtype == torch.bfloat16 and self.route is None):
+            return linear(x, self._named, self.bias, self.out_features)
+        y, x_scale = linear_unscaled(x, self._named, self.out_features)
+        scale = self._buffers["weight_scale"].view(1, -1) if "channel" in LEAVES[self.scheme.name] else None
+        return scaled(y, x_scale, scale, self.bias, x.dtype)
 
     def prepare(self, dtype: torch.dtype, device: torch.device | str) -> None:
         """Make what the first call with activations of this type on this device would make: routes and resident copies.
 
         Raises:
             WeightError: the packed tensors are damaged or were never loaded.
-            UnsupportedError: the backend asked for cannot run this.
+            UnsupportedError: the route asked for cannot run this.
         """
-        bias = None if self.bias is None else self.bias.dtype
-        execution = self._ready()
-        execution.prepare(dtype, torch.empty(0, device=device).device, bias)
-        self._release(execution)
+        device = torch.empty(0, device=device).device
+        self._ready(dtype, device).prepare(dtype, device, None if self.bias is None else self.bias.dtype)
 
     def extra_repr(self) -> str:
         """in_features, out_features, bias, pattern, scheme."""
@@ -243,34 +262,38 @@ class SlideSparseLinear(nn.Module):
     def _label(self) -> str:
         return f"layer {self.name}" if self.name else f"SlideSparseLinear({self.in_features}, {self.out_features})"
 
-    def _ready(self) -> Execution:
-        """The execution for the buffers as they are now: loaders replace them, casts move them."""
-        execution, held = self._execution, self._buffers
+    def _ready(self, dtype: torch.dtype, device: torch.device) -> Runner:
+        """The runner for the buffers as they are now: loaders replace them, casts move them. A new one is made ready for these types.
+
+        Packed weights that no route reads are then in host memory.
+        """
+        runner, held = self._runner, self._buffers
         scale, global_scale = held.get("weight_scale"), held.get("weight_global_scale")
         if (
-            execution is None
-            or execution.weights.packed.values is not held["weight_values"]
-            or execution.weights.packed.keep is not held["weight_keep"]
-            or execution.weights.scale is not scale
-            or execution.weights.global_scale is not global_scale
-            or (execution.backend, execution.memory) != (self.backend, self.memory)
+            runner is None
+            or runner.weights.packed.values is not held["weight_values"]
+            or runner.weights.packed.keep is not held["weight_keep"]
+            or runner.weights.scale is not scale
+            or runner.weights.global_scale is not global_scale
+            or (runner.asked, runner.memory, runner.tokens) != (self.route, self.memory, self.tokens)
         ):
             refuse_capture()
-            self.check()
-            weights = Weights(self.packed, self.scheme, scale, global_scale)
-            execution = self._execution = Execution(weights, memory=self.memory, backend=self.backend)
-        return execution
-
-    def _release(self, execution: Execution) -> None:
-        """Let the packed weights go to host memory once resident copies on a GPU serve every call."""
-        moved = execution.release()
-        if moved is not None:
-            self._buffers["weight_values"], self._buffers["weight_keep"] = moved.packed.values, moved.packed.keep
+            with _MAKING:
+                if self._runner is not runner:  # another thread was faster
+                    return self._ready(dtype, device)
+                self.check()
+                weights = Weights(self.packed, self.scheme, scale, global_scale)
+                runner = self._runner = None  # the copies of before go before others are made
+                runner = Runner(weights, memory=self.memory, route=self.route, tokens=self.tokens)
+                runner.prepare(dtype, device, None if self.bias is None else self.bias.dtype)
+                held["weight_values"], held["weight_keep"] = runner.weights.packed.values, runner.weights.packed.keep
+                self._runner = runner
+        return runner
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlideSparseLinear:
         """Move, but never cast, the stored tensors. Where the layer already runs on that device, nothing moves and copies stay."""
-        before, execution = {name: self._buffers[name] for name in self._stored}, self._execution
-        stays = execution is not None and fn(torch.empty(0, device=execution.device)).device == execution.device
+        before, runner = {name: self._buffers[name] for name in self._stored}, self._runner
+        stays = runner is not None and fn(torch.empty(0, device=runner.ready.device)).device == runner.ready.device
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             after = self._buffers[name]
@@ -279,12 +302,22 @@ class SlideSparseLinear(nn.Module):
             elif after.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(after.device)
         if not stays:
-            self._execution = None
+            self._runner = None
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._execution = None  # values may have been copied in place
+        self._runner = None  # values may have been copied in place
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_execution": None}
+        return {**self.__dict__, "_runner": None, "_named": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._named = _name(self)
+
+
+def _name(layer: SlideSparseLinear) -> Tensor:
+    """The tensor that names the layer to compilers, which does not keep the layer alive."""
+    found = ref(layer)
+    return handle(layer, lambda dtype, device: found()._ready(dtype, device))

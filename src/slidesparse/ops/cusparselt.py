@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from . import cusparselt_search
-from .cusparselt_plans import Algorithm, Plans, Sparse, handle, library
-from .library import allocate, capability, define
+from .cusparselt_plans import Algorithm, LibraryPlan, Plans, Sparse, handle, library
+from .launch import allocate
+from .library import capability, define
 
 __all__ = ["TOKENS", "Algorithm", "alignment", "compress", "scales_rows", "search", "sparse_mm", "token_step", "unavailable", "version"]
 
@@ -28,6 +29,9 @@ OUT_DTYPES = {
     torch.bfloat16: (torch.bfloat16,),
     torch.float16: (torch.float16,),
 }
+
+EXACT_DTYPES = {kind: kinds[-1] for kind, kinds in OUT_DTYPES.items()}
+"""The widest type in which products of a type come."""
 
 plans = Plans()
 
@@ -84,10 +88,9 @@ def alignment(dtype: torch.dtype) -> int:
 def token_step(m: int) -> int:
     """What ``m`` tokens had better be a multiple of, so that serving engines, which meet every number, need few plans.
 
-    At most an eighth more rows, a thirtieth beyond 4096, most of which large tiles compute anyway. While a graph is traced it is the
-    smallest step: others would be graphs of their own.
+    At most an eighth more rows, a thirtieth beyond 4096, most of which large tiles compute anyway.
     """
-    if torch.compiler.is_compiling() or m <= 512:
+    if m <= 512:
         return TOKENS
     return 64 if m <= 4096 else 128
 
@@ -122,6 +125,15 @@ def sparse_mm(q: Tensor, compressed: Tensor, alpha: Tensor | None, n: int, out_d
         UnsupportedError: see `unavailable`; the library refuses the algorithm, or a plan is missing under capture.
     """
     return _sparse_mm_op(q, compressed, alpha, n, out_dtype, algorithm)
+
+
+def plan_for(wanted: tuple) -> LibraryPlan:
+    """The plan for the fields of a `Multiplication` on the current device, made if it is not known.
+
+    Raises:
+        UnsupportedError: see `unavailable`; the library refuses it, or it would have to be made while a CUDA graph is captured.
+    """
+    return plans.known(wanted) or plans.make(wanted)
 
 
 def search(q: Tensor, compressed: Tensor, alpha: Tensor | None, n: int, out_dtype: torch.dtype) -> list[Algorithm]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .library import allocate, current_stream
+from .launch import allocate, allocator, current_stream
 
 BUILD_UNDER_CAPTURE = False
 """Whether a plan may be made while a CUDA graph is captured. The library's documents do not promise that it then leaves streams alone."""
@@ -150,7 +150,7 @@ class Sparse:
             library().sp_mma_compress2(self.handle, self.descriptor, 1, _NON_TRANSPOSE, *pointers)
 
 
-class Plan:
+class LibraryPlan:
     """A multiplication made ready: what the library needs for it is destroyed, plan first, when nobody holds this any more.
 
     ``compressed_bytes`` is the size of the weights that it takes, ``workspace`` the bytes of scratch for one call.
@@ -222,18 +222,30 @@ class Plan:
             raise UnsupportedError(f"cuSPARSELt fails at {self._wanted}: {error}") from error
 
 
+def bound_product(plan: LibraryPlan, device: torch.device, rows: int, n: int, dtype: torch.dtype, scaled: bool) -> Callable[..., Tensor]:
+    """The product of a plan, ``[rows, n]`` into fresh memory, to be called with q, token scales, the slid copy, weight scales and bias."""
+    empty = allocator(device)
+
+    def product(q: Tensor, x_scale: Tensor | None, copy: tuple[Tensor, Tensor | None], scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = empty((rows, n), (n, 1), dtype)
+        plan.run(q, copy[0], copy[1] if scaled else None, y)
+        return y
+
+    return product
+
+
 class Plans:
     """The least recently used plans go first when there are more than ``bound``; who holds one keeps it."""
 
     def __init__(self, bound: int = 4096) -> None:
         self.bound = bound
-        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple, LibraryPlan] = OrderedDict()
         self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._plans)
 
-    def known(self, wanted: tuple) -> Plan | None:
+    def known(self, wanted: tuple) -> LibraryPlan | None:
         """The plan for the fields of a `Multiplication`, if there is one."""
         with self._lock:
             plan = self._plans.get(wanted)
@@ -241,7 +253,7 @@ class Plans:
                 self._plans.move_to_end(wanted)
             return plan
 
-    def make(self, wanted: tuple) -> Plan:
+    def make(self, wanted: tuple) -> LibraryPlan:
         """The plan for the fields of a `Multiplication`, made for the current device if it is not known.
 
         Raises:
@@ -254,7 +266,7 @@ class Plans:
             multiplication = Multiplication(*wanted)
             if not BUILD_UNDER_CAPTURE and torch.cuda.is_current_stream_capturing():
                 raise UnsupportedError(f"no plan yet for {multiplication}: run it once before capturing a CUDA graph")
-            plan = self._plans[wanted] = Plan(multiplication)
+            plan = self._plans[wanted] = LibraryPlan(multiplication)
             while len(self._plans) > self.bound:
                 self._plans.popitem(last=False)
             return plan

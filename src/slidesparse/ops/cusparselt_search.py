@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .cusparselt_plans import CONFIG_MAX_ID, SEARCH_ITERATIONS, Algorithm, Multiplication, Plan, refusals
+from .cusparselt_plans import CONFIG_MAX_ID, SEARCH_ITERATIONS, Algorithm, LibraryPlan, Multiplication, refusals
 from .library import capability
 
 _LOG = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class _Trial:
         self._wanted, self._operands = wanted, (q, compressed, alpha)
         self._expected = torch.empty((wanted.m, wanted.n), dtype=wanted.out_dtype, device=q.device)
         self._y = torch.empty_like(self._expected)
-        Plan(wanted).run(*self._operands, self._expected)
+        LibraryPlan(wanted).run(*self._operands, self._expected)
         self._allowed = self._tolerance()
 
     def _tolerance(self) -> Tensor | None:
@@ -93,7 +93,7 @@ class _Trial:
 
     def by_library(self) -> tuple[list[Algorithm], int]:
         """What the library's own search selects, if it works, and its highest configuration number."""
-        plan = Plan(self._wanted)
+        plan = LibraryPlan(self._wanted)
         highest = plan.get(CONFIG_MAX_ID)
         try:
             with refusals(f"to search for {self._wanted}"):
@@ -113,7 +113,7 @@ class _Trial:
         started = {}
         for algorithm in dict.fromkeys(algorithms):
             try:
-                plan = Plan(self._wanted._replace(algorithm=str(algorithm)))
+                plan = LibraryPlan(self._wanted._replace(algorithm=str(algorithm)))
                 self._y.fill_(torch.nan if self._y.is_floating_point() else torch.iinfo(self._y.dtype).min)
                 plan.run(*self._operands, self._y)
             except UnsupportedError as error:

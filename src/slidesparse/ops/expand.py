@@ -16,8 +16,8 @@ from torch import Tensor
 from .. import pack
 from ..format import Packed
 from ..pattern import Pattern
-from .launching import CALLS, Call
-from .library import allocate, define, has_triton
+from .launch import CALLS, Launch, allocate
+from .library import define, has_triton
 
 _INTEGERS = {1: torch.int8, 2: torch.int16}
 _PAIRS = {1: (torch.int16, torch.int32), 2: (torch.int32, torch.int64)}
@@ -176,14 +176,14 @@ def _chunked(k: int, size: int) -> bool:
 
 
 @lru_cache(CALLS)
-def _restore_call(n: int, columns: int, keep_bytes: int, size: int, pattern: Pattern, k: int, tile: Tile, inline: bool) -> Call:
+def _restore_call(n: int, columns: int, keep_bytes: int, size: int, pattern: Pattern, k: int, tile: Tile, inline: bool) -> Launch:
     from .kernels_expand import restore_kernel
 
     stride, chunked = columns * size, _chunked(k, size)
     across = k * size // 8 if chunked else k
     step = gcd(across, 2) if chunked else 1
     shape = _chunk_shape(pattern, size, stride) | {"CHUNKED": chunked, "STEP": step, "INLINE": inline}
-    return Call(restore_kernel, tile.grid(n, k * size), (n, across // step, stride, keep_bytes), shape | tile.constants)
+    return Launch(restore_kernel, tile.grid(n, k * size), (n, across // step, stride, keep_bytes), shape | tile.constants)
 
 
 def launch_slide(values: Tensor, keep: Tensor, pattern: Pattern, k: int, width: int, rows: int = 1, tile: Tile | None = None) -> Tensor:
@@ -203,29 +203,22 @@ def launch_slide(values: Tensor, keep: Tensor, pattern: Pattern, k: int, width: 
 
 
 @lru_cache(CALLS)
-def _slide_call(n: int, n_out: int, windows: int, windows_out: int, keep_bytes: int, size: int, pattern: Pattern, tile: Tile) -> Call:
+def _slide_call(n: int, n_out: int, windows: int, windows_out: int, keep_bytes: int, size: int, pattern: Pattern, tile: Tile) -> Launch:
     from .kernels_expand import slide_kernel
 
     each = 4 // size
     steps = gcd(windows, each), gcd(windows_out, each)
     shape = _window_shape(pattern, size) | {"WINDOWS_STEP": steps[0], "WIDTH_STEP": steps[1]}
     counts = (n, n_out, windows // steps[0], windows_out // steps[1], keep_bytes)
-    return Call(slide_kernel, tile.grid(n_out, windows_out * 4 * size), counts, shape | tile.constants)
-
-
-def _restore_fake(values: Tensor, keep: Tensor, pattern: str, k: int) -> Tensor:
-    return values.new_empty((values.shape[0], k))
-
-
-def _slide_fake(values: Tensor, keep: Tensor, pattern: str, k: int, width: int, rows: int) -> Tensor:
-    return values.new_empty((-(-values.shape[0] // rows) * rows, width))
+    return Launch(slide_kernel, tile.grid(n_out, windows_out * 4 * size), counts, shape | tile.constants)
 
 
 _restore_op = define(
     "restore(Tensor values, Tensor keep, str pattern, SymInt k) -> Tensor",
-    oracle=_restore_oracle, cuda=_restore_cuda, fake=_restore_fake,
+    oracle=_restore_oracle, cuda=_restore_cuda, fake=lambda values, keep, pattern, k: values.new_empty((values.shape[0], k)),
 )  # fmt: skip
 _slide_op = define(
     "slide(Tensor values, Tensor keep, str pattern, SymInt k, SymInt width, int rows) -> Tensor",
-    oracle=_slide_oracle, cuda=_slide_cuda, fake=_slide_fake,
+    oracle=_slide_oracle, cuda=_slide_cuda,
+    fake=lambda values, keep, pattern, k, width, rows: values.new_empty((-(-values.shape[0] // rows) * rows, width)),
 )  # fmt: skip

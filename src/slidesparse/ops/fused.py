@@ -8,15 +8,16 @@ cannot hold, the composition itself does.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..format import Scheme
 from ..pattern import Pattern
-from .launch import Launch, is_hopper, norm_launch, row_constants, silu_launch
-from .launching import CALLS, Call
-from .library import allocate, define, runs_kernels
+from ..reference import scaled
+from .launch import CALLS, Launch, allocate
+from .library import define, runs_kernels
 from .quantize import (
     can_pair,
     checked,
@@ -30,7 +31,7 @@ from .quantize import (
     quantize_op,
     slid_width,
 )  # fmt: skip
-from .rescale import scaled
+from .row_config import RowConfig, is_hopper, norm_config, row_constants, silu_config
 
 
 def rms_norm_quantize(
@@ -48,13 +49,13 @@ def rms_norm_quantize(
         ValueError: as `quantize_lift`; a shape or type does not fit, or there are channel scales or a bias without a scale.
     """
     m, k = x.shape if x.dim() == 2 else (0, 0)
-    dtype, text, width = _request(x, k, scheme, pattern, width, rows)
+    request = _request(x, k, scheme, pattern, (scale, channel, bias), width, rows)
     _check_scales(scale, channel, bias, m, k)
     _check("weight", weight, (k,), (x.dtype,))
     if residual is None:
-        return _rms_norm_quantize_op(x, weight, eps, dtype, text, scale, channel, bias, width, rows)
+        return _rms_norm_quantize_op(x, weight, eps, *request)
     _check("residual", residual, (m, k), (x.dtype,))
-    return _add_rms_norm_quantize_op(x, weight, residual, eps, dtype, text, scale, channel, bias, width, rows)
+    return _add_rms_norm_quantize_op(x, weight, residual, eps, *request)
 
 
 def silu_mul_quantize(
@@ -73,18 +74,46 @@ def silu_mul_quantize(
     m, double = gate_up.shape if gate_up.dim() == 2 else (0, 0)
     if double % 2:
         raise ValueError(f"gate_up must hold gates and as many ups, got {double} columns")
-    dtype, text, width = _request(gate_up, double // 2, scheme, pattern, width, rows)
+    request = _request(gate_up, double // 2, scheme, pattern, (scale, channel, bias), width, rows)
     _check_scales(scale, channel, bias, m, double)
-    return _silu_mul_quantize_op(gate_up, dtype, text, scale, channel, bias, width, rows)
+    return _silu_mul_quantize_op(gate_up, *request)
 
 
-def _request(x: Tensor, k: int, scheme: Scheme, pattern: Pattern | None, width: int | None, rows: int) -> tuple[torch.dtype, str, int]:
-    """Output type, pattern as text (empty if nothing moves) and width."""
+class Request(NamedTuple):
+    """What all ops of this module take behind their own inputs, in the schema's order: types, scales and bias, and the output's shape."""
+
+    dtype: torch.dtype
+    pattern: str
+    scale: Tensor | None
+    channel: Tensor | None
+    bias: Tensor | None
+    width: int
+    rows: int
+
+    @property
+    def scales(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Token scales, channel scales and bias."""
+        return self.scale, self.channel, self.bias
+
+    def quantised(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """By whatever runs on the device of h."""
+        if self.pattern:
+            return quantize_lift_op(h, self.pattern, self.dtype, 0, self.width, self.rows)
+        return quantize_op(h, self.dtype, self.width, self.rows)
+
+    def fits(self, device: torch.device) -> bool:
+        """Whether the kernels' threads can hold the pattern and the card converts to the type."""
+        held = not self.pattern or can_pair(parsed(self.pattern), 0, self.width)
+        return held and runs_kernels(device, self.dtype)
+
+
+def _request(
+    x: Tensor, k: int, scheme: Scheme, pattern: Pattern | None, scales: tuple[Tensor | None, ...], width: int | None, rows: int
+) -> Request:
+    """The checked request; the pattern is empty if nothing moves."""
     dtype = checked(x, scheme)
-    if pattern is None:
-        return dtype, "", checked_width(x, k, width, rows)
-    width = checked_width(x, slid_width(k, pattern), width, rows)
-    return dtype, "" if moves_nothing(pattern, 0) else pattern.text, width
+    text = "" if pattern is None or moves_nothing(pattern, 0) else pattern.text
+    return Request(dtype, text, *scales, checked_width(x, k if pattern is None else slid_width(k, pattern), width, rows), rows)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -106,92 +135,65 @@ def _check_scales(scale: Tensor | None, channel: Tensor | None, bias: Tensor | N
         _check("bias", bias, (n,), (torch.bfloat16, torch.float16, torch.float32))
 
 
-def _scaled(x: Tensor, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None) -> Tensor:
-    return x if scale is None else scaled(x, scale, channel, bias, x.dtype)
-
-
 def _normed(h: Tensor, weight: Tensor, eps: float) -> Tensor:
     h32 = h.float()
     return weight * (h32 * torch.rsqrt(h32.square().mean(-1, keepdim=True) + eps)).to(h.dtype)
 
 
-def _quantised(h: Tensor, dtype: torch.dtype, pattern: str, width: int, rows: int) -> tuple[Tensor, Tensor]:
-    """By whatever runs on the device of h."""
-    if pattern:
-        return quantize_lift_op(h, pattern, dtype, 0, width, rows)
-    return quantize_op(h, dtype, width, rows)
+def added_norm(x: Tensor, weight: Tensor, residual: Tensor, eps: float, *scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """h with the residual, and its norm, ``[M, K]`` each, by plain torch, rounded as `rms_norm_quantize` rounds.
 
-
-def added_norm(
-    x: Tensor, weight: Tensor, residual: Tensor, eps: float, scale: Tensor | None, channel: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """h with the residual, and its norm, ``[M, K]`` each, by plain torch, rounded as `rms_norm_quantize` rounds."""
-    total = (_scaled(x, scale, channel, bias) + residual).contiguous()
+    ``scales`` are token scales, channel scales and bias.
+    """
+    total = (_scaled(x, *scales) + residual).contiguous()
     return total, _normed(total, weight, eps)
 
 
-def _norm_oracle(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None,
-    bias: Tensor | None, width: int, rows: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _quantised(_normed(_scaled(x, scale, channel, bias), weight, eps), dtype, pattern, width, rows)
-
-
-def _add_norm_oracle(
-    x: Tensor, weight: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None,
-    channel: Tensor | None, bias: Tensor | None, width: int, rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    total, normed = added_norm(x, weight, residual, eps, scale, channel, bias)
-    return *_quantised(normed, dtype, pattern, width, rows), total
-
-
-def silu_mul(x: Tensor, scale: Tensor | None, channel: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """silu(gate) · up ``[M, K]`` by plain torch, rounded as `silu_mul_quantize` rounds."""
-    gate, up = _scaled(x, scale, channel, bias).chunk(2, -1)
+def silu_mul(x: Tensor, *scales: Tensor | None) -> Tensor:
+    """silu(gate) · up ``[M, K]`` by plain torch, rounded as `silu_mul_quantize` rounds; ``scales`` as in `added_norm`."""
+    gate, up = _scaled(x, *scales).chunk(2, -1)
     return (gate.float() * torch.sigmoid(gate.float())).to(x.dtype) * up
 
 
-def _silu_oracle(
-    x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None, width: int, rows: int
-) -> tuple[Tensor, Tensor]:
-    return _quantised(silu_mul(x, scale, channel, bias), dtype, pattern, width, rows)
+def _scaled(x: Tensor, scale: Tensor | None = None, channel: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    return x if scale is None else scaled(x, scale, channel, bias, x.dtype)
 
 
-def _runs(x: Tensor, dtype: torch.dtype, pattern: str, width: int) -> bool:
-    held = not pattern or can_pair(parsed(pattern), 0, width)
-    return held and runs_kernels(x.device, dtype)
+def _norm_oracle(x: Tensor, weight: Tensor, eps: float, *request: object) -> tuple[Tensor, Tensor]:
+    request = Request(*request)
+    return request.quantised(_normed(_scaled(x, *request.scales), weight, eps))
 
 
-def _norm_cuda(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None,
-    bias: Tensor | None, width: int, rows: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if not _runs(x, dtype, pattern, width):
-        return _norm_oracle(x, weight, eps, dtype, pattern, scale, channel, bias, width, rows)
-    return launch_norm(x, weight, None, eps, dtype, pattern, scale, channel, bias, width, rows)[:2]
+def _add_norm_oracle(x: Tensor, weight: Tensor, residual: Tensor, eps: float, *request: object) -> tuple[Tensor, Tensor, Tensor]:
+    request = Request(*request)
+    total, normed = added_norm(x, weight, residual, eps, *request.scales)
+    return *request.quantised(normed), total
 
 
-def _add_norm_cuda(
-    x: Tensor, weight: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None,
-    channel: Tensor | None, bias: Tensor | None, width: int, rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if not _runs(x, dtype, pattern, width):
-        return _add_norm_oracle(x, weight, residual, eps, dtype, pattern, scale, channel, bias, width, rows)
-    return launch_norm(x, weight, residual, eps, dtype, pattern, scale, channel, bias, width, rows)
+def _silu_oracle(x: Tensor, *request: object) -> tuple[Tensor, Tensor]:
+    request = Request(*request)
+    return request.quantised(silu_mul(x, *request.scales))
 
 
-def _silu_cuda(
-    x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None, width: int, rows: int
-) -> tuple[Tensor, Tensor]:
-    if not _runs(x, dtype, pattern, width):
-        return _silu_oracle(x, dtype, pattern, scale, channel, bias, width, rows)
-    return launch_silu(x, dtype, pattern, scale, channel, bias, width, rows)
+def _norm_cuda(x: Tensor, weight: Tensor, eps: float, *request: object) -> tuple[Tensor, Tensor]:
+    if not Request(*request).fits(x.device):
+        return _norm_oracle(x, weight, eps, *request)
+    return launch_norm(x, weight, None, eps, *request)[:2]
+
+
+def _add_norm_cuda(x: Tensor, weight: Tensor, residual: Tensor, eps: float, *request: object) -> tuple[Tensor, Tensor, Tensor]:
+    run = launch_norm if Request(*request).fits(x.device) else _add_norm_oracle
+    return run(x, weight, residual, eps, *request)
+
+
+def _silu_cuda(x: Tensor, *request: object) -> tuple[Tensor, Tensor]:
+    run = launch_silu if Request(*request).fits(x.device) else _silu_oracle
+    return run(x, *request)
 
 
 def launch_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None,
-    channel: Tensor | None, bias: Tensor | None, width: int, rows: int = 1, launch: Launch | None = None, *, fused: bool = True,
+    channel: Tensor | None, bias: Tensor | None, width: int, rows: int = 1, config: RowConfig | None = None, *, compiled: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the RMSNorm kernel on the current device and stream; the third result means something only with a residual."""
     x, added, m = in_rows(x), None if residual is None else in_rows(residual), x.shape[0]
@@ -199,21 +201,21 @@ def launch_norm(
     total = q if residual is None else allocate(x, m, x.shape[1], x.dtype)
     if m:
         scales = tuple(None if tensor is None else tensor.contiguous() for tensor in (scale, channel, bias))
-        call = norm_call(x, added, eps, dtype, pattern, scales, width, launch, fused=fused)
+        call = norm_call(x, added, eps, dtype, pattern, scales, width, config, compiled=compiled)
         call(*norm_inputs(x, weight.contiguous(), added, scales, out_scale), total, q, out_scale)
     return q, out_scale, total
 
 
 def norm_call(
     x: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype, pattern: str, added: tuple[Tensor | None, ...], width: int,
-    launch: Launch | None = None, *, fused: bool = True,
-) -> Call:  # fmt: skip
+    config: RowConfig | None = None, *, compiled: bool = True,
+) -> Launch:  # fmt: skip
     """The RMSNorm launch for rows like those of x, to be called with what `norm_inputs` gives, the sum, q and its scale.
 
     ``added`` are token scales, channel scales and bias or None.
     """
     flags, numbers = (*_flags(added), ("SUMMED", residual is not None)), (x.stride(0), (x if residual is None else residual).stride(0))
-    return _call("norm", *x.shape, (*numbers, float(eps)), flags, _types(x, added, dtype), x.device, launch, pattern, width, fused)
+    return _call("norm", *x.shape, (*numbers, float(eps)), flags, _types(x, added, dtype), x.device, config, pattern, width, compiled)
 
 
 def norm_inputs(x: Tensor, weight: Tensor, residual: Tensor | None, added: tuple[Tensor | None, ...], other: Tensor) -> tuple[Tensor, ...]:
@@ -223,27 +225,27 @@ def norm_inputs(x: Tensor, weight: Tensor, residual: Tensor | None, added: tuple
 
 def launch_silu(
     x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None, width: int,
-    rows: int = 1, launch: Launch | None = None, *, fused: bool = True,
+    rows: int = 1, config: RowConfig | None = None, *, compiled: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the SwiGLU kernel on the current device and stream."""
     x = in_rows(x)
     q, out_scale = empty(x, dtype, width, rows)
     if x.shape[0]:
         added = tuple(None if tensor is None else tensor.contiguous() for tensor in (scale, channel, bias))
-        silu_call(x, dtype, pattern, added, width, launch, fused=fused)(*silu_inputs(x, added, out_scale), q, out_scale)
+        silu_call(x, dtype, pattern, added, width, config, compiled=compiled)(*silu_inputs(x, added, out_scale), q, out_scale)
     return q, out_scale
 
 
 def silu_call(
-    x: Tensor, dtype: torch.dtype, pattern: str, added: tuple[Tensor | None, ...], width: int, launch: Launch | None = None, *,
-    fused: bool = True,
-) -> Call:  # fmt: skip
+    x: Tensor, dtype: torch.dtype, pattern: str, added: tuple[Tensor | None, ...], width: int, config: RowConfig | None = None, *,
+    compiled: bool = True,
+) -> Launch:  # fmt: skip
     """The SwiGLU launch for rows like those of x, to be called with what `silu_inputs` gives, q and its scale.
 
     ``added`` are token scales, channel scales and bias or None.
     """
     shape, strides = (x.shape[0], x.shape[1] // 2), (x.stride(0),)
-    return _call("silu", *shape, strides, _flags(added), _types(x, added, dtype), x.device, launch, pattern, width, fused)
+    return _call("silu", *shape, strides, _flags(added), _types(x, added, dtype), x.device, config, pattern, width, compiled)
 
 
 def silu_inputs(x: Tensor, added: tuple[Tensor | None, ...], other: Tensor) -> tuple[Tensor, ...]:
@@ -262,46 +264,31 @@ def _types(x: Tensor, added: tuple[Tensor | None, ...], dtype: torch.dtype) -> t
 @lru_cache(CALLS)
 def _call(
     name: str, m: int, k: int, numbers: tuple, flags: tuple[tuple[str, bool], ...], types: tuple[torch.dtype, ...], device: torch.device,
-    launch: Launch | None, pattern: str, width: int, fused: bool,
-) -> Call:  # fmt: skip
+    config: RowConfig | None, pattern: str, width: int, compiled: bool,
+) -> Launch:  # fmt: skip
     from . import kernels_fused as kernels
 
-    kernel, choose = (kernels.rms_norm_quantize_kernel, norm_launch) if name == "norm" else (kernels.silu_mul_quantize_kernel, silu_launch)
-    launch, group = launch or choose(m, k), parsed(pattern).group if pattern else 0
+    kernel, choose = (kernels.rms_norm_quantize_kernel, norm_config) if name == "norm" else (kernels.silu_mul_quantize_kernel, silu_config)
+    config, group = config or choose(m, k), parsed(pattern).group if pattern else 0
     # Unlike torch's eager layers, a fused multiply-add does not round the product.
-    constants = row_constants(launch, k, width, group, types[-1], fused, is_hopper(device)) | {"enable_fp_fusion": False}
-    return Call(kernel, (-(-m // launch.rows),), (m, k, width // 4 if group else width, *numbers), dict(flags) | constants)
+    constants = row_constants(config, k, width, group, types[-1], compiled, is_hopper(device)) | {"enable_fp_fusion": False}
+    return Launch(kernel, (-(-m // config.rows),), (m, k, width // 4 if group else width, *numbers), dict(flags) | constants)
 
 
-def _norm_fake(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None,
-    bias: Tensor | None, width: int, rows: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return fake(x, dtype, width, rows)
-
-
-def _add_norm_fake(
-    x: Tensor, weight: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None,
-    channel: Tensor | None, bias: Tensor | None, width: int, rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return *fake(x, dtype, width, rows), x.new_empty(x.shape)
-
-
-def _silu_fake(
-    x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None, width: int, rows: int
-) -> tuple[Tensor, Tensor]:
-    return fake(x, dtype, width, rows)
+def _fake(x: Tensor, *request: object) -> tuple[Tensor, Tensor]:
+    request = Request(*request[-len(Request._fields) :])
+    return fake(x, request.dtype, request.width, request.rows)
 
 
 _TAIL = "ScalarType dtype, str pattern, Tensor? scale, Tensor? channel, Tensor? bias, SymInt width, int rows"
 _rms_norm_quantize_op = define(
     f"rms_norm_quantize(Tensor x, Tensor weight, float eps, {_TAIL}) -> (Tensor, Tensor)",
-    oracle=_norm_oracle, cuda=_norm_cuda, fake=_norm_fake,
+    oracle=_norm_oracle, cuda=_norm_cuda, fake=_fake,
 )  # fmt: skip
 _add_rms_norm_quantize_op = define(
     f"add_rms_norm_quantize(Tensor x, Tensor weight, Tensor residual, float eps, {_TAIL}) -> (Tensor, Tensor, Tensor)",
-    oracle=_add_norm_oracle, cuda=_add_norm_cuda, fake=_add_norm_fake,
+    oracle=_add_norm_oracle, cuda=_add_norm_cuda, fake=lambda x, *rest: (*_fake(x, *rest), x.new_empty(x.shape)),
 )  # fmt: skip
 _silu_mul_quantize_op = define(
-    f"silu_mul_quantize(Tensor x, {_TAIL}) -> (Tensor, Tensor)", oracle=_silu_oracle, cuda=_silu_cuda, fake=_silu_fake,
+    f"silu_mul_quantize(Tensor x, {_TAIL}) -> (Tensor, Tensor)", oracle=_silu_oracle, cuda=_silu_cuda, fake=_fake,
 )  # fmt: skip

@@ -1,87 +1,147 @@
-"""Launch configurations of the row kernels, by rows and their width; the numbers were measured on an H200."""
+"""Launching Triton kernels with little host time, and the private names of torch that this needs.
+
+``kernel[grid](...)`` binds and specialises every argument anew, 45 µs a call on a server's CPU. A `Launch` holds all of a launch but its
+tensors: from the second call on, it calls the compiled kernel with their addresses. Launches that differ in nothing that Triton compiles
+for share a compiled kernel, so that a new number of tokens costs little.
+"""
 
 from __future__ import annotations
 
-from math import gcd
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..format import SCHEMES
-from ..pattern import Pattern
-from .library import capability
+_PLAIN = (Tensor, torch.nn.Parameter)
 
-CACHED_CHUNKS = 20
-"""Chunks of a row that stay in registers; a wider row is read twice, the second time mostly from cache."""
-
-BOUNDS = {scheme.dtype: scheme.bound for scheme in SCHEMES.values() if scheme.dynamic}
+CALLS = 1 << 14
+"""How many launches of a kernel are kept: one for every number of tokens and kind of layer that ran lately."""
 
 
-class Launch(NamedTuple):
-    """How one program works: ``rows`` rows, ``span`` times eight elements of each at a time, by ``warps`` warps.
+def can_bypass_dispatcher(x: Tensor) -> bool:
+    """Whether kernels may be launched on a tensor past the dispatcher: it is on CUDA, and no compiler, mode or profiler looks."""
+    return x.is_cuda and type(x) in _PLAIN and not torch.compiler.is_compiling() and not _watched()
 
-    ``coalesced`` passes lifted words of 6:8 through shared memory too, so that neighbouring threads store neighbouring words.
+
+def _watched() -> bool:
+    """Whether a mode, a function transform or a profiler must see ops."""
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    return modes > 0 or torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled()
+
+
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+"""The current CUDA device's index, once CUDA is initialised: what ``torch.cuda.current_device`` gives, in a tenth of its host time."""
+
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", torch.cuda.current_stream)
+"""The current stream of a CUDA device as a number: what ``torch.cuda.current_stream`` gives, in a tenth of its host time."""
+
+
+def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
+    """A function of size, strides and type that gives uninitialised memory on the current device of this kind.
+
+    On CUDA it is the function that torch's compiled code calls, where torch has it: half the host time of ``torch.empty``.
+    """
+    compilers = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+    if device.type == "cuda" and compilers is not None:
+        return compilers
+    return lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype, device=device)
+
+
+_on_cuda = allocator(torch.device("cuda"))
+
+
+def allocate(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised ``[rows, columns]`` on the device of ``like``, which must be the current one."""
+    return _on_cuda((rows, columns), (columns, 1), dtype) if like.is_cuda else like.new_empty((rows, columns), dtype=dtype)
+
+
+class Launch:
+    """``kernel[grid](*tensors, *numbers, **constants)``, to be called with the tensors; their types, and which are None, never change.
+
+    Functions that make a `Launch` are cached by everything else that decides it. ``numbers`` follow the tensors among the kernel's
+    parameters; ``constants`` are its compile-time parameters and launch options. Kernels run on the current stream of the current device,
+    which must be the tensors'.
     """
 
-    rows: int
-    span: int
-    warps: int
-    coalesced: bool = True
+    __slots__ = ("_compiled", "_constants", "_grid", "_held", "_kernel", "_numbers")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple, constants: Mapping[str, Any]) -> None:
+        self._kernel, self._grid, self._numbers, self._constants = kernel, (*grid, 1, 1)[:3], numbers, constants
+        self._compiled: dict[int, tuple[Callable, tuple, tuple]] = {}
+        self._held: list[Any] = []
+
+    def __call__(self, *tensors: Any) -> None:
+        """Launch on tensors, descriptors of tensors, or None."""
+        addresses, key, device = [], 0, -1
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                address, device = tensor.data_ptr(), tensor.get_device()
+                addresses.append(address)
+                # Triton compiles anew for addresses that are not multiples of 16, and refuses tensors of the host.
+                key = (key << 16) | ((device + 2) << 1) | (address & 15 != 0)
+            else:
+                addresses.append(tensor)
+        found = self._compiled.get(key)
+        if found is None:
+            self._compile(key, tensors)
+            return
+        run, before, after = found
+        run(*self._grid, current_stream(device), *before, *addresses, *after)
+
+    def _compile(self, key: int, tensors: tuple) -> None:
+        """Launch for the first time and keep what later launches need; Triton compiles unless a compiled kernel of this kind is there."""
+        kind = self._kind(key, tensors)
+        known = _COMPILED.get(kind)
+        compiled = known or self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+        if compiled is None:  # the interpreter compiles nothing
+            return
+        # No metadata for hooks, and no hooks around the launch.
+        before = (compiled.function, compiled.packed_metadata, None, None, None)
+        self._compiled[key] = compiled.run, before, self._after(len(tensors))
+        if known is not None:
+            self(*tensors)
+        elif kind is None:
+            self._held.append(compiled)
+        else:
+            _COMPILED[kind] = compiled
+
+    def _after(self, tensors: int) -> tuple:
+        """The arguments behind so many tensors."""
+        names = self._kernel.arg_names[tensors + len(self._numbers) :]
+        return (*self._numbers, *(self._constants[name] for name in names))
+
+    def _kind(self, key: int, tensors: tuple) -> tuple | None:
+        """Everything that Triton compiles for; None where this is not known, as with descriptors."""
+        types = [tensor.dtype if isinstance(tensor, Tensor) else tensor for tensor in tensors]
+        if not all(kind is None or isinstance(kind, torch.dtype) for kind in types):
+            return None
+        # It folds ones, and asks of whole numbers whether 16 divides them and 32 bits hold them.
+        numbers = [(n == 1, n % 16 == 0, n.bit_length() > 31) if type(n) is int else type(n) for n in self._numbers]
+        return (self._kernel, key, *types, *numbers, *sorted(self._constants.items()))
 
 
-def row_launch(m: int, k: int, group: int = 0) -> Launch:
-    """The configuration that quantises ``m`` rows of ``k`` elements, and lifts them if there is a ``group``."""
-    if k <= 512:
-        span = max(2, 1 << max(-(-k // 8) - 1, 0).bit_length())
-        return Launch(128 // span, span, 4, coalesced=False)
-    if m <= 2048 or k > 12288:
-        # Few rows, or long ones: many threads a row.
-        return Launch(1, 256, 8, coalesced=k > 4096)
-    if group == 8 or k > 4096:
-        return Launch(1, 128, 4, coalesced=k > 4096)
-    return Launch(1, 64, 2)
+class Producer:
+    """A launch with its outputs: ``function(*first, *outputs, *rest)`` into fresh memory, which is returned.
 
-
-def norm_launch(m: int, k: int) -> Launch:
-    """The configuration for RMSNorm: `row_launch`, with many threads a row whatever the number of rows."""
-    return row_launch(0, k)
-
-
-def silu_launch(m: int, k: int) -> Launch:
-    """The configuration for SwiGLU, whose rows are two of ``k`` elements."""
-    if k <= 512:
-        return row_launch(m, k)
-    return Launch(1, 512, 16) if m <= 256 and k > 4096 else Launch(1, 128, 4)
-
-
-def is_hopper(device: torch.device) -> bool:
-    """Whether kernels may use what compute capability 9.0 brought: programmatic dependent launch, integer maxima of two 16-bit lanes."""
-    return device.type == "cuda" and capability(device) >= (9, 0)
-
-
-def row_constants(launch: Launch, k: int, width: int, group: int, dtype: torch.dtype, fused: bool, hopper: bool) -> dict[str, object]:
-    """Compile-time parameters of kernels that hold rows of ``k`` elements; ``group`` is 0 if nothing is lifted.
-
-    ``fused`` is False under the interpreter, whose fused multiply-add rounds twice.
+    ``outputs`` are size, strides and type of each; ``at`` is how many arguments come in front of them, all by default.
     """
-    chunks = -(-(k if group else max(k, width)) // (8 * launch.span))
-    padding = 0
-    if group:
-        pairs = min(-(-k // group) * (group // 2), chunks * launch.span * 4)
-        padding = width // 4 - (pairs - pairs // (group // 2))
-    return {
-        "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": fused, "HOPPER": hopper, "launch_pdl": hopper,
-        "GROUP": group, "PARTS": 2 if group not in (0, 8) else 1, "PAD_TILES": -(-padding // launch.span),
-        "ROWS": launch.rows, "SPAN": launch.span, "CHUNKS": chunks, "CACHED": chunks <= CACHED_CHUNKS,
-        "COALESCED": launch.coalesced, "num_warps": launch.warps,
-    }  # fmt: skip
+
+    __slots__ = ("_at", "_empty", "_function", "_outputs")
+
+    def __init__(self, function: Callable, device: torch.device, outputs: tuple[tuple, ...], at: int | None = None) -> None:
+        self._function, self._empty, self._outputs, self._at = function, allocator(device), outputs, at
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...] | Tensor:
+        """The outputs, or the only one."""
+        empty, at = self._empty, self._at
+        outputs = tuple([empty(*output) for output in self._outputs])
+        if at is None:
+            self._function(*inputs, *outputs)
+        else:
+            self._function(*inputs[:at], *outputs, *inputs[at:])
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
-def gather_constants(launch: Launch, pattern: Pattern, offset: int, width: int, hopper: bool) -> dict[str, object]:
-    """Compile-time parameters of the lift of any pattern and offset, words of ``LANES`` at a time."""
-    lanes, words = gcd(pattern.l, 4), launch.span * 2
-    return {
-        "HOPPER": hopper, "launch_pdl": hopper, "GROUP": pattern.group, "N": pattern.n, "L": pattern.l, "WINDOWS": pattern.windows,
-        "OFFSET": offset, "LANES": lanes, "ROWS": launch.rows, "WORDS": words, "TILES": -(-width // (words * lanes)),
-        "num_warps": launch.warps,
-    }  # fmt: skip
+_COMPILED: dict[tuple | None, Any] = {}
+"""Triton's compiled kernels by `Launch._kind`, kept alive: later versions of Triton unload kernels without a reference."""

@@ -9,8 +9,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .launch import can_bypass_dispatcher, current_device
+
 _LIBRARY = torch.library.Library("slidesparse", "FRAGMENT")
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | None = None) -> Callable:
@@ -35,22 +36,11 @@ def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | No
 
     def call(first: Tensor, *arguments: object) -> object:
         # The dispatcher costs 4 µs of host time in every call, for nothing where nobody looks.
-        if unwatched(first):
+        if can_bypass_dispatcher(first):
             return on_its_device(first, *arguments)
         return op(first, *arguments)
 
     return call
-
-
-def unwatched(x: Tensor) -> bool:
-    """Whether kernels may be launched on a tensor without telling the dispatcher: it is one on CUDA, and nobody traces or looks."""
-    return x.is_cuda and type(x) in _PLAIN and not torch.compiler.is_compiling() and not _watched()
-
-
-def _watched() -> bool:
-    """Whether a mode, a function transform or a profiler must see ops."""
-    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    return modes > 0 or torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled()
 
 
 @cache
@@ -72,32 +62,26 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-"""The current CUDA device's index, once CUDA is initialised: what ``torch.cuda.current_device`` gives, in a tenth of its host time."""
-
-current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", torch.cuda.current_stream)
-"""The current stream of a CUDA device as a number: what ``torch.cuda.current_stream`` gives, in a tenth of its host time."""
-
-
-def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
-    """A function of size, strides and type that gives uninitialised memory on the current device of this kind.
-
-    What the compiler's own code calls, where torch has it: half the host time of ``torch.empty``.
-    """
-    compilers = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-    if device.type == "cuda" and compilers is not None:
-        return compilers
-    return lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype, device=device)
-
-
-_on_cuda = allocator(torch.device("cuda"))
-
-
-def allocate(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised ``[rows, columns]`` on the device of ``like``, which must be the current one."""
-    return _on_cuda((rows, columns), (columns, 1), dtype) if like.is_cuda else like.new_empty((rows, columns), dtype=dtype)
-
-
 def runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether Triton kernels can read and write ``dtype`` on this device: e4m3 needs compute capability 8.9."""
     return has_triton() and (dtype != torch.float8_e4m3fn or capability(device) >= (8, 9))
+
+
+def ones(device: torch.device, count: int) -> Tensor:
+    """As many float32 ones, ``[count]``; on a CUDA device without a kernel that fills them, once the first were made.
+
+    The first must not be made while a CUDA graph is captured, whose memory they would live in.
+    """
+    if device.type != "cuda" or count > MOST_ONES:
+        return torch.ones(count, dtype=torch.float32, device=device)
+    return _kept_ones(device)[:count]
+
+
+MOST_ONES = 1 << 17
+"""How many are kept for a device."""
+
+
+@cache
+def _kept_ones(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(MOST_ONES, dtype=torch.float32, device=device)

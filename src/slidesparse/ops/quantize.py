@@ -14,9 +14,9 @@ from torch import Tensor
 from .. import reference
 from ..format import SCHEMES, Scheme
 from ..pattern import Pattern
-from .launch import BOUNDS, Launch, gather_constants, is_hopper, row_constants, row_launch
-from .launching import CALLS, Call
-from .library import allocate, define, runs_kernels
+from .launch import CALLS, Launch, allocate
+from .library import define, runs_kernels
+from .row_config import BOUNDS, RowConfig, gather_constants, is_hopper, row_config, row_constants
 
 _INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -168,67 +168,69 @@ def can_pair(pattern: Pattern, offset: int, width: int) -> bool:
 
 
 def quantize_call(
-    x: Tensor, pattern: Pattern | None, dtype: torch.dtype, offset: int, width: int, launch: Launch | None = None, *,
-    fused: bool = True, gather: bool = False,
-) -> Call:  # fmt: skip
+    x: Tensor, pattern: Pattern | None, dtype: torch.dtype, offset: int, width: int, config: RowConfig | None = None, *,
+    compiled: bool = True, gather: bool = False,
+) -> Launch:  # fmt: skip
     """The launch, to be called with x, q and scale, that quantises rows like those of x, and lifts them if there is a pattern.
 
     Elements of a row lie side by side. ``gather`` asks for the kernel that takes every pattern.
     """
     if pattern is None or (can_pair(pattern, offset, width) and not gather):
         group = 0 if pattern is None else pattern.group
-        return _groups_call(x.shape, x.stride(0), x.dtype, x.device, dtype, width, launch, fused, group)
-    return _gather_call(x.shape, x.stride(0), x.dtype, x.device, dtype, pattern, offset, width, launch, fused)
+        return _groups_call(x.shape, x.stride(0), x.dtype, x.device, dtype, width, config, compiled, group)
+    return _gather_call(x.shape, x.stride(0), x.dtype, x.device, dtype, pattern, offset, width, config, compiled)
 
 
 def launch_quantize(
-    x: Tensor, dtype: torch.dtype, width: int, rows: int = 1, launch: Launch | None = None, *, fused: bool = True,
+    x: Tensor, dtype: torch.dtype, width: int, rows: int = 1, config: RowConfig | None = None, *, compiled: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the quantise kernel on the current device and stream."""
-    return launch_quantize_lift(x, None, dtype, 0, width, rows, launch, fused=fused)
+    return launch_quantize_lift(x, None, dtype, 0, width, rows, config, compiled=compiled)
 
 
 def launch_quantize_lift(
-    x: Tensor, pattern: Pattern | None, dtype: torch.dtype, offset: int, width: int, rows: int = 1, launch: Launch | None = None, *,
-    fused: bool = True, gather: bool = False,
+    x: Tensor, pattern: Pattern | None, dtype: torch.dtype, offset: int, width: int, rows: int = 1, config: RowConfig | None = None, *,
+    compiled: bool = True, gather: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run a kernel of `quantize_call` on the current device and stream."""
     x = in_rows(x)
     q, scale = empty(x, dtype, width, rows)
     if x.shape[0]:
-        quantize_call(x, pattern, dtype, offset, width, launch, fused=fused, gather=gather)(x, q, scale)
+        quantize_call(x, pattern, dtype, offset, width, config, compiled=compiled, gather=gather)(x, q, scale)
     return q, scale
 
 
 @lru_cache(CALLS)
 def _groups_call(
-    shape: tuple[int, int], stride: int, x_dtype: torch.dtype, device: torch.device, dtype: torch.dtype, width: int, launch: Launch | None,
-    fused: bool, group: int,
-) -> Call:  # fmt: skip
+    shape: tuple[int, int], stride: int, x_dtype: torch.dtype, device: torch.device, dtype: torch.dtype, width: int,
+    config: RowConfig | None, compiled: bool, group: int,
+) -> Launch:  # fmt: skip
     from .kernels_quantize import quantize_kernel
 
     m, k = shape
-    launch = launch or row_launch(m, k, group)
+    config = config or row_config(m, k, group)
     numbers = (m, k, width // 4 if group else width, stride)
-    return Call(quantize_kernel, (-(-m // launch.rows),), numbers, row_constants(launch, k, width, group, dtype, fused, is_hopper(device)))
+    return Launch(
+        quantize_kernel, (-(-m // config.rows),), numbers, row_constants(config, k, width, group, dtype, compiled, is_hopper(device))
+    )
 
 
 @lru_cache(CALLS)
 def _gather_call(
     shape: tuple[int, int], stride: int, x_dtype: torch.dtype, device: torch.device, dtype: torch.dtype, pattern: Pattern, offset: int,
-    width: int, launch: Launch | None, fused: bool,
-) -> Call:  # fmt: skip
+    width: int, config: RowConfig | None, compiled: bool,
+) -> Launch:  # fmt: skip
     from .kernels_quantize import quantize_gather_kernel
 
     m, k = shape
-    launch = launch or row_launch(m, k)
-    constants = gather_constants(launch, pattern, offset, width, is_hopper(device)) | {
-        "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": fused, "SPAN": launch.span, "CHUNKS": -(-k // (8 * launch.span)),
+    config = config or row_config(m, k)
+    constants = gather_constants(config, pattern, offset, width, is_hopper(device)) | {
+        "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": compiled, "SPAN": config.span, "CHUNKS": -(-k // (8 * config.span)),
     }  # fmt: skip
-    return Call(quantize_gather_kernel, (-(-m // launch.rows),), (m, k, pattern.slid_k(k, offset), width, stride), constants)
+    return Launch(quantize_gather_kernel, (-(-m // config.rows),), (m, k, pattern.slid_k(k, offset), width, stride), constants)
 
 
-def launch_lift(x: Tensor, pattern: Pattern, offset: int, width: int, rows: int = 1, launch: Launch | None = None) -> Tensor:
+def launch_lift(x: Tensor, pattern: Pattern, offset: int, width: int, rows: int = 1, config: RowConfig | None = None) -> Tensor:
     """Run the lift kernel on the current device and stream; where the lift only pads, a copy does."""
     m, k = x.shape
     y = allocate(x, padded_rows(m, rows), width, x.dtype)
@@ -239,44 +241,32 @@ def launch_lift(x: Tensor, pattern: Pattern, offset: int, width: int, rows: int 
         return y
     x = in_rows(x)
     if m:
-        _lift_call(x.shape, x.stride(0), integer, x.device, pattern, offset, width, launch)(x.view(integer), y.view(integer))
+        _lift_call(x.shape, x.stride(0), integer, x.device, pattern, offset, width, config)(x.view(integer), y.view(integer))
     return y
 
 
 @lru_cache(CALLS)
 def _lift_call(
     shape: tuple[int, int], stride: int, integer: torch.dtype, device: torch.device, pattern: Pattern, offset: int, width: int,
-    launch: Launch | None,
-) -> Call:  # fmt: skip
+    config: RowConfig | None,
+) -> Launch:  # fmt: skip
     from .kernels_quantize import lift_kernel
 
     m, k = shape
-    launch = launch or row_launch(m, k)
-    constants = gather_constants(launch, pattern, offset, width, is_hopper(device))
-    return Call(lift_kernel, (-(-m // launch.rows),), (m, k, pattern.slid_k(k, offset), width, stride), constants)
-
-
-def _quantize_fake(x: Tensor, dtype: torch.dtype, width: int, rows: int) -> tuple[Tensor, Tensor]:
-    return fake(x, dtype, width, rows)
-
-
-def _quantize_lift_fake(x: Tensor, pattern: str, dtype: torch.dtype, offset: int, width: int, rows: int) -> tuple[Tensor, Tensor]:
-    return fake(x, dtype, width, rows)
-
-
-def _lift_fake(x: Tensor, pattern: str, offset: int, width: int, rows: int) -> Tensor:
-    return x.new_empty((padded_rows(x.shape[0], rows), width))
+    config = config or row_config(m, k)
+    constants = gather_constants(config, pattern, offset, width, is_hopper(device))
+    return Launch(lift_kernel, (-(-m // config.rows),), (m, k, pattern.slid_k(k, offset), width, stride), constants)
 
 
 quantize_op = define(
     "quantize(Tensor x, ScalarType dtype, SymInt width, int rows) -> (Tensor, Tensor)",
-    oracle=quantize_oracle, cuda=_quantize_cuda, fake=_quantize_fake,
+    oracle=quantize_oracle, cuda=_quantize_cuda, fake=fake,
 )  # fmt: skip
 quantize_lift_op = define(
     "quantize_lift(Tensor x, str pattern, ScalarType dtype, int offset, SymInt width, int rows) -> (Tensor, Tensor)",
-    oracle=quantize_lift_oracle, cuda=_quantize_lift_cuda, fake=_quantize_lift_fake,
+    oracle=quantize_lift_oracle, cuda=_quantize_lift_cuda, fake=lambda x, pattern, dtype, offset, width, rows: fake(x, dtype, width, rows),
 )  # fmt: skip
 _lift_op = define(
     "lift(Tensor x, str pattern, int offset, SymInt width, int rows) -> Tensor",
-    oracle=_lift_oracle, cuda=_lift_cuda, fake=_lift_fake,
+    oracle=_lift_oracle, cuda=_lift_cuda, fake=lambda x, pattern, offset, width, rows: x.new_empty((padded_rows(x.shape[0], rows), width)),
 )  # fmt: skip

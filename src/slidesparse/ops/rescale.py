@@ -10,8 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .launching import CALLS, Call
-from .library import allocate, define, runs_kernels
+from ..reference import scaled
+from .launch import CALLS, Launch, allocate
+from .library import define, runs_kernels
 
 _SUMS = (torch.int32, torch.bfloat16, torch.float16, torch.float32)
 _OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,18 +50,6 @@ def rescale(
     return _rescale_op(acc, x_scale, w_scale, bias, out_dtype, m, n)
 
 
-def scaled(acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`rescale` in plain torch, with scales ``[M, 1]`` and ``[N]`` or ``[1, N]``; what changes nothing may be acc itself."""
-    y = acc.to(torch.float32)
-    if w_scale is not None:
-        y = y * w_scale
-    if x_scale is not None:
-        y = y * x_scale
-    if bias is not None:
-        y = y + bias.to(torch.float32)
-    return y.to(dtype)
-
-
 def _rescale_oracle(
     acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype, m: int, n: int
 ) -> Tensor:
@@ -93,14 +82,14 @@ def launch_rescale(
 
 
 @lru_cache(CALLS)
-def rescale_call(types: tuple[torch.dtype | None, ...], m: int, n: int, stride: int, tile: tuple[int, int] | None) -> Call:
+def rescale_call(types: tuple[torch.dtype | None, ...], m: int, n: int, stride: int, tile: tuple[int, int] | None) -> Launch:
     """The launch, to be called with sums of this row stride, outputs ``[m, n]``, token scales, weight scales and bias of these types."""
     from .kernels_rescale import rescale_kernel
 
     block, warps = tile or _tile(n)
     _, _, x, w, bias = types
     constants = {"X": x is not None, "W": w is not None, "BIAS": bias is not None, "BLOCK": block, "num_warps": warps}
-    return Call(rescale_kernel, (-(-n // block) * m,), (n, stride), constants | {"enable_fp_fusion": False})
+    return Launch(rescale_kernel, (-(-n // block) * m,), (n, stride), constants | {"enable_fp_fusion": False})
 
 
 def _flat(vector: Tensor | None) -> Tensor | None:
@@ -113,13 +102,7 @@ def _tile(n: int) -> tuple[int, int]:
     return block, max(1, block // 256)
 
 
-def _rescale_fake(
-    acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype, m: int, n: int
-) -> Tensor:
-    return acc.new_empty((m, n), dtype=dtype)
-
-
 _rescale_op = define(
     "rescale(Tensor acc, Tensor? x_scale, Tensor? w_scale, Tensor? bias, ScalarType dtype, SymInt m, SymInt n) -> Tensor",
-    oracle=_rescale_oracle, cuda=_rescale_cuda, fake=_rescale_fake,
+    oracle=_rescale_oracle, cuda=_rescale_cuda, fake=lambda acc, x_scale, w_scale, bias, dtype, m, n: acc.new_empty((m, n), dtype=dtype),
 )  # fmt: skip

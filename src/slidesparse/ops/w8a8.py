@@ -5,6 +5,7 @@ On CUDA a Triton kernel runs, bitwise equal to the oracle; without Triton and on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .launching import CALLS, Call
-from .library import allocate, capability, define, has_triton
+from .launch import CALLS, Launch, allocate, allocator
+from .library import MOST_ONES, capability, define, has_triton, ones
 
 WIDEST_K = 1 << 17
 """Widest K whose int8 products, at most 128 · 127 each, are sure to fit an int32 sum."""
@@ -146,10 +147,14 @@ def _resources(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
-def described(q: Tensor, weight: Tensor) -> bool:
-    """Whether tensor descriptors can read both: 16-byte rows on a card that has them."""
-    aligned = q.shape[1] % 16 == 0 and q.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-    return aligned and q.is_cuda and capability(q.device) >= (9, 0)
+def _describes(device: torch.device, k: int) -> bool:
+    """Whether tensor descriptors can read rows of k bytes: 16-byte rows on a card that has them."""
+    return device.type == "cuda" and k % 16 == 0 and capability(device) >= (9, 0)
+
+
+def _aligned(q: Tensor, weight: Tensor) -> bool:
+    """Whether both begin where descriptors may."""
+    return q.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
 
 
 def launch_w8a8(
@@ -165,12 +170,8 @@ def launch_w8a8(
         return y
     tile = tile or tile_for(m, n, k, *_resources(q.device))
     if descriptors is None:
-        descriptors = described(q, weight)
-    a, b = q, weight
-    if descriptors:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        a, b = TensorDescriptor.from_tensor(q, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
+        descriptors = _describes(q.device, k) and _aligned(q, weight)
+    a, b = _descriptors(q, weight, tile) if descriptors else (q, weight)
     out = y if tile.split == 1 else allocate(q, tile.split * m, n, torch.int32)
     bias_type = None if bias is None else bias.dtype
     _tile_call(q.shape[0], m, n, k, out.dtype, bias_type, tile, descriptors, q.is_cuda)(a, b, out, x_scale, w_scale, bias)
@@ -179,10 +180,44 @@ def launch_w8a8(
     return y
 
 
+def bound_w8a8(
+    m: int, n: int, k: int, device: torch.device, dtype: torch.dtype, bias: torch.dtype | None, unscaled: bool
+) -> Callable[..., Tensor]:
+    """`w8a8` of ``m`` rows by weights ``[n, k]``, with what types and shapes decide decided; ``unscaled`` leaves token scales and bias.
+
+    To be called on the current device with q, token scales, ``(weight,)``, weight scales and bias, each contiguous.
+    """
+    tile, empty, bias = tile_for(m, n, k, *_resources(device)), allocator(device), None if unscaled else bias
+    on_card, describes = device.type == "cuda", _describes(device, k)
+    # More than are kept belong to one call: made while a CUDA graph is captured, they hold nothing before its first replay.
+    units = ones(device, m).view(-1, 1) if unscaled and m <= MOST_ONES else None
+    calls = {way: _tile_call(m, m, n, k, torch.int32 if tile.split > 1 else dtype, bias, tile, way, on_card) for way in (False, True)}
+    partial_sums = ((tile.split * m, n), (n, 1), torch.int32)
+    total = _sum_call(m, n, dtype, bias, tile.split) if tile.split > 1 else None
+
+    def product(q: Tensor, x_scale: Tensor, copy: tuple[Tensor, ...], w_scale: Tensor, added: Tensor | None) -> Tensor:
+        weight, y = copy[0], empty((m, n), (n, 1), dtype)
+        way, out = describes and _aligned(q, weight), y if total is None else empty(*partial_sums)
+        token = x_scale if not unscaled else ones(device, m) if units is None else units
+        tensors = out, token, w_scale, None if bias is None else added
+        calls[way](*(_descriptors(q, weight, tile) if way else (q, weight)), *tensors)
+        if total is not None:
+            total(out, y, *tensors[1:])
+        return y
+
+    return product
+
+
+def _descriptors(q: Tensor, weight: Tensor, tile: Tile) -> tuple[object, object]:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(q, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
+
+
 @lru_cache(CALLS)
 def _tile_call(
     rows: int, m: int, n: int, k: int, dtype: torch.dtype, bias: torch.dtype | None, tile: Tile, descriptors: bool, compiled: bool
-) -> Call:
+) -> Launch:
     from triton.language import constexpr
 
     from .kernels_w8a8 import tile_kernel
@@ -195,23 +230,20 @@ def _tile_call(
         "PIECES": tile.pieces, "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False,
     }  # fmt: skip
     # The interpreter loops to no other bound than a constant.
-    return Call(tile_kernel, (tiles * tile.split,), (rows, m, n, k, steps if compiled else constexpr(steps)), constants)
+    return Launch(tile_kernel, (tiles * tile.split,), (rows, m, n, k, steps if compiled else constexpr(steps)), constants)
 
 
 @lru_cache(CALLS)
-def _sum_call(m: int, n: int, dtype: torch.dtype, bias: torch.dtype | None, split: int) -> Call:
+def _sum_call(m: int, n: int, dtype: torch.dtype, bias: torch.dtype | None, split: int) -> Launch:
     from .kernels_w8a8 import sum_kernel
 
     block = 256
     constants = {"SPLIT": split, "BLOCK": block, "BIAS": bias is not None, "num_warps": 2, "enable_fp_fusion": False}
-    return Call(sum_kernel, (-(-n // block) * m,), (m, n), constants)
-
-
-def _w8a8_fake(q: Tensor, weight: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return q.new_empty((x_scale.shape[0], weight.shape[0]), dtype=dtype)
+    return Launch(sum_kernel, (-(-n // block) * m,), (m, n), constants)
 
 
 _w8a8_op = define(
     "w8a8(Tensor q, Tensor weight, Tensor x_scale, Tensor w_scale, Tensor? bias, ScalarType dtype) -> Tensor",
-    oracle=_w8a8_oracle, cuda=_w8a8_cuda, fake=_w8a8_fake,
+    oracle=_w8a8_oracle, cuda=_w8a8_cuda,
+    fake=lambda q, weight, x_scale, w_scale, bias, dtype: q.new_empty((x_scale.shape[0], weight.shape[0]), dtype=dtype),
 )  # fmt: skip

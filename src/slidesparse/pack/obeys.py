@@ -1,4 +1,4 @@
-"""Does it obey? Dense weights against one pattern, or against several candidates."""
+"""Whether dense weights obey one pattern, and which of several candidates they obey."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def find_violation(weight: Tensor, pattern: Pattern, offset: int = 0, *, first_r
 def detect(blocks: Iterable[tuple[int, Tensor]], candidates: Iterable[Pattern] = KNOWN, *, start: int = 0) -> Pattern:
     """The first candidate (tightest first by default) that a matrix obeys, given as blocks ``(first row, rows [R, K])`` in order.
 
-    ``start`` is the column at which these rows begin where they are a part of wider ones.
+    ``start`` is the column at which the rows begin, if they are a part of wider rows.
 
     Raises:
-        PatternError: it obeys none; the first violation of the last candidate.
+        PatternError: the matrix obeys none; the error is the first violation of the last candidate.
         ValueError: there are no candidates.
     """
     remaining, blocks = list(candidates), iter(blocks)

@@ -17,12 +17,13 @@ FORMATS = {
     compressed_tensors.METHOD: compressed_tensors.find,
     None: floating.find,
 }
-"""By the ``quant_method`` that declares them. A checkpoint may mix them: a layer is the first format's that takes it.
+"""Functions that find a format's layers, by the ``quant_method`` that declares the format. A checkpoint may mix formats:
+of those that find a layer the first has it.
 
-Each is called with the folder, config.json and the tensors that are left, and raises `CheckpointError` at what it refuses.
+Each is called with the folder, config.json and the tensors that are left, and raises `CheckpointError` for what it refuses.
 """
 
-# Their weights are stored [K, N]: groups along the last axis would run over output features.
+# Model types that store weights [K, N]: groups along the last axis would run over output features.
 _TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
 
@@ -46,7 +47,7 @@ def find_layers(path: Path, config: dict[str, Any], tensors: dict[str, TensorInf
 
 
 def _transposed(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> str | None:
-    """What gives transposed weights away: a model type anywhere in the configuration, or a bias that fits the wrong side."""
+    """The model type or layer that shows that weights are transposed: a type anywhere in the configuration, or a bias of K values."""
     if config.get("model_type") in _TRANSPOSED:
         return str(config["model_type"])
     for value in config.values():

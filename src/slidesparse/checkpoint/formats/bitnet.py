@@ -71,7 +71,7 @@ class Master(_BitNet):
 
 
 def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Layer]:
-    """Layers of a BitNet model by name; refuses norms of their own, missing scales, and biases that a scale would act on."""
+    """Layers of a BitNet model by name; refuses layers with norms of their own, missing scales, and biases that a scale would act on."""
     quantization = config.get("quantization_config") or {}
     method, inverse = quantization.get("quant_method"), quantization.get("linear_class", "bitlinear") == "bitlinear"
     if method == METHOD and quantization.get("use_rms_norm"):
@@ -103,7 +103,7 @@ def ternarize(weight: Tensor, mean: float) -> Tensor:
 
 
 def unpack_ternary(packed: Tensor) -> Tensor:
-    """The hub's ternary files, four to a byte: uint8 ``[N/4, K]`` → int8 ``[N, K]``; row i of block b stands in bits 2b.
+    """Weights of the hub's ternary files, four to a byte: uint8 ``[N/4, K]`` → int8 ``[N, K]``; row i of block b stands in bits 2b.
 
     Raises:
         WeightError: a code other than 0, 1, 2 (that is −1, 0, 1).

@@ -45,7 +45,7 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
 
 
 def _scheme(path: Path, quantization: dict[str, Any]) -> Scheme:
-    """The scheme of a configuration, if it is one that is computed exactly."""
+    """The scheme of a configuration; refuses all but those that are computed exactly."""
     for key in ("transform_config", "kv_cache_scheme"):
         if quantization.get(key):
             raise CheckpointError(f"{path}: compressed-tensors checkpoints with {key} are not supported")

@@ -1,4 +1,4 @@
-"""This library's own stored form: kept values and keep-bits, with `PackedConfig` in config.json."""
+"""This package's own stored form: kept values and keep-bits, with `PackedConfig` in config.json."""
 
 from __future__ import annotations
 

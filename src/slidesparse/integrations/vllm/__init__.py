@@ -10,7 +10,7 @@ from __future__ import annotations
 import vllm
 
 from ...format import QUANT_METHOD
-from ..claims import check_version
+from ..engine.claims import check_version
 
 check_version(vllm.__version__)
 
@@ -18,11 +18,11 @@ check_version(vllm.__version__)
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config  # noqa: E402
 
 from .configs import SlideSparseConfig  # noqa: E402
-from .dense import offer_route  # noqa: E402
+from .dense import offer_kernel  # noqa: E402
 
 
 def register() -> None:
     """Make the method known to vLLM, and vLLM's dense kernels to plans; does nothing the second time."""
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(SlideSparseConfig)
-        offer_route()
+        offer_kernel()

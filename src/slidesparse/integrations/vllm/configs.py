@@ -16,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from ...errors import UnsupportedError
 from ...format import MARKER, QUANT_METHOD, PackedConfig, Scheme, scheme_named
-from ..claims import Claims, part_names
+from ..engine.claims import Claims, part_names
 from .methods import DenseLinearMethod, PackedLinearMethod
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it

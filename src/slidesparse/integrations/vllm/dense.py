@@ -17,17 +17,17 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 
 from ... import ops
 from ...format import Scheme
-from ...gemm import Plan, Problem, active_plan
-from ...gemm.execution import cannot_run
-from ...gemm.handover import RIVAL, decide
-from ...gemm.numerics import int32_overflow
-from ...gemm.routes import Maybe, Route, add_route, one
-from ...ops.library import allocate
+from ...gemm import Problem, active_plan, register
+from ...gemm.kernels.base import LEAVES, int32_overflow
+from ...gemm.kernels.dense import HERE, ROWS, DenseKernel, Scale
+from ...gemm.runner import cannot_run
+from ...ops.launch import allocate
+from ...ops.library import ones
+from ..engine.policy import Decision, decide
+from ..vllm_facts import KERNEL, facts
 
 Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 """Runs a layer: ``(layer, x [M, K], bias [N] or None)`` → ``[M, N]``."""
-
-ROUTE = RIVAL.partition(":")[2]
 
 
 def can_give_back(scheme: Scheme, device: torch.device) -> bool:
@@ -40,14 +40,11 @@ def _multiplies(scheme: Scheme) -> bool:
     return ops.capability() >= (8, 9) if scheme.name == "fp8" else (7, 5) <= ops.capability() < (10, 0)
 
 
-def handed_over(problem: Problem, *, sums: bool, most: int, swiglu: bool) -> tuple[str | None, Plan | None]:
-    """Why a layer had better be vLLM's own, None if it had not, and the plan by which it then runs: `gemm.handover` of the one in force.
-
-    vLLM's W8A8 product must have been timed where it takes the problem; 16-bit products are torch's own in both.
-    """
+def decided(problem: Problem, *, unscaled: bool, most: int, swiglu: bool) -> Decision:
+    """Whose a layer is by the plan in force, see `engine.policy.decide`."""
     plan = active_plan().plan
     without = frozenset() if plan is None else cannot_run(plan, problem)
-    return decide(plan, problem, sums=sums, without=without, most=most, swiglu=swiglu)
+    return decide(problem, plan, facts(problem, unscaled=unscaled, most=most, swiglu=swiglu), without)
 
 
 def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | None) -> Apply:
@@ -77,13 +74,13 @@ def _never_loaded(*arguments: object) -> None:
     raise AssertionError("the weights are there already")
 
 
-def offer_route() -> None:
+def offer_kernel() -> None:
     """Let vLLM's W8A8 kernels take part: ``tune`` times them as ``dense:cutlass``, and plans may choose them."""
-    add_route(ROUTE, Route(_refuses, _run, _sums))
+    register(DenseKernel(KERNEL, _refuses, _run, unscaled=_unscaled, code=(*HERE, *ROWS)))
 
 
 def _refuses(problem: Problem) -> str | None:
-    if not problem.scheme.dynamic or problem.device != "cuda":
+    if not problem.scheme.dynamic or not problem.cuda:
         return "multiplies int8 and fp8 on CUDA"
     if problem.dtype not in (torch.bfloat16, torch.float16) or problem.bias not in (None, problem.dtype):
         return "needs a 16-bit output and a bias of its type"
@@ -96,12 +93,12 @@ def _refuses(problem: Problem) -> str | None:
     return int32_overflow(problem)
 
 
-def _run(problem: Problem, q: Tensor, x_scale: Maybe, weight: Tensor, scale: Maybe, bias: Maybe) -> Tensor:
+def _run(problem: Problem, q: Tensor, x_scale: Scale, weight: Tensor, scale: Scale, bias: Scale) -> Tensor:
     return _custom_ops.cutlass_scaled_mm(q, weight.t(), x_scale, scale, problem.dtype, bias)
 
 
-def _sums(problem: Problem, q: Tensor, weight: Tensor, scale: Maybe) -> Tensor:
-    unit, y = one(q.device), allocate(q, q.shape[0], weight.shape[0], torch.bfloat16)
+def _unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
+    unit, y = ones(q.device, 1), allocate(q, q.shape[0], weight.shape[0], torch.bfloat16)
     # Not by vLLM's wrapper, whose checks cost host time in every call.
-    torch.ops._C.cutlass_scaled_mm(y, q, weight.t(), unit, scale if problem.scales_sums else unit, None)
+    torch.ops._C.cutlass_scaled_mm(y, q, weight.t(), unit, unit if "channel" in LEAVES[problem.scheme.name] else scale, None)
     return y

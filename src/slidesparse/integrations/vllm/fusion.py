@@ -1,9 +1,9 @@
 """SwiGLU and norms in the pass that quantises and lifts their output, instead of the compiler's kernels in front of it.
 
-vLLM lets a configuration add a pass over its compiled graphs (``inductor_compile_config``, under the platform's ``pass_key``). Ours looks
-for ``slidesparse::sums`` of silu(gate) · up, or of a norm with a residual, with the scales that the product in front may have left, and
-puts ``slidesparse::silu_mul_sums`` or ``add_rms_norm_sums`` there: [M, K] in 16 bits is neither written nor read. What it does not find
-runs as it stands.
+vLLM lets a configuration add a pass over its compiled graphs (``inductor_compile_config``, under the platform's ``pass_key``). This
+pass looks for ``slidesparse::linear_unscaled`` of silu(gate) · up, or of a norm with a residual, with the scales that the product in front
+may have left. It puts ``slidesparse::silu_mul_linear_unscaled`` or ``add_rms_norm_linear_unscaled`` there: [M, K] in 16 bits is neither
+written nor read. What it does not find runs as it stands.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.platforms import current_platform
 
-from ...gemm.handover import follows_swiglu
-from ...gemm.prepared import add_rms_norm_sums, silu_mul_sums, sums
-from ...ops.rescale import scaled
+from ...gemm.op import add_rms_norm_linear_unscaled, linear_unscaled, silu_mul_linear_unscaled
+from ...reference import scaled
+from ..engine.shapes import follows_swiglu
 
 _ANY = {"n": 17, "eps": 0.17}
 """Stand for the number of outputs and the norm's epsilon where the patterns are traced; no other number there may be equal to them."""
@@ -95,39 +95,39 @@ def _patterns() -> PatternMatcherPass:
 
     def norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, name: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
         normed, total = ir.ops.fused_add_rms_norm.torch_op(x, residual, weight, eps, None)
-        return *sums(normed, name, n), total
+        return *linear_unscaled(normed, name, n), total
 
     # The first that matches counts: those that take most come first.
     add(
-        lambda x, scale, channel, name, n: sums(SiluAndMul.forward_native(scaled(x, scale, channel, None, dtype)), name, n),
-        silu_mul_sums,
+        lambda x, scale, channel, name, n: linear_unscaled(SiluAndMul.forward_native(scaled(x, scale, channel, None, dtype)), name, n),
+        silu_mul_linear_unscaled,
         x, token, channel, name,
     )  # fmt: skip
     add(
-        lambda x, scale, name, n: sums(SiluAndMul.forward_native(scaled(x, scale, None, None, dtype)), name, n),
-        lambda x, scale, name, n: silu_mul_sums(x, scale, None, name, n),
+        lambda x, scale, name, n: linear_unscaled(SiluAndMul.forward_native(scaled(x, scale, None, None, dtype)), name, n),
+        lambda x, scale, name, n: silu_mul_linear_unscaled(x, scale, None, name, n),
         x, token, name,
     )  # fmt: skip
     add(
-        lambda x, name, n: sums(SiluAndMul.forward_native(x), name, n),
-        lambda x, name, n: silu_mul_sums(x, None, None, name, n),
+        lambda x, name, n: linear_unscaled(SiluAndMul.forward_native(x), name, n),
+        lambda x, name, n: silu_mul_linear_unscaled(x, None, None, name, n),
         x, name,
     )  # fmt: skip
     add(
         lambda x, residual, weight, eps, scale, channel, name, n: norm(
             scaled(x, scale, channel, None, dtype), residual, weight, eps, name, n
         ),
-        add_rms_norm_sums,
+        add_rms_norm_linear_unscaled,
         x, residual, weight, token, channel, name,
     )  # fmt: skip
     add(
         lambda x, residual, weight, eps, scale, name, n: norm(scaled(x, scale, None, None, dtype), residual, weight, eps, name, n),
-        lambda x, residual, weight, eps, scale, name, n: add_rms_norm_sums(x, residual, weight, eps, scale, None, name, n),
+        lambda x, residual, weight, eps, scale, name, n: add_rms_norm_linear_unscaled(x, residual, weight, eps, scale, None, name, n),
         x, residual, weight, token, name,
     )  # fmt: skip
     add(
         norm,
-        lambda x, residual, weight, eps, name, n: add_rms_norm_sums(x, residual, weight, eps, None, None, name, n),
+        lambda x, residual, weight, eps, name, n: add_rms_norm_linear_unscaled(x, residual, weight, eps, None, None, name, n),
         x, residual, weight, name,
     )  # fmt: skip
     return found

@@ -1,8 +1,9 @@
 """What of a packed linear stands in vLLM's graph, where its compiler fuses it: scales and bias, behind the product.
 
-Sparse tensor cores give sums without token scales; a pass of its own over the output to apply them costs up to a fifth of the product. In
-the graph they join residual and norm, or the rotation of queries and keys; SwiGLU takes them into the next op (`fusion`). Quantisation
-stays in the op: in the graph, the compiler's kernels took longer than ours and vLLM's (int8 on an H100, docs/serving.md).
+Sparse tensor cores give products without token scales. A pass over the output that applies the scales costs up to a fifth of the product.
+In the graph the scales join residual and norm, or the rotation of queries and keys; SwiGLU takes them into the next op (`fusion`).
+Quantisation stays in the op: in the graph, the compiler's kernels took longer than this package's and vLLM's (int8 on an H100,
+docs/serving.md).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig
 
-from ...gemm.prepared import sums
-from ...ops.rescale import scaled
+from ...gemm.op import linear_unscaled
+from ...reference import scaled
 
 _CACHE_KEY = "slidesparse_layers"
 
@@ -39,6 +40,6 @@ def enter_cache_key(configs: Iterable[VllmConfig | None], layer: str, how: str) 
 
 
 def open_linear(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    """``x [M, K]`` → ``[M, N]``: the prepared layer's sums, scales and bias in float32, rounded."""
-    y, x_scale = sums(x, layer.slidesparse_name, layer.slidesparse_outputs)
+    """``x [M, K]`` → ``[M, N]``: the layer's product, scales and bias in float32, rounded."""
+    y, x_scale = linear_unscaled(x, layer.slidesparse_name, layer.slidesparse_outputs)
     return scaled(y, x_scale, layer.slidesparse_scale, bias, x.dtype)

@@ -17,14 +17,16 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeigh
 from ... import ops
 from ...errors import PatternError, UnsupportedError, WeightError
 from ...format import QUANT_METHOD, Packed, Scheme, packed_tensors, scheme_of_dtype
-from ...gemm import Execution, Plan, Problem, Weights
-from ...gemm.handover import ENOUGH
-from ...gemm.prepared import linear, prepare, warm
-from ...gemm.registry import refusal
+from ...gemm import Problem, Runner, Weights
+from ...gemm.kernels import chosen
+from ...gemm.kernels.base import LEAVES
+from ...gemm.op import handle, linear, warm
 from ...pack import Shard
-from ..claims import Claims
-from ..rank_weights import blank, cut, made_up, pack
-from .dense import Apply, can_give_back, give_back, handed_over
+from ..engine.claims import Claims
+from ..engine.policy import Decision
+from ..engine.rank_weights import blank, cut, made_up, pack
+from ..vllm_facts import ENOUGH
+from .dense import Apply, can_give_back, decided, give_back
 from .fusion import behind_swiglu, fuses
 from .graph import compiles, enter_cache_key, open_linear
 
@@ -35,13 +37,13 @@ _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose h
 class Settings:
     """What the user set under ``slidesparse`` in vLLM's ``additional_config``, and what the adapter needs of the rest.
 
-    ``memory`` and ``backend`` are those of `Execution`; ``random`` weights take the place of a checkpoint's (``--load-format dummy``);
+    ``memory`` and ``route`` are those of `Runner`; ``random`` weights take the place of a checkpoint's (``--load-format dummy``);
     ``captured`` are the numbers of tokens for which vLLM captures CUDA graphs; up to ``replayed`` it replays them for steps of any kind,
     not of decoding only; ``most`` is how many a step can have.
     """
 
     memory: str = "fast"
-    backend: str | None = None
+    route: str | None = None
     random: bool = False
     captured: tuple[int, ...] = ()
     replayed: int = 0
@@ -58,13 +60,13 @@ class Settings:
         if config is None:
             return cls()
         additional = config.additional_config
-        chosen = dict((additional.get(QUANT_METHOD) if isinstance(additional, dict) else None) or {})
-        if unknown := chosen.keys() - {"memory", "backend"}:
-            raise UnsupportedError(f"additional_config.slidesparse knows memory and backend, not {', '.join(sorted(unknown))}")
+        asked = dict((additional.get(QUANT_METHOD) if isinstance(additional, dict) else None) or {})
+        if unknown := asked.keys() - {"memory", "route"}:
+            raise UnsupportedError(f"additional_config.slidesparse knows memory and route, not {', '.join(sorted(unknown))}")
         sizes, mode = tuple(config.compilation_config.cudagraph_capture_sizes or ()), config.compilation_config.cudagraph_mode
         replayed = 0 if mode is None or mode.mixed_mode() == CUDAGraphMode.NONE else max(sizes, default=0)
         random, most = str(config.load_config.load_format) == "dummy", config.scheduler_config.max_num_batched_tokens
-        return cls(**chosen, random=random, captured=sizes, replayed=replayed, most=most)
+        return cls(**asked, random=random, captured=sizes, replayed=replayed, most=most)
 
 
 class PackedParameter(ModelWeightParameter):
@@ -80,7 +82,7 @@ class PackedParameter(ModelWeightParameter):
 
 
 class SlideSparseLinearMethod(LinearMethodBase):
-    """A linear layer on prepared weights; subclasses say in which form the checkpoint holds them."""
+    """A linear layer on packed weights; subclasses say in which form the checkpoint holds them."""
 
     def __init__(self, claims: Claims, layer: str, parts: tuple[str, ...]) -> None:
         self.claims, self.layer, self.parts = claims, layer, parts
@@ -127,41 +129,44 @@ class SlideSparseLinearMethod(LinearMethodBase):
         if layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0):
             bias = None  # vLLM adds it elsewhere
         problem = weights.problem(layer.params_dtype, device, None if bias is None else bias.dtype)
-        opened = self._can_open(layer, problem) and enter_cache_key(configs, self.layer, "sums")
+        opened = self._can_open(layer, problem) and enter_cache_key(configs, self.layer, "unscaled")
         behind = opened and self.fuses and behind_swiglu(self.config, self.layer)
-        why, plan = self._handed_over(problem, device, opened, behind)
-        if why is not None and enter_cache_key(configs, self.layer, "dense"):
+        decision = self._decision(problem, device, opened, behind)
+        if decision.why is not None and enter_cache_key(configs, self.layer, "dense"):
             dense = ops.restore(weights.packed)[:, margins[0] : weights.k - margins[1]]
             self.stock = give_back(layer, self.scheme, dense.contiguous(), weights.channel_scale)
-            _report(self.layer, weights, f"vLLM's own dense kernels: {why}")
+            _report(self.layer, weights, f"vLLM's own dense kernels: {decision.why}")
             return
         self.opened = opened
-        chosen = self.settings
-        execution = Execution(weights, memory=chosen.memory, backend=chosen.backend, sums=opened, most=chosen.most, plan=plan)
-        name = prepare(layer, execution, layer.params_dtype, device, problem.bias, margins=margins)
+        settings = self.settings
+        runner = Runner(
+            weights, memory=settings.memory, route=settings.route, unscaled=opened, plan=decision.plan, unread="meta"
+        )  # fmt: skip
+        runner.prepare(layer.params_dtype, device, problem.bias)
+        name = handle(layer, lambda dtype, device: runner, margins)
         layer.register_buffer("slidesparse_name", name, persistent=False)
         layer.slidesparse_outputs = weights.packed.n
         if opened:
-            scale = None if problem.scales_sums else weights.channel_scale.view(1, -1)
+            scale = weights.channel_scale.view(1, -1) if "channel" in LEAVES[self.scheme.name] else None
             layer.register_buffer("slidesparse_scale", scale, persistent=False)
-        _report(self.layer, weights, _told(execution))
-        if compiles(self.config) and chosen.replayed < min(ENOUGH, chosen.most):
-            _say_graphs(chosen.replayed)
+        _report(self.layer, weights, _told(runner))
+        if compiles(self.config) and settings.replayed < min(ENOUGH, settings.most):
+            _say_graphs(settings.replayed)
         if device.type == "cuda":
-            warm(name, self.settings.captured)
+            warm(name, runner, settings.captured, unscaled=opened)
 
     def _can_open(self, layer: nn.Module, problem: Problem) -> bool:
         """Whether scales and bias may stand in the graph: it is compiled, and no sum over ranks comes in between."""
         if not self.scheme.dynamic or layer.params_dtype != torch.bfloat16 or not compiles(self.config):
             return False
         summed = isinstance(layer, RowParallelLinear) and layer.tp_size > 1 and layer.reduce_results
-        backend = self.settings.backend
-        return not summed and (backend is None or refusal(backend, problem, sums=True) is None)
+        return not summed and (self.settings.route is None or _leaves(self.settings.route, problem))
 
-    def _handed_over(self, problem: Problem, device: torch.device, sums: bool, swiglu: bool) -> tuple[str | None, Plan | None]:
-        if self.settings.backend is not None or self.settings.memory != "fast" or not can_give_back(self.scheme, device):
-            return None, None
-        return handed_over(problem, sums=sums, most=self.settings.most, swiglu=swiglu)
+    def _decision(self, problem: Problem, device: torch.device, unscaled: bool, swiglu: bool) -> Decision:
+        """Who runs the layer; this package where the user has chosen how, or vLLM has no kernel for it."""
+        if self.settings.route is not None or self.settings.memory != "fast" or not can_give_back(self.scheme, device):
+            return Decision(None)
+        return decided(problem, unscaled=unscaled, most=self.settings.most, swiglu=swiglu)
 
     def _weights(self, layer: nn.Module) -> tuple[Weights, tuple[int, int]]:
         raise NotImplementedError
@@ -262,9 +267,18 @@ class DenseLinearMethod(SlideSparseLinearMethod):
         return Weights(packed, self.scheme, scale), shard.margins
 
 
-def _told(execution: Execution) -> str:
-    routes = [f"{choice} up to {most} tokens" for most, choice in execution.steps[:-1]]
-    last = str(execution.steps[-1][1])
+def _leaves(route: str, problem: Problem) -> bool:
+    """Whether the route asked for can leave scales and bias to the graph."""
+    try:
+        chosen(route, problem, 1, unscaled=True)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def _told(runner: Runner) -> str:
+    routes = [f"{route} up to {most} tokens" for most, route in runner.routes[:-1]]
+    last = str(runner.routes[-1][1])
     return f"{', '.join(routes)}, then {last}" if routes else last
 
 

@@ -1,0 +1,111 @@
+"""The choice, as pure functions of measured times: which layouts of a layer's weights stay, and which route runs how many tokens.
+
+One layout stays: the one with the lowest geometric mean of times over the asked numbers of tokens, and of those within `TIE` of it the one
+of the fewest bytes. A second one stays only where it is `SECOND` times as fast for at least a quarter of the asked numbers, and both
+together take at most `BUDGET` of the dense weights' bytes. A layout without a time at one of the asked numbers does not take part. Within
+the layouts that stay the fastest measured route runs; one outside `DENSE` runs only where it is more than `GUARD` times as fast as the
+fastest one in `DENSE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from math import exp, fsum, log
+from sys import maxsize
+
+from ..measure import Timing
+from .layouts import LAYOUTS
+from .plan import Plan, key_of
+from .problem import Problem
+from .route import Route
+
+Times = Mapping[Route, Timing]
+Steps = tuple[tuple[int, Route], ...]
+"""Pairs (most tokens, route) in rising order; the last takes any number."""
+
+GUARD = 1.02
+"""The larger of 2 % and twice the spread. The spread is the median by which a route's time, over the best dense one's, moved between two
+tunings of one card: 0.71 % (H200, 3071 routes) and 0.77 % (H100, 336)."""
+
+TIE = 1.02
+SECOND = 1.03
+BUDGET = 1.25
+
+
+def fastest(times: Times, layouts: Collection[str], guard: float = GUARD) -> Route | None:
+    """The fastest route in these layouts, one outside `DENSE` only if it is more than ``guard`` times as fast; None if none is timed."""
+    dense, other = (_quickest(times, [name for name in layouts if (name in DENSE) == kind]) for kind in (True, False))
+    if dense is None or other is None:
+        return dense or other
+    return other if times[other].p50 * guard < times[dense].p50 else dense
+
+
+DENSE = ("dense", "packed")
+"""Layouts whose kernels multiply by dense weights."""
+
+
+def _quickest(times: Times, layouts: Collection[str]) -> Route | None:
+    return min((route for route in times if route.layout in layouts), key=lambda route: times[route].p50, default=None)
+
+
+def kept_layouts(cells: Mapping[int, Times], nbytes: Mapping[str, int], tokens: Collection[int] | None = None) -> tuple[str, ...]:
+    """The layouts that stay, the first one first; none where nothing was measured.
+
+    Args:
+        cells: times by number of tokens.
+        nbytes: bytes of every layout that may stay.
+        tokens: the asked numbers of tokens, for each of which the cell of `cell_of` stands; by default all that were measured.
+    """
+    asked = [cells[at] for at in ([cell_of(cells, m) for m in tokens] if tokens and cells else sorted(cells))]
+    us = {name: [min((t.p50 for r, t in times.items() if r.layout == name), default=maxsize) for times in asked] for name in nbytes}
+    us = {name: found for name, found in us.items() if found and maxsize not in found}
+    if not us:
+        return ()
+    means = {name: geometric_mean(found) for name, found in us.items()}
+    near = [name for name, mean in means.items() if mean <= min(means.values()) * TIE]
+    first = min(near, key=lambda name: (nbytes[name], means[name]))
+    for second in sorted(us.keys() - {first}, key=means.__getitem__):
+        gains = sum(one > SECOND * other for one, other in zip(us[first], us[second], strict=True))
+        if 4 * gains >= len(asked) and nbytes[first] + nbytes[second] <= BUDGET * nbytes.get("dense", 0):
+            return first, second
+    return (first,)
+
+
+def intervals(cells: Mapping[int, Times], layouts: Collection[str]) -> tuple[tuple[int, Route | None], ...]:
+    """Which route runs how many tokens: pairs (most tokens, route); None where no route of these layouts was measured.
+
+    A number of tokens between two measured ones runs what the larger of them runs.
+    """
+    steps: list[tuple[int, Route | None]] = []
+    for m in sorted(cells):
+        route = fastest(cells[m], layouts)
+        if steps and steps[-1][1] == route:
+            steps.pop()
+        steps.append((m, route))
+    return (*steps[:-1], (maxsize, steps[-1][1])) if steps else ()
+
+
+def choice_of(
+    plan: Plan, problem: Problem, *, unscaled: bool = False, memory: str = "fast", tokens: Collection[int] | None = None,
+    without: Collection[Route] = (),
+) -> tuple[tuple[str, ...], tuple[tuple[int, Route | None], ...]]:  # fmt: skip
+    """The layouts that stay for a problem and their intervals, by a plan's times of unscaled products or of whole linears.
+
+    ``lean`` memory keeps the packed weights alone; ``without`` are routes that cannot run.
+    """
+    cells = plan.times(key_of(problem), unscaled=unscaled, without=without)
+    timed = {route.layout for times in cells.values() for route in times}
+    layouts = ("packed",)
+    if memory != "lean":
+        layouts = kept_layouts(cells, {name: LAYOUTS[name].nbytes(problem) for name in timed | {"dense"}}, tokens) or ("dense",)
+    return layouts, intervals(cells, layouts)
+
+
+def cell_of(cells: Collection[int], m: int) -> int:
+    """The measured number of tokens that stands for ``m``: the same or the next larger one, or else the largest."""
+    return min((at for at in cells if at >= m), default=max(cells))
+
+
+def geometric_mean(values: Collection[float]) -> float:
+    """1 of nothing."""
+    return exp(fsum(map(log, values)) / len(values)) if values else 1.0

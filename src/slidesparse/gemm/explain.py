@@ -1,0 +1,57 @@
+"""Who runs a layer and why, as rows of data: what `inspect --plan` and `tune` print."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ..measure import Timing
+from .choose import DENSE, choice_of
+from .kernels import kernels
+from .layouts import LAYOUTS
+from .plan import Plan, key_of
+from .problem import Problem
+from .route import Route
+
+
+def elsewhere(plan: Plan, problem: Problem) -> frozenset[Route]:
+    """Routes that the plan has timed with kernels that are not registered in this process."""
+    return frozenset(route for route in plan.routes(key_of(problem)) if route.kernel not in kernels())
+
+
+def summary(plan: Plan, problem: Problem, *, unscaled: bool = False) -> str:
+    """What stays of the layer and how many bytes that takes, in one line."""
+    if key_of(problem) not in plan.cells:
+        return "not measured: dense runs"
+    layouts, _ = choice_of(plan, problem, unscaled=unscaled, without=elsewhere(plan, problem))
+    nbytes = sum(LAYOUTS[name].nbytes(problem) for name in layouts) / LAYOUTS["dense"].nbytes(problem)
+    return f"keeps {' and '.join(layouts)}, {nbytes:.2f} of dense weights' bytes"
+
+
+def plan_rows(plan: Plan, problem: Problem, *, unscaled: bool = False, fast: Plan | None = None) -> list[dict[str, Any]]:
+    """One row per measured number of tokens: the best on `dense`, what runs in fast and in lean memory, the best outside `DENSE`.
+
+    Times are those of whole linears, or of ``unscaled`` products. ``fast`` is the plan that chooses in fast memory, if not ``plan``.
+    """
+    key, without = key_of(problem), elsewhere(plan, problem)
+    runs = {
+        "fast": choice_of(fast or plan, problem, unscaled=unscaled, without=without)[1],
+        "lean": choice_of(plan, problem, unscaled=unscaled, memory="lean", without=without)[1],
+    }
+    rows = []
+    for m, times in plan.times(key, unscaled=unscaled, without=without).items():
+        dense = _best(times, ("dense",))
+        if dense is None:
+            continue
+        picked = {name: next((route for most, route in steps if m <= most), None) for name, steps in runs.items()}
+        picked |= {"other": _best(times, [layout for layout in LAYOUTS if layout not in DENSE]), "dense": dense}
+        row: dict[str, Any] = {"n": problem.n, "k": problem.k, "pattern": str(problem.pattern), "scheme": problem.scheme.name, "m": m}
+        for part, route in picked.items():
+            us = None if route is None or route not in times else times[route].p50
+            row |= {part: None if route is None else str(route), f"{part}_us": us}
+        rows.append(row)
+    return rows
+
+
+def _best(times: Mapping[Route, Timing], layouts: Collection[str]) -> Route | None:
+    return min((route for route in times if route.layout in layouts), key=lambda route: times[route].p50, default=None)

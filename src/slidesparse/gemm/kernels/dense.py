@@ -1,0 +1,262 @@
+"""The kernels that multiply by dense weights, kept or restored in every call: GEMM, scales, bias, one rounding to the output's type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import ops
+from ...ops.library import ones
+from ...ops.prologue import Activations, quantiser
+from ...ops.w8a8 import bound_w8a8
+from ...reference import scaled
+from ..layouts import LAYOUTS
+from ..problem import Problem
+from .base import LEAVES, Kernel, Pipeline, epilogue, int32_overflow
+
+FEW_TOKENS = 64
+"""Up to so many tokens tensor-wise fp8 with a second pass beat row-wise on an H200, not above: the order for untuned layers."""
+
+Scale = Tensor | None
+"""Scales and biases, which not every linear has."""
+
+Whole = Callable[[Problem, Tensor, Scale, Tensor, Scale, Scale], Tensor]
+
+
+@dataclass(frozen=True)
+class DenseKernel(Kernel):
+    """One way to multiply by dense weights.
+
+    Either ``whole(problem, q, x_scale, weight, scale, bias)`` gives outputs, or ``sums(problem, q, weight)`` gives products that an
+    epilogue scales. ``q [M', K]`` are activations quantised with ``x_scale [M, 1]``, M' is M rounded up to a multiple of ``rows``; the
+    activations themselves, and None, where the scheme does not quantise them. ``unscaled(problem, q, weight, scale)`` is the product that
+    leaves `LEAVES`, bfloat16 ``[M, N]``; None if there is none. ``bound(problem, m, x, unscaled)`` gives either with little host time.
+    """
+
+    name: str
+    refusal: Callable[[Problem], str | None]
+    whole: Whole | None = None
+    sums: Callable[[Problem, Tensor, Tensor], Tensor] | None = None
+    unscaled: Callable[[Problem, Tensor, Tensor, Scale], Tensor] | None = None
+    bound: Callable[..., Callable] | None = None
+    rounds: int = 1
+    rows: int = 1
+    worth_timing: bool = True
+    code: tuple[str, ...] = ()
+    version: int = 1
+    layouts = ("dense", "packed")
+
+    def refuses(self, problem: Problem, variant: str = "") -> str | None:
+        """As `Kernel`, and what the kernel's library cannot run."""
+        return super().refuses(problem, variant) or self.refusal(problem)
+
+    def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
+        """`LEAVES` of the scheme, if there is an unscaled product."""
+        return frozenset() if self.unscaled is None else super().leaves(problem, variant)
+
+    def roundings(self, variant: str) -> int:
+        """One, or two where the product is rounded before it is scaled."""
+        return self.rounds
+
+    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
+        """See `Kernel`."""
+        m, k = x.shape
+        quantise = quantiser(x, problem.scheme, None, k, self.rows, direct) if problem.scheme.dynamic else None
+        kept = layout == "dense"
+        if direct and kept and self.bound is not None:
+            return Pipeline(layout, quantise, self.bound(problem, m, x, unscaled))
+        if unscaled:
+            return Pipeline(layout, quantise, _multiply(problem, kept, lambda q, s, w, scale, bias: self.unscaled(problem, q, w, scale)))
+        if self.whole is not None:
+            return Pipeline(layout, quantise, _multiply(problem, kept, lambda q, s, w, *rest: self.whole(problem, q, s, w, *rest)))
+        multiply = _multiply(problem, kept, lambda q, s, w, scale, bias: self.sums(problem, q, w))  # the pass leaves padded rows out
+        if not problem.cuda:
+            return Pipeline(layout, quantise, multiply, partial(_finished, problem.dtype))
+        # What rounds once gives sums as they are: int32 or float32.
+        between = torch.int32 if problem.scheme.name == "int8" else torch.float32 if self.rounds == 1 else _between(problem)
+        scaled_already = not problem.scheme.dynamic
+        pass_ = epilogue(problem, m, between, problem.n, x.device, scaled=scaled_already, direct=direct and not scaled_already)
+        return Pipeline(layout, quantise, multiply, pass_, scaled_already)
+
+
+def _multiply(problem: Problem, kept: bool, product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The product on the copy's dense weights, which are restored first unless they are ``kept``."""
+    if kept:
+        return lambda q, x_scale, copy, scale, bias: product(q, x_scale, copy[0], scale, bias)
+    restore = LAYOUTS["packed"].dense
+    return lambda q, x_scale, copy, scale, bias: product(q, x_scale, restore(problem, copy), scale, bias)
+
+
+def _finished(dtype: torch.dtype, sums: Tensor, x_scale: Scale, scale: Scale, bias: Scale) -> Tensor:
+    return scaled(sums, x_scale, None if scale is None else scale.view(1, -1), bias, dtype)
+
+
+def _native(problem: Problem, q: Tensor, x_scale: Scale, weight: Tensor, scale: Scale, bias: Scale) -> Tensor:
+    # The library adds the bias to its fp32 sums. There is no scale for it to come before.
+    return F.linear(q, weight, bias)
+
+
+def _not_native(problem: Problem) -> str | None:
+    return None if problem.native else "weights, activations and bias are not of one 16-bit type"
+
+
+def _rowwise(problem: Problem, q: Tensor, x_scale: Scale, weight: Tensor, scale: Scale, bias: Scale) -> Tensor:
+    return torch._scaled_mm(q, weight.t(), x_scale, scale.view(1, -1), bias, out_dtype=problem.dtype, use_fast_accum=True)
+
+
+def _rowwise_unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
+    # Another kernel than without row scales, and the quicker one for many tokens.
+    rows, columns = ones(q.device, q.shape[0]).view(-1, 1), ones(q.device, weight.shape[0]).view(1, -1)
+    return torch._scaled_mm(q, weight.t(), rows, columns, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def _not_rowwise(problem: Problem) -> str | None:
+    if problem.dtype != torch.bfloat16 or problem.bias not in (None, torch.bfloat16):
+        return "row-wise scales need a bfloat16 output and bias"
+    return _not_scaled_mm(problem)
+
+
+def _between(problem: Problem) -> torch.dtype:
+    """Type of fp8 sums: fp16 could overflow before the scales are applied."""
+    return torch.bfloat16 if problem.dtype == torch.bfloat16 else torch.float32
+
+
+def _tensorwise(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
+    return _plain_scaled_mm(q, weight, _between(problem))
+
+
+def _tensorwise_unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
+    return _plain_scaled_mm(q, weight, torch.bfloat16)
+
+
+def _plain_scaled_mm(q: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    unit = _unit(q.device)
+    return torch._scaled_mm(q, weight.t(), unit, unit, out_dtype=dtype, use_fast_accum=True)
+
+
+@cache
+def _unit(device: torch.device) -> Tensor:
+    return ones(device, 1).view(())
+
+
+def _not_scaled_mm(problem: Problem) -> str | None:
+    if problem.scheme.name != "fp8" or not problem.cuda:
+        return "multiplies fp8 on CUDA"
+    if problem.capability < (8, 9):
+        return "fp8 needs compute capability 8.9"
+    if problem.n % 16 or problem.k % 16:
+        return f"N = {problem.n} and K = {problem.k} must be multiples of 16"
+    return None
+
+
+def _triton(problem: Problem, q: Tensor, x_scale: Scale, weight: Tensor, scale: Scale, bias: Scale) -> Tensor:
+    return ops.w8a8(q, weight, x_scale, scale, bias, problem.dtype)
+
+
+def _triton_unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
+    return ops.w8a8(q, weight, ones(q.device, q.shape[0]).view(-1, 1), scale, None, torch.bfloat16)
+
+
+def _bound_triton(problem: Problem, m: int, x: Activations, unscaled: bool) -> Callable[..., Tensor]:
+    return bound_w8a8(m, problem.n, problem.k, x.device, torch.bfloat16 if unscaled else problem.dtype, problem.bias, unscaled)
+
+
+def _not_triton(problem: Problem) -> str | None:
+    if problem.scheme.name != "int8" or not problem.cuda:
+        return "multiplies int8 on CUDA"
+    return int32_overflow(problem) if ops.has_triton() else "triton is not installed"
+
+
+def _cublaslt(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
+    return torch._int_mm(q, weight.t())
+
+
+def _not_cublaslt(problem: Problem) -> str | None:
+    if problem.scheme.name != "int8" or not problem.cuda:
+        return "multiplies int8 on CUDA"
+    if problem.n % 8 or problem.k % 8:
+        return f"N = {problem.n} and K = {problem.k} must be multiples of 8"
+    return int32_overflow(problem)
+
+
+def _exact(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
+    """On any device: integer sums exact, others in float32."""
+    return products(q, weight) if q.dtype.itemsize == 1 else q.to(weight.dtype) @ weight.t()
+
+
+def _exact_unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
+    sums = products(q, weight)
+    return (sums if "channel" in LEAVES[problem.scheme.name] else sums.to(torch.float32) * scale.view(1, -1)).to(torch.bfloat16)
+
+
+_CHUNK = 1024  # 1024 products of at most 128 · 128 sum to at most 2^24, which float32 still holds exactly
+
+
+def products(q: Tensor, dense: Tensor) -> Tensor:
+    """Sums of 8-bit products, ``[M, K]`` · ``[N, K]``ᵀ: int32 and exact of int8, float32 of the others."""
+    return int_matmul(q, dense) if q.dtype == torch.int8 else q.to(torch.float32) @ dense.to(torch.float32).t()
+
+
+def int_matmul(q: Tensor, weight: Tensor) -> Tensor:
+    """Exact int8 product ``[M, K]`` · ``[N, K]``ᵀ → int32 ``[M, N]``; K at most `slidesparse.ops.w8a8.WIDEST_K`.
+
+    torch._int_mm wherever it is exact and takes the shape: on a CPU with int8 dot products it was 3 to 5 times as fast as float32
+    (4096 × 4096, 2 cores: 0.3 against 1.3 ms at M = 1, 8 against 32 ms at M = 128, 27 against 59 ms at M = 512), needs no float copy
+    of the weights, and takes every shape but K = 1, where it is wrong (torch 2.13). Elsewhere float32 in chunks of K short enough to
+    be exact.
+    """
+    usable = _int_mm_takes(q, weight) if q.device.type == "cuda" else q.shape[1] > 1 and _int_mm_is_exact(q.device.type)
+    if usable:
+        return torch._int_mm(q, weight.t())
+    total = torch.zeros(q.shape[0], weight.shape[0], dtype=torch.int32, device=q.device)
+    for start in range(0, q.shape[1], _CHUNK):
+        columns = slice(start, start + _CHUNK)
+        total += (q[:, columns].to(torch.float32) @ weight[:, columns].to(torch.float32).t()).to(torch.int32)
+    return total
+
+
+def _int_mm_takes(q: Tensor, weight: Tensor) -> bool:
+    """cuBLASLt's limits: more than 16 rows, K and N multiples of 8."""
+    return q.shape[0] > 16 and q.shape[1] % 8 == 0 and weight.shape[0] % 8 == 0
+
+
+@cache
+def _int_mm_is_exact(device: str) -> bool:
+    """Whether int8 products are summed exactly here: CPUs without int8 dot products may saturate pairs of them at 16 bits."""
+    for left, right in ((127, 127), (127, -128)):
+        q = torch.full((17, 256), left, dtype=torch.int8, device=device)
+        weight = torch.full((32, 256), right, dtype=torch.int8, device=device)
+        try:
+            product = torch._int_mm(q, weight.t())
+        except (RuntimeError, NotImplementedError):
+            return False
+        if not bool((product == 256 * left * right).all()):
+            return False
+    return True
+
+
+ROWS = ("ops.prologue", "ops.quantize", "ops.kernels_quantize", "ops.row_config")
+EPILOGUE = ("ops.rescale", "ops.kernels_rescale")
+HERE = ("gemm.kernels.base", "gemm.kernels.dense", "gemm.layouts", "ops.expand", "ops.kernels_expand")
+"""Weights of the packed layout are restored in every call."""
+
+DENSE_KERNELS = (
+    DenseKernel("native", _not_native, _native, code=HERE),
+    DenseKernel("rowwise", _not_rowwise, _rowwise, unscaled=_rowwise_unscaled, code=(*HERE, *ROWS)),
+    DenseKernel("tensorwise", _not_scaled_mm, sums=_tensorwise, unscaled=_tensorwise_unscaled, rounds=2, code=(*HERE, *ROWS, *EPILOGUE)),
+    DenseKernel(
+        "triton", _not_triton, _triton, unscaled=_triton_unscaled, bound=_bound_triton,
+        code=(*HERE, *ROWS, "ops.w8a8", "ops.kernels_w8a8"),
+    ),
+    # The library wants more than 16 rows.
+    DenseKernel("cublaslt", _not_cublaslt, sums=_cublaslt, rows=32, code=(*HERE, *ROWS, *EPILOGUE)),
+    DenseKernel(
+        "exact", int32_overflow, sums=_exact, unscaled=_exact_unscaled, worth_timing=False,
+        code=(*HERE, *ROWS, *EPILOGUE),
+    ),
+)  # fmt: skip

@@ -1,0 +1,123 @@
+"""The forms in which weights are resident: each knows its bytes, how the stored tensors become it, and the way back to dense."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..format import Packed, packed_tensors
+from ..ops import cusparselt
+from ..ops.library import ones
+from ..ops.quantize import moves_nothing
+from ..quant import dequantize_nvfp4
+from .problem import Problem, Weights
+
+Copy = tuple[Tensor | None, ...]
+"""The tensors of one layer in one layout."""
+
+
+class Layout(Protocol):
+    """One form of the weights.
+
+    ``nbytes`` tells its size before it is made, ``prepare`` makes it, ``dense`` gives back ``[N, K]`` in `Problem.compute_dtype`.
+    """
+
+    name: str
+
+    def nbytes(self, problem: Problem) -> int: ...
+
+    def prepare(self, problem: Problem, weights: Weights) -> Copy: ...
+
+    def dense(self, problem: Problem, copy: Copy) -> Tensor: ...
+
+
+class PackedLayout:
+    """The stored tensors themselves: values, keep-bits, and what scales there are."""
+
+    name = "packed"
+
+    def nbytes(self, problem: Problem) -> int:
+        """Values and keep-bits; scales, which every layout needs, are not counted."""
+        specs = packed_tensors(problem.scheme, problem.pattern, problem.n, problem.k)[:2]
+        return sum(spec.shape[0] * spec.shape[1] * spec.dtype.itemsize for spec in specs)
+
+    def prepare(self, problem: Problem, weights: Weights) -> Copy:
+        """Nothing is copied."""
+        ones(weights.packed.values.device, 1)
+        return weights.packed.values, weights.packed.keep, weights.scale, weights.global_scale
+
+    def stored(self, problem: Problem, copy: Copy) -> Packed:
+        """The packed matrix."""
+        scheme = problem.scheme
+        return Packed(copy[0], copy[1], scheme.pattern_stored(problem.pattern), scheme.k_stored(problem.k))
+
+    def dense(self, problem: Problem, copy: Copy) -> Tensor:
+        """Restored."""
+        dense = ops.restore(self.stored(problem, copy))
+        if problem.scheme.pair:
+            dense = dequantize_nvfp4(dense, copy[2], copy[3])
+        return dense.to(problem.compute_dtype)
+
+
+class DenseLayout:
+    """Restored weights ``[N, K]``."""
+
+    name = "dense"
+
+    def nbytes(self, problem: Problem) -> int:
+        """N · K weights in `Problem.compute_dtype`."""
+        return problem.n * problem.k * problem.compute_dtype.itemsize
+
+    def prepare(self, problem: Problem, weights: Weights) -> Copy:
+        """Restore them."""
+        packed = LAYOUTS["packed"]
+        return (packed.dense(problem, packed.prepare(problem, weights)),)
+
+    def dense(self, problem: Problem, copy: Copy) -> Tensor:
+        """The copy itself."""
+        return copy[0]
+
+
+class SlidLayout:
+    """Weights slid to 2:4 and compressed by cuSPARSELt, opaque uint8 ``[bytes]``; with int8 their scales, float32 ``[N padded]``."""
+
+    name = "slid"
+
+    def nbytes(self, problem: Problem) -> int:
+        """What the library's compressed form takes."""
+        rows, width = self.padded(problem)
+        return cusparselt.compressed_bytes(rows, width, problem.scheme.dtype)
+
+    def padded(self, problem: Problem) -> tuple[int, int]:
+        """N and K' rounded up to what the library takes."""
+        align = cusparselt.alignment(problem.scheme.dtype)
+        slid = problem.pattern.slid_k(problem.k)
+        return -(-problem.n // align) * align, -(-slid // align) * align
+
+    def prepare(self, problem: Problem, weights: Weights) -> Copy:
+        """Slide and compress; the scales are padded by ones."""
+        rows, width = self.padded(problem)
+        slid = ops.slide(weights.packed, width=width, rows=cusparselt.alignment(problem.scheme.dtype))
+        alpha = None
+        if cusparselt.scales_rows(problem.scheme.dtype, torch.bfloat16):
+            alpha = F.pad(weights.channel_scale.view(-1), (0, rows - problem.n), value=1.0)
+        return cusparselt.compress(slid), alpha
+
+    def dense(self, problem: Problem, copy: Copy) -> Tensor:
+        """The product with the lifted unit matrix, whose sums are exact: one weight and zeros."""
+        rows, width = self.padded(problem)
+        dtype = problem.scheme.dtype
+        unit = torch.eye(problem.k, device=copy[0].device).to(dtype)
+        lifted = F.pad(unit, (0, width - problem.k)) if moves_nothing(problem.pattern, 0) else ops.lift(unit, problem.pattern, width=width)
+        tokens = -(-problem.k // cusparselt.TOKENS) * cusparselt.TOKENS
+        q = torch.zeros(tokens, width, dtype=torch.uint8 if dtype.itemsize == 1 else torch.int16, device=unit.device).view(dtype)
+        q[: problem.k] = lifted
+        sums = cusparselt.sparse_mm(q, copy[0], None, rows, cusparselt.EXACT_DTYPES[dtype])
+        return sums[: problem.k, : problem.n].t().to(problem.compute_dtype).contiguous()
+
+
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PackedLayout(), DenseLayout(), SlidLayout())}

@@ -1,0 +1,135 @@
+"""Layers behind one opaque op, for compilers: the route is chosen inside by the number of tokens at hand.
+
+``slidesparse::linear`` is a whole linear. ``slidesparse::linear_unscaled`` leaves token scales and bias, and of fp8 the channel scales,
+to the graph, where the compiler fuses them into whatever consumes the output; ``silu_mul_linear_unscaled`` and
+``add_rms_norm_linear_unscaled`` do the same with SwiGLU or a norm in front. What the graph holds of a layer is a tensor that names it,
+an input like any weight, so that the graphs of equal layers are equal and compiled once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from ..ops.launch import allocate
+from ..ops.library import define
+from ..ops.prologue import Activations, Gated, Normed
+from .problem import Problem
+from .route import Route
+from .runner import Runner
+
+Find = Callable[[torch.dtype, torch.device], Runner]
+"""Gives the runner of a layer for activations of this type on this device."""
+
+
+class _ByNumber(dict[int, tuple[Find, int, int]]):
+    def __missing__(self, number: int) -> tuple[Find, int, int]:
+        raise UnsupportedError(f"there is no layer {number}: its model was deleted, or it belongs to another process")
+
+
+_LAYERS = _ByNumber()
+_NUMBERS = itertools.count(1)
+_warmed: set[tuple[Problem, int, torch.device, Route, bool]] = set()
+
+
+def handle(owner: object, find: Find, margins: tuple[int, int] = (0, 0)) -> Tensor:
+    """The tensor that names a layer to the ops of this module, as long as ``owner`` lives.
+
+    ``margins`` are zeros put to the left and right of the activations, see `slidesparse.pack.Shard`.
+    """
+    number = next(_NUMBERS)
+    _LAYERS[number] = (find, *margins)
+    weakref.finalize(owner, _LAYERS.pop, number, None)
+    # On the host, whatever the default device is: it is read in every call, which must not wait for a GPU.
+    return torch.tensor([number], dtype=torch.int64, device="cpu")
+
+
+def warm(name: Tensor, runner: Runner, tokens: Iterable[int], *, unscaled: bool) -> None:
+    """Run a layer that is ready once for each number of tokens, unless an equal layer has run: CUDA graphs may capture it afterwards.
+
+    This makes cuSPARSELt's plans, which do not depend on what stands in front of the product. Triton kernels may still have to be compiled.
+    """
+    _, left, right = _LAYERS[int(name)]
+    problem, device = runner.ready.problem, runner.ready.device
+    for m in tokens:
+        kind = (problem, m, device, runner.ready.route(m, unscaled), unscaled)
+        if kind in _warmed:
+            continue
+        x = torch.zeros(m, problem.k - left - right, dtype=problem.dtype, device=device)
+        bias = None if problem.bias is None else x.new_zeros(problem.n, dtype=problem.bias)
+        # As ops, which run on the device of x, whichever is current.
+        linear_unscaled(x, name, problem.n) if unscaled else linear(x, name, bias, problem.n)
+        _warmed.add(kind)
+
+
+def _widened(x: Tensor, left: int, right: int) -> Tensor:
+    return F.pad(x, (left, right)) if left or right else x
+
+
+def _run(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    find, left, right = _LAYERS[int(name)]
+    return find(x.dtype, x.device)(_widened(x, left, right), bias).contiguous()  # as the fake promises: libraries may have padded N
+
+
+def _run_unscaled(x: Activations, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    find, left, right = _LAYERS[int(name)]
+    if left or right:
+        x = _widened(x if isinstance(x, Tensor) else x.computed(), left, right)
+    y, scale = find(x.dtype, x.device).unscaled(x)
+    return y.contiguous(), scale
+
+
+def _run_silu_mul(gate_up: Tensor, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    return _run_unscaled(Gated(gate_up, scale, channel), name, n)
+
+
+def _run_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    total = allocate(x, *x.shape, x.dtype)
+    return *_run_unscaled(Normed(x, residual, weight, eps, total, scale, channel), name, n), total
+
+
+def _unscaled_fake(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], n), dtype=torch.bfloat16), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+linear = define(
+    "linear(Tensor x, Tensor name, Tensor? bias, SymInt n) -> Tensor",
+    oracle=_run, cuda=_run, fake=lambda x, name, bias, n: x.new_empty((x.shape[0], n)),
+)  # fmt: skip
+"""Run the layer that `handle` named: ``x [M, K]`` → ``[M, n]``; one op to torch.compile, with any number of tokens.
+
+Raises UnsupportedError if the layer is gone, or cannot run such activations, as the other ops do.
+"""
+
+linear_unscaled = define(
+    "linear_unscaled(Tensor x, Tensor name, SymInt n) -> (Tensor, Tensor)", oracle=_run_unscaled, cuda=_run_unscaled, fake=_unscaled_fake
+)
+"""`linear` but for its epilogue: ``x [M, K]`` → bfloat16 ``[M, n]`` and token scales ``[M, 1]``; see `kernels.base.LEAVES`."""
+
+silu_mul_linear_unscaled = define(
+    "silu_mul_linear_unscaled(Tensor gate_up, Tensor? scale, Tensor? channel, Tensor name, SymInt n) -> (Tensor, Tensor)",
+    oracle=_run_silu_mul, cuda=_run_silu_mul, fake=lambda gate_up, scale, channel, name, n: _unscaled_fake(gate_up, name, n),
+)  # fmt: skip
+"""`linear_unscaled` of silu(gate) · up: ``gate_up [M, 2K]``, gates first, times ``channel`` and token ``scale`` first, see `Gated`.
+
+One kernel gates, quantises and lifts, where there is one.
+"""
+
+add_rms_norm_linear_unscaled = define(
+    "add_rms_norm_linear_unscaled(Tensor x, Tensor residual, Tensor weight, float eps, Tensor? scale, Tensor? channel, Tensor name, "
+    "SymInt n) -> (Tensor, Tensor, Tensor)",
+    oracle=_run_add_rms_norm, cuda=_run_add_rms_norm,
+    fake=lambda x, residual, weight, eps, scale, channel, name, n: (*_unscaled_fake(x, name, n), x.new_empty(x.shape)),
+)  # fmt: skip
+"""`linear_unscaled` of the RMSNorm of x plus the residual, x times ``channel`` and token ``scale`` first, see `Normed`; and that sum.
+
+One kernel adds, norms, quantises and lifts, where there is one.
+"""

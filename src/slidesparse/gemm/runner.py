@@ -1,0 +1,304 @@
+"""One layer's weights made ready to run: the layouts that stay, the routes by number of tokens, and the call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from sys import maxsize
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from ..ops.launch import can_bypass_dispatcher, current_device
+from ..ops.prologue import Activations, signature
+from .choose import Steps, choice_of, intervals
+from .kernels import FEW_TOKENS, Pipeline, chosen, kernels, refusal, unmeasured
+from .layouts import LAYOUTS, Copy
+from .plan import Plan, key_of
+from .plans import active_plan
+from .problem import Problem, Weights
+from .route import Route
+
+_LOG = logging.getLogger(__name__)
+
+MEMORY = ("fast", "lean")
+"""``fast`` keeps the layouts that run best, see `choose`; ``lean`` keeps the packed weights only and restores them in every call."""
+
+MOST_CALLS = 1024
+"""Kinds of inputs, for each kind of layer, of which the steps of a call are kept."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What one kind of input needs: routes of whole linears and of unscaled products, copies by layout, and what calls are made of.
+
+    ``calls`` holds the steps of calls by kind of input; equal layers share it. ``direct`` says whether calls may launch kernels past
+    the dispatcher, wherever no dispatch mode, compiler or profiler must see them.
+    """
+
+    problem: Problem
+    device: torch.device
+    whole: Steps
+    unscaled: Steps
+    scale: Tensor | None
+    copies: dict[str, Copy]
+    direct: bool
+    calls: dict[tuple, Pipeline]
+
+    def route(self, m: int, unscaled: bool) -> Route:
+        """What runs ``m`` tokens.
+
+        Raises:
+            UnsupportedError: no route of the layer leaves scales, which was asked for.
+        """
+        for most, route in self.unscaled if unscaled else self.whole:
+            if m <= most:
+                return route
+        raise UnsupportedError(f"no route of the layer's leaves scales and bias to the caller: {self.problem} runs {self.whole[-1][1]}")
+
+
+class Runner:
+    """Runs ``x [M, K]`` → ``y [M, N]`` on one layer's stored weights, which must have been checked before.
+
+    Args:
+        memory: one of `MEMORY`.
+        route: what must run, ``LAYOUT``, ``LAYOUT:KERNEL`` or ``LAYOUT:KERNEL:VARIANT``. None lets the plan choose; where nothing was
+            measured, the first dense kernel that takes the problem runs.
+        unscaled: the times of unscaled products, not those of whole linears, choose the layouts.
+        tokens: the numbers of tokens that choose the layouts; by default all that were measured.
+        plan: the plan that chooses; by default the one in force.
+        unread: the device to which packed weights move that no route reads. "meta" discards them: no further copy can be made then.
+
+    Raises:
+        ValueError: unknown memory policy.
+    """
+
+    def __init__(
+        self, weights: Weights, *, memory: str = "fast", route: str | None = None, unscaled: bool = False,
+        tokens: Collection[int] | None = None, plan: Plan | None = None, unread: str = "cpu",
+    ) -> None:  # fmt: skip
+        if memory not in MEMORY:
+            raise ValueError(f"unknown memory policy {memory!r}: choose one of {', '.join(MEMORY)}")
+        self.weights, self.memory, self.asked, self.plan = weights, memory, route, plan
+        self.tokens, self._unscaled, self._unread = tokens, unscaled, unread
+        self.ready: Ready | None = None
+        """What the last kind of input needs; None before the first call."""
+        self._kinds: dict[tuple, Ready] = {}
+        self._copies: dict[tuple[str, torch.dtype], Copy] = {}
+        self._lock = Lock()
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x [M, K]`` bfloat16, float16 or float32, ``bias [N]`` → ``[M, N]`` of x's dtype.
+
+        Raises:
+            ValueError: x is not of K columns.
+            UnsupportedError: the route asked for cannot run this, or a CUDA graph is captured before the layer has run once.
+        """
+        # It would narrow the fp32 sums that exactness rests on.
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self(x, bias)
+        ready, kind = self.ready, None if bias is None else bias.dtype
+        if ready is None or x.dtype != ready.problem.dtype or kind != ready.problem.bias or x.device != ready.device:
+            ready = self.prepare(x.dtype, x.device, kind)
+        direct = ready.direct and can_bypass_dispatcher(x) and x.get_device() == current_device()
+        # Kernels that are launched directly read the bias as it lies.
+        direct = direct and (bias is None or (bias.shape == (ready.problem.n,) and bias.is_contiguous() and bias.device == x.device))
+        call = ready.calls.get((direct, False, x.get_device(), x.dtype, x.shape, x.stride()))
+        if call is None:
+            _check_k(x, ready.problem)
+            if not x.shape[0]:
+                return x.new_empty((0, ready.problem.n))
+            call = self._bind(ready, x, unscaled=False, direct=direct)
+        q, x_scale = (x, None) if call.quantise is None else call.quantise(x)
+        y = call.multiply(q, x_scale, ready.copies[call.layout], ready.scale, bias)
+        return y if call.epilogue is None else call.epilogue(y, x_scale, None if call.scaled else ready.scale, bias)
+
+    def unscaled(self, x: Activations) -> tuple[Tensor, Tensor]:
+        """``x [M, K]`` → bfloat16 ``[M, N]``, which leaves `kernels.base.LEAVES` to the caller, and token scales ``[M, 1]``.
+
+        Raises:
+            ValueError: x is not of K columns.
+            UnsupportedError: as a call; no route of the layer's layouts leaves scales.
+        """
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.unscaled(x)
+        ready = self.ready
+        if ready is None or x.dtype != ready.problem.dtype or x.device != ready.device:
+            ready = self.prepare(x.dtype, x.device)
+        # Only ops ask for unscaled products, on the device of x: no dispatch mode has to see their kernels.
+        call = ready.calls.get((ready.direct, True, *signature(x)))
+        if call is None:
+            _check_k(x, ready.problem)
+            if not x.shape[0]:
+                shapes = ((ready.problem.n, torch.bfloat16), (1, torch.float32))
+                return tuple(torch.empty(0, columns, dtype=dtype, device=x.device) for columns, dtype in shapes)
+            call = self._bind(ready, x, unscaled=True, direct=ready.direct)
+        q, x_scale = call.quantise(x)
+        y = call.multiply(q, x_scale, ready.copies[call.layout], ready.scale, None)
+        return (y if call.epilogue is None else call.epilogue(y, x_scale, None, None)), x_scale
+
+    def _bind(self, ready: Ready, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
+        """The steps of a call with such inputs, kept for later ones."""
+        route = ready.route(x.shape[0], unscaled)
+        call = kernels()[route.kernel].bind(ready.problem, route.layout, route.variant, x, unscaled=unscaled, direct=direct)
+        if len(ready.calls) >= MOST_CALLS:
+            ready.calls.clear()
+        ready.calls[direct, unscaled, *signature(x)] = call
+        return call
+
+    @property
+    def routes(self) -> Steps:
+        """Pairs (most tokens, route) in rising order, of the form that chose the layouts; empty before the first call."""
+        return () if self.ready is None else self.ready.unscaled if self._unscaled else self.ready.whole
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the resident copies, the stored tensors not counted."""
+        stored = (self.weights.packed.values, self.weights.packed.keep, self.weights.scale, self.weights.global_scale)
+        tensors = [one for copy in self._copies.values() for one in copy if one is not None and not any(one is other for other in stored)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @torch.compiler.disable
+    def prepare(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None = None) -> Ready:
+        """Choose routes for inputs of these types and make the copies that they read, unless that was done before.
+
+        On a GPU packed weights that no route reads move to host memory, see `weights`.
+
+        Raises:
+            UnsupportedError: as a call.
+        """
+        ready = self._kinds.get((dtype, device, bias))
+        if ready is None:
+            refuse_capture()
+            with self._lock:  # threads whose first calls meet share copies
+                ready = self._kinds.get((dtype, device, bias)) or self._made_ready(dtype, device, bias)
+        self.ready = ready
+        return ready
+
+    def _made_ready(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None) -> Ready:
+        if {other for _, other, _ in self._kinds} != {device}:  # a try that failed may have left copies, too
+            self._kinds.clear()
+            self._copies.clear()
+        problem = self.weights.problem(dtype, device, bias)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            whole, unscaled = self._steps(problem)
+            layouts, held = dict.fromkeys(route.layout for _, route in (*whole, *unscaled)), problem.compute_dtype
+            self._make([layout for layout in layouts if (layout, held) not in self._copies], problem, device)
+            # Kernels that are launched directly read it as it lies.
+            scale = None if self.weights.channel_scale is None else self.weights.channel_scale.to(device).contiguous()
+            if device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # other streams and threads may use the copies from here on
+        copies = {layout: self._copies[layout, held] for layout in layouts}
+        direct, calls = problem.cuda and problem.scheme.dynamic, _calls(problem, device, whole, unscaled)
+        ready = Ready(problem, device, whole, unscaled, scale, copies, direct, calls)
+        if (device.type == "cuda" or self._unread == "meta") and all(layout != "packed" for layout, _ in self._copies):
+            packed = self.weights.packed
+            moved = replace(packed, values=packed.values.to(self._unread), keep=packed.keep.to(self._unread))
+            self.weights = replace(self.weights, packed=moved)
+        self._kinds[dtype, device, bias] = ready
+        return ready
+
+    def _make(self, layouts: Collection[str], problem: Problem, device: torch.device) -> None:
+        """Make copies of the weights in these layouts."""
+        if not layouts:
+            return
+        if self.weights.packed.values.is_meta:
+            raise UnsupportedError(f"the layer gave its packed weights up when it was made ready, and {problem} needs another copy of them")
+        weights = self.weights.to(device)
+        # Outside inference mode: the copies outlive the call that happens to make them.
+        with torch.inference_mode(False), torch.no_grad():
+            for layout in layouts:
+                self._copies[layout, problem.compute_dtype] = LAYOUTS[layout].prepare(problem, weights)
+
+    def _steps(self, problem: Problem) -> tuple[Steps, Steps]:
+        """Routes of whole linears and, where the scheme has them, of unscaled products."""
+        modes = (False, True) if problem.scheme.dynamic else (False,)
+        if self.asked is not None:
+            forms = [mode for mode in modes if self._gives(problem, mode)]
+            found = [_few_and_many(partial(chosen, self.asked, problem, unscaled=mode)) for mode in forms]
+        else:
+            plan = (self.plan or active_plan().plan) if problem.cuda else None
+            without = frozenset() if plan is None else cannot_run(plan, problem)
+            layouts = ("packed",) if self.memory == "lean" else ("dense",)
+            if plan is not None:
+                how = {"unscaled": self._unscaled, "memory": self.memory, "tokens": self.tokens, "without": without}
+                layouts, _ = choice_of(plan, problem, **how)
+            found = [self._planned(problem, plan, without, layouts, mode) for mode in modes]
+        return found[0], (found[1] if len(found) > 1 else ())
+
+    def _gives(self, problem: Problem, unscaled: bool) -> bool:
+        """Whether the route asked for has this form: exact ones leave nothing to the caller."""
+        if not unscaled or self._unscaled:
+            return True
+        return refusal(chosen(self.asked, problem, 1), problem, unscaled=True) is None
+
+    def _planned(self, problem: Problem, plan: Plan | None, without: Collection[Route], layouts: tuple[str, ...], unscaled: bool) -> Steps:
+        """The plan's routes in these layouts, and where it has none, what runs unmeasured."""
+        times = {} if plan is None else plan.times(key_of(problem), unscaled=unscaled, without=without)
+        found = []
+        for most, route in intervals(times, layouts) or ((maxsize, None),):
+            if route is not None:
+                found.append((most, route))
+                continue
+            ends = dict.fromkeys((min(most, FEW_TOKENS), most))
+            found += [(end, unmeasured(problem, end, layouts[0], unscaled=unscaled)) for end in ends]
+        return _merged(found)
+
+
+@lru_cache(maxsize=256)
+def _calls(problem: Problem, device: torch.device, whole: Steps, unscaled: Steps) -> dict[tuple, Pipeline]:
+    """What equal layers share."""
+    return {}
+
+
+def _few_and_many(route: Callable[..., Route]) -> Steps:
+    return _merged([(FEW_TOKENS, route(m=FEW_TOKENS)), (maxsize, route(m=FEW_TOKENS + 1))])
+
+
+def _merged(steps: Collection[tuple[int, Route]]) -> Steps:
+    """One step instead of neighbours with the same route."""
+    merged: list[tuple[int, Route]] = []
+    for most, route in steps:
+        if merged and most <= merged[-1][0]:
+            continue
+        if merged and merged[-1][1] == route:
+            merged.pop()
+        merged.append((most, route))
+    return tuple(merged)
+
+
+def _check_k(x: Activations, problem: Problem) -> None:
+    if x.shape[1] != problem.k:
+        raise ValueError(f"activations have {x.shape[1]} columns, the layer takes {problem.k}")
+
+
+def refuse_capture() -> None:
+    """Nothing may be checked or made ready while a CUDA graph is captured.
+
+    Raises:
+        UnsupportedError: one is.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError("run the layer once before capturing a CUDA graph: its resident weights are made then")
+
+
+def cannot_run(plan: Plan, problem: Problem) -> frozenset[Route]:
+    """Routes of the plan that cannot run this very problem here."""
+    reasons = {route: refusal(route, problem) for route in plan.routes(key_of(problem))}
+    for route, reason in reasons.items():
+        if reason is not None:
+            _report(route, reason)
+    return frozenset(route for route, reason in reasons.items() if reason is not None)
+
+
+@lru_cache(maxsize=256)
+def _report(route: Route, why: str) -> None:
+    """Say once why a measured route cannot run here."""
+    _LOG.info("%s, which the plan has timed, cannot run here: %s", route, why)

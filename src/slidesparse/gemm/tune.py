@@ -1,0 +1,330 @@
+"""Measure whole linears on this GPU: every route of every kernel, checked and timed side by side, into a plan."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import measure, ops, reference
+from ..errors import CheckpointError, UnsupportedError
+from ..format import Scheme
+from ..measure import Timing
+from ..ops.launch import can_bypass_dispatcher
+from ..pack import pack
+from ..pattern import Pattern
+from ..prune import prune
+from ..quant import quantize_weight
+from ..testing import deviation
+from .kernels import kernels, refusal
+from .kernels.base import LEAVES
+from .layouts import LAYOUTS, Copy
+from .machine import this_machine
+from .plan import Cell, Key, Plan, key_of
+from .plans import forget_plans, user_plan_path
+from .problem import Problem, Weights
+from .route import Route
+from .versions import kernel_versions
+
+_LOG = logging.getLogger(__name__)
+BUCKETS = tuple(1 << power for power in range(17))
+"""Numbers of tokens for 6:8."""
+FEW_BUCKETS = (16, 256, 1024, 4096, 16384)
+"""Numbers of tokens for other patterns."""
+_CHECKED_ROWS = 32
+_MOST_COPIES = 32
+_BLOCK_ROWS = 4096
+_UNSCALED_TIMED = 2
+_SHIPPED = (9, 0)
+"""Compute capability of the cards whose plans come with the package."""
+UNSCALED = "unscaled "
+"""Stands in front of a dropped route of which the unscaled product was wrong; the whole linear may be right."""
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear to measure."""
+
+    n: int
+    k: int
+    pattern: Pattern
+    scheme: Scheme
+
+    @property
+    def problem(self) -> Problem:
+        """The problem with the scheme's usual activations, no bias; without a GPU that of the cards with shipped plans, to show plans."""
+        dtype = torch.bfloat16 if self.scheme.dynamic else self.scheme.dtype
+        return Problem(self.n, self.k, self.pattern, self.scheme, ops.capability() if torch.cuda.is_available() else _SHIPPED, dtype)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Numbers of tokens worth measuring."""
+        return BUCKETS if str(self.pattern) == "6:8" else FEW_BUCKETS
+
+
+def tune(
+    layers: Iterable[LinearShape],
+    path: Path | None = None,
+    *,
+    ms: Sequence[int] | None = None,
+    again: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Measure what a plan lacks, on the current CUDA device, writing it after every cell.
+
+    Args:
+        path: the plan; by default the user's own. One that was measured with other software or is damaged is renamed to ``.old``.
+        ms: numbers of tokens; by default `LinearShape.buckets`.
+        again: measure cells that are there, too.
+
+    Raises:
+        CheckpointError: a ``path`` was given, is there and is no plan.
+        ValueError: the plan there was measured on another machine or with other software.
+        OSError: the plan cannot be written.
+        KeyboardInterrupt: what was measured until then is kept.
+    """
+    path, plan = (user_plan_path(), _own()) if path is None else (path, _opened(path))
+    tasks = [(layer, m) for layer in dict.fromkeys(layers) for m in (ms or layer.buckets)]
+    tasks = [(layer, m) for layer, m in tasks if again or _lacks(plan, layer, m)]
+    if tasks:
+        _store(plan, path)  # a place that cannot be written shows now
+    bench: Bench | None = None
+    for done, (layer, m) in enumerate(tasks):
+        if progress:
+            progress(done, len(tasks), f"{layer.n}×{layer.k} {layer.pattern} {layer.scheme.name} M={m}")
+        if bench is None or bench.layer != layer:
+            del bench
+            torch.cuda.empty_cache()
+            bench = Bench(layer)
+        plan.add(key_of(layer.problem), bench.cell(m))
+        _store(plan, path)
+    if progress:
+        progress(len(tasks), len(tasks), "")
+    forget_plans()
+    return plan
+
+
+def _lacks(plan: Plan, layer: LinearShape, m: int) -> bool:
+    """Whether a cell is missing, or was measured without a kernel that there is now, in this version, or without its unscaled product."""
+    cell = plan.cells.get(key_of(layer.problem), {}).get(m)
+    if cell is None:
+        return True
+    versions, known, problem = kernel_versions(), kernels(), layer.problem
+    if any(versions.get(name, version) != version for name, version in cell.versions.items()):
+        return True
+    dropped = [name for name in cell.dropped if not name.startswith(UNSCALED)]
+    met = {route.kernel for route in cell.whole} | {Route.parse(name).kernel if ":" in name else name for name in dropped}
+    if any(one.worth_timing and one.refuses(problem) is None and name not in met for name, one in known.items()):
+        return True
+    seen = {*map(str, cell.unscaled), *(name.removeprefix(UNSCALED) for name in cell.dropped if name.startswith(UNSCALED))}
+    dense = [route for route in cell.whole if route.layout == "dense" and route.kernel in known]
+    return any(known[route.kernel].leaves(problem, route.variant) and str(route) not in seen for route in dense)
+
+
+def _store(plan: Plan, path: Path) -> None:
+    """Write the plan; cells that another process measured meanwhile, on a card of the same name, stay."""
+    if path.exists():
+        there = Plan.load(path)
+        if there.machine == plan.machine:
+            there.merge(plan)
+            plan.cells = there.cells
+    plan.save(path)
+
+
+def _own() -> Plan:
+    path = user_plan_path()
+    try:
+        return _opened(path)
+    except (CheckpointError, ValueError) as error:
+        old = path.with_name(path.name + ".old")
+        path.replace(old)
+        _LOG.warning("%s; it is now %s", error, old)
+        return Plan(this_machine())
+
+
+def _opened(path: Path) -> Plan:
+    here = this_machine()
+    if not path.exists():
+        return Plan(here)
+    plan = Plan.load(path)
+    differs = here.differences(plan.machine)
+    if differs:
+        told = "; ".join(f"{name} is {mine!r} here, {theirs!r} there" for name, (mine, theirs) in differs.items())
+        raise ValueError(f"{path} was measured on another machine ({told}): give another file, or delete this one")
+    return plan
+
+
+class Bench:
+    """Random weights of one layer in every layout, and the timing of all routes on them."""
+
+    def __init__(self, layer: LinearShape) -> None:
+        self.layer, self.problem = layer, layer.problem
+        self.weights = random_weights(layer)
+        self.dense = ops.restore(self.weights.packed)
+        self._copies: dict[str, list[Copy]] = {}
+
+    @property
+    def key(self) -> Key:
+        """What a plan calls the layer."""
+        return key_of(self.problem)
+
+    def cell(self, m: int, *, rounds: int | None = None, also: Sequence[Route] = ()) -> Cell:
+        """Check and time ``m`` tokens: the variants that the kernels' searches find worth timing, and the routes in ``also``."""
+        count = self._count(m)
+        inputs = [torch.randn(m, self.problem.k, device="cuda", dtype=self.problem.dtype) for _ in range(count)]
+        expected, same_dtype = self._expected(inputs[0])
+        calls, dropped = {}, {}
+        for route in dict.fromkeys([*self._worth(inputs[0], count, dropped), *also]):
+            found = [self.call(route, x, copy) for x, copy in zip(inputs, self.copies(route.layout, count), strict=False)]
+            reason = self._fault(found[0], m, expected, same_dtype, roundings=kernels()[route.kernel].roundings(route.variant))
+            if reason is None:
+                calls[route] = found
+            else:
+                dropped[str(route)] = reason
+                _LOG.warning("%s, M = %d: %s dropped: %s", self.key, m, route, reason)
+        rounds = rounds or _rounds(m, self.problem)
+        whole = self._timed(calls, dropped, rounds)
+        unscaled = {}
+        if self.layer.scheme.dynamic:
+            unscaled = self._timed(self._unscaled(whole, inputs, dropped), dropped, rounds, UNSCALED)
+        return Cell(m, whole, unscaled, dropped, kernel_versions())
+
+    def _worth(self, x: Tensor, count: int, dropped: dict[str, str]) -> list[Route]:
+        """The routes worth timing; kernels that cannot run are dropped."""
+        found = []
+        for name, kernel in kernels().items():
+            reason = kernel.refuses(self.problem)
+            if reason is not None or not kernel.worth_timing:
+                dropped |= {} if reason is None else {name: reason}
+                continue
+            for layout in kernel.layouts:
+                try:
+                    variants = kernel.search(self.problem, x, self.copies(layout, count)[0])
+                except (UnsupportedError, torch.OutOfMemoryError) as error:
+                    dropped[name] = str(error).splitlines()[0]
+                    continue
+                if not variants:
+                    dropped[name] = "none of its variants gave right results"
+                found += [Route(layout, name, variant) for variant in variants]
+        return found or [Route("dense", "exact"), Route("packed", "exact")]
+
+    def call(self, route: Route, x: Tensor, copy: Copy, *, unscaled: bool = False) -> Callable[[], Tensor]:
+        """The route on these tensors, its steps decided at the first call."""
+        kernel, problem, scale = kernels()[route.kernel], self.problem, self.weights.channel_scale
+        steps = []
+
+        def run() -> Tensor:
+            if not steps:
+                direct = can_bypass_dispatcher(x) and problem.scheme.dynamic
+                steps.append(kernel.bind(problem, route.layout, route.variant, x, unscaled=unscaled, direct=direct))
+            step = steps[0]
+            q, x_scale = (x, None) if step.quantise is None else step.quantise(x)
+            y = step.multiply(q, x_scale, copy, scale, None)
+            return y if step.epilogue is None else step.epilogue(y, x_scale, None if step.scaled else scale, None)
+
+        return run
+
+    def _timed(
+        self, calls: Mapping[Route, Sequence[Callable[[], object]]], dropped: dict[str, str], rounds: int, prefix: str = ""
+    ) -> dict[Route, Timing]:
+        try:
+            return measure.interleaved(calls, rounds=rounds) if calls else {}
+        except torch.OutOfMemoryError as error:
+            dropped |= dict.fromkeys((f"{prefix}{route}" for route in calls), str(error).splitlines()[0])
+            return {}
+
+    def _unscaled(self, whole: Mapping[Route, Timing], inputs: Sequence[Tensor], dropped: dict[str, str]) -> dict[Route, list[Callable]]:
+        """Unscaled products that are right: of all dense routes, and of the two fastest whole linears on other layouts."""
+        rows, problem = _ends(inputs[0]), self.problem
+        expected, scale = self._products(reference.quantize(rows, self.layer.scheme)[0]), self.weights.channel_scale
+        if "channel" not in LEAVES[problem.scheme.name]:
+            expected *= scale.view(1, -1)
+        same_dtype = expected.to(torch.bfloat16)
+        rowwise = Route("dense", "rowwise")
+        if refusal(rowwise, problem) is None:
+            # The library's least exact product: others may not be blamed for fast accumulation.
+            same_dtype = self.call(rowwise, rows, (self.dense,), unscaled=True)()
+        calls: dict[Route, list[Callable]] = {}
+        for layout in LAYOUTS:
+            routes = [route for route in sorted(whole, key=lambda route: whole[route].p50) if route.layout == layout]
+            routes = [route for route in routes if kernels()[route.kernel].leaves(problem, route.variant)]
+            for route in routes if layout == "dense" else routes[:_UNSCALED_TIMED]:
+                found = [
+                    self.call(route, x, copy, unscaled=True) for x, copy in zip(inputs, self.copies(layout, len(inputs)), strict=False)
+                ]
+                reason = self._fault(found[0], len(inputs[0]), expected, same_dtype)
+                if reason is None:
+                    calls[route] = found
+                else:
+                    dropped[f"{UNSCALED}{route}"] = reason
+        return calls
+
+    def _count(self, m: int) -> int:
+        """Sets of buffers that keep the L2 cache cold."""
+        weight = self.dense.numel() * self.dense.element_size()
+        return min(_MOST_COPIES, measure.slots(weight + m * (self.layer.k + self.layer.n) * 2, least=2))
+
+    def copies(self, layout: str, count: int) -> list[Copy]:
+        """So many copies of the weights in a layout."""
+        if layout not in self._copies:
+            self._copies[layout] = [LAYOUTS[layout].prepare(self.problem, self.weights)]
+        held = self._copies[layout]
+        while len(held) < count:
+            held.append(tuple(None if tensor is None else tensor.clone() for tensor in held[0]))
+        return held[:count]
+
+    def _expected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The oracle in float64 for the first and the last rows, and the same with float32 sums rounded once to the output's type."""
+        rows, scheme, w_scale = _ends(x), self.layer.scheme, self.weights.channel_scale
+        q, x_scale = reference.quantize(rows, scheme) if scheme.dynamic else (rows, None)
+        y = self._products(q)
+        if x_scale is not None:
+            y = y * w_scale.double().view(1, -1) * x_scale.double()
+        if scheme.name == "fp8" and refusal(Route("dense", "rowwise"), self.problem) is None:
+            # The library's own row-wise product is what fp8 users get.
+            plain = torch._scaled_mm(q, self.dense.t(), x_scale, w_scale.view(1, -1), out_dtype=self.problem.dtype, use_fast_accum=True)
+            return y, plain
+        return y, y.to(self.problem.dtype)
+
+    def _products(self, q: Tensor) -> Tensor:
+        """Exact sums in float64."""
+        return torch.cat([q.double() @ part.double().t() for part in self.dense.split(_BLOCK_ROWS)], dim=1)
+
+    def _fault(self, call: Callable[[], Tensor], m: int, expected: Tensor, same_dtype: Tensor, roundings: int = 1) -> str | None:
+        try:
+            out = call()
+        except (UnsupportedError, torch.OutOfMemoryError) as error:
+            return str(error).splitlines()[0]
+        if tuple(out.shape) != (m, self.layer.n):
+            return f"returned {list(out.shape)}"
+        measured = deviation(_ends(out), expected, same_dtype, roundings=roundings)
+        return None if measured.within else str(measured)
+
+
+def random_weights(layer: LinearShape) -> Weights:
+    """Weights that obey the pattern, quantised and packed on the current CUDA device."""
+    values, scales, keeps = [], [], []
+    for start in range(0, layer.n, _BLOCK_ROWS):
+        block = torch.randn(min(_BLOCK_ROWS, layer.n - start), layer.k, device="cuda") * 0.02
+        quantised, scale = quantize_weight(prune(block, layer.pattern), layer.scheme)
+        packed = pack(quantised, layer.pattern)
+        values.append(packed.values)
+        keeps.append(packed.keep)
+        scales.append(scale)
+    whole = replace(packed, values=torch.cat(values), keep=torch.cat(keeps))
+    return Weights(whole, layer.scheme, torch.cat(scales) if layer.scheme.dynamic else None)
+
+
+def _ends(x: Tensor) -> Tensor:
+    return x if x.shape[0] <= 2 * _CHECKED_ROWS else torch.cat([x[:_CHECKED_ROWS], x[-_CHECKED_ROWS:]])
+
+
+def _rounds(m: int, problem: Problem) -> int:
+    """More rounds where one takes little time."""
+    return 21 if m * problem.n * problem.k < 1 << 40 else 9

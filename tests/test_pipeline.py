@@ -1,0 +1,316 @@
+"""Calls that are bound once: with stand-ins for launches and library they are bitwise the ops' and the oracle's, and shared rightly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import stand_ins
+from layers import DTYPE, made, normed, oracle, swiglu, tokens, unscaled_oracle
+from slidesparse import reference
+from slidesparse.errors import UnsupportedError
+from slidesparse.gemm import Problem, Runner, Weights, kernels
+from slidesparse.gemm.kernels import Pipeline
+from slidesparse.gemm.layouts import LAYOUTS, Copy
+from slidesparse.ops import cusparselt, prologue
+from slidesparse.ops.prologue import Activations
+from slidesparse.testing import check_bitwise
+
+CPU = torch.device("cpu")
+SHAPES = [("6:8", 33, 100), ("4:6", 64, 96), ("2:4", 48, 64)]
+SPARSE = [f"slid:cusparselt:{variant}" for variant in ("default", "alg=3", "exact", "exact alg=3,split_k=2")]
+DENSE = {"int8": ("triton", "cublaslt", "exact"), "fp8": ("rowwise", "tensorwise", "exact")}
+ROUTES = [
+    *((scheme, route) for scheme in DENSE for route in SPARSE),
+    *((scheme, f"{layout}:{name}") for scheme, names in DENSE.items() for name in names for layout in ("dense", "packed")),
+]
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The CPU plays a card; the plans that the library was asked for."""
+    exact = lambda q, dense: kernels.dense.int_matmul(q, dense) if q.dtype == torch.int8 else (q.double() @ dense.double().t()).float()  # noqa: E731
+    monkeypatch.setattr(kernels.dense, "products", exact)
+    return stand_ins.pretend_a_card(monkeypatch)
+
+
+class Bound:
+    """A layer on a route, run as `Pipeline` says."""
+
+    def __init__(self, weights: Weights, route: str, bias: Tensor | None = None, dtype: torch.dtype = DTYPE) -> None:
+        self.weights, self.bias = weights, bias
+        self.problem = weights.problem(dtype, CPU, None if bias is None else bias.dtype)
+        self.layout, self.kernel, self.variant = kernels.chosen(route, self.problem, 100)
+        self.copy: Copy = LAYOUTS[self.layout].prepare(self.problem, weights)
+
+    def __call__(self, x: Activations, *, unscaled: bool = False, direct: bool) -> tuple[Tensor, Tensor | None]:
+        kernel = kernels.kernels()[self.kernel]
+        call: Pipeline = kernel.bind(self.problem, self.layout, self.variant, x, unscaled=unscaled, direct=direct)
+        assert call.layout == self.layout
+        scale, bias = self.weights.channel_scale, None if unscaled else self.bias
+        q, x_scale = (x, None) if call.quantise is None else call.quantise(x)
+        y = call.multiply(q, x_scale, self.copy, scale, bias)
+        return (y if call.epilogue is None else call.epilogue(y, x_scale, None if call.scaled or unscaled else scale, bias)), x_scale
+
+    def leaves(self) -> bool:
+        return bool(kernels.kernels()[self.kernel].leaves(self.problem, self.variant))
+
+    def expected(self, x: Tensor, dense: Tensor) -> Tensor:
+        """Rounded once, or where the kernel says twice, to bfloat16 on the way; int8 channels are scaled by then only by the library."""
+        if kernels.kernels()[self.kernel].roundings(self.variant) == 1:
+            return oracle(x, self.weights, dense, self.bias, self.problem.dtype)
+        q, s = reference.quantize(x, self.weights.scheme)
+        between, scale = (q.double() @ dense.double().t()).float(), self.weights.channel_scale.view(1, -1)
+        if self.weights.scheme.name == "int8":
+            between, scale = between * scale, None
+        return reference.scaled(between.to(torch.bfloat16), s, scale, self.bias, self.problem.dtype)
+
+
+@pytest.mark.parametrize(("pattern", "n", "k"), SHAPES)
+@pytest.mark.parametrize(("scheme", "route"), ROUTES)
+def test_bound_calls_are_the_ops_and_the_oracle(scheme: str, route: str, pattern: str, n: int, k: int, card: list[tuple]) -> None:
+    if n == 33 and route.split(":")[1] in ("rowwise", "tensorwise", "cublaslt"):
+        n, k = 32, 112  # the libraries' multiples
+    weights, dense = made(n, k, scheme, pattern)
+    for m in (1, 16, 37, 600):
+        x = tokens(m, k + 8)[:, 3 : k + 3]
+        for bias in (None, torch.randn(n).to(DTYPE)):
+            bound = Bound(weights, route, bias)
+            whole, plain = bound(x, direct=True)[0], bound(x, direct=False)[0]
+            assert whole.is_contiguous() and plain.is_contiguous()
+            check_bitwise(whole, bound.expected(x, dense))
+            check_bitwise(plain, whole)
+        if bound.leaves():
+            for direct in (False, True):
+                for got, wanted in zip(bound(x, unscaled=True, direct=direct), unscaled_oracle(x, weights, dense), strict=True):
+                    check_bitwise(got.contiguous(), wanted)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_plans_are_those_that_the_op_asks_for(scheme: str, card: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    op: list[tuple] = []
+
+    def sparse_mm(q: Tensor, weight: Tensor, alpha: Tensor | None, n: int, dtype: torch.dtype, algorithm: str) -> Tensor:
+        op.append((0, n, q.shape[1], q.shape[0], q.dtype, dtype, alpha is not None, algorithm))
+        return stand_ins.sparse_mm(q, weight, alpha, n, dtype, algorithm)
+
+    monkeypatch.setattr(cusparselt, "sparse_mm", sparse_mm)
+    weights, _ = made(33, 100, scheme)
+    for route in SPARSE:
+        bound = Bound(weights, route)
+        for m in (1, 600):
+            for unscaled in (False, True) if bound.leaves() else (False,):
+                for direct in (False, True):
+                    bound(tokens(m, 100), unscaled=unscaled, direct=direct)
+    assert card == op and len(set(op)) == 8
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("before", [swiglu, normed])
+@pytest.mark.parametrize(("scheme", "route"), [one for one in ROUTES if "exact" not in one[1] and "cublaslt" not in one[1]])
+def test_what_stands_in_front_goes_into_the_pass(scheme: str, route: str, before: Callable, scaled: bool, card: list[tuple]) -> None:
+    weights, dense = made(48, 96, scheme)
+    bound, x = Bound(weights, route), before(5, 96, scaled)
+    across = x._replace(**{x._fields[0]: x[0].t().contiguous().t()})  # rows that no kernel reads
+    for one in (x, across):
+        for direct in (False, True):
+            if before is normed:
+                x.total.fill_(7)
+            got = bound(one, unscaled=True, direct=direct)
+            total = x.total.clone() if before is normed else None
+            for found, wanted in zip(got, unscaled_oracle(one.computed(), weights, dense), strict=True):
+                check_bitwise(found.contiguous(), wanted)
+            assert total is None or total.equal(x.total)
+
+
+@pytest.mark.parametrize(("scheme", "route"), [one for one in ROUTES if not one[1].startswith("packed")])
+def test_rows_that_no_kernel_reads_go_through_the_ops(scheme: str, route: str, card: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, dense = made(48, 96, scheme)
+    bound, x = Bound(weights, route, torch.randn(48).to(DTYPE)), tokens(5, 96)
+    wanted = bound.expected(x, dense)
+    check_bitwise(bound(x.t().contiguous().t(), direct=True)[0], wanted)
+    monkeypatch.setattr(prologue, "runs_kernels", lambda device, dtype: False)
+    check_bitwise(bound(x, direct=True)[0], wanted)
+
+
+@pytest.mark.parametrize(("scheme", "route"), [("int8", "dense:cublaslt"), ("fp8", "dense:tensorwise"), ("int8", "slid"), ("fp8", "slid")])
+def test_without_triton_the_pass_behind_is_the_ops(scheme: str, route: str, card: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, dense = made(48, 96, scheme)
+    bound, x = Bound(weights, route, torch.randn(48).to(DTYPE)), tokens(5, 96)
+    monkeypatch.setattr(prologue, "runs_kernels", lambda device, dtype: False)
+    monkeypatch.setattr("slidesparse.ops.has_triton", lambda: False)
+    monkeypatch.setattr(kernels.base, "rescale_call", lambda *_: pytest.fail("a kernel of Triton's is launched"))
+    check_bitwise(bound(x, direct=True)[0], bound.expected(x, dense))
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp16"])
+@pytest.mark.parametrize(("pattern", "n", "k"), SHAPES)
+def test_sixteen_bits_are_multiplied_as_they_are(pattern: str, n: int, k: int, scheme: str, card: list[tuple]) -> None:
+    weights, dense = made(n, k, scheme, pattern)
+    for m in (1, 16, 37):
+        x, bias = torch.randn(m, k).to(dense.dtype), torch.randn(n).to(dense.dtype)
+        product = (x.double() @ dense.double().t()).float().to(dense.dtype)
+        for added, wanted in ((None, product), (bias, product + bias)):
+            for direct in (False, True):
+                check_bitwise(Bound(weights, "slid", added, dense.dtype)(x, direct=direct)[0].contiguous(), wanted)
+                check_bitwise(
+                    Bound(weights, "dense:native", added, dense.dtype)(x, direct=direct)[0], torch.nn.functional.linear(x, dense, added)
+                )
+
+
+@pytest.mark.parametrize(("m", "k", "pattern"), [(32, 64, "2:4"), (640, 64, "2:4"), (33, 64, "2:4"), (32, 60, "2:4"), (32, 64, "6:8")])
+def test_16_bit_activations_are_copied_only_where_something_moves_or_is_padded(m: int, k: int, pattern: str, card: list[tuple]) -> None:
+    problem = made(32, k, "bf16", pattern)[0].problem(DTYPE, CPU, None)
+    wide = torch.randn(m, k + 16).to(DTYPE)
+    odd = torch.empty(m * k + 1, dtype=DTYPE)[1:].view(m, k).copy_(wide[:, :k])  # at no address that the library takes
+    call = kernels.kernels()["cusparselt"].bind(problem, "slid", "default", wide[:, :k], unscaled=False, direct=False)
+    for x in (wide[:, :k].contiguous(), wide[:, :k], odd):
+        q, scale = call.quantise(x)
+        as_it_lies = x.is_contiguous() and x is not odd and pattern == "2:4" and k == 64 and m != 33
+        assert scale is None and q.is_contiguous() and (q is x) == as_it_lies
+        lifted = reference.lift(x.contiguous(), problem.pattern)
+        check_bitwise(q[:m, : lifted.shape[1]], lifted)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "bf16"])
+def test_a_search_compares_no_rows_that_hold_anything(scheme: str, card: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that pad the tokens are never written: in fp8 they may be NaN, and no algorithm's results equal those."""
+    weights, found = made(33, 100, scheme)[0], []
+    problem, kernel = weights.problem(DTYPE, CPU, None), kernels.kernels()["cusparselt"]
+    rows = torch.full((32, 288), -1, dtype=torch.int8).view(weights.scheme.dtype)
+    monkeypatch.setattr(type(kernel), "_quantise", staticmethod(lambda problem, x, direct: lambda x: (rows.clone(), None)))
+    monkeypatch.setattr(cusparselt, "search", lambda q, *rest: found.append(q) or [cusparselt.Algorithm(3), cusparselt.Algorithm()])
+    copy = LAYOUTS["slid"].prepare(problem, weights)
+    assert kernel.search(problem, tokens(17, 100), copy) == ("alg=3", "default")
+    assert found[0].view(torch.int8)[17:].eq(0).all() and found[0].view(torch.int8)[:17].eq(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "route"), [("int8", "slid"), ("fp8", "slid"), ("int8", "dense:triton"), ("fp8", "dense:rowwise"), ("fp8", "packed:rowwise")]
+)
+def test_a_runner_gives_both_and_equal_layers_share_calls_but_no_weights(scheme: str, route: str, card: list[tuple]) -> None:
+    layers = [made(48, 96, scheme) for _ in range(2)]
+    runners = [Runner(weights, route=route) for weights, _ in layers]
+    x, bias = tokens(5, 96), torch.randn(48).to(DTYPE)
+    for _ in range(2):
+        for run, (weights, dense) in zip(runners, layers, strict=True):
+            check_bitwise(run(x, bias), Bound(weights, route, bias).expected(x, dense))
+            for got, wanted in zip(run.unscaled(x), unscaled_oracle(x, weights, dense), strict=True):
+                check_bitwise(got.contiguous(), wanted)
+    first, second = (run.ready.calls for run in runners)
+    assert first is second and len(first) == 2
+
+
+class Telling:
+    """A kernel whose results tell how they were bound, and that counts how often that happened."""
+
+    name, layouts, worth_timing, version, code = "telling", ("dense",), False, 1, ()
+
+    def __init__(self) -> None:
+        self.bound = 0
+
+    def refuses(self, problem: Problem, variant: str = "") -> None:
+        return None
+
+    def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
+        return ("1",)
+
+    def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
+        return frozenset({"token", "bias"})
+
+    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
+        self.bound += 1
+        result = 10 * int(variant) + 2 * direct + unscaled
+        return Pipeline(layout, lambda x: (x, x.new_zeros(x.shape[0], 1)), lambda q, *rest: q.new_full((q.shape[0], problem.n), result))
+
+
+@pytest.fixture
+def telling(card: list[tuple], monkeypatch: pytest.MonkeyPatch) -> Telling:
+    made = Telling()
+    monkeypatch.setattr(kernels, "_KERNELS", kernels.kernels() | {made.name: made})
+    return made
+
+
+def test_calls_are_shared_by_equal_layers_and_kept_apart_otherwise(telling: Telling) -> None:
+    weights, x = made(24, 64, "int8")[0], tokens(5, 64)
+    one, other = (Runner(weights, route="dense:telling") for _ in range(2))
+    for layer in (one, one, other):
+        assert layer(x).eq(12).all()
+    assert telling.bound == 1
+    for part in (x[:3], tokens(5, 80)[:, :64]):
+        assert one(part).eq(12).all() and other(part).eq(12).all()
+    assert telling.bound == 3
+    assert one.unscaled(x)[0].eq(13).all() and one(x).eq(12).all() and other.unscaled(x)[0].eq(13).all()
+    assert telling.bound == 4
+    assert Runner(weights, route="dense:telling:2")(x).eq(22).all() and one(x).eq(12).all()
+    assert Runner(made(24, 64, "fp8")[0], route="dense:telling")(x).eq(12).all()
+    assert one(x.float()).dtype == torch.float32 and one(x, torch.zeros(24)).eq(12).all() and one(x).eq(12).all()
+    assert telling.bound == 8
+
+
+def test_calls_are_bounded(telling: Telling, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stand_ins.runner, "MOST_CALLS", 3)
+    layer = Runner(made(24, 64, "int8")[0], route="dense:telling")
+    for m in range(1, 9):
+        assert layer(torch.zeros(m, 64).to(DTYPE)).shape == (m, 24)
+        assert len(layer.ready.calls) <= 3
+    assert telling.bound == 8
+
+
+def test_nothing_is_launched_directly_where_somebody_looks_or_something_does_not_fit(
+    telling: Telling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, wide = tokens(5, 64), torch.zeros(48).to(DTYPE)
+    layer = Runner(made(24, 64, "int8")[0], route="dense:telling")
+    for bias, result in ((wide[:24], 12), (wide[::2], 10), (wide[:24], 12), (None, 12)):
+        assert layer(x, bias).eq(result).all()
+    assert Runner(made(24, 64, "bf16")[0], route="dense:telling")(x).eq(10).all()
+    monkeypatch.setattr(stand_ins.runner, "current_device", lambda: 0)
+    assert layer(x).eq(10).all()
+    monkeypatch.setattr(stand_ins.runner, "current_device", lambda: -1)
+    monkeypatch.setattr(stand_ins.runner, "can_bypass_dispatcher", lambda x: False)
+    assert layer(x).eq(10).all()
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_autocast_narrows_no_call(narrow: torch.dtype, card: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    # As they are: sums in float32, which autocast would narrow.
+    monkeypatch.setattr(kernels.dense, "products", lambda q, dense: q.to(torch.float32) @ dense.to(torch.float32).t())
+    layer, x = Runner(made(33, 100, "fp8")[0], route="dense:exact"), tokens(5, 100)
+    whole, unscaled = layer(x), layer.unscaled(x)
+    with torch.autocast("cpu", narrow):
+        narrowed = torch.ones(1, 1) @ torch.ones(1, 1)
+        for _ in range(2):
+            check_bitwise(layer(x), whole)
+            for one, expected in zip(layer.unscaled(x), unscaled, strict=True):
+                check_bitwise(one, expected)
+        fresh = Runner(layer.weights, route="dense:exact")
+        check_bitwise(fresh(x), whole)
+    assert narrowed.dtype == narrow
+
+
+def test_a_capture_is_refused_before_the_first_call_and_not_after(card: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, _ = made(48, 96, "int8")
+    ran, fresh, x = Runner(weights, route="dense:triton"), Runner(weights, route="dense:triton"), tokens(5, 96)
+    wanted = ran(x)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    check_bitwise(ran(x), wanted)
+    for call in (fresh, fresh.unscaled, lambda x: ran(x.float())):
+        with pytest.raises(UnsupportedError, match="once before capturing"):
+            call(x)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    check_bitwise(fresh(x), wanted)
+
+
+def test_wrong_widths_are_refused_by_bound_calls_too(card: list[tuple]) -> None:
+    layer = Runner(made(24, 64, "int8")[0], route="slid")
+    for _ in range(2):
+        layer(tokens(5, 64)), layer.unscaled(tokens(5, 64))
+        for columns in (56, 72):
+            for call in (layer, layer.unscaled):
+                with pytest.raises(ValueError, match=f"have {columns} columns, the layer takes 64"):
+                    call(tokens(5, columns))

@@ -1,0 +1,252 @@
+"""What tuning keeps, drops and resumes, on the CPU: the timer is replaced, everything else is real. A GPU is timed in test_gpu.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from plans import HERE, at
+from slidesparse.errors import CheckpointError, UnsupportedError
+from slidesparse.format import SCHEMES
+from slidesparse.gemm import Cell, Plan, Problem, Route, kernels, key_of, plans, register, tune
+from slidesparse.gemm.kernels.base import Pipeline
+from slidesparse.gemm.kernels.cusparselt import CuSparseLt
+from slidesparse.gemm.kernels.dense import DENSE_KERNELS, DenseKernel
+from slidesparse.gemm.layouts import LAYOUTS
+from slidesparse.gemm.tune import BUCKETS, LinearShape
+from slidesparse.pattern import Pattern
+
+EXACT = next(kernel for kernel in DENSE_KERNELS if kernel.name == "exact")
+BOTH = {"dense:exact", "packed:exact"}
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ...]]:
+    """Tuning on the CPU; returns the list of what was timed."""
+    timed, draw = [], torch.randn
+
+    def interleaved(variants, rounds):
+        timed.append(tuple(map(str, variants)))
+        return {name: at(10.0 + i, 1.0) for i, name in enumerate(variants)}
+
+    monkeypatch.setenv("SLIDESPARSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune, "this_machine", lambda: HERE)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: HERE.gpu)
+    monkeypatch.setattr(tune.measure, "slots", lambda *_, **__: 2)
+    monkeypatch.setattr(tune.measure, "interleaved", interleaved)
+    monkeypatch.setattr(tune.torch, "randn", lambda *size, device=None, **kinds: draw(*size, **kinds))
+    on_cpu = property(lambda layer: Problem(layer.n, layer.k, layer.pattern, layer.scheme, (0, 0), torch.bfloat16))
+    monkeypatch.setattr(LinearShape, "problem", on_cpu)
+    monkeypatch.setattr(kernels, "_KERNELS", dict(kernels._KERNELS))
+    return timed
+
+
+def shapes(*kinds: str) -> list[LinearShape]:
+    return [LinearShape(64, 128, Pattern.parse(pattern), SCHEMES[scheme]) for pattern, scheme in (kind.split() for kind in kinds)]
+
+
+def cell_of(plan: Plan, shape: LinearShape, m: int) -> Cell:
+    return plan.cells[key_of(shape.problem)][m]
+
+
+def names(routes) -> set[str]:
+    return set(map(str, routes))
+
+
+def test_every_cell_is_checked_timed_saved_and_not_measured_twice(bench, tmp_path: Path) -> None:
+    path, seen = tmp_path / "plan.json", []
+    wanted = shapes("6:8 int8", "2:4 bf16", "6:8 fp8")
+    plan = tune.tune(wanted, path, ms=(1, 100), progress=lambda *step: seen.append(step[:2]))
+    assert len(bench) == 6 + 4 and seen[-1] == (6, 6)  # the unscaled products of 8-bit layers besides
+    for shape in wanted:
+        for m in (1, 100):
+            cell = cell_of(plan, shape, m)
+            native = {"dense:native", "packed:native"} if shape.scheme.name == "bf16" else BOTH
+            assert names(cell.whole) == native and cell.dropped["cusparselt"] == "runs on CUDA"
+            assert names(cell.unscaled) == (BOTH if shape.scheme.dynamic else set())
+            assert cell.versions == tune.kernel_versions()
+    again = Plan.load(path)
+    assert {key: list(table) for key, table in again.cells.items()} == {key: list(table) for key, table in plan.cells.items()}
+    assert all(again.times(key, unscaled=mode) == plan.times(key, unscaled=mode) for key in plan.cells for mode in (False, True))
+    tune.tune(wanted, path, ms=(1, 100))
+    assert len(bench) == 10, "what a file says is enough to know that nothing is lacking"
+    tune.tune(wanted[:1], path, ms=(1,), again=True)
+    assert len(bench) == 12
+
+
+def test_cells_that_lack_a_kernel_that_there_is_now_are_measured_again(bench, tmp_path: Path) -> None:
+    path, (shape,) = tmp_path / "plan.json", shapes("6:8 int8")
+    tune.tune([shape], path, ms=(1,))
+    assert len(bench) == 2
+    register(dataclasses.replace(EXACT, name="other", worth_timing=True))
+    plan = tune.tune([shape], path, ms=(1,))
+    assert len(bench) == 4 and {"dense:other", "packed:other"} <= names(cell_of(plan, shape, 1).whole)
+    tune.tune([shape], path, ms=(1,))
+    assert len(bench) == 4
+
+
+def test_a_kernel_that_cannot_run_here_is_not_missed(bench, tmp_path: Path) -> None:
+    path, (shape,) = tmp_path / "plan.json", shapes("6:8 int8")
+    tune.tune([shape], path, ms=(1,))
+    register(dataclasses.replace(EXACT, name="other", worth_timing=True, refusal=lambda problem: "not here"))
+    tune.tune([shape], path, ms=(1,))
+    assert len(bench) == 2
+
+
+def test_cells_of_a_kernel_that_has_changed_are_measured_again(bench, tmp_path: Path) -> None:
+    path, wanted = tmp_path / "plan.json", shapes("6:8 int8", "2:4 bf16")
+    tune.tune(wanted, path, ms=(1,))
+    assert len(bench) == 3
+    kernels._KERNELS["native"] = dataclasses.replace(kernels._KERNELS["native"], version=2)
+    plan = tune.tune(wanted, path, ms=(1,))
+    assert len(bench) == 4 and cell_of(plan, wanted[1], 1).versions["native"].startswith("2-")
+
+
+@pytest.mark.parametrize(
+    ("dropped", "again"), [({}, True), ({"unscaled dense:exact": "no memory"}, False), ({"dense:exact": "wrong"}, True)]
+)
+def test_cells_without_an_unscaled_product_are_measured_again_unless_it_was_dropped(bench, tmp_path: Path, dropped, again) -> None:
+    path, (shape,) = tmp_path / "plan.json", shapes("6:8 int8")
+    plan = tune.tune([shape], path, ms=(1,))
+    cell = cell_of(plan, shape, 1)
+    cell.unscaled, cell.dropped = {}, cell.dropped | dropped
+    plan.save(path)
+    tune.tune([shape], path, ms=(1,))
+    assert len(bench) == (4 if again else 2)
+
+
+def test_unscaled_products_without_memory_are_told_from_whole_linears(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shape,), timed, asked = shapes("6:8 int8"), tune.measure.interleaved, []
+
+    def interleaved(variants, **rest):
+        asked.append(variants)
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return timed(variants, **rest)
+
+    monkeypatch.setattr(tune.measure, "interleaved", interleaved)
+    path = tmp_path / "plan.json"
+    cell = cell_of(tune.tune([shape], path, ms=(1,)), shape, 1)
+    assert cell.whole and not cell.unscaled
+    assert {name for name, why in cell.dropped.items() if "memory" in why} == {"unscaled dense:exact", "unscaled packed:exact"}
+    tune.tune([shape], path, ms=(1,))
+    assert len(asked) == 2, "what was dropped is not measured again"
+
+
+def test_a_kernel_that_finds_nothing_right_is_named_and_not_asked_again(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, (shape,) = tmp_path / "plan.json", shapes("6:8 int8")
+    monkeypatch.setattr(CuSparseLt, "refuses", lambda *_: None)
+    monkeypatch.setattr(CuSparseLt, "search", lambda *_: ())
+    monkeypatch.setattr(LAYOUTS["slid"], "prepare", lambda problem, weights: (None, None), raising=False)
+    plan = tune.tune([shape], path, ms=(1,))
+    assert cell_of(plan, shape, 1).dropped["cusparselt"] == "none of its variants gave right results"
+    tune.tune([shape], path, ms=(1,))
+    assert len(bench) == 2
+
+
+def test_cells_that_another_process_measured_meanwhile_stay(bench, tmp_path: Path) -> None:
+    path, (mine, other) = tmp_path / "plan.json", shapes("6:8 int8", "2:4 int8")
+
+    def interfere(done: int, total: int, what: str) -> None:
+        if done == 1:
+            meanwhile = Plan.load(path)
+            meanwhile.add(key_of(other.problem), cell_of(meanwhile, mine, 1))
+            meanwhile.save(path)
+
+    plan = tune.tune([mine], path, ms=(1, 2), progress=interfere)
+    for found in (plan, Plan.load(path)):
+        assert {key: set(cells) for key, cells in found.cells.items()} == {key_of(mine.problem): {1, 2}, key_of(other.problem): {1}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Faulty(DenseKernel):
+    """Wrong in one variant, missing memory in another."""
+
+    def refuses(self, problem: Problem, variant: str = "") -> str | None:
+        return None
+
+    def search(self, problem: Problem, x: torch.Tensor, copy: tuple) -> tuple[str, ...]:
+        return ("right", "wrong", "large", "refused", "short")
+
+    def bind(self, problem: Problem, layout: str, variant: str, x: torch.Tensor, *, unscaled: bool, direct: bool) -> Pipeline:
+        if variant == "refused":
+            raise UnsupportedError("not this shape\nand more")
+        steps = super().bind(problem, layout, "", x, unscaled=unscaled, direct=direct)
+
+        last = "multiply" if steps.epilogue is None else "epilogue"
+
+        def spoilt(*arguments: object) -> torch.Tensor:
+            if variant == "large":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+            y = getattr(steps, last)(*arguments)
+            return y[:-1] if variant == "short" else y * (1.5 if variant == "wrong" or (variant == "right" and unscaled) else 1)
+
+        return steps._replace(**{last: spoilt})
+
+
+def test_a_wrong_or_failing_route_is_dropped_and_named(bench, tmp_path: Path) -> None:
+    values = {field.name: getattr(EXACT, field.name) for field in dataclasses.fields(EXACT)}
+    register(Faulty(**values | {"name": "faulty", "worth_timing": True}))
+    plan = tune.tune(shapes("6:8 int8"), tmp_path / "plan.json", ms=(7,))
+    (cell,) = plan.cells[64, 128, "6:8", "int8"].values()
+    assert names(cell.whole) == {"dense:faulty:right", "packed:faulty:right"} and not cell.unscaled
+    for layout in ("dense", "packed"):
+        reasons = [cell.dropped[f"{layout}:faulty:{variant}"] for variant in ("wrong", "large", "refused", "short")]
+        assert "max error" in reasons[0] and "out of memory" in reasons[1] and reasons[2:] == ["not this shape", "returned [6, 64]"]
+        assert "max error" in cell.dropped[f"unscaled {layout}:faulty:right"]
+    assert Plan.load(tmp_path / "plan.json").cells[64, 128, "6:8", "int8"][7].dropped == cell.dropped
+
+
+def test_of_what_is_not_dense_only_the_quickest_whole_linears_are_timed_without_scales(bench, tmp_path: Path) -> None:
+    for number in range(4):
+        register(dataclasses.replace(EXACT, name=f"own{number}", worth_timing=True))
+    (shape,) = shapes("6:8 int8")
+    cell = cell_of(tune.tune([shape], tmp_path / "plan.json", ms=(1,)), shape, 1)
+    packed = sorted((route for route in cell.whole if route.layout == "packed"), key=lambda route: cell.whole[route].p50)
+    assert len(packed) == 4 and {route for route in cell.unscaled if route.layout == "packed"} == set(packed[:2])
+    assert len([route for route in cell.unscaled if route.layout == "dense"]) == 4
+
+
+def test_what_is_asked_for_besides_is_timed_too(bench) -> None:
+    (shape,) = shapes("6:8 int8")
+    cell = tune.Bench(shape).cell(5, also=[Route("packed", "exact64")])
+    assert names(cell.whole) == BOTH | {"packed:exact64"}
+
+
+def test_plans_of_other_machines_are_never_mixed_in_nor_lost(bench, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+    path, wanted = tmp_path / "plan.json", shapes("6:8 int8")
+    tune.tune(wanted, path, ms=(1,))
+    tune.tune(wanted, ms=(1,))
+    own = plans.user_plan_path()
+    before = own.read_text()
+    monkeypatch.setattr(tune, "this_machine", lambda: dataclasses.replace(HERE, driver="600"))
+    with pytest.raises(ValueError, match="driver is '600' here, '580' there"):
+        tune.tune(wanted, path, ms=(1,))
+    assert tune.tune(wanted, ms=(1,)).machine.driver == "600"
+    assert own.with_name(own.name + ".old").read_text() == before
+    for text in ("{", json.dumps({"version": 1})):
+        own.write_text(text)
+        caplog.clear()
+        assert key_of(wanted[0].problem) in tune.tune(wanted, ms=(1,)).cells
+        assert own.with_name(own.name + ".old").read_text() == text and Plan.load(own).cells
+        assert [line.endswith(".old") and "\n" not in line for line in caplog.messages if "it is now" in line] == [True]
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match="plan"):
+            tune.tune(wanted, path, ms=(1,))
+        assert path.read_text() == text
+
+
+def test_a_place_that_cannot_be_written_shows_before_anything_is_measured(bench, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        tune.tune(shapes("6:8 int8"), tmp_path / "file" / "plan.json", ms=(1,))
+    assert not bench
+
+
+def test_which_numbers_of_tokens_are_worth_measuring() -> None:
+    (six,), (two,) = shapes("6:8 int8"), shapes("2:4 int8")
+    assert six.buckets == BUCKETS and BUCKETS[0] == 1 and BUCKETS[-1] == 65536 and len(two.buckets) == 5
