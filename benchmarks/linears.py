@@ -17,7 +17,7 @@ import torch
 from records import records
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Cell, Plan, Route, active_plan, use_plan
-from slidesparse.gemm.choose import choice_of, fastest
+from slidesparse.gemm.choose import choice_of, fastest, route_at
 from slidesparse.gemm.explain import elsewhere
 from slidesparse.gemm.tune import Bench, LinearShape
 from slidesparse.pattern import Pattern
@@ -54,7 +54,7 @@ def measured(model: str, layer_name: str, layer: LinearShape, ms: list[int], pla
         without = elsewhere(plan, layer.problem)
         steps = {memory: choice_of(plan, layer.problem, memory=memory, without=without)[1] for memory in ("fast", "lean")}
     for m in ms:
-        planned = {memory: next((route for most, route in found if m <= most), None) for memory, found in steps.items()}
+        planned = {memory: route_at(found, m) for memory, found in steps.items()}
         cell = bench.cell(m, also=[route for route in planned.values() if route])
         for row in rows(layer_name, layer, cell, planned):
             yield {"model": model} | row

@@ -16,7 +16,7 @@ from pathlib import Path
 from linears import MODELS
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Plan, Route
-from slidesparse.gemm.choose import choice_of, fastest
+from slidesparse.gemm.choose import choice_of, fastest, route_at
 from slidesparse.gemm.plan import Key
 from slidesparse.gemm.tune import LinearShape
 from slidesparse.measure import Timing
@@ -40,7 +40,7 @@ def parts(plan: Plan, key: Key, m: int) -> dict[str, float]:
         return min((times[route].p50 for route in routes if route in times), default=nothing)
 
     def runs(memory: str = "fast", without: Collection[Route] = ()) -> Route | None:
-        return next(route for most, route in choice_of(plan, problem, memory=memory, without=without)[1] if m <= most)
+        return route_at(choice_of(plan, problem, memory=memory, without=without)[1], m)
 
     sparse, dense = ([route for route in cell.whole | cell.unscaled if route.layout == layout] for layout in ("slid", "dense"))
     alone = {route: timing for route, timing in cell.whole.items() if route not in VLLMS}

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from plans import problem_of
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Plan, Route
-from slidesparse.gemm.choose import Times, choice_of, geometric_mean
+from slidesparse.gemm.choose import Times, choice_of, geometric_mean, route_at
 from slidesparse.gemm.layouts import LAYOUTS
 from slidesparse.gemm.plan import Key
 from slidesparse.gemm.tune import LinearShape
@@ -123,7 +123,7 @@ def _best_dense(times: Times) -> Route | None:
 
 
 def _runs(steps: Collection[tuple[int, Route | None]], m: int, times: Times) -> tuple[str | None, float | None]:
-    return _timed(next(route for most, route in steps if m <= most), times)
+    return _timed(route_at(steps, m), times)
 
 
 def _timed(route: Route | None, times: Times) -> tuple[str | None, float | None]:

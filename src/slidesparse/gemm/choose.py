@@ -9,7 +9,7 @@ fastest one in `DENSE`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from math import exp, fsum, log
 from sys import maxsize
 
@@ -34,7 +34,7 @@ BUDGET = 1.25
 
 def fastest(times: Times, layouts: Collection[str], guard: float = GUARD) -> Route | None:
     """The fastest route in these layouts, one outside `DENSE` only if it is more than ``guard`` times as fast; None if none is timed."""
-    dense, other = (_quickest(times, [name for name in layouts if (name in DENSE) == kind]) for kind in (True, False))
+    dense, other = (quickest(times, [name for name in layouts if (name in DENSE) == kind]) for kind in (True, False))
     if dense is None or other is None:
         return dense or other
     return other if times[other].p50 * guard < times[dense].p50 else dense
@@ -44,7 +44,8 @@ DENSE = ("dense", "packed")
 """Layouts whose kernels multiply by dense weights."""
 
 
-def _quickest(times: Times, layouts: Collection[str]) -> Route | None:
+def quickest(times: Times, layouts: Collection[str]) -> Route | None:
+    """The route of these layouts with the lowest median; None if none is timed."""
     return min((route for route in times if route.layout in layouts), key=lambda route: times[route].p50, default=None)
 
 
@@ -57,9 +58,9 @@ def kept_layouts(cells: Mapping[int, Times], nbytes: Mapping[str, int], tokens: 
         tokens: the asked numbers of tokens, for each of which the cell of `cell_of` stands; by default all that were measured.
     """
     asked = [cells[at] for at in ([cell_of(cells, m) for m in tokens] if tokens and cells else sorted(cells))]
-    us = {name: [min((t.p50 for r, t in times.items() if r.layout == name), default=maxsize) for times in asked] for name in nbytes}
-    us = {name: found for name, found in us.items() if found and maxsize not in found}
-    if not us:
+    found = {name: [quickest(times, (name,)) for times in asked] for name in nbytes}
+    us = {name: [times[r].p50 for times, r in zip(asked, routes, strict=True)] for name, routes in found.items() if None not in routes}
+    if not asked or not us:
         return ()
     means = {name: geometric_mean(found) for name, found in us.items()}
     near = [name for name, mean in means.items() if mean <= min(means.values()) * TIE]
@@ -76,13 +77,25 @@ def intervals(cells: Mapping[int, Times], layouts: Collection[str]) -> tuple[tup
 
     A number of tokens between two measured ones runs what the larger of them runs.
     """
-    steps: list[tuple[int, Route | None]] = []
-    for m in sorted(cells):
-        route = fastest(cells[m], layouts)
-        if steps and steps[-1][1] == route:
-            steps.pop()
-        steps.append((m, route))
+    steps = merged((m, fastest(cells[m], layouts)) for m in sorted(cells))
     return (*steps[:-1], (maxsize, steps[-1][1])) if steps else ()
+
+
+def merged(steps: Iterable[tuple[int, Route | None]]) -> tuple[tuple[int, Route | None], ...]:
+    """One step instead of neighbours with the same route, and none that ends where an earlier one does, or before."""
+    kept: list[tuple[int, Route | None]] = []
+    for most, route in steps:
+        if kept and most <= kept[-1][0]:
+            continue
+        if kept and kept[-1][1] == route:
+            kept.pop()
+        kept.append((most, route))
+    return tuple(kept)
+
+
+def route_at(steps: Iterable[tuple[int, Route | None]], m: int) -> Route | None:
+    """What runs ``m`` tokens; None if there are no steps."""
+    return next((route for most, route in steps if m <= most), None)
 
 
 def choice_of(

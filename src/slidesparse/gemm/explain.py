@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..measure import Timing
-from .choose import DENSE, choice_of
+from .choose import DENSE, choice_of, quickest, route_at
 from .kernels import kernels
 from .layouts import LAYOUTS
 from .plan import Plan, key_of
@@ -40,18 +38,14 @@ def plan_rows(plan: Plan, problem: Problem, *, unscaled: bool = False, fast: Pla
     }
     rows = []
     for m, times in plan.times(key, unscaled=unscaled, without=without).items():
-        dense = _best(times, ("dense",))
+        dense = quickest(times, ("dense",))
         if dense is None:
             continue
-        picked = {name: next((route for most, route in steps if m <= most), None) for name, steps in runs.items()}
-        picked |= {"other": _best(times, [layout for layout in LAYOUTS if layout not in DENSE]), "dense": dense}
+        picked = {name: route_at(steps, m) for name, steps in runs.items()}
+        picked |= {"other": quickest(times, [layout for layout in LAYOUTS if layout not in DENSE]), "dense": dense}
         row: dict[str, Any] = {"n": problem.n, "k": problem.k, "pattern": str(problem.pattern), "scheme": problem.scheme.name, "m": m}
         for part, route in picked.items():
             us = None if route is None or route not in times else times[route].p50
             row |= {part: None if route is None else str(route), f"{part}_us": us}
         rows.append(row)
     return rows
-
-
-def _best(times: Mapping[Route, Timing], layouts: Collection[str]) -> Route | None:
-    return min((route for route in times if route.layout in layouts), key=lambda route: times[route].p50, default=None)

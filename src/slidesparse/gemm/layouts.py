@@ -43,11 +43,11 @@ class PackedLayout:
     def nbytes(self, problem: Problem) -> int:
         """Values and keep-bits; scales, which every layout needs, are not counted."""
         specs = packed_tensors(problem.scheme, problem.pattern, problem.n, problem.k)[:2]
-        return sum(spec.shape[0] * spec.shape[1] * spec.dtype.itemsize for spec in specs)
+        return sum(spec.nbytes for spec in specs)
 
     def prepare(self, problem: Problem, weights: Weights) -> Copy:
         """Nothing is copied."""
-        ones(weights.packed.values.device, 1)
+        ones(weights.packed.values.device, 1)  # kernels ask for them later, perhaps while a CUDA graph is captured
         return weights.packed.values, weights.packed.keep, weights.scale, weights.global_scale
 
     def stored(self, problem: Problem, copy: Copy) -> Packed:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..ops.launch import can_bypass_dispatcher, current_device
 from ..ops.prologue import Activations, signature
-from .choose import Steps, choice_of, intervals
+from .choose import Steps, choice_of, intervals, merged, route_at
 from .kernels import FEW_TOKENS, Pipeline, chosen, kernels, refusal, unmeasured
 from .layouts import LAYOUTS, Copy
 from .plan import Plan, key_of
@@ -56,9 +56,9 @@ class Ready:
         Raises:
             UnsupportedError: no route of the layer leaves scales, which was asked for.
         """
-        for most, route in self.unscaled if unscaled else self.whole:
-            if m <= most:
-                return route
+        route = route_at(self.unscaled if unscaled else self.whole, m)
+        if route is not None:
+            return route
         raise UnsupportedError(f"no route of the layer's leaves scales and bias to the caller: {self.problem} runs {self.whole[-1][1]}")
 
 
@@ -115,9 +115,7 @@ class Runner:
             if not x.shape[0]:
                 return x.new_empty((0, ready.problem.n))
             call = self._bind(ready, x, unscaled=False, direct=direct)
-        q, x_scale = (x, None) if call.quantise is None else call.quantise(x)
-        y = call.multiply(q, x_scale, ready.copies[call.layout], ready.scale, bias)
-        return y if call.epilogue is None else call.epilogue(y, x_scale, None if call.scaled else ready.scale, bias)
+        return run(call, x, ready.copies[call.layout], ready.scale, bias)[0]
 
     def unscaled(self, x: Activations) -> tuple[Tensor, Tensor]:
         """``x [M, K]`` → bfloat16 ``[M, N]``, which leaves `kernels.base.LEAVES` to the caller, and token scales ``[M, 1]``.
@@ -140,9 +138,7 @@ class Runner:
                 shapes = ((ready.problem.n, torch.bfloat16), (1, torch.float32))
                 return tuple(torch.empty(0, columns, dtype=dtype, device=x.device) for columns, dtype in shapes)
             call = self._bind(ready, x, unscaled=True, direct=ready.direct)
-        q, x_scale = call.quantise(x)
-        y = call.multiply(q, x_scale, ready.copies[call.layout], ready.scale, None)
-        return (y if call.epilogue is None else call.epilogue(y, x_scale, None, None)), x_scale
+        return run(call, x, ready.copies[call.layout], ready.scale, None)
 
     def _bind(self, ready: Ready, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
         """The steps of a call with such inputs, kept for later ones."""
@@ -249,7 +245,14 @@ class Runner:
                 continue
             ends = dict.fromkeys((min(most, FEW_TOKENS), most))
             found += [(end, unmeasured(problem, end, layouts[0], unscaled=unscaled)) for end in ends]
-        return _merged(found)
+        return merged(found)
+
+
+def run(call: Pipeline, x: Activations, copy: Copy, scale: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The steps of a call one after the other: what the last one gives, and the token scales of the first."""
+    q, x_scale = (x, None) if call.quantise is None else call.quantise(x)
+    y = call.multiply(q, x_scale, copy, scale, bias)
+    return (y if call.epilogue is None else call.epilogue(y, x_scale, None if call.scaled else scale, bias)), x_scale
 
 
 @lru_cache(maxsize=256)
@@ -259,19 +262,7 @@ def _calls(problem: Problem, device: torch.device, whole: Steps, unscaled: Steps
 
 
 def _few_and_many(route: Callable[..., Route]) -> Steps:
-    return _merged([(FEW_TOKENS, route(m=FEW_TOKENS)), (maxsize, route(m=FEW_TOKENS + 1))])
-
-
-def _merged(steps: Collection[tuple[int, Route]]) -> Steps:
-    """One step instead of neighbours with the same route."""
-    merged: list[tuple[int, Route]] = []
-    for most, route in steps:
-        if merged and most <= merged[-1][0]:
-            continue
-        if merged and merged[-1][1] == route:
-            merged.pop()
-        merged.append((most, route))
-    return tuple(merged)
+    return merged([(FEW_TOKENS, route(m=FEW_TOKENS)), (maxsize, route(m=FEW_TOKENS + 1))])
 
 
 def _check_k(x: Activations, problem: Problem) -> None:

@@ -28,6 +28,7 @@ from .plan import Cell, Key, Plan, key_of
 from .plans import forget_plans, user_plan_path
 from .problem import Problem, Weights
 from .route import Route
+from .runner import run
 from .versions import kernel_versions
 
 _LOG = logging.getLogger(__name__)
@@ -219,16 +220,13 @@ class Bench:
         kernel, problem, scale = kernels()[route.kernel], self.problem, self.weights.channel_scale
         steps = []
 
-        def run() -> Tensor:
+        def timed() -> Tensor:
             if not steps:
                 direct = can_bypass_dispatcher(x) and problem.scheme.dynamic
                 steps.append(kernel.bind(problem, route.layout, route.variant, x, unscaled=unscaled, direct=direct))
-            step = steps[0]
-            q, x_scale = (x, None) if step.quantise is None else step.quantise(x)
-            y = step.multiply(q, x_scale, copy, scale, None)
-            return y if step.epilogue is None else step.epilogue(y, x_scale, None if step.scaled else scale, None)
+            return run(steps[0], x, copy, scale, None)[0]
 
-        return run
+        return timed
 
     def _timed(
         self, calls: Mapping[Route, Sequence[Callable[[], object]]], dropped: dict[str, str], rounds: int, prefix: str = ""

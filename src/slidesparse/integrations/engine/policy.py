@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sys import maxsize
 
 from ...gemm import Cell, Plan, Problem, Route, key_of
-from ...gemm.choose import DENSE, Steps, Times, choice_of, geometric_mean
+from ...gemm.choose import DENSE, Steps, Times, choice_of, geometric_mean, quickest, route_at
 from ...measure import Timing
 
 WORTH = 1.03
@@ -107,10 +107,12 @@ def _gains(own: Plan, plan: Plan, problem: Problem, steps: Steps, facts: EngineF
     """
     key, found = key_of(problem), {}
     for m, times in own.times(key, unscaled=facts.unscaled).items():
-        route = next(route for most, route in steps if m <= most)
+        route = route_at(steps, m)
         cell = plan.cells[key][m]
         if facts.kernel is None:
-            engine = min((t.p50 for r, t in cell.times(facts.unscaled).items() if r.layout == "dense" and r not in without), default=None)
+            can = {r: t for r, t in cell.times(facts.unscaled).items() if r not in without}
+            dense = quickest(can, ("dense",))
+            engine = None if dense is None else can[dense].p50
         else:
             wanted = Route("dense", facts.kernel)
             engine = min((of[wanted].p50 for of in (cell.times(facts.unscaled), cell.whole) if wanted in of), default=None)
