@@ -17,6 +17,7 @@ from slidesparse.gemm import Plan, Problem, Route, Runner, Weights, plans, use_p
 from slidesparse.gemm.choose import BUDGET, GUARD, SECOND, TIE, cell_of, choice_of, fastest, geometric_mean, intervals, kept_layouts
 from slidesparse.gemm.explain import plan_rows, summary
 from slidesparse.gemm.layouts import LAYOUTS
+from slidesparse.ops import cusparselt
 from slidesparse.pack import pack
 from slidesparse.pattern import Pattern
 from slidesparse.prune import prune
@@ -261,8 +262,9 @@ def layer() -> tuple[Weights, torch.Tensor]:
 
 
 def test_a_runner_follows_the_plan_by_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a card, with kernels that run anywhere."""
+    """As on a card without cuSPARSELt, with kernels that run anywhere."""
     monkeypatch.setattr(Problem, "cuda", property(lambda problem: True))
+    monkeypatch.setattr(cusparselt, "unavailable", lambda device, dtype: "not installed")
     weights, x = layer()
     exact = Runner(weights, route="dense:exact")(x)
     cells = {1: times(packed_exact=3, packed_exact64=2, dense_exact=9), 16: times(packed_exact=3, packed_exact64=9, dense_exact=9)}

@@ -115,6 +115,18 @@ def test_compressed_weights_come_back_in_the_bytes_that_were_told(pattern: str, 
 
 
 @pytest.mark.parametrize(
+    ("dtype", "n", "k", "bits"),
+    [  # what cuSPARSELt 0.8.0 takes on an H200 beside the values, in bytes
+        (torch.int8, 32, 32, 512), (torch.int8, 96, 96, 2048), (torch.int8, 64, 1568, 12800), (torch.int8, 192, 160, 4608),
+        (torch.bfloat16, 16, 16, 256), (torch.bfloat16, 48, 144, 1536), (torch.bfloat16, 64, 96, 1024), (torch.bfloat16, 80, 16, 768),
+        (torch.bfloat16, 144, 80, 2560), (torch.bfloat16, 144, 144, 3840), (torch.bfloat16, 528, 1552, 112896),
+    ],
+)  # fmt: skip
+def test_compressed_bytes_are_the_librarys(dtype: torch.dtype, n: int, k: int, bits: int) -> None:
+    assert cusparselt.compressed_bytes(n, k, dtype) == n * k * dtype.itemsize // 2 + bits
+
+
+@pytest.mark.parametrize(
     ("n", "k", "slid", "megabytes_8_bit", "share"),
     [
         # 6:8 makes K 1.5 times as wide; half the values stay, and two bits of each: 0.5 · 1.5 + 0.125 · 1.5 = 0.9375 of int8.
@@ -140,5 +152,5 @@ def test_slid_bytes_of_a_7b_models_linears(n: int, k: int, slid: int, megabytes_
 def test_slid_bytes_count_the_padding() -> None:
     # N 33 → 64 and K' 156 → 160 in 8 bits; kept bits in tiles of 64 rows by 64 columns: 64 · 160 / 2 + 64 · 192 / 8.
     assert LAYOUTS["slid"].nbytes(Problem(33, 100, Pattern(6, 8), SCHEMES["int8"], HOPPER, DTYPE)) == 5120 + 1536
-    # N 33 → 48 and K' 156 → 160 in 16 bits; tiles of 64 rows by 32 columns: 48 · 160 + 64 · 160 / 8.
-    assert LAYOUTS["slid"].nbytes(Problem(33, 100, Pattern(6, 8), SCHEMES["bf16"], HOPPER, DTYPE)) == 7680 + 1280
+    # N 33 → 48 and K' 156 → 160 in 16 bits; tiles of 32 rows by 64 columns: 48 · 160 + 64 · 192 / 8.
+    assert LAYOUTS["slid"].nbytes(Problem(33, 100, Pattern(6, 8), SCHEMES["bf16"], HOPPER, DTYPE)) == 7680 + 1536

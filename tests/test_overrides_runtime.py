@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import slidesparse.integrations.transformers as integration
 from packed_checkpoint import random_model
 from slidesparse.checkpoint import Checkpoint, Recipe, convert
 from slidesparse.nn import SlideSparseLinear, accelerate
 from slidesparse.pattern import KNOWN, Pattern, tightest_first
 from slidesparse.testing import check_bitwise
-from test_transformers import logits, packed_layers, simulate, tiny
+from test_transformers import load, logits, packed_layers, simulate, tiny
 
 MIXED = {"*.down_proj": "8:10", "*.0.self_attn.qkv_proj": "2:4", "*.1.mlp.gate_up_proj": "4:6", "model.layers.1.self_attn.o_proj": "14:16"}
 """Over 6:8. Rows that obey 2:4 obey 6:8, too: the order in which a twin's weights are held against its patterns shows."""
@@ -54,7 +53,7 @@ def wanted(pairs: str = "") -> dict[str, str]:
 def test_sixteen_bit_models_compute_what_the_masked_one_does(kind: str, tmp_path: Path) -> None:
     mixed(tmp_path, "bf16", kind)
     masked = AutoModelForCausalLM.from_pretrained(tmp_path / "masked")
-    packed, (twin, _) = AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), integration.load(tmp_path / "dense", tokenizer=False)
+    packed, (twin, _) = AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), load(tmp_path / "dense", tokenizer=False)
     for model in (packed, twin):
         assert patterns(model) == wanted()
         check_bitwise(logits(model), logits(masked))
@@ -64,7 +63,7 @@ def test_sixteen_bit_models_compute_what_the_masked_one_does(kind: str, tmp_path
 def test_quantised_models_stay_close_and_their_forms_agree(scheme: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     mixed(tmp_path, scheme)
-    packed, twin = (integration.load(tmp_path / form, tokenizer=False)[0] for form in ("packed", "dense"))
+    packed, twin = (load(tmp_path / form, tokenizer=False)[0] for form in ("packed", "dense"))
     assert patterns(packed) == patterns(twin) == wanted("x2" if scheme == "nvfp4" else "")
     for name, tensor in packed.state_dict().items():
         check_bitwise(twin.state_dict()[name], tensor)
@@ -79,7 +78,7 @@ def test_quantised_models_stay_close_and_their_forms_agree(scheme: str, tmp_path
 @pytest.mark.parametrize("form", ["packed", "dense"])
 def test_saving_keeps_each_layers_pattern(form: str, tmp_path: Path) -> None:
     mixed(tmp_path, "bf16")
-    model, _ = integration.load(tmp_path / form, tokenizer=False)
+    model, _ = load(tmp_path / form, tokenizer=False)
     model.save_pretrained(tmp_path / "again")
     saved, written = (json.loads((tmp_path / path / "config.json").read_text())["quantization_config"] for path in ("again", "packed"))
     assert (saved["pattern"], saved["overrides"], saved["in_features"]) == tuple(

@@ -243,7 +243,7 @@ def test_reconstruction_is_given_pruned_inputs_and_the_dense_models_outputs(tmp_
 
     def look(tasks, solutions, batches, **options):
         depths = {"here": batches.here.targets} | ({} if batches.ahead is None else {"ahead": batches.ahead.targets})
-        given.append({name: torch.cat(stream) for name, stream in (depths | {"inputs": batches.inputs}).items()})
+        given.append({name: torch.cat(stream) for name, stream in (depths | {"inputs": batches.inputs, "dense": batches.dense}).items()})
         return reconstruction.Outcome(1.0, 1.0, dict(solutions))
 
     monkeypatch.setattr(streaming, "reconstruct", look)
@@ -252,6 +252,7 @@ def test_reconstruction_is_given_pruned_inputs_and_the_dense_models_outputs(tmp_
     pruned, whole = hidden_states(tmp_path / "out", tokens), hidden_states(dense, tokens)
     for index, streams in enumerate(given):
         torch.testing.assert_close(streams["inputs"], pruned[index], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(streams["dense"], whole[index], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(streams["here"], whole[index + 1], rtol=1e-3, atol=1e-4)
         assert ("ahead" in streams) == (index < 3)
         if "ahead" in streams:
@@ -285,9 +286,16 @@ def test_many_loud_tokens_fit_a_block_in_16_bits(dtype):
         targets = [block(x) for x in inputs]
         statistics = solving.gather(tasks, [lambda x=x: block(x) for x in inputs])
         solutions = solving.solve_layers(tasks, statistics, "wanda", lambda name: None)
-    batches = reconstruction.Batches(inputs, reconstruction.Depth(block, [Call((), {}, None)] * 5, targets))
+    batches = reconstruction.Batches(inputs, inputs, reconstruction.Depth(block, [Call((), {}, None)] * 5, targets))
     outcome = reconstruction.reconstruct(tasks, solutions, batches, steps=100, seed=0, device=torch.device("cpu"), notice=lambda step: None)
     assert outcome.after < 0.9 * outcome.before
+
+
+def test_training_lies_between_the_pruned_and_the_dense_inputs():
+    pruned, dense = [torch.zeros(2, 64, 3)], [torch.ones(2, 64, 3)]
+    mixed = reconstruction.Batches(pruned, dense, None).mixed(0, torch.Generator().manual_seed(0))
+    assert torch.equal(mixed, mixed[..., :1].expand_as(mixed)) and 0 <= mixed.min() < 0.2 and 0.8 < mixed.max() <= 1
+    assert len(mixed[..., 0].unique()) > 100
 
 
 def test_one_sample_is_too_few_to_fit_a_block_and_the_report_says_so(tmp_path, monkeypatch):

@@ -49,6 +49,11 @@ def tiny(kind: str = "llama", **changes: object) -> PretrainedConfig:
     return CONFIG_MAPPING[kind](**(sizes | changes))
 
 
+def load(path: Path, **options) -> tuple:
+    """On the CPU, wherever the tests run: answers are compared bit by bit."""
+    return integration.load(path, device="cpu", **options)
+
+
 @torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
     return model(IDS).logits
@@ -291,17 +296,17 @@ def dense_twin(directory: Path, scheme: str | None, *, marked: bool = True) -> n
 def test_load_packed(tmp_path: Path) -> None:
     written = write(tiny(), tmp_path)
     with pytest.raises(CheckpointError, match="no tokenizer"):
-        integration.load(tmp_path)
-    assert integration.load(tmp_path, tokenizer=False)[1] is None
+        load(tmp_path)
+    assert load(tmp_path, tokenizer=False)[1] is None
     tokenizer_files(tmp_path)
-    model, tokenizer = integration.load(tmp_path)
+    model, tokenizer = load(tmp_path)
     assert tokenizer("w3 w17")["input_ids"] == [3, 17] and not model.training
     check_bitwise(logits(model), logits(written.model))
 
 
 def test_load_16_bit_twin(tmp_path: Path) -> None:
     dense = dense_twin(tmp_path, None)
-    model, _ = integration.load(tmp_path, tokenizer=False)
+    model, _ = load(tmp_path, tokenizer=False)
     assert len(packed_layers(model)) == 14
     check_bitwise(logits(model), logits(dense))
     model.save_pretrained(tmp_path / "again")
@@ -314,7 +319,7 @@ def test_load_16_bit_twin(tmp_path: Path) -> None:
 def test_load_compressed_tensors_twin(scheme: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     dense = dense_twin(tmp_path, scheme)
-    model, _ = integration.load(tmp_path, tokenizer=False)
+    model, _ = load(tmp_path, tokenizer=False)
     assert len(packed_layers(model)) == 14
     assert model.model.layers[0].mlp.up_proj.scheme.name == scheme
     reference = logits(dense).float()
@@ -333,7 +338,7 @@ def test_packed_and_twin_give_one_answer(scheme: str, tmp_path: Path) -> None:
     pattern = Pattern.parse("6:8x2" if scheme == "nvfp4" else "6:8")
     for form in ("packed", "dense"):
         convert(tmp_path / "source", tmp_path / form, Recipe(pattern, "magnitude", scheme, form))
-    packed, twin = (integration.load(tmp_path / form, tokenizer=False)[0] for form in ("packed", "dense"))
+    packed, twin = (load(tmp_path / form, tokenizer=False)[0] for form in ("packed", "dense"))
     assert packed_layers(packed) == packed_layers(twin) and len(packed_layers(twin)) == 14
     for name, tensor in packed.state_dict().items():
         check_bitwise(twin.state_dict()[name], tensor)
@@ -353,7 +358,7 @@ def test_merged_experts_and_renamed_layers(tmp_path: Path) -> None:
 
 def test_unmarked_checkpoints_load_as_they_are_until_accelerated(tmp_path: Path) -> None:
     dense = dense_twin(tmp_path, None, marked=False)
-    model, _ = integration.load(tmp_path, tokenizer=False)
+    model, _ = load(tmp_path, tokenizer=False)
     assert packed_layers(model) == []
     accelerate(model, pattern="6:8", scheme="int8")
     assert len(packed_layers(model)) == 14 and list(acceleration_report(model).dense) == ["lm_head"]
@@ -377,6 +382,6 @@ def test_load_says_what_is_wrong(config: str | None, message: str, tmp_path: Pat
         if "weights" in config:
             save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
-        integration.load(tmp_path, tokenizer=False)
+        load(tmp_path, tokenizer=False)
     with pytest.raises(CheckpointError, match="no such directory"):
-        integration.load(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")

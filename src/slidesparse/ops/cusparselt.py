@@ -173,9 +173,16 @@ def checked(q: Tensor, compressed: Tensor, alpha: Tensor | None, n: int, out_dty
 
 
 def compressed_bytes(n: int, k: int, dtype: torch.dtype) -> int:
-    """Size of ``[N, K']`` compressed: half the values, and two bits for each kept one in whole tiles (0.8.0, compute capability 9.0)."""
-    columns = 64 // dtype.itemsize
-    return n * k * dtype.itemsize // 2 + (-(-n // 64) * 64) * (-(-k // columns) * columns) // 8
+    """Size of ``[N, K']`` compressed: half the values, and two bits for each kept one in whole tiles (0.8.0, compute capability 9.0).
+
+    Tiles are 64 × 64; of 16-bit values 64 × 32 or 32 × 64, whichever fill more.
+    """
+
+    def filled(rows: int, columns: int) -> int:
+        return -(-n // rows) * rows * (-(-k // columns) * columns)
+
+    narrow = 64 // dtype.itemsize
+    return n * k * dtype.itemsize // 2 + max(filled(64, narrow), filled(narrow, 64)) // 8
 
 
 def _check_slid(slid: Tensor) -> None:

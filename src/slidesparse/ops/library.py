@@ -50,8 +50,8 @@ def has_triton() -> bool:
 
 
 def capability(device: torch.device | None = None) -> tuple[int, int]:
-    """Compute capability of a CUDA device, by default the current one; (0, 0) where there is none."""
-    if not torch.cuda.is_available():
+    """Compute capability of a device, by default the current CUDA one; (0, 0) of others and where there is none."""
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return 0, 0
     index = None if device is None else device.index
     return _capability(torch.cuda.current_device() if index is None else index)

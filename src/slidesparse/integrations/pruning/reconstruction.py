@@ -1,8 +1,10 @@
 """Block reconstruction: a pruned block's weights are trained, on their masks, to give what the dense model gives at that depth.
 
-The pruned block is fed what the pruned blocks before it give. After BRECQ's block-wise objective (arXiv 2102.05426), with masks in the
-place of rounding. The output is judged twice: as it is, and behind the next block, still dense, which shows what errors do there. Each
-token counts by its error relative to its own size, since a few tokens of language models are a thousand times larger than the others.
+After BRECQ's block-wise objective (arXiv 2102.05426), with masks in the place of rounding. The pruned block is judged by what the pruned
+blocks before it give. In training each token lies a random share of the way from there to what the dense model gives at that depth: few
+samples then teach more than their own errors. The output is judged twice: as it is, and behind the next block, still dense, which shows
+what errors do there. Each token counts by its error relative to its own size, since a few tokens of language models are a thousand times
+larger than the others.
 """
 
 from __future__ import annotations
@@ -49,9 +51,10 @@ class Depth:
 
 @dataclass
 class Batches:
-    """What the pruned blocks give in front of a block, ``[B, L, hidden]`` each; the block, and the next one where there is one."""
+    """What pruned and dense blocks give in front of a block, ``[B, L, hidden]`` each; the block, and the next one where there is one."""
 
     inputs: list[Tensor]
+    dense: list[Tensor]
     here: Depth
     ahead: Depth | None = None
 
@@ -60,6 +63,12 @@ class Batches:
         count = len(self.inputs)
         held = range(count - max(1, count // _HELD_OUT), count)
         return list(range(held.start)), list(held)
+
+    def mixed(self, number: int, generator: torch.Generator) -> Tensor:
+        """One batch's inputs for training, each token between the pruned blocks' and the dense ones'."""
+        pruned = self.inputs[number]
+        share = torch.rand(*pruned.shape[:-1], 1, generator=generator)
+        return torch.lerp(pruned, self.dense[number], share.to(pruned))
 
 
 @dataclass
@@ -104,7 +113,7 @@ def reconstruct(
         order = order or [training[i] for i in torch.randperm(len(training), generator=generator)]
         number = order.pop()
         optimizer.zero_grad()
-        scaler.scale(trained.loss(batches, number, device)).backward()
+        scaler.scale(trained.loss(batches, number, batches.mixed(number, generator).to(device))).backward()
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
@@ -130,9 +139,9 @@ class _Trained:
         sizes = ((weight, float(weight.detach().square().mean().sqrt())) for weight in self.weights.values())
         return [{"params": [weight], "lr": _RATE * error**0.5 * size} for weight, size in sizes]
 
-    def loss(self, batches: Batches, number: int, device: torch.device) -> Tensor:
-        """Error of one batch behind the block, and behind the next one."""
-        given, output = batches.inputs[number].to(device), []
+    def loss(self, batches: Batches, number: int, given: Tensor) -> Tensor:
+        """Error of one batch, ``given [B, L, hidden]`` in front of the block: behind the block, and behind the next one."""
+        output: list[Tensor] = []
         error = batches.here.error(number, given, self._run(rounded=False, keep=output))
         return error if batches.ahead is None else error + batches.ahead.error(number, output[0])
 

@@ -68,7 +68,7 @@ def solve(job: Job) -> PruningReport:
 
 
 class _Stream:
-    """Hidden states in front of the next block behind the pruned ones; in the dense model, behind that block and the one after it."""
+    """Hidden states in front of a block behind the pruned ones; in the dense model before the block, behind it and behind the next."""
 
     def __init__(
         self,
@@ -81,17 +81,19 @@ class _Stream:
         calls: list[list[Call]],
     ) -> None:
         self.job, self.blocks, self.tasks, self.device, self.steps, self.calls = job, blocks, tasks, device, steps, calls
-        self.home = self._home(sum(batch.nbytes for batch in hidden) * (3 if steps else 1))
+        self.home = self._home(sum(batch.nbytes for batch in hidden) * (4 if steps else 1))
         self.pruned = [batch.to(self.home) for batch in hidden]
-        self.dense, self.ahead = (list(self.pruned), list(self.pruned)) if steps else ([], [])
+        self.front, self.dense, self.ahead = (list(self.pruned) for _ in range(3)) if steps else ([], [], [])
         self.sizes = {task.name: task.module.weight.nbytes for block in tasks for task in block}
         self.bytes = [sum(self.sizes[task.name] for task in block) for block in tasks]
         self.done, self.total = 0, sum(self.bytes) * (2 if steps else 1)
 
     def _home(self, nbytes: int) -> torch.device:
-        if self.device.type == "cpu" or nbytes * _SHARE > torch.cuda.mem_get_info(self.device)[0]:
-            return torch.device("cpu")
-        return self.device
+        if self.device.type == "cpu":
+            return self.device
+        free, total = torch.cuda.mem_get_info(self.device)
+        allowed = torch.cuda.get_per_process_memory_fraction(self.device) * total
+        return torch.device("cpu") if nbytes * _SHARE > min(free, allowed) else self.device
 
     def step(self, index: int) -> dict[str, Any]:
         """Solve one block, or read it if it is solved; take the streams behind it; tell how it went."""
@@ -120,10 +122,9 @@ class _Stream:
 
     def _look_ahead(self, index: int, block: nn.Module, calls: list[Call]) -> Depth | None:
         """Take the dense stream behind the block, and behind the next one, which is returned."""
+        self.front, self.dense, self.ahead = self.dense, self.ahead, self.front
         if index == 0:
-            self._through(block, calls, self.dense, self.dense)
-        else:
-            self.dense, self.ahead = self.ahead, self.dense
+            self._through(block, calls, self.front, self.dense)
         if index + 1 == len(self.blocks.modules):
             return None
         following, their_calls = self._on_device(index + 1)
@@ -148,7 +149,7 @@ class _Stream:
             outcome = reconstruct(
                 tasks,
                 solutions,
-                Batches(self.pruned, here, ahead),
+                Batches(self.pruned, self.front, here, ahead),
                 steps=self.steps,
                 seed=self.job.recipe.seed + index,
                 device=self.device,
