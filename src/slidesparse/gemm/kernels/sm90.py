@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+from ... import ops, reference
 from ...ops import sm90
 from ...ops.launch import allocator, current_stream
 from ...ops.prologue import Activations, quantiser
-from ..layouts import LAYOUTS, Copy
-from ..problem import Problem
+from ..layouts import Copy
+from ..problem import Problem, Weights
 from .base import Kernel, Pipeline, int32_overflow
 
 _OUTPUTS = (torch.bfloat16, torch.float16)
@@ -23,21 +22,22 @@ class TiledLayout:
     name = "tiled"
 
     def nbytes(self, problem: Problem) -> int:
-        """Half the slid values and a quarter as many bits, in whole tiles."""
+        """Half the slid values and two bits for each, in whole tiles."""
         return sm90.tiled_bytes(problem.n, problem.pattern.slid_k(problem.k))
 
-    def width(self, problem: Problem) -> int:
-        """K' in whole 16 bytes: that of the activations."""
-        return -(-problem.pattern.slid_k(problem.k) // 16) * 16
-
-    def prepare(self, problem: Problem, weights) -> Copy:
+    def prepare(self, problem: Problem, weights: Weights) -> Copy:
         """Slide and put into tiles."""
-        return (sm90.tile(LAYOUTS["slid"].slide(weights)),)
+        return (sm90.tile(ops.slide(weights.packed)),)
 
     def dense(self, problem: Problem, copy: Copy) -> Tensor:
-        """Slid weights moved back."""
+        """Out of the tiles, each slid weight to the column that was lifted there."""
         slid = sm90.untile(copy[0], problem.n, problem.pattern.slid_k(problem.k), problem.scheme.dtype)
-        return LAYOUTS["slid"].unslide(slid, problem)
+        columns = torch.arange(1, problem.k + 1, dtype=torch.float32, device=slid.device).view(1, -1)
+        source = reference.lift(columns, problem.pattern)[0].long() - 1
+        row, column = slid.view(torch.uint8).nonzero(as_tuple=True)
+        dense = torch.zeros(problem.n, problem.k, dtype=torch.uint8, device=slid.device)
+        dense[row, source[column]] = slid.view(torch.uint8)[row, column]
+        return dense.view(problem.scheme.dtype)
 
 
 class Sm90(Kernel):
@@ -48,7 +48,10 @@ class Sm90(Kernel):
 
     name = "sm90"
     layouts = ("tiled", "dense")
-    code = ("gemm.kernels.sm90", "ops.sm90.layout", "ops.sm90.source", "ops.sm90.launch", "ops.prologue", "ops.quantize", "ops.kernels_quantize", "ops.row_config")
+    code = (
+        "gemm.kernels.sm90", "ops.sm90.layout", "ops.sm90.source", "ops.sm90.launch", "ops.prologue", "ops.quantize",
+        "ops.kernels_quantize", "ops.row_config",
+    )  # fmt: skip
 
     def refuses(self, problem: Problem, variant: str = "") -> str | None:
         """Needs compute capability 9.0, an 8-bit scheme, 16-bit activations, and 2:4 windows of single weights."""
@@ -80,7 +83,7 @@ class Sm90(Kernel):
     def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
         """See `Kernel`."""
         m, n, sparse = x.shape[0], problem.n, layout == "tiled"
-        width = LAYOUTS[layout].width(problem) if sparse else problem.k
+        width = -(-problem.pattern.slid_k(problem.k) // 16) * 16 if sparse else problem.k
         chosen = sm90.Variant.parse(variant)
         bias = "" if problem.bias is None else str(problem.bias).removeprefix("torch.")
         names = [str(dtype).removeprefix("torch.") for dtype in (problem.scheme.dtype, problem.dtype)]

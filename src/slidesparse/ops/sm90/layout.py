@@ -7,9 +7,14 @@ that one bulk copy brings what a step of the kernel multiplies. An even number o
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..launch import Launch
+from ..library import has_triton
 
 ROWS, COLUMNS = 128, 128
 """Rows and columns of the slid matrix in a tile."""
@@ -36,9 +41,13 @@ def tile(slid: Tensor) -> Tensor:
     Rows and columns beyond are zeros.
 
     Raises:
-        ValueError: a window of more than two non-zeros.
+        ValueError: a window of more than two non-zeros, on a CPU; the kernel trusts `slide`.
     """
     down, across = tiles(*slid.shape)
+    if slid.is_cuda and has_triton() and slid.shape[1] % 4 == 0:
+        out = torch.empty(down, across, TILE_BYTES, dtype=torch.uint8, device=slid.device)
+        _tile_call(*slid.shape, slid.dtype)(slid.contiguous().view(torch.int32), out)
+        return out
     bits = F.pad(slid.view(torch.uint8), (0, across * COLUMNS - slid.shape[1], 0, down * ROWS - slid.shape[0]))
     windows = bits.unflatten(1, (-1, 4))
     mask = ((windows & 0x7F if slid.dtype == torch.float8_e4m3fn else windows) != 0).long() @ torch.tensor([1, 2, 4, 8], device=bits.device)
@@ -48,6 +57,15 @@ def tile(slid: Tensor) -> Tensor:
     values = torch.stack((windows.gather(2, first[..., None]), windows.gather(2, second[..., None])), 2).flatten(1)
     nibbles = (first | second << 2).to(torch.uint8)
     return torch.cat((_values(values, down, across), _words(nibbles, down, across)), -1).flatten(2)
+
+
+@cache
+def _tile_call(n: int, k: int, dtype: torch.dtype) -> Launch:
+    from .kernels_tile import tile_kernel
+
+    down, across = tiles(n, k)
+    magnitude = 0x7F if dtype == torch.float8_e4m3fn else 0xFF
+    return Launch(tile_kernel, (2 * down, across), (n, k // 4, across), {"MAGNITUDE": magnitude, "num_warps": 4})
 
 
 def untile(tiles_: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:

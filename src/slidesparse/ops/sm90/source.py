@@ -78,6 +78,14 @@ def shared_bytes(variant: Variant, types: Types) -> int:
     return _fixed_bytes(variant, types) + stages(variant, types) * (types.stage_bytes + variant.tokens * COLUMNS)
 
 
+def predicted_clocks(variant: Variant, n: int, k: int, m: int, *, sparse: bool, multiprocessors: int = 132) -> float:
+    """Clocks of ``[M, K']`` by ``[N, K']``: waves of clusters, the tensor cores' clocks at 80 % of their rate, and a start for each tile."""
+    tiles = -(-n // (ROWS * variant.features)) * -(-m // (variant.tokens * variant.along))
+    clusters = multiprocessors // variant.cluster if variant.cluster < 4 else multiprocessors * 10 // 11 // variant.cluster
+    stage = (2 if sparse else 4) * variant.tokens / 0.8
+    return -(-tiles // clusters) * (-(-k // COLUMNS) * stage + 1500)
+
+
 def constants(variant: Variant, types: Types, *, delay: bool = False) -> dict[str, int]:
     """The constants that gemm.cu asks for; with ``delay`` every role waits at random, which shows races."""
     return {
