@@ -9,9 +9,11 @@ from importlib import metadata
 import torch
 
 from . import __version__
+from .errors import UnsupportedError
 from .format import scheme_named
 from .gemm import Problem, active_plan
 from .gemm.kernels import kernels
+from .jit import toolchain
 from .ops import capability
 from .pattern import Pattern
 
@@ -48,7 +50,16 @@ def diagnose() -> list[Finding]:
             findings.append(Finding(package, True, metadata.version(package), purpose))
         except metadata.PackageNotFoundError:
             findings.append(Finding(package, False, "not installed", f"needed to {purpose}: {remedy}"))
-    return findings + _kernels() + _plans()
+    return [*findings, _compiler(), *_kernels(), *_plans()]
+
+
+def _compiler() -> Finding:
+    """What compiles CUDA C++ at first use; needs no GPU."""
+    purpose = "compile CUDA kernels at first use"
+    try:
+        return Finding("nvrtc", True, toolchain().version, purpose)
+    except UnsupportedError as error:
+        return Finding("nvrtc", False, "cannot be used", f"needed to {purpose}: {error}")
 
 
 def _kernels() -> list[Finding]:
