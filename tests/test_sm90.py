@@ -5,17 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layers import made
-from slidesparse import ops, reference
+from layers import made, oracle, tokens
+from slidesparse import jit, reference
+from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
 from slidesparse.gemm.kernels.sm90 import Sm90, TiledLayout
 from slidesparse.gemm.problem import Problem
+from slidesparse.gemm.runner import run
 from slidesparse.ops import sm90
+from slidesparse.ops.sm90 import variants
 from slidesparse.pattern import Pattern
 from slidesparse.testing import check_bitwise
 
 HOPPER = (9, 0)
 SHAPES = [("2:4", 128, 128), ("4:6", 130, 300), ("6:8", 5, 40), ("6:8", 384, 1024), ("8:10", 257, 190), ("14:16", 64, 640)]
+hopper_only = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != HOPPER, reason="needs compute capability 9.0"
+)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
@@ -31,3 +37,84 @@ def test_weights_come_back_from_tiles(pattern: str, n: int, k: int, scheme: str)
 def test_a_window_of_three_is_refused() -> None:
     with pytest.raises(ValueError, match="more than two"):
         sm90.tile(torch.ones(4, 8, dtype=torch.int8))
+
+
+def test_every_variant_compiles_without_local_memory() -> None:
+    try:
+        jit.toolchain()
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    kinds = [
+        variants.Types(values, sparse, "bfloat16", bias)
+        for values, bias in (("int8", ""), ("float8_e4m3fn", "float32"))
+        for sparse in (True, False)
+    ]
+    jobs = [jit.Job(variants.source(one, kind), "gemm", "sm_90a", variants.constants(one, kind)) for one in sm90.VARIANTS for kind in kinds]
+    for job, binary in zip(jobs, jit.compile_all(jobs), strict=True):
+        assert (binary.resources.local, binary.resources.spills) == (0, 0), dict(job.constants)
+
+
+def call(weights, n, k, pattern, scheme, layout, variant, x, bias):
+    kernel, dtype = Sm90(), x.dtype
+    problem = Problem(n, k, Pattern.parse(pattern), SCHEMES[scheme], HOPPER, dtype, None if bias is None else bias.dtype)
+    copy = TiledLayout().prepare(problem, weights) if layout == "tiled" else (reference.restore(weights.packed.to("cpu")).cuda(),)
+    scale = weights.channel_scale.contiguous().cuda()
+    return kernel.bind(problem, layout, variant, x, unscaled=False, direct=True), copy, scale
+
+
+CASES = [
+    ("6:8", 512, 512, 128),
+    ("6:8", 384, 1030, 1),
+    ("2:4", 640, 2048, 300),
+    ("4:6", 136, 300, 77),
+    ("8:10", 264, 190, 1000),
+    ("6:8", 1000, 3584, 513),
+]
+
+
+@pytest.mark.needs_gpu
+@hopper_only
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("variant", list(map(str, sm90.VARIANTS)))
+@pytest.mark.parametrize(("pattern", "n", "k", "m"), CASES)
+def test_products_are_the_oracles(pattern: str, n: int, k: int, m: int, variant: str, scheme: str) -> None:
+    weights, dense = made(n, k, scheme, pattern, "cuda")
+    x = tokens(m, k).cuda()
+    for layout in ("tiled", "dense") if k % 16 == 0 else ("tiled",):
+        for bias in (None, torch.randn(n, device="cuda").bfloat16()):
+            pipeline, copy, scale = call(weights, n, k, pattern, scheme, layout, variant, x, bias)
+            y = run(pipeline, x, copy, scale, bias)[0].cpu()
+            wanted = oracle(x, weights, dense, bias, x.dtype)
+            if scheme == "int8":
+                check_bitwise(y, wanted)
+            else:
+                error = (y.double() - wanted.double()).norm() / wanted.double().norm()
+                assert error < 3e-3, (layout, bias is None, float(error))
+
+
+@pytest.mark.needs_gpu
+@hopper_only
+@pytest.mark.parametrize("variant", ["256 2x1", "256 4x2", "128 1x2", "64 1x1"])
+def test_random_delays_and_poison_change_nothing(variant: str) -> None:
+    n, k, m = 520, 1536, 700
+    weights, dense = made(n, k, "int8", "6:8", "cuda")
+    x = tokens(m, k).cuda()
+    q, x_scale = reference.quantize(x.cpu(), SCHEMES["int8"])
+    lifted = reference.lift(q, Pattern(6, 8)).cuda().contiguous()
+    chosen, types = sm90.Variant.parse(variant), sm90.Types("int8", True, "bfloat16", "")
+    gemm, order = sm90.Gemm(chosen, types, 0, delay=True), sm90.tile_order(n, m, chosen, x.device)
+    tiles = TiledLayout().prepare(Problem(n, k, Pattern(6, 8), SCHEMES["int8"], HOPPER, torch.bfloat16), weights)[0]
+    wanted = oracle(x, weights, dense, None, torch.bfloat16)
+    for _ in range(50):
+        y = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
+        gemm(
+            lifted,
+            x_scale.cuda(),
+            tiles,
+            weights.channel_scale.contiguous().view(-1).cuda(),
+            None,
+            order,
+            y,
+            torch.cuda.current_stream().cuda_stream,
+        )
+        check_bitwise(y.cpu(), wanted)

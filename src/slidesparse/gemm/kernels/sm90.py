@@ -49,7 +49,7 @@ class Sm90(Kernel):
     name = "sm90"
     layouts = ("tiled", "dense")
     code = (
-        "gemm.kernels.sm90", "ops.sm90.layout", "ops.sm90.source", "ops.sm90.launch", "ops.prologue", "ops.quantize",
+        "gemm.kernels.sm90", "ops.sm90.layout", "ops.sm90.variants", "ops.sm90.launch", "ops.prologue", "ops.quantize",
         "ops.kernels_quantize", "ops.row_config",
     )  # fmt: skip
 

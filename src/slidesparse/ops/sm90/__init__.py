@@ -1,7 +1,20 @@
 """An 8-bit product for compute capability 9.0 with both scales and the bias inside, written in CUDA C++ and compiled at first use."""
 
-from .launch import Gemm, tile_order
+from .launch import Gemm, loaded, tile_order
 from .layout import tile, tiled_bytes, untile
-from .source import VARIANTS, Types, Variant, constants, predicted_clocks, source
+from .variants import VARIANTS, Types, Variant, constants, predicted_clocks, source
 
-__all__ = ["VARIANTS", "Gemm", "Types", "Variant", "constants", "predicted_clocks", "source", "tile", "tile_order", "tiled_bytes", "untile"]
+__all__ = [
+    "VARIANTS",
+    "Gemm",
+    "Types",
+    "Variant",
+    "constants",
+    "loaded",
+    "predicted_clocks",
+    "source",
+    "tile",
+    "tile_order",
+    "tiled_bytes",
+    "untile",
+]

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import jit
 from ...errors import UnsupportedError
 from .layout import COLUMNS, ROWS, tiles
-from .source import THREADS, Types, Variant, shared_bytes
+from .variants import THREADS, Types, Variant, constants, shared_bytes, source
 
 _GROUP = 8
 """Token tiles that follow each other before the features advance: what they share stays in the second-level cache."""
@@ -35,14 +36,23 @@ def tile_order(n: int, m: int, variant: Variant, device: torch.device) -> Tensor
     return torch.tensor(order, dtype=torch.int32, device=device)
 
 
+@lru_cache(maxsize=256)
+def loaded(variant: Variant, types: Types, device: int) -> Gemm:
+    """The kernel on a device, which must be the current one; compiled at first use."""
+    return Gemm(variant, types, device)
+
+
 class Gemm:
     """One variant of the kernel on one device: ``y [M, N]`` from 8-bit ``q [M, K']``, weights, scales and bias."""
 
-    def __init__(self, kernel: int, variant: Variant, types: Types, device: int) -> None:
-        """``kernel`` is the driver's handle of the loaded function."""
-        self.variant, self.types, self._kernel, self._lock = variant, types, kernel, Lock()
+    def __init__(self, variant: Variant, types: Types, device: int, *, delay: bool = False) -> None:
+        self.variant, self.types, self._lock = variant, types, Lock()
+        binary = jit.compile(source(variant, types), name="gemm", arch="sm_90a", constants=constants(variant, types, delay=delay))
+        self._library_kernel = jit.load(binary)  # keeps the function alive
         self._maps: OrderedDict[tuple, Any] = OrderedDict()
         driver = _driver()
+        (kernel,) = _checked(driver.cuKernelGetFunction(driver.CUkernel(int(self._library_kernel.handle))))
+        self._kernel = kernel
         shared = shared_bytes(variant, types)
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(kernel, limit, shared))
@@ -93,35 +103,44 @@ class Gemm:
         key = (matrix.data_ptr(), matrix.shape, matrix.stride(0), matrix.dtype, rows)
         found = self._maps.get(key)
         if found is None:
-            found = self._maps[key] = _tensor_map(matrix, columns, rows, size)
+            found = self._maps[key] = _TensorMap(matrix, columns, rows, size)
             if len(self._maps) > _MAPS:
                 self._maps.popitem(last=False)
-        return found.getPtr()
+        return found.address
 
 
-def _tensor_map(matrix: Tensor, columns: int, rows: int, size: int) -> Any:
-    driver = _driver()
-    kind = driver.CUtensorMapDataType
-    type_ = kind.CU_TENSOR_MAP_DATA_TYPE_UINT8 if size == 1 else kind.CU_TENSOR_MAP_DATA_TYPE_UINT16
-    uint32, uint64 = driver.cuuint32_t, driver.cuuint64_t
-    (found,) = _checked(
-        driver.cuTensorMapEncodeTiled(
-            type_,
-            2,
-            matrix.data_ptr(),
-            [uint64(matrix.shape[1]), uint64(matrix.shape[0])],
-            [uint64(matrix.stride(0) * size)],
-            [uint32(columns), uint32(rows)],
-            [uint32(1), uint32(1)],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B
-            if size == 1
-            else driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+class _TensorMap:
+    """The driver's description of a row-major matrix, 128 bytes at a multiple of 64, which the driver's own Python binding does not keep."""
+
+    def __init__(self, matrix: Tensor, columns: int, rows: int, size: int) -> None:
+        driver = _driver()
+        kind, promotion = driver.CUtensorMapDataType, driver.CUtensorMapL2promotion
+        self._memory = (ctypes.c_ubyte * 192)()
+        self.address = -(-ctypes.addressof(self._memory) // 64) * 64
+        status = _library().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(self.address),
+            int(kind.CU_TENSOR_MAP_DATA_TYPE_UINT8 if size == 1 else kind.CU_TENSOR_MAP_DATA_TYPE_UINT16),
+            ctypes.c_uint32(2),
+            ctypes.c_void_p(matrix.data_ptr()),
+            (ctypes.c_uint64 * 2)(matrix.shape[1], matrix.shape[0]),
+            (ctypes.c_uint64 * 1)(matrix.stride(0) * size),
+            (ctypes.c_uint32 * 2)(columns, rows),
+            (ctypes.c_uint32 * 2)(1, 1),
+            int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
+            int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B),
+            int(promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B if size == 1 else promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE),
+            int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
         )
-    )
-    return found
+        if status:
+            shape, stride = list(matrix.shape), matrix.stride(0)
+            raise UnsupportedError(
+                f"the CUDA driver cannot describe a matrix {shape} of row stride {stride} at {matrix.data_ptr():#x}: error {status}"
+            )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 @cache
