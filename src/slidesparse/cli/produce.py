@@ -33,6 +33,14 @@ class Form(StrEnum):
     dense = "dense"
 
 
+class ImportType(StrEnum):
+    """Types of an imported model's tensors."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
 class Method(StrEnum):
     """Names of `slidesparse.prune.METHODS`, and the best of them."""
 
@@ -217,15 +225,19 @@ def convert(
 def import_(
     gguf: Annotated[Path, typer.Argument(help="A .gguf file.", show_default=False)],
     out: Out,
+    dtype: Annotated[
+        ImportType | None,
+        typer.Option(help="Type of all tensors; by default the file's own, bf16 for quantised ones.", show_default=False),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a GGUF file into a dense checkpoint (weights dequantised by transformers; needs the gguf extra)."""
+    """Turn a GGUF file into a dense checkpoint (weights are dequantised; needs the gguf extra)."""
     from ..integrations.gguf import import_gguf
     from ..integrations.transformers import hide_progress_bars
 
     hide_progress_bars()
     with screen.err.status(f"importing {escape(str(gguf))}"):
-        import_gguf(gguf, out, overwrite=overwrite)
+        import_gguf(gguf, out, dtype and dtype.value, overwrite=overwrite)
     screen.say(f"wrote {out}")
 
 
