@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..ops.launch import can_bypass_dispatcher, current_device
 from ..ops.prologue import Activations, signature
+from . import gradient
 from .choose import Steps, choice_of, intervals, merged, route_at
 from .kernels import FEW_TOKENS, Pipeline, chosen, kernels, refusal, unmeasured
 from .layouts import LAYOUTS, Copy
@@ -103,6 +104,8 @@ class Runner:
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self(x, bias)
+        if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
+            return gradient.Differentiable.apply(x, bias, self, self.input_gradient)
         ready, kind = self.ready, None if bias is None else bias.dtype
         if ready is None or x.dtype != ready.problem.dtype or kind != ready.problem.bias or x.device != ready.device:
             ready = self.prepare(x.dtype, x.device, kind)
@@ -116,6 +119,22 @@ class Runner:
                 return x.new_empty((0, ready.problem.n))
             call = self._bind(ready, x, unscaled=False, direct=direct)
         return run(call, x, ready.copies[call.layout], ready.scale, bias)[0]
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient ``[M, N]`` of an output → that of the activations ``[M, K]``, of the same type, see `gradient`.
+
+        Weights are restored for the call and not kept, from a copy that is dense or else from the packed weights, wherever these lie.
+        """
+        kinds = [ready for (dtype, device, _), ready in self._kinds.items() if (dtype, device) == (grad.dtype, grad.device)]
+        ready = kinds[0] if kinds else self.prepare(grad.dtype, grad.device)
+        problem, layouts = ready.problem, tuple(ready.copies)
+        if "dense" not in layouts and not self.weights.packed.values.is_meta:
+            weights, layout = self.weights.to(grad.device), "packed"
+            copy = LAYOUTS[layout].prepare(problem, weights)
+        else:
+            layout = "dense" if "dense" in layouts else layouts[0]
+            copy = ready.copies[layout]
+        return gradient.input_gradient(grad, LAYOUTS[layout].dense(problem, copy), ready.scale)
 
     def unscaled(self, x: Activations) -> tuple[Tensor, Tensor]:
         """``x [M, K]`` → bfloat16 ``[M, N]``, which leaves `kernels.base.LEAVES` to the caller, and token scales ``[M, 1]``.

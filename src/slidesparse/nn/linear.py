@@ -11,9 +11,10 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from ..errors import WeightError
+from ..errors import UnsupportedError, WeightError
 from ..format import BLOCK, Packed, Scheme, packed_tensors, scheme_named
 from ..gemm import MEMORY, Route, Runner, Weights, refuse_capture
+from ..gemm.gradient import wanted
 from ..gemm.kernels.base import LEAVES
 from ..gemm.op import handle, linear, linear_unscaled
 from ..pack import check_packed, pack, restore
@@ -37,8 +38,8 @@ class SlideSparseLinear(nn.Module):
 
     8-bit schemes quantise activations per token and sum exactly (int8) or in float32 (fp8). With a 16-bit scheme, activations of the
     weights' own type go through one linear in that type; any other mixture, such as bfloat16 weights in a float32 model, is computed
-    in float32, which holds both exactly, and rounded once to the activations' type. For inference: 8-bit layers pass no gradients, and
-    under torch.compile no layer does.
+    in float32, which holds both exactly, and rounded once to the activations' type. Gradients reach the activations, as those of a
+    linear with `dense_weight`, and the bias, but not the packed weights; there are no second derivatives.
 
     Args:
         pattern: kept:group of the weights.
@@ -233,9 +234,10 @@ class SlideSparseLinear(nn.Module):
     def _traced(self, x: Tensor) -> Tensor:
         """The opaque op; on a GPU 8-bit layers of bfloat16 leave scales and bias to the graph, where the compiler fuses them.
 
-        With a route that was asked for the op is the whole linear: not every route leaves them.
+        With a route that was asked for the op is the whole linear: not every route leaves them. So it is where autograd records.
         """
-        if not (x.is_cuda and self.scheme.dynamic and x.dtype == torch.bfloat16 and self.route is None):
+        leaves = x.is_cuda and self.scheme.dynamic and x.dtype == torch.bfloat16 and self.route is None
+        if not leaves or wanted(x, self.bias):
             return linear(x, self._named, self.bias, self.out_features)
         y, x_scale = linear_unscaled(x, self._named, self.out_features)
         scale = self._buffers["weight_scale"].view(1, -1) if "channel" in LEAVES[self.scheme.name] else None
@@ -269,6 +271,9 @@ class SlideSparseLinear(nn.Module):
         """
         runner, held = self._runner, self._buffers
         scale, global_scale = held.get("weight_scale"), held.get("weight_global_scale")
+        if held["weight_values"].requires_grad or (scale is not None and scale.requires_grad):
+            name = "weight_values" if held["weight_values"].requires_grad else "weight_scale"
+            raise UnsupportedError(f"{self._label}: packed weights take no gradient: call {name}.requires_grad_(False)")
         if (
             runner is None
             or runner.weights.packed.values is not held["weight_values"]

@@ -9,15 +9,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from .launch import can_bypass_dispatcher, current_device
 
 _LIBRARY = torch.library.Library("slidesparse", "FRAGMENT")
 
 
-def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | None = None) -> Callable:
+def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | None = None, differentiable: bool = False) -> Callable:
     """Add an op, and return it as a function: ``cuda`` runs on CUDA tensors, ``oracle`` (if any) on all others, ``fake`` gives shapes.
 
-    Kernels run on the device of the op's first tensor, whichever device is current.
+    Kernels run on the device of the op's first tensor, whichever device is current. The function refuses to be recorded by autograd unless
+    the op is ``differentiable``: quantised values have no gradient, and kernels none that autograd knows.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -35,6 +37,8 @@ def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | No
     op = getattr(torch.ops.slidesparse, name).default
 
     def call(first: Tensor, *arguments: object) -> object:
+        if first.requires_grad and not differentiable and torch.is_grad_enabled():
+            raise UnsupportedError(f"slidesparse::{name} passes no gradient: call it under torch.no_grad(), or a whole layer, which does")
         # The dispatcher costs 4 µs of host time in every call, for nothing where nobody looks.
         if can_bypass_dispatcher(first):
             return on_its_device(first, *arguments)
