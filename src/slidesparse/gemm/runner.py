@@ -215,7 +215,8 @@ class Runner:
         ready = Ready(problem, device, whole, unscaled, scale, copies, direct, calls)
         if (device.type == "cuda" or self._unread == "meta") and all(layout != "packed" for layout, _ in self._copies):
             packed = self.weights.packed
-            moved = replace(packed, values=packed.values.to(self._unread), keep=packed.keep.to(self._unread))
+            with torch.inference_mode(False):  # they outlive the call, as the copies do
+                moved = replace(packed, values=packed.values.to(self._unread), keep=packed.keep.to(self._unread))
             self.weights = replace(self.weights, packed=moved)
         self._kinds[dtype, device, bias] = ready
         return ready

@@ -202,7 +202,7 @@ def _empty_layer(config: PackedConfig, layer: str, linear: nn.Linear) -> SlideSp
             has_bias,
             pattern=config.pattern_of(layer),
             scheme=config.scheme,
-            dtype=linear.bias.dtype if has_bias else None,
+            dtype=linear.bias.dtype if has_bias else linear.weight.dtype,
             device=linear.weight.device,
         )
     except ValueError as error:
