@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slidesparse.ops import launch, library
@@ -16,24 +17,47 @@ class Mode(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Functions(TorchFunctionMode):
+    """Sees every function and changes nothing."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
 def watchers():
-    return [Mode(), torch.device("cpu"), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])]
+    return [Mode(), Functions()]
 
 
-def test_modes_profilers_and_transforms_watch() -> None:
+def bystanders():
+    """What must not change what runs."""
+    return [torch.device("cpu"), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])]
+
+
+def test_modes_tracers_and_transforms_watch_and_nobody_else_does() -> None:
     assert not launch._watched()
     for watcher in watchers():
         with watcher:
             assert launch._watched()
+            with torch.device("cpu"):
+                assert launch._watched()
+    for bystander in bystanders():
+        with bystander:
+            assert not launch._watched()
+    torch.set_default_device("cpu")
+    try:
+        assert not launch._watched()
+    finally:
+        torch.set_default_device(None)
     seen = []
     torch.func.vmap(lambda x: (seen.append(launch._watched()), x)[1])(torch.ones(2))
-    assert seen == [True] and not launch._watched()
+    torch.jit.trace(lambda x: (seen.append(launch._watched()), x + 1)[1], torch.ones(2), check_trace=False)
+    assert seen == [True, True] and not launch._watched()
 
 
 class OnCard:
     """Stands for a tensor on a card."""
 
-    is_cuda = True
+    is_cuda, requires_grad = True, False
 
     def get_device(self) -> int:
         return 0
@@ -49,6 +73,9 @@ def test_a_plain_tensor_on_a_card_goes_to_the_kernel(op, monkeypatch: pytest.Mon
     monkeypatch.setattr(library, "current_device", lambda: 0)
     monkeypatch.setattr(launch, "_PLAIN", (OnCard,))
     assert op(OnCard(), 3) == ("kernel", 3)
+    for bystander in bystanders():
+        with bystander:
+            assert op(OnCard(), 4) == ("kernel", 4)
     for watcher in watchers():
         # The dispatcher takes tensors only, which shows that it was asked.
         with watcher, pytest.raises(RuntimeError, match="stands_for_any"):

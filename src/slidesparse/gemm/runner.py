@@ -39,7 +39,7 @@ class Ready:
     """What one kind of input needs: routes of whole linears and of unscaled products, copies by layout, and what calls are made of.
 
     ``calls`` holds the steps of calls by kind of input; equal layers share it. ``direct`` says whether calls may launch kernels past
-    the dispatcher, wherever no dispatch mode, compiler or profiler must see them.
+    the dispatcher, wherever no mode, compiler or tracer must see them.
     """
 
     problem: Problem

@@ -17,6 +17,7 @@ from ..gemm import MEMORY, Route, Runner, Weights, refuse_capture
 from ..gemm.gradient import wanted
 from ..gemm.kernels.base import LEAVES
 from ..gemm.op import handle, linear, linear_unscaled
+from ..ops.launch import tracing_state
 from ..pack import check_packed, pack, restore
 from ..pack.checks import check_scale
 from ..pattern import Pattern
@@ -244,6 +245,8 @@ class SlideSparseLinear(nn.Module):
             WeightError: the packed tensors are damaged or were never loaded (checked on first use).
             UnsupportedError: the route asked for cannot run this.
         """
+        if tracing_state():  # torch.jit.trace records ops, and sizes as tensors
+            return self._traced(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"{self._label}: input has {x.shape[-1]} features, the layer takes {self.in_features}")
         if x.dtype not in _ACTIVATIONS:
@@ -252,8 +255,8 @@ class SlideSparseLinear(nn.Module):
             return self.forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         if torch.compiler.is_compiling():
             return self._traced(x)
-        parameters = self._parameters  # the attribute of a parameter costs more host time than the rest of this function
-        return self._ready(x.dtype, x.device)(x, parameters["bias"] if "bias" in parameters else self.bias)
+        bias = self._parameters.get("bias")  # the attribute of a parameter costs more host time than the rest of this function
+        return self._ready(x.dtype, x.device)(x, self.bias if bias is None else bias)
 
     def _traced(self, x: Tensor) -> Tensor:
         """The opaque op; on a GPU 8-bit layers of bfloat16 leave scales and bias to the graph, where the compiler fuses them.
