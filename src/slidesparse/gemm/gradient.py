@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from .precision import matmul
 
 
 def wanted(x: Tensor, bias: Tensor | None) -> bool:
@@ -68,4 +69,4 @@ def input_gradient(grad: Tensor, dense: Tensor, scale: Tensor | None) -> Tensor:
     """
     weight = dense.to(grad.dtype) if scale is None else dense.to(grad.dtype, copy=True).mul_(scale)
     with torch.autocast(grad.device.type, enabled=False):
-        return grad @ weight
+        return matmul(grad, weight)

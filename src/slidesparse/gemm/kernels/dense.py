@@ -16,6 +16,7 @@ from ...ops.prologue import Activations, quantiser
 from ...ops.w8a8 import bound_w8a8
 from ...reference import scaled
 from ..layouts import LAYOUTS
+from ..precision import matmul
 from ..problem import Problem
 from .base import LEAVES, Kernel, Pipeline, epilogue, int32_overflow
 
@@ -186,7 +187,7 @@ def _not_cublaslt(problem: Problem) -> str | None:
 
 def _exact(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
     """On any device: integer sums exact, others in float32."""
-    return products(q, weight) if q.dtype.itemsize == 1 else q.to(weight.dtype) @ weight.t()
+    return products(q, weight) if q.dtype.itemsize == 1 else matmul(q.to(weight.dtype), weight.t())
 
 
 def _exact_unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
@@ -257,6 +258,6 @@ DENSE_KERNELS = (
     DenseKernel("cublaslt", _not_cublaslt, sums=_cublaslt, rows=32, code=(*HERE, *ROWS, *EPILOGUE)),
     DenseKernel(
         "exact", int32_overflow, sums=_exact, unscaled=_exact_unscaled, worth_timing=False,
-        code=(*HERE, *ROWS, *EPILOGUE),
+        code=(*HERE, *ROWS, *EPILOGUE, "gemm.precision"),
     ),
 )  # fmt: skip
