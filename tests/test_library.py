@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slidesparse import doctor
+from slidesparse.format import SCHEMES
+from slidesparse.gemm import Problem, Route
+from slidesparse.gemm.kernels import refusal, unmeasured
 from slidesparse.ops import launch, library
+from slidesparse.pattern import Pattern
 
 
 class Mode(TorchDispatchMode):
@@ -83,3 +90,35 @@ def test_a_plain_tensor_on_a_card_goes_to_the_kernel(op, monkeypatch: pytest.Mon
     monkeypatch.setattr(launch, "_PLAIN", (torch.Tensor,))
     with pytest.raises(RuntimeError, match="stands_for_any"):
         op(OnCard(), 3)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch finds a card, and Triton, which is real, fails to compile for it."""
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **kind: empty(*size, **kind))
+    library.triton_fault.cache_clear()
+    yield
+    library.triton_fault.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here Triton compiles")
+def test_a_triton_that_cannot_compile_is_named_once_and_nothing_runs_on_it(no_compiler, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        assert not library.has_triton() and not library.runs_kernels(torch.device("cuda"), torch.bfloat16)
+    (told,) = caplog.messages
+    assert told.startswith("triton cannot compile here: ") and told.endswith("; kernels of torch run instead") and "\n" not in told
+    fault = library.triton_fault()
+    problem = Problem(64, 64, Pattern(6, 8), SCHEMES["int8"], (9, 0), torch.bfloat16)
+    assert refusal(Route("dense", "triton"), problem) == fault
+    assert unmeasured(problem, 128, "dense") == Route("dense", "cublaslt")
+    found = {one.what: one for one in doctor._packages()}
+    assert not found["triton"].ok and found["triton"].found and fault in found["triton"].means
+
+
+def test_where_triton_need_only_be_there_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for spec, fault in ((object(), None), (None, "triton is not installed")):
+        monkeypatch.setattr(library.importlib.util, "find_spec", lambda name, spec=spec: spec)
+        assert library.triton_fault.__wrapped__() == fault

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from functools import cache
+from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from .launch import can_bypass_dispatcher, current_device
 
+_LOG = logging.getLogger(__name__)
 _LIBRARY = torch.library.Library("slidesparse", "FRAGMENT")
 
 
@@ -47,10 +50,36 @@ def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | No
     return call
 
 
-@cache
 def has_triton() -> bool:
     """Whether kernels can be compiled here."""
-    return importlib.util.find_spec("triton") is not None
+    return triton_fault() is None
+
+
+@cache
+def triton_fault() -> str | None:
+    """Why Triton compiles no kernels here, None if it does: on a GPU the least of them was run, elsewhere Triton need only be there.
+
+    It needs a C compiler and NVIDIA's assembler besides, which are found missing only when it compiles.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from .kernels_probe import TritonError, probe_kernel
+    except (ImportError, OSError, RuntimeError) as error:
+        return _told(error)
+    try:
+        probe_kernel[(1,)](torch.empty(1, dtype=torch.int32, device="cuda"))
+    except (OSError, RuntimeError, AssertionError, SubprocessError, TritonError) as error:  # it asserts that there is a driver, too
+        return _told(error)
+    return None
+
+
+def _told(error: Exception) -> str:
+    fault = f"triton cannot compile here: {' '.join(str(error).split()) or type(error).__name__}"
+    _LOG.warning("%s; kernels of torch run instead", fault)
+    return fault
 
 
 def capability(device: torch.device | None = None) -> tuple[int, int]:

@@ -170,7 +170,7 @@ def _bound_triton(problem: Problem, m: int, x: Activations, unscaled: bool) -> C
 def _not_triton(problem: Problem) -> str | None:
     if problem.scheme.name != "int8" or not problem.cuda:
         return "multiplies int8 on CUDA"
-    return int32_overflow(problem) if ops.has_triton() else "triton is not installed"
+    return ops.triton_fault() or int32_overflow(problem)
 
 
 def _cublaslt(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
