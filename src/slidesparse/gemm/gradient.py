@@ -64,7 +64,7 @@ def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
 def input_gradient(grad: Tensor, dense: Tensor, scale: Tensor | None) -> Tensor:
     """``grad [M, N]``, restored weights ``[N, K]``, channel scales ``[N, 1]`` → ``[M, K]`` of grad's type.
 
-    Weights times scales are rounded to grad's type. Gradients times scales, before the product with the int8 or fp8 values, would be as
+    Weights times scales are rounded to grad's type. Gradients times scales, before the product with int8 or fp8 values, would be as
     exact in bfloat16, but leave float16's normal range: with gradients of 1e-4 and weights of 0.02 the RMS error was 37 %, not 0.06 %.
     """
     weight = dense.to(grad.dtype) if scale is None else dense.to(grad.dtype, copy=True).mul_(scale)

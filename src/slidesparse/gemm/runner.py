@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..ops.launch import can_bypass_dispatcher, current_device
 from ..ops.prologue import Activations, signature
+from ..quant import scaled_nvfp4
 from . import gradient
 from .choose import Steps, choice_of, intervals, merged, route_at
 from .kernels import FEW_TOKENS, Pipeline, chosen, kernels, refusal, unmeasured
@@ -134,7 +135,8 @@ class Runner:
         else:
             layout = "dense" if "dense" in layouts else layouts[0]
             copy = ready.copies[layout]
-        return gradient.input_gradient(grad, LAYOUTS[layout].dense(problem, copy), ready.scale)
+        dense = LAYOUTS[layout].dense(problem, copy)
+        return gradient.input_gradient(grad, scaled_nvfp4(dense, *copy[-2:]) if problem.scheme.pair else dense, ready.scale)
 
     def unscaled(self, x: Activations) -> tuple[Tensor, Tensor]:
         """``x [M, K]`` → bfloat16 ``[M, N]``, which leaves `kernels.base.LEAVES` to the caller, and token scales ``[M, 1]``.

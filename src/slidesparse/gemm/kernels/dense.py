@@ -14,6 +14,7 @@ from ... import ops
 from ...ops.library import ones
 from ...ops.prologue import Activations, quantiser
 from ...ops.w8a8 import bound_w8a8
+from ...quant import scaled_nvfp4
 from ...reference import scaled
 from ..layouts import LAYOUTS
 from ..precision import matmul
@@ -86,7 +87,10 @@ class DenseKernel(Kernel):
 
 
 def _multiply(problem: Problem, kept: bool, product: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The product on the copy's dense weights, which are restored first unless they are ``kept``."""
+    """The product on the copy's dense weights, which are restored first unless they are ``kept``; of nvfp4 there is only one."""
+    if problem.scheme.pair:
+        held = LAYOUTS["dense" if kept else "packed"].dense
+        return lambda q, x_scale, copy, scale, bias: _of_pairs(q, held(problem, copy), *copy[-2:])
     if kept:
         return lambda q, x_scale, copy, scale, bias: product(q, x_scale, copy[0], scale, bias)
     restore = LAYOUTS["packed"].dense
@@ -188,6 +192,14 @@ def _not_cublaslt(problem: Problem) -> str | None:
 def _exact(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
     """On any device: integer sums exact, others in float32."""
     return products(q, weight) if q.dtype.itemsize == 1 else matmul(q.to(weight.dtype), weight.t())
+
+
+def _of_pairs(q: Tensor, weight: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
+    """Float32 products with nvfp4 weights whose global scale is still to be applied."""
+    if q.is_cuda and q.dtype == weight.dtype:
+        return torch.mm(q, weight.t(), out_dtype=torch.float32) / global_scale  # what follows rounds to these 16 bits
+    # What is not rounded to 16 bits must not be rounded once more than the product of the scaled weights.
+    return matmul(q.to(torch.float32), scaled_nvfp4(weight, scale, global_scale).t())
 
 
 def _exact_unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
