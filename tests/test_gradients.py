@@ -175,6 +175,11 @@ def test_checkpointed_layers_and_layers_under_autocast_have_gradients() -> None:
         check_gradients(layer, x, layer(x))
 
 
+def test_functional_gradients_are_the_same() -> None:
+    layer, x = layer_of("int8"), tokens(4, K)
+    check_bitwise(torch.func.grad(lambda x: layer(x).sum())(x), torch.autograd.grad(layer(x.requires_grad_()).sum(), x)[0])
+
+
 def test_gradients_of_a_shard_are_those_of_its_columns() -> None:
     shard = Shard.even(Pattern.parse("4:6"), 56, 1, 4)
     weight, scale = quantize_weight(prune.prune(torch.randn(16, shard.columns), shard.pattern, offset=shard.offset), "int8")

@@ -65,6 +65,7 @@ class SlideSparseQuantizer(HfQuantizer):
             packed = _empty_layer(config, layer, linear)
             packed.name = layer
             packed._is_hf_initialized = True  # its tensors come from the checkpoint; it has no weight to initialise
+            packed.weight_marks["_is_hf_initialized"] = True  # nor have the modules around it
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, packed)
             if stored is not None:

@@ -84,6 +84,8 @@ class SlideSparseLinear(nn.Module):
         """The numbers of tokens that choose the layouts; None: all that the plan measured."""
         self.dtype = dtype or torch.get_default_dtype()
         """The type of the model around the layer, of `weight`."""
+        self.weight_marks: dict[str, object] = {}
+        """Attributes that every `weight` gets, for frameworks that mark tensors."""
         self.name = ""
         """The layer's name in its model, for error messages."""
         specs = packed_tensors(self.scheme, self.pattern, out_features, in_features)
@@ -207,7 +209,7 @@ class SlideSparseLinear(nn.Module):
         """
         with torch.inference_mode(False):  # tensors of that mode do not know when they were written into
             weight = self.dense_weight().to(self.dtype)
-        return weight if torch.compiler.is_compiling() else RestoredWeight.of(weight, self._label)
+        return weight if torch.compiler.is_compiling() else RestoredWeight.of(weight, self._label, self.weight_marks)
 
     def check(self) -> None:
         """Check shapes, types, keep-bit counts and scales before anything indexes from them, once for every state of the tensors.

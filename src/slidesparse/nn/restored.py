@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ class RestoredWeight(torch.Tensor):
     label: str
 
     @staticmethod
-    def of(weight: Tensor, label: str) -> RestoredWeight:
-        """This tensor as the weight of a layer that messages call ``label``."""
+    def of(weight: Tensor, label: str, marks: Mapping[str, object] | None = None) -> RestoredWeight:
+        """This tensor as the weight of a layer that messages call ``label``; ``marks`` are attributes that it gets."""
         found = weight.as_subclass(RestoredWeight)
-        found.label = label
+        found.__dict__ |= {**(marks or {}), "label": label}
         return found
 
     @classmethod
