@@ -22,8 +22,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, WeightError
-from ..format import QUANT_METHOD, PackedConfig
+from ..format import BLOCK, QUANT_METHOD, PackedConfig, Scheme
+from ..gemm import Problem
+from ..gemm.layouts import LAYOUTS
 from ..nn import SlideSparseLinear, accelerate, place
+from ..pattern import Pattern
 from .transformers_files import StoredTensors, check_layer, check_rest, restore_scales
 
 _LOG = getLogger(__name__)
@@ -98,6 +101,15 @@ class SlideSparseQuantizer(HfQuantizer):
                 module.check()
             except WeightError as error:
                 raise CheckpointError(str(error)) from error
+
+    def adjust_max_memory(self, max_memory: dict[int | str, int | str]) -> dict[int | str, int | str]:
+        """So much less of a GPU for the packed weights as the dense copies that may run in their place are larger."""
+        packed = self.quantization_config.packed
+        sizes = [_packed_share(packed.scheme, pattern) for pattern in (packed.pattern, *packed.overrides.values())]
+        share = min(1.0, *sizes)
+        return {
+            place: int(room * share) if isinstance(place, int) and isinstance(room, int) else room for place, room in max_memory.items()
+        }
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes the packed form again."""
@@ -188,6 +200,13 @@ def _one_line(path: Path) -> Iterator[None]:
 def hide_progress_bars() -> None:
     """Switch transformers' own progress bars off, for programs that show theirs."""
     logging.disable_progress_bar()
+
+
+def _packed_share(scheme: Scheme, pattern: Pattern) -> float:
+    """Bytes of packed weights as a share of those of their dense copy on a GPU, in groups of the pattern and blocks of a scheme."""
+    k = BLOCK * pattern.group * pattern.unit
+    problem = Problem(1, k, pattern, scheme, (9, 0), torch.bfloat16 if scheme.dynamic or scheme.pair else scheme.dtype)
+    return LAYOUTS["packed"].nbytes(problem) / LAYOUTS["dense"].nbytes(problem)
 
 
 def _empty_layer(config: PackedConfig, layer: str, linear: nn.Linear) -> SlideSparseLinear:
