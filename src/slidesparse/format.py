@@ -62,8 +62,8 @@ SCHEMES = {
     )
 }
 
-FP32 = Scheme("fp32", torch.float32)
-"""32-bit weights: read and pruned, but with no packed form, so not one of `SCHEMES`."""
+FP32, FP64 = Scheme("fp32", torch.float32), Scheme("fp64", torch.float64)
+"""32- and 64-bit weights: read and pruned, but with no packed form, so not among `SCHEMES`."""
 
 
 def scheme_named(name: str) -> Scheme:
@@ -146,6 +146,24 @@ def _scale_tensors(scheme: Scheme, n: int, k: int) -> tuple[TensorSpec, ...]:
     return ()
 
 
+def _computed(scheme: Scheme) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """How a scheme quantises weights and activations: the one way that each is computed in."""
+    weights: dict[str, Any] = {"dtype": scheme.name}
+    if scheme.bound is not None or scheme.pair:
+        weights |= {"strategy": "tensor_group" if scheme.pair else "channel", "symmetric": True}
+    return weights, {"dtype": scheme.name, "strategy": "token", "dynamic": True, "symmetric": True} if scheme.dynamic else None
+
+
+def _check_computed(key: str, told: Any, computed: dict[str, Any] | None, scheme: Scheme) -> None:
+    """Refuse what is told otherwise than it is computed; what is not told is as it is computed."""
+    if isinstance(told, dict) and computed is not None:
+        wrong = {name: told[name] for name, value in computed.items() if told.get(name, value) != value}
+        told = {name: told[name] for name in wrong} if wrong else computed
+        computed = {name: computed[name] for name in wrong} if wrong else computed
+    if told != computed:
+        raise CheckpointError(f"quantization_config.{key} says {told!r}; {scheme.name} is computed with {computed!r} only")
+
+
 @dataclass
 class PackedConfig:
     """The ``quantization_config`` of a packed checkpoint: everything a loader needs besides the tensors.
@@ -171,12 +189,7 @@ class PackedConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        scheme = self.scheme
-        strategy = "channel" if scheme.dynamic else "tensor_group" if scheme.pair else None
-        weights: dict[str, Any] = {"dtype": scheme.name}
-        if strategy:
-            weights |= {"strategy": strategy, "symmetric": True}
-        activations = {"dtype": scheme.name, "strategy": "token", "dynamic": True, "symmetric": True} if scheme.dynamic else None
+        weights, activations = _computed(self.scheme)
         return {
             "quant_method": QUANT_METHOD,
             "version": self.version,
@@ -217,6 +230,8 @@ class PackedConfig:
             parsed = {layer: Pattern.parse(text) for layer, text in overrides.items()}
         except ValueError as error:
             raise CheckpointError(f"quantization_config: {error}") from error
+        for key, computed in zip(("weights", "activations"), _computed(scheme), strict=True):
+            _check_computed(key, data.get(key, computed), computed, scheme)
         if any(value < 1 for value in in_features.values()):
             raise CheckpointError(f"quantization_config.in_features must be positive, got {in_features!r}")
         for text in (pattern, *parsed.values()):

@@ -15,7 +15,8 @@ import torch
 from .. import __version__
 from ..errors import CheckpointError, UnsupportedError
 from ..format import VERSION
-from .configs import output_config
+from .configs import FindReader, contradictions, output_config
+from .formats import find_layers
 from .norms import NORMS, write_norms
 from .recipe import LayerPlan, Recipe, plan_layers
 from .solved import REPORT, Job, PruningReport, Solver, read_report, remove_blocks, solved_bytes, solved_norms, with_solved
@@ -69,13 +70,15 @@ def convert(
     device: str = "auto",
     progress: Progress | None = None,
     solver: Solver | None = None,
+    find_reader: FindReader | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint directory to another, streaming: prune, quantise and store as the recipe says.
 
     Peak memory is a few blocks of rows, whatever the model's size. ``out`` appears whole or not at all; an interrupted run leaves
     ``out.incomplete``, which the same call resumes. ``device`` is where the arithmetic runs (``auto``: a GPU if there is one); the
     result is bitwise the same. Calibrated methods run the model: ``solver`` does, which `slidesparse.convert` brings along; its memory
-    is that of the model on the host and of one block on the device, and its result depends on the kind of device.
+    is that of the model on the host and of one block on the device, and its result depends on the kind of device. Before the output
+    appears it is read back; ``find_reader`` brings along how other libraries read it, as `slidesparse.convert` does.
 
     Raises:
         CheckpointError: a source that cannot be read, an output that exists, a full or read-only disk.
@@ -93,7 +96,7 @@ def convert(
     try:
         with staging, TensorReader() as reader:
             if not recipe.calibrated:
-                return _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging)
+                return _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging, find_reader)
             pruning = read_report(staging.path)
             if pruning is None:
                 _check_room(staging.path, _bytes_with_solved(checkpoint, recipe, plans) - staging.nbytes)
@@ -103,7 +106,7 @@ def convert(
                 # Last, since it tells a later run that nothing is left to solve.
                 write_json(staging.path / REPORT, asdict(pruning))
             plans = with_solved(plans, staging.path)
-            report = _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging)
+            report = _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging, find_reader)
             return replace(report, pruning=pruning)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -128,7 +131,7 @@ class _Conversion:
         self.plans = {plan.layer.name: plan for plan in plans}
         self.plans |= {plan.layer.name: self._with_pattern(plan) for plan in scanned}
 
-    def run(self, staging: Staging) -> ConversionReport:
+    def run(self, staging: Staging, find_reader: FindReader | None) -> ConversionReport:
         shards = {name: self._outputs(tensors) for name, tensors in self.checkpoint.shards.items()}
         sizes = {name: sum(nbytes for _, _, nbytes in tensors.values()) for name, tensors in shards.items()}
         done = [name for name in shards if _finished(staging.path / name, shards[name])]
@@ -150,8 +153,25 @@ class _Conversion:
             weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
             write_json(staging.path / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
         remove_blocks(staging.path)
-        staging.commit(output_config(self.checkpoint, self.recipe, list(self.plans.values())))
+        staging.commit(self._config(staging.path, find_reader))
         return self._report(staging.out, sum(sizes.values()), len(done))
+
+    def _config(self, path: Path, find_reader: FindReader | None) -> dict[str, Any]:
+        """config.json of the finished files; both are read back as a reader would."""
+        tensors = {name: info for shard in self.checkpoint.shards for name, info in read_header(path / shard)[0].items()}
+        plans = list(self.plans.values())
+        quantised = self.recipe.form == "dense" and any(name.endswith(".weight_scale") for name in tensors)
+        reader = find_reader(self.checkpoint.config, list(tensors)) if find_reader and quantised else None
+        config = output_config(self.checkpoint, self.recipe, plans, tensors, reader)
+        found, wrong = find_layers(path, config, tensors), contradictions(config, tensors, reader)
+        for plan in plans:
+            layer, packed = found.get(plan.layer.name), self.recipe.form == "packed"
+            told = (plan.layer.n, plan.layer.k, plan.scheme, plan.pattern if packed else None)
+            if layer is None or (layer.n, layer.k, layer.scheme, layer.pattern) != told:
+                wrong.append(f"layer {plan.layer.name} would not be read as it was written")
+        if wrong:
+            raise CheckpointError(f"{path} is not what its config.json would say, so it is not finished: {wrong[0]}")
+        return config
 
     def _with_pattern(self, plan: LayerPlan) -> LayerPlan:
         self.what = f"detecting the pattern of {plan.layer.name}"

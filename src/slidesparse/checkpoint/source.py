@@ -145,6 +145,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {file}: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} does not hold a model configuration")
+    if (old := config.pop("compression_config", None)) and not config.get("quantization_config"):
+        # The key's name until compressed-tensors 0.5, which had but one method.
+        config["quantization_config"] = {"quant_method": "compressed-tensors"} | old if isinstance(old, dict) else old
     quantization = config.get("quantization_config") or {}
     expected = [(config, "quantization_config", dict), (config, "model_type", str), (config, "architectures", list)]
     if isinstance(quantization, dict):

@@ -1,4 +1,4 @@
-"""The conversion with everything that pruning may need: calibrated methods run the model through transformers."""
+"""Conversion and verification with what other libraries bring: calibrated pruning runs the model, readers say how they read."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from logging import getLogger
 from pathlib import Path
 
 from .. import checkpoint
-from ..checkpoint import Calibration, ConversionReport, Recipe
+from ..checkpoint import Calibration, ConversionReport, Recipe, VerifyReport
 from ..checkpoint.convert import Progress
 from ..checkpoint.recipe import AUTO
 from ..errors import UnsupportedError
+from ..pattern import Pattern
+from .reading import find_reader
 
 _LOG = getLogger(__name__)
 
@@ -40,7 +42,16 @@ def convert(
         from .pruning import solve
 
         solver = solve
-    return checkpoint.convert(source, out, recipe, overwrite=overwrite, device=device, progress=progress, solver=solver)
+    return checkpoint.convert(
+        source, out, recipe, overwrite=overwrite, device=device, progress=progress, solver=solver, find_reader=find_reader
+    )
+
+
+def verify(
+    path: str | Path, against: str | Path | None = None, *, pattern: Pattern | None = None, progress: Progress | None = None
+) -> VerifyReport:
+    """`slidesparse.checkpoint.verify`, which also reads the configuration as transformers and compressed-tensors do, where they are."""
+    return checkpoint.verify(path, against, pattern=pattern, progress=progress, find_reader=find_reader)
 
 
 def hide_progress_bars() -> None:

@@ -36,9 +36,13 @@ def find_layers(path: Path, config: dict[str, Any], tensors: dict[str, TensorInf
     transposed = _transposed(config, tensors)
     if transposed:
         raise CheckpointError(f"{path}: {transposed} stores its linear weights transposed ([K, N]); that is not supported")
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method not in FORMATS:
-        raise CheckpointError(f"{path}: weights quantised by {method!r} cannot be read; start from the 16-bit checkpoint")
+    # Some tools write the second key, beside the first or alone.
+    key = "quantization_config" if config.get("quantization_config") else "quantization"
+    quantization = config.get(key) if isinstance(config.get(key), dict) else {}
+    method = quantization.get("quant_method")
+    if method not in FORMATS or (method is None and quantization):
+        told = f"by {method!r}" if method else f"in an unknown way ({key}: {', '.join(sorted(quantization))})"
+        raise CheckpointError(f"{path}: weights quantised {told} cannot be read; start from the 16-bit checkpoint")
     found: dict[str, Layer] = {}
     for find in FORMATS.values():
         found |= find(path, config, {tensor: info for tensor, info in tensors.items() if tensor.rpartition(".")[0] not in found})

@@ -1,0 +1,258 @@
+"""Quantised checkpoints of others: what their makers decided is heeded, read or refused; what is written says what lies in the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+import tiny
+from slidesparse import convert as convert_with_readers
+from slidesparse import reference
+from slidesparse import verify as verify_with_readers
+from slidesparse.checkpoint import Recipe, convert, inspect, verify
+from slidesparse.errors import CheckpointError, UnsupportedError
+from slidesparse.format import PackedConfig
+from slidesparse.pattern import Pattern
+
+SIX = Pattern.parse("6:8")
+LEFT = "model.layers.0.mlp.down_proj"
+EXPERT = "model.layers.0.mlp.experts.0.w1"
+
+
+def masked() -> dict[str, torch.Tensor]:
+    return {name: reference.prune(t, SIX) if "proj" in name else t for name, t in models.llama_tensors().items()}
+
+
+def ignored(path: Path) -> list[str]:
+    return models.config_of(path)["quantization_config"]["ignore"]
+
+
+@pytest.fixture
+def mixed(tmp_path) -> Path:
+    """W8A8 with one linear layer left in 16 bits, an int8 expert, an int8 head, and a router."""
+    more = {"lm_head": (96, 64), EXPERT: (8, 64), "model.layers.0.mlp.gate": (4, 64)}
+    tensors = masked() | {f"{name}.weight": torch.randn(shape).bfloat16() for name, shape in more.items()}
+    return models.write(tmp_path / "mixed", models.w8a8(tensors, (LEFT,)), models.w8a8_config((LEFT, "re:.*gate$")))
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("recipe", [Recipe(SIX, "magnitude", form="dense"), Recipe(SIX, form="dense")], ids=["prune", "pack"])
+def test_a_dense_output_says_which_layers_are_quantised(tmp_path, mixed, recipe):
+    convert(mixed, tmp_path / "out", recipe)
+    quantization, tensors = models.config_of(tmp_path / "out")["quantization_config"], models.read(tmp_path / "out")
+    assert quantization["quant_method"] == "compressed-tensors" and quantization["format"] == "int-quantized"
+    floating = {name.removesuffix(".weight") for name, t in tensors.items() if t.dim() == 2 and t.dtype == torch.bfloat16}
+    assert set(quantization["ignore"]) == floating == {LEFT, "model.layers.0.mlp.gate", "model.embed_tokens"}
+    assert set(quantization["slidesparse"]["ignore"]) == floating | {"lm_head", EXPERT}
+    assert verify(tmp_path / "out", mixed).ok and inspect(tmp_path / "out").pattern == "6:8"
+
+
+def test_the_first_layer_does_not_decide_for_all(tmp_path):
+    first = "model.layers.0.self_attn.q_proj"
+    source = models.write(tmp_path / "w8a8", models.w8a8(masked(), (first,)), models.w8a8_config((first,)))
+    for name, recipe in (("dense", Recipe(SIX, form="dense")), ("packed", Recipe())):
+        convert(source, tmp_path / name, recipe)
+        assert first in ignored(tmp_path / name) and first + ".weight" in models.read(tmp_path / name)
+    assert PackedConfig.from_dict(models.config_of(tmp_path / "packed")["quantization_config"]).scheme.name == "int8"
+
+
+def test_types_that_cannot_share_a_checkpoint_are_refused_with_a_way_out(tmp_path):
+    tensors = {name: t.half() if "down_proj" in name else t for name, t in masked().items()}
+    source = models.write(tmp_path / "two", tensors)
+    with pytest.raises(UnsupportedError, match=r"bf16, fp16.*--ignore \(fp16: model\.layers\.0\.mlp\.down_proj"):
+        convert(source, tmp_path / "out", Recipe())
+    convert(source, tmp_path / "out", Recipe(ignore=("*down_proj",)))
+    source = models.write(tmp_path / "w8a8", models.w8a8(masked(), (LEFT,)), models.w8a8_config((LEFT,)))
+    with pytest.raises(UnsupportedError, match="fp8, int8"):
+        convert(source, tmp_path / "no", Recipe(scheme="fp8", form="dense", obey=False, only=(LEFT,)))
+
+
+def test_a_configuration_that_the_files_contradict_fails_verification(tmp_path, mixed):
+    convert(mixed, tmp_path / "out", Recipe(SIX, form="dense"))
+    ignore = ignored(tmp_path / "out")
+    for entries, told in (([*ignore, EXPERT], f"{EXPERT} is quantised in the files"), (ignore[1:], "in the files it is not")):
+        models.edit_config(tmp_path / "out", ignore=entries if told.startswith(EXPERT) else [e for e in ignore if e != LEFT])
+        report = verify(tmp_path / "out")
+        assert not report.ok and len(report.contradictions) == 1 and told in report.contradictions[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "falcon"])
+def test_twins_are_read_by_transformers_and_compressed_tensors_as_they_are(tmp_path, family):
+    from transformers import AutoModelForCausalLM
+
+    source = tiny.build(tmp_path / "dense", family)
+    convert_with_readers(source, tmp_path / "twin", Recipe(SIX, "magnitude", "int8", "dense"))
+    assert verify_with_readers(tmp_path / "twin", source).ok
+    here, there = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("dense", "twin"))
+    assert torch.isfinite(there(torch.arange(3, 9)[None]).logits).all()
+    head = "lm_head"
+    assert here.get_submodule(head).weight.equal(there.get_submodule(head).weight)
+    models.edit_config(tmp_path / "twin", ignore=[entry for entry in ignored(tmp_path / "twin") if entry != head])
+    assert [head in told for told in verify_with_readers(tmp_path / "twin").contradictions] == [True]
+
+
+def test_names_of_modules_are_ignored_where_they_are_not_those_in_the_files(tmp_path):
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4, "spatial_merge_size": 2}
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rope = {"num_key_value_heads": 1, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "max_position_embeddings": 64}
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=sizes | rope, vision_config=vision))
+    model.bfloat16().save_pretrained(tmp_path / "vlm")
+    recipe = Recipe(scheme="int8", form="dense", ignore=("*visual*",), obey=False)
+    convert_with_readers(tmp_path / "vlm", tmp_path / "out", recipe)
+    entries = ignored(tmp_path / "out")
+    assert "visual.blocks.0.attn.qkv" in entries and "model.visual.blocks.0.attn.qkv" in entries
+    assert verify_with_readers(tmp_path / "out", pattern=Pattern.parse("16:18")).contradictions == []
+
+
+def test_an_output_that_would_not_be_read_as_written_never_appears(tmp_path, monkeypatch):
+    source = models.write(tmp_path / "dense")
+    monkeypatch.setattr("slidesparse.checkpoint.configs._with_head", lambda ignore, elsewhere: ["re:.*"])
+    with pytest.raises(CheckpointError, match=r"is quantised in the files; config\.json says that it is not"):
+        convert(source, tmp_path / "out", Recipe(SIX, "magnitude", "int8", "dense"))
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------- what their makers decided
+
+
+def test_layers_left_in_16_bits_stay_so_unless_they_are_named(tmp_path, mixed):
+    tensors = models.read(mixed)
+    report = convert(mixed, tmp_path / "out", Recipe(SIX, "magnitude", "int8", "dense"))
+    assert LEFT in report.kept_dense and torch.equal(models.read(tmp_path / "out")[f"{LEFT}.weight"], tensors[f"{LEFT}.weight"])
+    report = convert(mixed, tmp_path / "named", Recipe(SIX, "magnitude", "int8", "dense", only=("*", LEFT)))
+    assert LEFT not in report.kept_dense and models.read(tmp_path / "named")[f"{LEFT}.weight"].dtype == torch.int8
+    assert LEFT not in ignored(tmp_path / "named")
+
+
+def test_int8_heads_and_experts_stay_out_of_packed_checkpoints_with_a_way_out(tmp_path, mixed):
+    with pytest.raises(UnsupportedError, match=rf"{EXPERT}.*--format dense keeps it$"):
+        convert(mixed, tmp_path / "no", Recipe(SIX, "magnitude", only=("lm_head", "*")))
+    tensors = {name: t for name, t in models.read(mixed).items() if EXPERT not in name}
+    source = models.write(tmp_path / "head", tensors, models.config_of(mixed))
+    with pytest.raises(UnsupportedError, match=r"lm_head.*name it in --only, beside the others \(--only '\*'\)$"):
+        convert(source, tmp_path / "no", Recipe(SIX, "magnitude"))
+    report = convert(source, tmp_path / "out", Recipe(SIX, "magnitude", only=("lm_head", "*")))
+    assert "lm_head" in [layer.name for layer in report.layers]
+
+
+def test_one_scale_for_a_tensor_is_that_of_every_row(tmp_path):
+    tensors, expected = models.w8a8(masked()), {}
+    for name in [name for name in tensors if name.endswith("weight_scale")]:
+        scale = tensors[name].amax()
+        expected[name] = scale.expand(tensors[name].shape[0], 1)
+        tensors[name] = scale.reshape(()) if "q_proj" in name else scale.reshape(1)
+    source = models.write(tmp_path / "w8a8", tensors, models.w8a8_config(weights={"strategy": "tensor"}))
+    for form in ("packed", "dense"):
+        convert(source, tmp_path / form, Recipe(form=form))
+        out = models.read(tmp_path / form)
+        assert all(torch.equal(out[name], scale) for name, scale in expected.items())
+        assert verify(tmp_path / form, source).ok
+    source = models.write(tmp_path / "lies", tensors, models.w8a8_config())
+    with pytest.raises(CheckpointError, match=r"weight_scale has shape \[\], expected \[64, 1\]|shape \[1\], expected"):
+        convert(source, tmp_path / "no", Recipe())
+
+
+def test_zero_points_are_read_only_where_they_are_zero(tmp_path):
+    tensors = models.w8a8(masked())
+    zeros = {name.replace("scale", "zero_point"): torch.zeros_like(t, dtype=torch.int8) for name, t in tensors.items() if "scale" in name}
+    source = models.write(tmp_path / "zeros", tensors | zeros, models.w8a8_config())
+    convert(source, tmp_path / "out", Recipe())
+    assert not any("zero_point" in name for name in models.read(tmp_path / "out")) and verify(tmp_path / "out", source).ok
+    zeros["model.layers.1.mlp.up_proj.weight_zero_point"][7] = 3
+    source = models.write(tmp_path / "points", tensors | zeros, models.w8a8_config())
+    with pytest.raises(CheckpointError, match=r"layer model\.layers\.1\.mlp\.up_proj has zero points other than 0"):
+        convert(source, tmp_path / "no", Recipe())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"weights": {"symmetric": False}}, "asymmetric weights"),
+        ({"weights": {"num_bits": 4}}, "4-bit int weights"),
+        ({"weights": {"strategy": "group"}}, "weights with scales per group"),
+        ({"activations": {"symmetric": False}}, "asymmetric activations"),
+        ({"activations": {"dynamic": False, "strategy": "tensor"}}, "activations with static scales"),
+        ({"activations": {"strategy": "tensor"}}, "activations with scales per tensor"),
+        ({"activations": {"type": "float"}}, "weights and activations of different types"),
+        ({"activations": None}, "quantised weights with activations that are not"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme: a quantised KV cache"),
+        ({"transform_config": {"rotation": {}}}, "transform_config: rotated weights"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_computed_is_refused_by_its_name(tmp_path, changes, told):
+    source = models.write(tmp_path / "w8a8", models.w8a8(masked()), models.w8a8_config(**changes))
+    with pytest.raises(CheckpointError, match=rf"config\.json: quantization_config.*{told}.* not supported"):
+        convert(source, tmp_path / "out", Recipe())
+
+
+def test_the_old_key_of_the_configuration_is_read(tmp_path):
+    config = models.w8a8_config()
+    config["compression_config"] = config.pop("quantization_config")
+    source = models.write(tmp_path / "old", models.w8a8(masked()), config)
+    convert(source, tmp_path / "out", Recipe(form="dense"))
+    assert "compression_config" not in models.config_of(tmp_path / "out") and ignored(tmp_path / "out")
+    assert inspect(source).scheme == "int8"
+
+
+def test_a_leftover_configuration_of_sparsity_quantises_nothing(tmp_path):
+    sparsity = {"format": "dense", "global_sparsity": 0.5, "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": ["lm_head"]}
+    quantization = {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": sparsity, "version": "0.9.0"}
+    source = models.write(tmp_path / "dense", masked(), models.LLAMA | {"quantization_config": quantization})
+    convert(source, tmp_path / "out", Recipe())
+    assert verify(tmp_path / "out", source).ok and len(inspect(source).layers) == 14
+
+
+def test_weights_quantised_in_unknown_ways_are_said_to_be(tmp_path):
+    for quantization in ({"group_size": 64, "bits": 4}, {"quant_method": "hqq"}):
+        source = models.write(tmp_path / f"{len(quantization)}", None, models.LLAMA | {"quantization_config": quantization})
+        with pytest.raises(CheckpointError, match=r"quantised.*start from the 16-bit checkpoint"):
+            inspect(source)
+    with pytest.raises(CheckpointError, match=r"quantised in an unknown way \(quantization: bits, group_size\)"):
+        inspect(models.write(tmp_path / "mlx", None, models.LLAMA | {"quantization": {"group_size": 64, "bits": 4}}))
+    source = models.write(tmp_path / "none", None, models.LLAMA | {"quantization_config": None})
+    assert len(inspect(source).layers) == 14
+    claimed = models.write(tmp_path / "claimed", None, models.w8a8_config())
+    with pytest.raises(CheckpointError, match=r"says that weights are int8, but no tensor is"):
+        inspect(claimed)
+    fp8 = {name: t.to(torch.float8_e4m3fn) if "proj" in name else t for name, t in models.llama_tensors().items()}
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight is quantised, but config\.json does not say how"):
+        inspect(models.write(tmp_path / "fp8", fp8))
+
+
+def test_64_bit_weights_are_cast_and_otherwise_named(tmp_path):
+    tensors = {name: t.double() if "q_proj" in name else t for name, t in models.llama_tensors().items()}
+    source = models.write(tmp_path / "merged", tensors)
+    for recipe in (Recipe(SIX, "magnitude", "int8"), Recipe(SIX, "magnitude", form="dense"), Recipe(SIX)):
+        with pytest.raises(UnsupportedError, match=r"q_proj is float64.*slidesparse quantize --scheme bf16"):
+            convert(source, tmp_path / "no", recipe)
+    convert(source, tmp_path / "cast", Recipe(scheme="bf16", form="dense", obey=False))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(models.read(tmp_path / "cast")[name], tensors[name].bfloat16())
+    convert(tmp_path / "cast", tmp_path / "out", Recipe(SIX, "magnitude", "int8"))
+
+
+def test_packed_configurations_that_mean_something_else_are_refused(tmp_path):
+    convert(models.write(tmp_path / "dense"), tmp_path / "out", Recipe(SIX, "magnitude", "int8"))
+    quantization = models.config_of(tmp_path / "out")["quantization_config"]
+    for key, changes in (
+        ("weights", {"symmetric": False}),
+        ("weights", {"strategy": "tensor"}),
+        ("activations", {"symmetric": False}),
+        ("activations", {"dynamic": False}),
+        ("activations", {"dtype": "fp8"}),
+    ):
+        models.edit_config(tmp_path / "out", **{key: quantization[key] | changes})
+        with pytest.raises(CheckpointError, match=rf"quantization_config\.{key}"):
+            verify(tmp_path / "out")
+        models.edit_config(tmp_path / "out", **{key: quantization[key]})
+    models.edit_config(tmp_path / "out", activations=None)
+    with pytest.raises(CheckpointError, match=r"quantization_config\.activations"):
+        verify(tmp_path / "out")
