@@ -130,6 +130,9 @@ class _Conversion:
         self.done, self.what = 0, ""
         self.plans = {plan.layer.name: plan for plan in plans}
         self.plans |= {plan.layer.name: self._with_pattern(plan) for plan in scanned}
+        left = [layer for layer in checkpoint.layers.values() if layer.restored and layer.name not in self.plans]
+        written = [*self.plans.values(), *(LayerPlan(layer, layer.scheme, None) for layer in left)]
+        self.plan_of = {info.name: plan for plan in written for info in plan.layer.tensors.values()}
 
     def run(self, staging: Staging, find_reader: FindReader | None) -> ConversionReport:
         shards = {name: self._outputs(tensors) for name, tensors in self.checkpoint.shards.items()}
@@ -181,28 +184,26 @@ class _Conversion:
         """Tensors of an output shard: a converted layer's stand where its weights stood."""
         outputs: dict[str, _Shape] = {}
         for name, info in tensors.items():
-            layer, _, suffix = name.rpartition(".")
-            plan = self.plans.get(layer)
-            if plan is None or suffix not in plan.layer.tensors:
+            plan = self.plan_of.get(name)
+            if plan is None:
                 outputs[name] = (info.dtype_name, info.shape, info.nbytes)
             elif info is plan.layer.main:
                 for spec in output_specs(plan, self.recipe):
-                    outputs[f"{layer}.{spec.suffix}"] = (DTYPE_NAMES[spec.dtype], spec.shape, spec.nbytes)
+                    outputs[f"{plan.layer.name}.{spec.suffix}"] = (DTYPE_NAMES[spec.dtype], spec.shape, spec.nbytes)
         return outputs
 
     def _write_shard(self, path: Path, tensors: dict[str, TensorInfo], outputs: dict[str, _Shape]) -> None:
         with TensorWriter(path, outputs) as writer:
             for name, info in tensors.items():
-                layer, _, suffix = name.rpartition(".")
-                plan = self.plans.get(layer)
-                self.what = layer or name
-                if plan is None or suffix not in plan.layer.tensors:
+                plan = self.plan_of.get(name)
+                self.what = plan.layer.name if plan else name
+                if plan is None:
                     for offset in range(0, info.nbytes, _COPY_BYTES):
                         size = min(_COPY_BYTES, info.nbytes - offset)
                         self._advance(writer.write(name, offset, self.reader.read_bytes(info, offset, size)))
                 elif info is plan.layer.main:
                     for part, first, rows in transform(self.reader, plan, self.recipe, self._advance, self.device):
-                        target = f"{layer}.{part}"
+                        target = f"{plan.layer.name}.{part}"
                         row_bytes = outputs[target][2] // max(outputs[target][1][0], 1)
                         writer.write(target, first * row_bytes, rows.cpu())
 

@@ -18,6 +18,9 @@ from .tensorfile import TensorInfo, TensorReader
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
+_WEIGHTS_IN = ("weight", "weight_packed", "weight_values")
+"""Suffixes of tensors that hold weights."""
+
 # Small enough that a block and its intermediates stay in the second-level cache; on a GPU large enough to hide a few dozen launches.
 _WEIGHTS, _GPU_WEIGHTS = 1 << 18, 1 << 24
 
@@ -41,8 +44,9 @@ class Layer:
 
     ``tensors`` are the layer's own by suffix, the one with the weights first. Each format is a subclass, in a file of its own, and says:
     what its layer ``holds``, in words; whether these are ``plain`` weights of 16 or 32 bits, and nothing else; in which forms of output
-    they ``may_stay`` as they are, for quantised ones in a packed checkpoint are what no loader expects; and whether they are converted
-    ``by_default``, when nobody names them.
+    they ``may_stay`` as they are, for quantised ones in a packed checkpoint are what no loader expects; whether they are converted
+    ``by_default``, when nobody names them; whether one that is not converted must be ``restored`` to ordinary weights; and whether it is a
+    ``vector`` of one row, which can only be restored.
     """
 
     name: str
@@ -56,6 +60,8 @@ class Layer:
     plain: ClassVar[bool] = False
     may_stay: ClassVar[tuple[str, ...]] = ()
     by_default: ClassVar[bool] = True
+    restored: ClassVar[bool] = False
+    vector: ClassVar[bool] = False
 
     @property
     def main(self) -> TensorInfo:
@@ -161,7 +167,7 @@ def check_tensors(layer: Layer, specs: tuple[TensorSpec, ...], scales: tuple[str
         flat = spec.suffix == "weight_scale" and layer.scheme.dynamic and info.shape == spec.shape[:1]
         if info.shape != spec.shape and not flat:
             raise CheckpointError(f"{info.path}: {info.name} has shape {list(info.shape)}, expected {list(spec.shape)}{why}")
-        if spec is specs[0] and info.dtype != spec.dtype:
+        if spec.suffix in _WEIGHTS_IN and info.dtype != spec.dtype:
             raise CheckpointError(f"{info.path}: {info.name} is {info.dtype_name}, config.json says {layer.scheme.name}")
         allowed = {"weight_keep": ("U8",), "weight_scale": scales}.get(spec.suffix, (info.dtype_name,))
         if info.dtype_name not in allowed:

@@ -21,7 +21,7 @@ from .formats.compressed_tensors import METHOD
 from .layers import Block, Layer
 from .recipe import check_pattern
 from .source import Checkpoint
-from .tensorfile import TensorReader
+from .tensorfile import TensorInfo, TensorReader
 
 _COLUMNS = 2  # random vectors per block
 
@@ -178,7 +178,7 @@ def _compare(reader: TensorReader, layer: Layer, block: Block, twin: Layer, thei
 
     Their weights are taken where ours are not zero and quantised as ours were; a weight too small for its scale counts as zero.
     """
-    convert = twin.plain and twin.scheme is not layer.scheme
+    convert = not (twin.read_scheme.dynamic or twin.read_scheme.pair) and twin.scheme is not layer.scheme
     mine = _clean(block.values)
     nonzero = _elements_nonzero(mine) if convert and layer.scheme.pair else _nonzero(mine)
     everything, scale = theirs.values, theirs.scale
@@ -209,10 +209,12 @@ def _quantize_like(reader: TensorReader, layer: Layer, values: Tensor) -> tuple[
 
 
 def _different_tensors(reader: TensorReader, checkpoint: Checkpoint, other: Checkpoint, layers: set[str]) -> list[str]:
-    """Tensors that are no layer's and are missing on one side or not bitwise equal."""
-    mine = {name: info for name, info in checkpoint.tensors.items() if _owner(name) not in layers}
-    theirs = {name: info for name, info in other.tensors.items() if _owner(name) not in layers}
+    """Tensors that are no layer's and are missing on one side or not bitwise equal; layers stored otherwise are compared as weights."""
+    restored = {name for name, twin in other.layers.items() if twin.restored and f"{name}.weight" in checkpoint.tensors} - layers
+    mine, theirs = _rest(checkpoint, layers), _rest(other, layers | restored)
+    mine = {name: info for name, info in mine.items() if name.rpartition(".")[0] not in restored}
     different = sorted(mine.keys() ^ theirs.keys())
+    different += sorted(name for name in restored if not _restores(reader, checkpoint, name, other.layers[name]))
     for name in mine.keys() & theirs.keys():
         a, b = mine[name], theirs[name]
         if (a.dtype_name, a.shape) != (b.dtype_name, b.shape):
@@ -227,9 +229,25 @@ def _different_tensors(reader: TensorReader, checkpoint: Checkpoint, other: Chec
     return different
 
 
-def _owner(tensor: str) -> str:
-    layer, _, suffix = tensor.rpartition(".")
-    return layer if suffix.startswith("weight") else tensor
+def _rest(checkpoint: Checkpoint, layers: set[str]) -> dict[str, TensorInfo]:
+    """The tensors that belong to none of these layers."""
+    own = {info.name for name in layers & checkpoint.layers.keys() for info in checkpoint.layers[name].tensors.values()}
+    return {name: info for name, info in checkpoint.tensors.items() if name not in own}
+
+
+def _restores(reader: TensorReader, checkpoint: Checkpoint, name: str, twin: Layer) -> bool:
+    """Whether the tensors with the weights and scales of a layer are bitwise what its stored form restores to."""
+    weight, scale = checkpoint.tensors[f"{name}.weight"], checkpoint.tensors.get(f"{name}.weight_scale")
+    if weight.shape not in ((twin.n, twin.k), (twin.k,)):
+        return False
+    for block in twin.blocks(reader):
+        rows = block.first, block.first + len(block.values)
+        mine = reader.read(weight).view(1, -1) if twin.vector else reader.read_rows(weight, *rows)
+        if mine.dtype != block.values.dtype or _first_difference(mine, block.values) is not None:
+            return False
+        if (scale is None) != (block.scale is None) or (scale is not None and not torch.equal(reader.read_rows(scale, *rows), block.scale)):
+            return False
+    return True
 
 
 def _clean(values: Tensor) -> Tensor:

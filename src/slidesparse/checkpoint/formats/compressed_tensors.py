@@ -61,8 +61,11 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
             layers[name] = Left(name, *info.shape, float_scheme(info), {suffix: info})
             continue
         n, k = info.shape[0], info.shape[1] * (2 if quantization.scheme.pair else 1)
-        layers[name] = quantised_layer(Quantized, name, (n, k), quantization, (suffix,), tensors)
-    if layers and all(isinstance(layer, Left) for layer in layers.values()):
+        own = tensors_of(name, (suffix, "weight_scale", "weight_global_scale", "weight_zero_point"), tensors)
+        layers[name] = Quantized(name, n, k, quantization.scheme, own)
+        check_tensors(layers[name], dense_tensors(quantization.scheme, n, k)[:1], ())
+        check_scales(layers[name], quantization)
+    if layers and not any(tensor.endswith(".weight_scale") for tensor in tensors):
         raise CheckpointError(
             f"{path}: config.json says that weights are {quantization.scheme.name}, but no tensor is: remove its quantization_config to "
             "read them as they are"
@@ -70,25 +73,15 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
     return layers
 
 
-def quantised_layer(
-    kind: type[Layer],
-    name: str,
-    shape: tuple[int, int],
-    quantization: Quantization,
-    suffixes: tuple[str, ...],
-    tensors: dict[str, TensorInfo],
-) -> Layer:
-    """A layer of this kind with its scales, checked."""
-    scheme = quantization.scheme
-    own = tensors_of(name, (*suffixes, "weight_scale", "weight_global_scale", "weight_zero_point"), tensors)
-    layer = kind(name, *shape, scheme, own)
-    specs = dense_tensors(scheme, *shape)
+def check_scales(layer: Layer, quantization: Quantization) -> None:
+    """A quantised layer must have the scales of its scheme, and no zero points that are not zero."""
+    scale = layer.tensors.get("weight_scale")
+    specs = dense_tensors(layer.scheme, layer.n, layer.k)[1:]
     if quantization.per_tensor and layer.one_scale:
-        specs = tuple(replace(spec, shape=own["weight_scale"].shape) if spec.suffix == "weight_scale" else spec for spec in specs)
-    check_tensors(layer, specs, ("F8_E4M3",) if scheme.pair else FLOATS)
-    if "weight_zero_point" in own:
-        _check_zero_points(name, own["weight_zero_point"])
-    return layer
+        specs = (replace(specs[0], shape=scale.shape),)
+    check_tensors(layer, specs, ("F8_E4M3",) if layer.scheme.pair else FLOATS)
+    if "weight_zero_point" in layer.tensors:
+        _check_zero_points(layer.name, layer.tensors["weight_zero_point"])
 
 
 def _check_zero_points(layer: str, info: TensorInfo) -> None:
