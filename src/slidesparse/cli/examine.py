@@ -107,7 +107,7 @@ def verify(
     """Every group obeys the pattern, restore and pack are inverse, W·x == slide(W)·lift(x); exit code 3 when not."""
     from ..integrations.conversion import verify as api_verify
 
-    with screen.progress("verifying") as progress:
+    with screen.stdout_on_stderr(), screen.progress("verifying") as progress:
         report = api_verify(model, against, pattern=pattern, progress=progress)
     if json:
         screen.print_json(dataclasses.asdict(report) | {"ok": report.ok})

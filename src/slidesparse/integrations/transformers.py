@@ -24,10 +24,10 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, WeightError
 from ..format import QUANT_METHOD, PackedConfig
 from ..nn import SlideSparseLinear, accelerate, place
+from .calibration import TOKENIZER_FILES
 from .transformers_files import StoredTensors, check_layer, check_rest, restore_scales
 
 _LOG = getLogger(__name__)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 class SlideSparseConfig(QuantizationConfigMixin):
@@ -166,8 +166,8 @@ def open_tokenizer(path: Path) -> Any:
     Raises:
         CheckpointError: there is none, or transformers cannot load it.
     """
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise CheckpointError(f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy the one of the original model there")
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the one of the original model there")
     with _one_line(path):
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
