@@ -222,6 +222,10 @@ def test_weights_quantised_in_unknown_ways_are_said_to_be(tmp_path):
     claimed = models.write(tmp_path / "claimed", None, models.w8a8_config())
     with pytest.raises(CheckpointError, match=r"says that weights are int8, but no tensor is"):
         inspect(claimed)
+    tensors = models.w8a8(masked())
+    tensors |= {name: t.bfloat16() for name, t in tensors.items() if t.dtype == torch.int8}
+    with pytest.raises(CheckpointError, match=r"is BF16 with a scale beside it"):
+        inspect(models.write(tmp_path / "frozen", tensors, models.w8a8_config()))
     fp8 = {name: t.to(torch.float8_e4m3fn) if "proj" in name else t for name, t in models.llama_tensors().items()}
     with pytest.raises(CheckpointError, match=r"down_proj\.weight is quantised, but config\.json does not say how"):
         inspect(models.write(tmp_path / "fp8", fp8))
@@ -256,3 +260,89 @@ def test_packed_configurations_that_mean_something_else_are_refused(tmp_path):
     models.edit_config(tmp_path / "out", activations=None)
     with pytest.raises(CheckpointError, match=r"quantization_config\.activations"):
         verify(tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------- what the class of model says
+
+
+def test_embeddings_of_any_name_and_tied_heads_stored_twice_stay_as_they_are(tmp_path):
+    import transformers
+
+    import slidesparse.integrations.transformers  # noqa: F401
+
+    sizes = {"vocab_size": 96, "n_embd": 32, "dff": 48, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    transformers.CTRLLMHeadModel(transformers.CTRLConfig(**sizes)).bfloat16().save_pretrained(tmp_path / "ctrl")
+    report = convert_with_readers(tmp_path / "ctrl", tmp_path / "ctrl-out", Recipe(SIX, "magnitude"))
+    assert "transformer.w" in report.kept_dense and len(report.layers) == 6
+    transformers.CTRLLMHeadModel.from_pretrained(tmp_path / "ctrl-out")
+    with pytest.raises(UnsupportedError, match=r"transformer\.w is no linear layer of this class"):
+        convert_with_readers(tmp_path / "ctrl", tmp_path / "no", Recipe(SIX, "magnitude", only=("transformer.w",)))
+
+    source = tiny.build(tmp_path / "tied", "qwen2")
+    tensors = models.read(source)
+    models.edit_tensors(source, **{"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    with pytest.raises(UnsupportedError, match=r"lm_head is .* tied to another"):
+        convert_with_readers(source, tmp_path / "no", Recipe(SIX, "magnitude", only=("lm_head", "*")))
+    convert_with_readers(source, tmp_path / "out", Recipe(SIX, "magnitude"))
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_classifier_on_a_packed_body_is_saved_and_loaded_again(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    import slidesparse.integrations.transformers  # noqa: F401
+
+    convert(tiny.build(tmp_path / "dense"), tmp_path / "packed", Recipe(SIX, "magnitude", "int8"))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed", num_labels=3)
+    model.score.weight.data.normal_()
+    model.save_pretrained(tmp_path / "saved")
+    assert "score" in ignored(tmp_path / "saved")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.score.weight, model.score.weight)
+
+
+def test_tensors_without_a_place_in_the_class_stay_as_they_are(tmp_path):
+    source = tiny.build(tmp_path / "dense")
+    lora = "model.layers.0.self_attn.q_proj.lora_A"
+    models.edit_tensors(source, **{f"{lora}.weight": torch.randn(8, 32).bfloat16()})
+    report = convert_with_readers(source, tmp_path / "out", Recipe(SIX, "magnitude", "int8"))
+    assert lora in report.kept_dense and len(report.layers) == 14
+    other = models.config_of(source) | {"architectures": ["GPT2LMHeadModel"], "model_type": "llama"}
+    assert len(convert_with_readers(models.write(tmp_path / "other", None, other), tmp_path / "b", Recipe(SIX, "magnitude")).layers) == 14
+
+
+# ---------------------------------------------------------------------------------------------- what lies beside the weights
+
+
+def test_folders_go_along_and_weights_that_are_not_read_are_named(tmp_path):
+    source = models.write(tmp_path / "dense")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    (source / ".cache/huggingface").mkdir(parents=True)
+    (source / "onnx").mkdir()
+    for name in ("pytorch_model.bin", "onnx/model.onnx", "adapter_model.safetensors"):
+        (source / name).write_bytes(b"weights")
+    report = convert(source, tmp_path / "out", Recipe(SIX, "magnitude"))
+    assert report.left_out == ["adapter_model.safetensors", "onnx", "pytorch_model.bin"]
+    assert (tmp_path / "out/additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
+    assert not any((tmp_path / "out" / name).exists() for name in (*report.left_out, ".cache"))
+    (source / "additional_chat_templates/gone.jinja").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"gone\.jinja is a link"):
+        convert(source, tmp_path / "no", Recipe(SIX, "magnitude"))
+
+
+def test_an_interrupted_run_leaves_no_folder_in_the_way(tmp_path, monkeypatch):
+    source = models.write(tmp_path / "dense")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling/config.json").write_text("{}")
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slidesparse.checkpoint.staging.Staging.commit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", Recipe(SIX, "magnitude"))
+    monkeypatch.undo()
+    assert (tmp_path / "out.incomplete/1_Pooling").is_dir()
+    convert(source, tmp_path / "out", Recipe(Pattern.parse("4:6"), "magnitude"), overwrite=True)
+    assert (tmp_path / "out/1_Pooling/config.json").is_file() and not (tmp_path / "out.incomplete").exists()

@@ -23,17 +23,22 @@ _COMPRESSED_FORMAT = {"int8": "int-quantized", "fp8": "float-quantized", "nvfp4"
 _CONFIG_DTYPE = {"bf16": "bfloat16", "fp16": "float16"}
 
 
-def _same_name(module: str, entry: str) -> bool:
+def same_name(module: str, entry: str) -> bool:
     """How compressed-tensors matches a module with an entry of ``targets`` or ``ignore``: the whole name, or ``re:`` at its start."""
     return re.match(entry[3:], module) is not None if entry.startswith("re:") else module == entry
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How others will read a checkpoint: every linear module by its name there, with its name in the files; and how names are matched."""
+    """How others will read a checkpoint.
+
+    ``modules`` are the linear ones by their names there, with their names in the files; ``match`` is how names are matched; ``fixed`` are
+    layers, by their names in the files, that are no linear modules there, have no place there, or share their weights with another.
+    """
 
     modules: Mapping[str, str]
-    match: Callable[[str, str], bool] = _same_name
+    match: Callable[[str, str], bool] = same_name
+    fixed: frozenset[str] = frozenset()
 
 
 FindReader = Callable[[dict[str, Any], list[str]], Reader | None]

@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..errors import CheckpointError, UnsupportedError
 from ..format import VERSION
-from .configs import FindReader, contradictions, output_config
+from .configs import FindReader, Reader, contradictions, output_config
 from .formats import find_layers
 from .norms import NORMS, write_norms
 from .recipe import LayerPlan, Recipe, plan_layers
@@ -49,7 +49,7 @@ class ConvertedLayer:
 class ConversionReport:
     """What a conversion did; bytes are those of all tensors, ``kept_dense`` names linear-shaped layers left alone.
 
-    ``pruning`` says how a calibrated method went.
+    ``pruning`` says how a calibrated method went, ``left_out`` names files and folders of the source that hold weights and were not read.
     """
 
     out: Path
@@ -59,6 +59,7 @@ class ConversionReport:
     kept_dense: list[str] = field(default_factory=list)
     resumed_shards: int = 0
     pruning: PruningReport | None = None
+    left_out: list[str] = field(default_factory=list)
 
 
 def convert(
@@ -87,7 +88,8 @@ def convert(
         WeightError: weights that hold NaN or Inf.
     """
     checkpoint = Checkpoint.open(source)
-    plans = plan_layers(checkpoint, recipe)
+    read = find_reader(checkpoint.config, list(checkpoint.tensors)) if find_reader else None
+    plans = plan_layers(checkpoint, recipe, read.fixed if read else frozenset())
     device = _device(device, recipe)
     progress = progress or (lambda done, total, what: None)
     if recipe.calibrated and solver is None:
@@ -96,7 +98,7 @@ def convert(
     try:
         with staging, TensorReader() as reader:
             if not recipe.calibrated:
-                return _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging, find_reader)
+                return _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging, read)
             pruning = read_report(staging.path)
             if pruning is None:
                 _check_room(staging.path, _bytes_with_solved(checkpoint, recipe, plans) - staging.nbytes)
@@ -106,7 +108,7 @@ def convert(
                 # Last, since it tells a later run that nothing is left to solve.
                 write_json(staging.path / REPORT, asdict(pruning))
             plans = with_solved(plans, staging.path)
-            report = _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging, find_reader)
+            report = _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging, read)
             return replace(report, pruning=pruning)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -134,7 +136,7 @@ class _Conversion:
         written = [*self.plans.values(), *(LayerPlan(layer, layer.scheme, None) for layer in left)]
         self.plan_of = {info.name: plan for plan in written for info in plan.layer.tensors.values()}
 
-    def run(self, staging: Staging, find_reader: FindReader | None) -> ConversionReport:
+    def run(self, staging: Staging, read: Reader | None) -> ConversionReport:
         shards = {name: self._outputs(tensors) for name, tensors in self.checkpoint.shards.items()}
         sizes = {name: sum(nbytes for _, _, nbytes in tensors.values()) for name, tensors in shards.items()}
         done = [name for name in shards if _finished(staging.path / name, shards[name])]
@@ -144,29 +146,23 @@ class _Conversion:
                 self._advance(sum(info.nbytes for info in tensors.values()))
             else:
                 self._write_shard(staging.path / name, tensors, shards[name])
-        for file in self.checkpoint.side_files():
-            if self.recipe.calibrated and file.name in (REPORT, NORMS):
-                continue  # of an earlier pruning: this one's are there
-            try:
-                content = file.read_bytes()
-            except OSError as error:
-                raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-            (staging.path / file.name).write_bytes(content)
+        along, left = self.checkpoint.side_files()
+        for file in along:
+            if not (self.recipe.calibrated and file.name in (REPORT, NORMS)):  # of an earlier pruning: this one's are there
+                _copy(file, staging.path / file.name)
         if (self.checkpoint.path / INDEX).exists():
             weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
             write_json(staging.path / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
         remove_blocks(staging.path)
-        staging.commit(self._config(staging.path, find_reader))
-        return self._report(staging.out, sum(sizes.values()), len(done))
+        staging.commit(self._config(staging.path, read))
+        return self._report(staging.out, sum(sizes.values()), len(done), [file.name for file in left])
 
-    def _config(self, path: Path, find_reader: FindReader | None) -> dict[str, Any]:
+    def _config(self, path: Path, read: Reader | None) -> dict[str, Any]:
         """config.json of the finished files; both are read back as a reader would."""
         tensors = {name: info for shard in self.checkpoint.shards for name, info in read_header(path / shard)[0].items()}
         plans = list(self.plans.values())
-        quantised = self.recipe.form == "dense" and any(name.endswith(".weight_scale") for name in tensors)
-        reader = find_reader(self.checkpoint.config, list(tensors)) if find_reader and quantised else None
-        config = output_config(self.checkpoint, self.recipe, plans, tensors, reader)
-        found, wrong = find_layers(path, config, tensors), contradictions(config, tensors, reader)
+        config = output_config(self.checkpoint, self.recipe, plans, tensors, read)
+        found, wrong = find_layers(path, config, tensors), contradictions(config, tensors, read)
         for plan in plans:
             layer, packed = found.get(plan.layer.name), self.recipe.form == "packed"
             told = (plan.layer.n, plan.layer.k, plan.scheme, plan.pattern if packed else None)
@@ -211,14 +207,29 @@ class _Conversion:
         self.done += nbytes
         self.progress(min(self.done, self.total), self.total, self.what)
 
-    def _report(self, out: Path, bytes_out: int, resumed: int) -> ConversionReport:
+    def _report(self, out: Path, bytes_out: int, resumed: int, left_out: list[str]) -> ConversionReport:
         layers = []
         for plan in self.plans.values():
             layer, pattern, size = plan.layer, str(plan.pattern or "none"), _output_bytes(plan, self.recipe)
             layers.append(ConvertedLayer(layer.name, layer.n, layer.k, plan.scheme.name, pattern, layer.nbytes, size))
         kept = [name for name in self.checkpoint.layers if name not in self.plans]
         self.progress(self.total, self.total, "done")
-        return ConversionReport(out, self.checkpoint.nbytes, bytes_out, layers, kept, resumed)
+        return ConversionReport(out, self.checkpoint.nbytes, bytes_out, layers, kept, resumed, left_out=left_out)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a side file or folder; what a link points to, not the link."""
+    try:
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        else:
+            shutil.copyfile(source, target)
+    except shutil.Error as error:
+        raise CheckpointError(f"cannot copy {error.args[0][0][0]}: {error.args[0][0][2]}") from error
+    except OSError as error:
+        if error.filename != str(source):
+            raise
+        raise CheckpointError(f"cannot read {source}: {error.strerror}") from error
 
 
 def _device(name: str, recipe: Recipe) -> str:

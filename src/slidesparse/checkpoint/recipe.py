@@ -134,8 +134,10 @@ class LayerPlan:
         return self.scheme is not self.source.read_scheme
 
 
-def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
+def plan_layers(checkpoint: Checkpoint, recipe: Recipe, fixed: frozenset[str] = frozenset()) -> list[LayerPlan]:
     """The layers to convert, in tensor order; a pattern is set where the recipe or the checkpoint's marker names one.
+
+    ``fixed`` are layers that the class of model does not treat as linear layers of their own: they stay as they are.
 
     Raises:
         UnsupportedError: the recipe cannot be applied to this checkpoint; the message names the layer and the way out.
@@ -149,9 +151,14 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
             raise UnsupportedError(f"{entry!r} matches no layer of {checkpoint.path}: slidesparse inspect --layers lists them")
     plans, left = [], []
     for layer in checkpoint.layers.values():
-        if not _selected(layer, recipe):
+        stays = layer.name in fixed and layer.pattern is None
+        if stays and layer.name in recipe.only:
+            raise UnsupportedError(
+                f"layer {layer.name} is no linear layer of this class of model, or tied to another: leave it out of --only"
+            )
+        if stays or not _selected(layer, recipe):
             if recipe.form not in layer.may_stay:
-                raise UnsupportedError(f"{checkpoint.path}: {_cannot_stay(layer, recipe)}")
+                raise UnsupportedError(f"{checkpoint.path}: {_cannot_stay(layer, recipe, stays)}")
             left.append(layer.scheme)
             continue
         scheme = _target(layer, recipe)
@@ -184,12 +191,12 @@ def _selected(layer: Layer, recipe: Recipe) -> bool:
     return layer.by_default and not matches(layer.name, DEFAULT_IGNORE)
 
 
-def _cannot_stay(layer: Layer, recipe: Recipe) -> str:
+def _cannot_stay(layer: Layer, recipe: Recipe, fixed: bool) -> str:
     """Why a layer that is not to be converted cannot be copied as it is, and the way out."""
     told = f"layer {layer.name} holds {layer.holds} and cannot be left out of a {recipe.form} checkpoint"
     if matches(layer.name, recipe.ignore):
         return f"{told}: take it out of --ignore"
-    if matches(layer.name, NOT_LINEAR):
+    if fixed or matches(layer.name, NOT_LINEAR):
         kept = "dense" in layer.may_stay and recipe.form != "dense"
         return f"{told}; nor can it be converted, being no plain linear layer" + (": --format dense keeps it" if kept else "")
     return f"{told}: name it in --only, beside the others" + ("" if recipe.only else " (--only '*')")

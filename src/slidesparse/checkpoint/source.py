@@ -104,23 +104,26 @@ class Checkpoint:
         except ValueError as error:
             raise CheckpointError(f"{self.path / 'config.json'}: {MARKER}: {error}") from error
 
-    def side_files(self) -> list[Path]:
-        """Files that go along unchanged: tokenizer, generation config, licence and the like, but no weights."""
-        return sorted(
-            file
-            for file in self.path.iterdir()
-            if (file.is_file() or _broken(file))
-            and file.name not in ("config.json", INDEX)
-            and not file.name.endswith(".index.json")
-            and not any(file.match(pattern) for pattern in _OTHER_WEIGHTS)
-        )
+    def side_files(self) -> tuple[list[Path], list[Path]]:
+        """Files and folders that go along unchanged, such as tokenizer, chat templates and licence; and weights that are not read."""
+        along, left = [], []
+        for file in sorted(self.path.iterdir()):
+            hidden = file.name.startswith(".") and file.is_dir()  # .git and .cache are of the tool that fetched the model
+            if hidden or file.name in (*self.shards, "config.json", INDEX) or file.name.endswith(".index.json"):
+                continue
+            inside = [file, *file.rglob("*")] if file.is_dir() else [file]
+            weights = any(each.match(pattern) for each in inside for pattern in _OTHER_WEIGHTS)
+            _check_links(inside)
+            if weights or file.is_dir() or file.is_file():
+                (left if weights else along).append(file)
+        return along, left
 
 
-def _broken(file: Path) -> bool:
+def _check_links(files: list[Path]) -> None:
     """Refuse a link to nowhere, as a half-fetched hub cache leaves it: the file it stands for would silently be missing."""
-    if file.is_symlink() and not file.exists():
-        raise CheckpointError(f"{file} is a link to a file that is not there: fetch the model again")
-    return False
+    for file in files:
+        if file.is_symlink() and not file.exists():
+            raise CheckpointError(f"{file} is a link to a file that is not there: fetch the model again")
 
 
 def read_config(path: Path) -> dict[str, Any]:

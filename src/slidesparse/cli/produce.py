@@ -266,6 +266,8 @@ def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwr
     screen.say(f"  whole checkpoint: {screen.size(report.bytes_in)} → {screen.size(report.bytes_out)}")
     if report.kept_dense:
         screen.say(f"  left as they were: {', '.join(report.kept_dense[:4])}{' …' if len(report.kept_dense) > 4 else ''}")
+    if report.left_out:
+        screen.say(f"  weights in other files were left out: {', '.join(report.left_out[:4])}{' …' if len(report.left_out) > 4 else ''}")
     if report.pruning is not None:
         _tell(report.pruning)
     if report.resumed_shards:

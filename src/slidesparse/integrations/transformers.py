@@ -83,7 +83,10 @@ class SlideSparseQuantizer(HfQuantizer):
         if ignored or f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
             return True
         # A head that the checkpoint never had, as in a classifier on a language model's body.
-        return not stored.strict and f"{name}.weight" not in stored.tensors
+        new = not stored.strict and f"{name}.weight" not in stored.tensors
+        if new:
+            config.ignore.append(name)  # `save_pretrained` writes it dense, and says so
+        return new
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for module in model.modules():

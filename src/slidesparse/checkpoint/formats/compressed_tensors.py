@@ -58,6 +58,11 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
     layers: dict[str, Layer] = {}
     for name, suffix, info in matrices(tensors):
         if info.dtype_name in FLOATS and suffix == "weight":
+            if f"{name}.weight_scale" in tensors:
+                raise CheckpointError(
+                    f"{info.path}: {info.name} is {info.dtype_name} with a scale beside it, so it was saved before it was compressed: "
+                    "save it compressed, or start from the 16-bit checkpoint"
+                )
             layers[name] = Left(name, *info.shape, float_scheme(info), {suffix: info})
             continue
         n, k = info.shape[0], info.shape[1] * (2 if quantization.scheme.pair else 1)
