@@ -243,25 +243,6 @@ def test_64_bit_weights_are_cast_and_otherwise_named(tmp_path):
     convert(tmp_path / "cast", tmp_path / "out", Recipe(SIX, "magnitude", "int8"))
 
 
-def test_packed_configurations_that_mean_something_else_are_refused(tmp_path):
-    convert(models.write(tmp_path / "dense"), tmp_path / "out", Recipe(SIX, "magnitude", "int8"))
-    quantization = models.config_of(tmp_path / "out")["quantization_config"]
-    for key, changes in (
-        ("weights", {"symmetric": False}),
-        ("weights", {"strategy": "tensor"}),
-        ("activations", {"symmetric": False}),
-        ("activations", {"dynamic": False}),
-        ("activations", {"dtype": "fp8"}),
-    ):
-        models.edit_config(tmp_path / "out", **{key: quantization[key] | changes})
-        with pytest.raises(CheckpointError, match=rf"quantization_config\.{key}"):
-            verify(tmp_path / "out")
-        models.edit_config(tmp_path / "out", **{key: quantization[key]})
-    models.edit_config(tmp_path / "out", activations=None)
-    with pytest.raises(CheckpointError, match=r"quantization_config\.activations"):
-        verify(tmp_path / "out")
-
-
 # ---------------------------------------------------------------------------------------------- what the class of model says
 
 

@@ -206,7 +206,6 @@ Q = "model.layers.1.self_attn.q_proj"
         (put(f"{Q}.weight_scale", lambda t: t.half()), f"layer {Q}: weight_scale is F16"),
         (setting("pattern", "8:10"), "layer .*pattern 8:10"),
         (setting("pattern", "7:8"), "7:8"),
-        (setting("weights", {"dtype": "fp8"}), "quantization_config.activations says .*int8"),
         (lambda t, c: c["quantization_config"].update(weights={"dtype": "fp8"}, activations={"dtype": "fp8"}), "weight_values is I8"),
         (setting("version", 99), "version 99"),
         (setting("ignore", ["lm_head", Q]), f"layer {Q} is packed, but .*ignore"),

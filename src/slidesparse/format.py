@@ -146,24 +146,6 @@ def _scale_tensors(scheme: Scheme, n: int, k: int) -> tuple[TensorSpec, ...]:
     return ()
 
 
-def _computed(scheme: Scheme) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """How a scheme quantises weights and activations: the one way that each is computed in."""
-    weights: dict[str, Any] = {"dtype": scheme.name}
-    if scheme.bound is not None or scheme.pair:
-        weights |= {"strategy": "tensor_group" if scheme.pair else "channel", "symmetric": True}
-    return weights, {"dtype": scheme.name, "strategy": "token", "dynamic": True, "symmetric": True} if scheme.dynamic else None
-
-
-def _check_computed(key: str, told: Any, computed: dict[str, Any] | None, scheme: Scheme) -> None:
-    """Refuse what is told otherwise than it is computed; what is not told is as it is computed."""
-    if isinstance(told, dict) and computed is not None:
-        wrong = {name: told[name] for name, value in computed.items() if told.get(name, value) != value}
-        told = {name: told[name] for name in wrong} if wrong else computed
-        computed = {name: computed[name] for name in wrong} if wrong else computed
-    if told != computed:
-        raise CheckpointError(f"quantization_config.{key} says {told!r}; {scheme.name} is computed with {computed!r} only")
-
-
 @dataclass
 class PackedConfig:
     """The ``quantization_config`` of a packed checkpoint: everything a loader needs besides the tensors.
@@ -189,7 +171,12 @@ class PackedConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        weights, activations = _computed(self.scheme)
+        scheme = self.scheme
+        strategy = "channel" if scheme.dynamic else "tensor_group" if scheme.pair else None
+        weights: dict[str, Any] = {"dtype": scheme.name}
+        if strategy:
+            weights |= {"strategy": strategy, "symmetric": True}
+        activations = {"dtype": scheme.name, "strategy": "token", "dynamic": True, "symmetric": True} if scheme.dynamic else None
         return {
             "quant_method": QUANT_METHOD,
             "version": self.version,
@@ -230,8 +217,6 @@ class PackedConfig:
             parsed = {layer: Pattern.parse(text) for layer, text in overrides.items()}
         except ValueError as error:
             raise CheckpointError(f"quantization_config: {error}") from error
-        for key, computed in zip(("weights", "activations"), _computed(scheme), strict=True):
-            _check_computed(key, data.get(key, computed), computed, scheme)
         if any(value < 1 for value in in_features.values()):
             raise CheckpointError(f"quantization_config.in_features must be positive, got {in_features!r}")
         for text in (pattern, *parsed.values()):
@@ -239,7 +224,22 @@ class PackedConfig:
                 raise CheckpointError(
                     f"quantization_config: {scheme.name} stores pairs of weights, pattern {text} is one of single weights"
                 )
-        return cls(pattern, scheme, list(ignore), parsed, dict(in_features), version)
+        found = cls(pattern, scheme, list(ignore), parsed, dict(in_features), version)
+        _refuse_other_arithmetic(data, found.to_dict(), scheme)
+        return found
+
+
+def _refuse_other_arithmetic(data: dict[str, Any], known: dict[str, Any], scheme: Scheme) -> None:
+    """What a config says of weights and activations must be what layers compute; what it leaves out is."""
+    for part in ("weights", "activations"):
+        given, own = data.get(part, known[part]), known[part]
+        if not isinstance(given, dict) or own is None:
+            wrong = {} if given == own else {f"quantization_config.{part}": (given, own)}
+        else:
+            pairs = {name: (value, own.get(name)) for name, value in given.items()}
+            wrong = {f"quantization_config.{part}.{name}": pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        for name, (value, needed) in wrong.items():
+            raise CheckpointError(f"{name} is {value!r}, which is not implemented: {scheme.name} layers compute with {needed!r}")
 
 
 def merged_name(layer: str) -> str:
