@@ -74,7 +74,7 @@ def test_the_json_form():
         ({"weights": {"dtype": ["int8"]}}, "weights must be an object with a dtype"),
         ({"weights": {"dtype": "int4"}}, "unknown scheme 'int4': choose one of int8, fp8"),
         ({"pattern": None}, "cannot read pattern"),
-        ({"pattern": "5:8"}, "nearest is 14:16"),
+        ({"pattern": "5:8"}, "nearest is 6:8"),
         ({"ignore": "lm_head"}, "ignore must be a list of layer names"),
         ({"ignore": [1]}, "ignore must be a list of layer names"),
         ({"overrides": ["a"]}, "overrides must map layer names to str"),

@@ -68,7 +68,7 @@ def test_types_that_cannot_share_a_checkpoint_are_refused_with_a_way_out(tmp_pat
         convert(source, tmp_path / "out", Recipe())
     convert(source, tmp_path / "out", Recipe(ignore=("*down_proj",)))
     source = models.write(tmp_path / "w8a8", models.w8a8(masked(), (LEFT,)), models.w8a8_config((LEFT,)))
-    with pytest.raises(UnsupportedError, match="fp8, int8"):
+    with pytest.raises(UnsupportedError, match=rf"fp8, int8.*\(fp8: {LEFT}\)"):
         convert(source, tmp_path / "no", Recipe(scheme="fp8", form="dense", obey=False, only=(LEFT,)))
 
 
@@ -143,17 +143,20 @@ def test_int8_heads_and_experts_stay_out_of_packed_checkpoints_with_a_way_out(tm
 
 
 def test_one_scale_for_a_tensor_is_that_of_every_row(tmp_path):
-    tensors, expected = models.w8a8(masked()), {}
+    tensors, expected = models.w8a8(masked() | {f"{EXPERT}.weight": torch.randn(8, 64).bfloat16()}), {}
     for name in [name for name in tensors if name.endswith("weight_scale")]:
         scale = tensors[name].amax()
         expected[name] = scale.expand(tensors[name].shape[0], 1)
         tensors[name] = scale.reshape(()) if "q_proj" in name else scale.reshape(1)
     source = models.write(tmp_path / "w8a8", tensors, models.w8a8_config(weights={"strategy": "tensor"}))
-    for form in ("packed", "dense"):
-        convert(source, tmp_path / form, Recipe(form=form))
-        out = models.read(tmp_path / form)
-        assert all(torch.equal(out[name], scale) for name, scale in expected.items())
-        assert verify(tmp_path / form, source).ok
+    convert(source, tmp_path / "dense", Recipe(form="dense"))
+    out = models.read(tmp_path / "dense")
+    assert all(torch.equal(out[name], scale) for name, scale in expected.items())  # that of an expert, which is not converted, too
+    assert verify(tmp_path / "dense", source).ok and verify(source, source, pattern=SIX).ok
+    source = models.write(tmp_path / "alone", {n: t for n, t in tensors.items() if EXPERT not in n}, models.config_of(source))
+    convert(source, tmp_path / "packed", Recipe())
+    assert all(torch.equal(scale, expected[n]) for n, scale in models.read(tmp_path / "packed").items() if n in expected)
+    assert verify(tmp_path / "packed", source).ok
     source = models.write(tmp_path / "lies", tensors, models.w8a8_config())
     with pytest.raises(CheckpointError, match=r"weight_scale has shape \[\], expected \[64, 1\]|shape \[1\], expected"):
         convert(source, tmp_path / "no", Recipe())
@@ -241,6 +244,7 @@ def test_64_bit_weights_are_cast_and_otherwise_named(tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(models.read(tmp_path / "cast")[name], tensors[name].bfloat16())
     convert(tmp_path / "cast", tmp_path / "out", Recipe(SIX, "magnitude", "int8"))
+    assert {layer.scheme for layer in inspect(source).layers} == {"bf16", "fp64"}
 
 
 # ---------------------------------------------------------------------------------------------- what the class of model says

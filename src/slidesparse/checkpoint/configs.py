@@ -100,7 +100,7 @@ def contradictions(config: dict[str, Any], tensors: Mapping[str, TensorInfo], re
     if reader is None:
         linear = [name for name in floating if not matches(name, NOT_LINEAR)]
         reader = Reader({name: name for name in (*quantised, *linear)})
-    targets = {target for group in quantization.get("config_groups", {}).values() for target in group.get("targets") or ()}
+    targets = {target for group in (quantization.get("config_groups") or {}).values() for target in group.get("targets") or ()}
     ignore = quantization.get("ignore") or []
     found = []
     for module, layer in reader.modules.items():

@@ -220,7 +220,7 @@ def _check_schemes(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan
         schemes = {scheme for scheme in (*(plan.scheme for plan in plans), *left) if scheme.dynamic or scheme.pair}
     if len(schemes) > 1:
         names = sorted(scheme.name for scheme in schemes)
-        few = min(schemes, key=lambda scheme: sum(plan.scheme is scheme for plan in plans))
+        few = min(schemes & {plan.scheme for plan in plans}, key=lambda scheme: sum(plan.scheme is scheme for plan in plans))
         some = [plan.layer.name for plan in plans if plan.scheme is few]
         told = f"{', '.join(some[:3])}{' …' if len(some) > 3 else ''}"
         raise UnsupportedError(

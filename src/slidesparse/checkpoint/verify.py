@@ -87,8 +87,8 @@ def verify(
     claims = _claims(checkpoint, pattern)
     total = sum(layer.nbytes for layer, _ in claims)
     tensors, quantised = checkpoint.tensors, (checkpoint.config.get("quantization_config") or {}).get("quant_method") == METHOD
-    reader = find_reader(checkpoint.config, list(tensors)) if find_reader and quantised else None
-    report, done = VerifyReport(checkpoint.path, contradictions=contradictions(checkpoint.config, tensors, reader)), 0
+    others = find_reader(checkpoint.config, list(tensors)) if find_reader and quantised else None
+    report, done = VerifyReport(checkpoint.path, contradictions=contradictions(checkpoint.config, tensors, others)), 0
     with TensorReader() as reader:
         for layer, claimed in claims:
             report.layers.append(_verify_layer(reader, layer, claimed, other))
@@ -210,7 +210,8 @@ def _quantize_like(reader: TensorReader, layer: Layer, values: Tensor) -> tuple[
 
 def _different_tensors(reader: TensorReader, checkpoint: Checkpoint, other: Checkpoint, layers: set[str]) -> list[str]:
     """Tensors that are no layer's and are missing on one side or not bitwise equal; layers stored otherwise are compared as weights."""
-    restored = {name for name, twin in other.layers.items() if twin.restored and f"{name}.weight" in checkpoint.tensors} - layers
+    as_stored = {name for name, layer in checkpoint.layers.items() if layer.restored} | layers
+    restored = {name for name, twin in other.layers.items() if twin.restored and f"{name}.weight" in checkpoint.tensors} - as_stored
     mine, theirs = _rest(checkpoint, layers), _rest(other, layers | restored)
     mine = {name: info for name, info in mine.items() if name.rpartition(".")[0] not in restored}
     different = sorted(mine.keys() ^ theirs.keys())

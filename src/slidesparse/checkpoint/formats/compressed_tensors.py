@@ -23,12 +23,12 @@ BITMASKS = ("sparse-bitmask", "sparse-24-bitmask")
 class Quantized(Layer):
     """A layer with dense quantised weights and their scales."""
 
-    holds = "dense quantised weights with scales"
+    holds, may_stay = "dense quantised weights with scales", ("dense",)
 
     @property
-    def may_stay(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Only with one scale for every row: a checkpoint has one strategy, and that is the one written."""
-        return () if self.one_scale else ("dense",)
+    def restored(self) -> bool:  # type: ignore[override]
+        """Only with one scale for every row: an output has one strategy, which is a scale per row."""
+        return self.one_scale
 
     def _read(self, reader: TensorReader, ranges: Iterable[tuple[int, int]]) -> Iterator[Block]:
         for first, last in ranges:
