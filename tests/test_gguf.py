@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 from slidesparse.errors import CheckpointError, OutputExistsError
 
 gguf = pytest.importorskip("gguf")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 
 from slidesparse.integrations.gguf import import_gguf  # noqa: E402 - only where gguf is installed
 
@@ -21,7 +23,7 @@ HIDDEN, INNER, HEADS, LAYERS = 64, 96, 2, 2
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(c) for c in range(ord("a"), ord("z") + 1)), "Ġ", "ab", "abc"]
 
 
-def write_gguf(path: Path, tied: bool = True) -> dict[str, np.ndarray]:
+def write_gguf(path: Path, tied: bool = True, meta: Callable = lambda writer: None) -> dict[str, np.ndarray]:
     """A tiny Llama with Q8_0 weights; returns the values they dequantise to."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
@@ -40,6 +42,7 @@ def write_gguf(path: Path, tied: bool = True) -> dict[str, np.ndarray]:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+    meta(writer)
     random, values = np.random.default_rng(0), {}
 
     def add(name: str, *shape: int) -> None:
@@ -134,6 +137,30 @@ def test_what_is_not_a_whole_gguf_file_is_refused(tmp_path: Path) -> None:
             import_gguf(other, out)
         assert "\n" not in str(caught.value) and "other.gguf" in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.gguf", "tiny.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("meta", "told"),
+    [
+        (lambda writer: writer.add_uint16("split.count", 2), "is one of 2 parts of a split file"),
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), r"asks for rope scaling \(linear\)"),
+        (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(16, dtype=np.float32)), "asks for rope scaling"),
+    ],
+)
+def test_what_would_be_left_out_is_refused(tmp_path: Path, meta: Callable, told: str) -> None:
+    write_gguf(tmp_path / "tiny.gguf", meta=meta)
+    with pytest.raises(CheckpointError, match=told):
+        import_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+
+
+def test_neighbours_are_not_taken_for_parts_of_the_file(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    other = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE({"z": 0}, [])))
+    other.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
+    import_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("abc").input_ids == [TOKENS.index("abc")]
+    assert json.loads((tmp_path / "out/config.json").read_text())["hidden_size"] == HIDDEN
 
 
 def test_a_failed_write_leaves_nothing_and_the_old_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,8 +91,20 @@ def _special_tokens(source: Path) -> dict[str, int]:
         raise CheckpointError(f"{source}: damaged or cut short ({error})") from error
     if not reader.tensors:
         raise CheckpointError(f"{source}: holds no tensors")
+    _check_whole(source, reader)
     fields = {token: reader.fields.get(f"tokenizer.ggml.{key}_token_id") for token, key in _TOKEN_KEYS.items()}
     return {token: int(field.contents()) for token, field in fields.items() if field is not None}
+
+
+def _check_whole(source: Path, reader: Any) -> None:
+    """Refuse what transformers' loader would leave out: the other parts of a split file, and rope scaling."""
+    told = {key: field.contents() for key, field in reader.fields.items() if key.endswith(("split.count", ".rope.scaling.type"))}
+    if (parts := told.pop("split.count", 1)) > 1:
+        raise CheckpointError(f"{source} is one of {parts} parts of a split file: join them first (llama-gguf-split --merge)")
+    scaling = next(iter(told.values()), "none")
+    if scaling != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        kind = scaling if scaling != "none" else "by rope_freqs.weight"
+        raise CheckpointError(f"{source} asks for rope scaling ({kind}), which transformers drops when it loads GGUF: import another form")
 
 
 def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -101,9 +114,11 @@ def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UnsupportedError("importing GGUF needs transformers: pip install slidesparse[gguf]") from error
     where: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, output_loading_info=True, **where)
-        with _quiet("transformers"):
-            tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
+        # In a folder of its own: transformers would take the neighbours' tokenizer and configuration.
+        with tempfile.TemporaryDirectory() as folder, _quiet("transformers"):
+            (Path(folder) / source.name).symlink_to(source.resolve())
+            model, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **where)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **where)
     except (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
         raise CheckpointError(f"{source}: transformers cannot load it ({str(error).strip().splitlines()[0]})") from error
     for kind in ("missing_keys", "mismatched_keys"):
