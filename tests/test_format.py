@@ -79,7 +79,7 @@ def test_the_json_form():
         ({"ignore": [1]}, "ignore must be a list of layer names"),
         ({"overrides": ["a"]}, "overrides must map layer names to str"),
         ({"overrides": {"a": 6}}, "overrides must map layer names to str"),
-        ({"overrides": {"a": "7:8"}}, "nearest is 6:8"),
+        ({"overrides": {"a": "7:8"}}, "nearest is 14:16"),
         ({"activations": None}, "activations is None, which is not implemented: int8 layers compute with {'dtype': 'int8'"),
         ({"activations": {"dtype": "fp8"}}, "activations.dtype is 'fp8', which is not implemented: int8 layers compute with 'int8'"),
         ({"activations": {"dtype": "int8", "strategy": "tensor"}}, "activations.strategy is 'tensor', which is not implemented"),

@@ -62,8 +62,8 @@ SCHEMES = {
     )
 }
 
-FP32 = Scheme("fp32", torch.float32)
-"""32-bit weights: read and pruned, but with no packed form, so not one of `SCHEMES`."""
+FP32, FP64 = Scheme("fp32", torch.float32), Scheme("fp64", torch.float64)
+"""32- and 64-bit weights: read and pruned, but with no packed form, so not among `SCHEMES`."""
 
 
 def scheme_named(name: str) -> Scheme:

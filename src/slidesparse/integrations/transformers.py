@@ -27,10 +27,10 @@ from ..gemm import Problem
 from ..gemm.layouts import LAYOUTS
 from ..nn import SlideSparseLinear, accelerate, place
 from ..pattern import Pattern
+from .calibration import TOKENIZER_FILES
 from .transformers_files import StoredTensors, check_layer, check_rest, restore_scales
 
 _LOG = getLogger(__name__)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 class SlideSparseConfig(QuantizationConfigMixin):
@@ -87,7 +87,10 @@ class SlideSparseQuantizer(HfQuantizer):
         if ignored or f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
             return True
         # A head that the checkpoint never had, as in a classifier on a language model's body.
-        return not stored.strict and f"{name}.weight" not in stored.tensors
+        new = not stored.strict and f"{name}.weight" not in stored.tensors
+        if new:
+            config.ignore.append(name)  # `save_pretrained` writes it dense, and says so
+        return new
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for module in model.modules():
@@ -179,8 +182,8 @@ def open_tokenizer(path: Path) -> Any:
     Raises:
         CheckpointError: there is none, or transformers cannot load it.
     """
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise CheckpointError(f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy the one of the original model there")
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the one of the original model there")
     with _one_line(path):
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
