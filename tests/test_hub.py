@@ -108,6 +108,19 @@ def test_a_name_is_fetched_once_and_then_taken_from_the_cache(hub: ThreadingHTTP
     assert Path(ask(hub, "org/tiny", tmp_path)) == found and weights.exists()
 
 
+def test_commands_take_a_name(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    places = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    program = "from slidesparse.cli import main; main()"
+    for words, code, told in (
+        (["inspect", "org/tiny"], 0, "q_proj"),
+        (["convert", "org/none", "out"], 1, "the hub knows no model org/none"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words], capture_output=True, text=True, env=os.environ | places, cwd=tmp_path, check=False
+        )
+        assert done.returncode == code and told in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_folder_of_that_name_wins(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
     (tmp_path / "org" / "tiny").mkdir(parents=True)
     assert ask(hub, "org/tiny", tmp_path) == "org/tiny"

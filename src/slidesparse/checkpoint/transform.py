@@ -125,6 +125,8 @@ def _store(block: Block, plan: LayerPlan, recipe: Recipe) -> Iterator[tuple[str,
     else:
         if stored is not None and recipe.method is None and (violation := pack.find_violation(block.values, stored, first_row=block.first)):
             raise violation
-        yield "weight_packed" if scheme.pair else "weight", block.first, block.values
+        # A twin holds what the packed form gives back.
+        values = block.values if stored is None else pack.without_negative_zeros(block.values)
+        yield "weight_packed" if scheme.pair else "weight", block.first, values
     if block.scale is not None:
         yield "weight_scale", block.first, block.scale

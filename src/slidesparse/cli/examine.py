@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..pattern import Pattern
 from . import screen, tuning
-from .produce import Json, Model, _pattern
+from .produce import Json, Model, _pattern, model_folder
 
 _SHOWN = 12
 
@@ -97,7 +97,9 @@ def _layer_table(rows: list, every: bool) -> Table:
 
 def verify(
     model: Model,
-    against: Annotated[Path | None, typer.Option(help="Masked or original checkpoint whose weights must be these under the mask.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Masked or original checkpoint whose weights must be these under the mask.", callback=model_folder)
+    ] = None,
     pattern: Annotated[
         Pattern | None,
         typer.Option("--pattern", "-p", parser=_pattern, metavar="KEPT:GROUP", help="Ask for this one, whatever the checkpoint claims."),

@@ -66,7 +66,23 @@ def _device(name: str) -> str:
     return name
 
 
-Model = Annotated[Path, typer.Argument(help="Model directory: config.json and safetensors.", show_default=False)]
+def model_folder(model: Path | None) -> Path | None:
+    """The folder itself, or that of the hub's model of this name."""
+    if model is None or model.exists():
+        return model
+    from ..integrations.hub import model_folder as find
+
+    return find(model)
+
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder with config.json and safetensors, or a name on the Hugging Face hub: org/name or org/name@revision.",
+        callback=model_folder,
+        show_default=False,
+    ),
+]
 Out = Annotated[Path, typer.Argument(help="Directory to create.", show_default=False)]
 PatternOption = Annotated[
     Pattern, typer.Option("--pattern", "-p", parser=_pattern, metavar="KEPT:GROUP", help="At most KEPT of GROUP weights kept.")
