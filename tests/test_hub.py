@@ -78,6 +78,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
     source = tmp_path / "source"
     tiny.build(source)
+    (source / "tokenizer_config.json").write_text("{}")  # a model in the cache without one is fetched again
     handler = type("Handler", (Hub,), {"folder": source, "asked": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -331,3 +332,36 @@ def test_an_interrupted_run_leaves_no_folder_in_the_way(tmp_path, monkeypatch):
     assert (tmp_path / "out.incomplete/1_Pooling").is_dir()
     convert(source, tmp_path / "out", Recipe(Pattern.parse("4:6"), "magnitude"), overwrite=True)
     assert (tmp_path / "out/1_Pooling/config.json").is_file() and not (tmp_path / "out.incomplete").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"ignore": ["re:*foo"]}, r"'re:\*foo' is no layer's name and no regular expression"),
+        ({"ignore": [1]}, "1 is no layer's name"),
+        ({"config_groups": {"group_0": {"weights": "int8"}}}, "weights is 'int8', which describes no scheme"),
+        ({"config_groups": {"group_0": {"weights": {"num_bits": [8]}}}}, "describes no scheme"),
+    ],
+)
+def test_a_quantization_config_that_cannot_be_meant_is_one_line(tmp_path, change, told):
+    source = models.write(tmp_path / "model", models.llama_tensors())
+    config = models.config_of(source)
+    base = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": base | change}))
+    with pytest.raises(CheckpointError, match=told):
+        convert(source, tmp_path / "out", Recipe(Pattern(6, 8), "magnitude"))
+
+
+def test_a_class_that_cannot_be_built_stands_in_nobodys_way(tmp_path):
+    source = models.write(tmp_path / "model", models.llama_tensors())
+    config = models.config_of(source)
+    (source / "config.json").write_text(json.dumps(config | {"pad_token_id": config["vocab_size"]}))
+    convert_with_readers(source, tmp_path / "out", Recipe(Pattern(6, 8), "magnitude"))
+
+
+def test_folders_behind_links_are_left_and_named(tmp_path):
+    source = models.write(tmp_path / "model", models.llama_tensors())
+    (source / "extra").mkdir()
+    (source / "extra" / "up").symlink_to("..")
+    report = convert(source, tmp_path / "out", Recipe(Pattern(6, 8), "magnitude"))
+    assert report.left_out == ["extra"] and not (tmp_path / "out" / "extra").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -121,10 +123,16 @@ def scaled_nvfp4(whole: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
     return blocks.mul_(own / global_scale.to(torch.float32)).flatten(1)
 
 
+@cache
+def _fp4_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The sixteen e2m1 values by code; made once, since no table can come from the host while a CUDA graph is captured."""
+    with torch.inference_mode(False):
+        return torch.tensor((*_FP4, *(-value for value in _FP4)), dtype=dtype, device=device)
+
+
 def _times_blocks(packed: Tensor, scale: Tensor) -> Tensor:
     codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).int()
-    table = torch.tensor((*_FP4, *(-value for value in _FP4)), dtype=scale.dtype, device=packed.device)
-    blocks = table[codes].view(packed.shape[0], -1, BLOCK)
+    blocks = _fp4_table(scale.dtype, packed.device)[codes].view(packed.shape[0], -1, BLOCK)
     return blocks.mul_(scale.unsqueeze(-1)).flatten(1)
 
 

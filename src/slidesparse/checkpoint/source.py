@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -112,6 +113,9 @@ class Checkpoint:
             if hidden or file.name in (*self.shards, "config.json", INDEX) or file.name.endswith(".index.json"):
                 continue
             inside = [file, *file.rglob("*")] if file.is_dir() else [file]
+            if any(each.is_symlink() and each.is_dir() for each in inside):
+                left.append(file)  # what is behind a link to a folder may have no end
+                continue
             weights = any(each.match(pattern) for each in inside for pattern in _OTHER_WEIGHTS)
             _check_links(inside)
             if weights or file.is_dir() or file.is_file():
@@ -138,7 +142,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         # What looks like the name of a model on the hub is most likely meant as one.
         hub = not path.is_absolute() and len(path.parts) == 2 and not path.parent.is_dir()
-        fetch = f"; a model of the hub must be downloaded first: hf download {path} --local-dir DIRECTORY" if hub else ""
+        fetch = f"; a model of the hub must be downloaded first, as commands do: hf download {path} --local-dir DIRECTORY" if hub else ""
         raise CheckpointError(f"{path}: no such directory{fetch}")
     file = path / "config.json"
     try:
@@ -165,7 +169,20 @@ def read_config(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{file}: {key} should be a {kind.__name__}, got {place.get(key) if isinstance(place, dict) else place!r}"
             )
+    if isinstance(quantization, dict):
+        groups = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, dict)]
+        for names in (quantization.get("ignore"), *(group.get("targets") for group in groups)):
+            _check_names(names, file)
     return config
+
+
+def _check_names(names: object, file: Path) -> None:
+    """Refuse layer names of compressed-tensors' kind that nobody can match."""
+    for name in names if isinstance(names, list) else ():
+        try:
+            re.compile(name.removeprefix("re:"))
+        except (AttributeError, re.error) as error:
+            raise CheckpointError(f"{file}: {name!r} is no layer's name and no regular expression ({error})") from error
 
 
 def _shard_names(path: Path) -> list[str]:

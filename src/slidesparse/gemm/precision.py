@@ -14,8 +14,8 @@ _SWITCHING = Lock()
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a [M, K] @ b [K, N]``; of float32 without TF32 or bfloat16 inside.
 
-    Where the user allowed these for speed, the setting is another one for the length of the call: products that other threads start
-    meanwhile are more exact than they had to be.
+    Where the user allowed these for speed, the setting is another one for the length of the call. Meanwhile products of other threads are
+    more exact than they had to be, and torch refuses to tell them ``allow_tf32``, the older name of the setting.
     """
     setting = _SETTINGS.get(a.device.type) if a.dtype == torch.float32 else None
     if setting is None or setting.fp32_precision in ("ieee", "none"):

@@ -105,6 +105,7 @@ class Runner:
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self(x, bias)
+        # `gradient.wanted`, without a call in every call.
         if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
             return gradient.Differentiable.apply(x, bias, self, self.input_gradient)
         ready, kind = self.ready, None if bias is None else bias.dtype
@@ -124,12 +125,15 @@ class Runner:
     def input_gradient(self, grad: Tensor) -> Tensor:
         """The gradient ``[M, N]`` of an output → that of the activations ``[M, K]``, of the same type, see `gradient`.
 
-        Weights are restored for the call and not kept, from a copy that is dense or else from the packed weights, wherever these lie.
+        Weights are restored for the call and not kept, from a copy that is dense or else from the packed weights. Where these lie on the
+        host, they are moved, which cannot happen while a CUDA graph is captured.
         """
         kinds = [ready for (dtype, device, _), ready in self._kinds.items() if (dtype, device) == (grad.dtype, grad.device)]
         ready = kinds[0] if kinds else self.prepare(grad.dtype, grad.device)
         problem, layouts = ready.problem, tuple(ready.copies)
         if "dense" not in layouts and not self.weights.packed.values.is_meta:
+            if self.weights.packed.values.device != grad.device:
+                refuse_capture()
             weights, layout = self.weights.to(grad.device), "packed"
             copy = LAYOUTS[layout].prepare(problem, weights)
         else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checkpoint.source import INDEX, SINGLE
 from ..checkpoint.staging import Staging, write_json
 from ..checkpoint.tensorfile import DTYPE_NAMES, TensorWriter
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, SlideSparseError, UnsupportedError
 from .gguf_file import ROPE_FREQUENCIES, GgufFile
 
 if TYPE_CHECKING:
@@ -88,9 +88,10 @@ class _Names:
         """
         left, merged = [], file.main_dtype
         for name in file.tensors:
-            found = self.processor.process(
-                weights=file.dequantised(name), name=name, tensor_key_mapping=self.known, parsed_parameters=self.parsed
-            )
+            with _one_line(file.path):
+                found = self.processor.process(
+                    weights=file.dequantised(name), name=name, tensor_key_mapping=self.known, parsed_parameters=self.parsed
+                )
             if found.name in self.known:
                 yield self.known[found.name], torch.from_numpy(found.weights.copy()).to(dtype or file.dtype(name))
             elif found.name is None:
@@ -215,13 +216,14 @@ def _tidy_tokenizer(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _one_line(source: Path) -> Iterator[None]:
-    """What transformers cannot load, as one line."""
+    """What transformers or gguf cannot read, as one line."""
     try:
         yield
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, NotImplementedError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{source}: transformers cannot load it ({str(error).strip().splitlines()[0]})") from error
+    except SlideSparseError:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, AssertionError) as error:
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{source}: transformers cannot load it ({first})") from error
 
 
 @contextlib.contextmanager

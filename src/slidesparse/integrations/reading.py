@@ -1,4 +1,4 @@
-"""How other libraries read a compressed-tensors checkpoint: the modules of transformers' class, and compressed-tensors' own matching."""
+"""How other libraries read a checkpoint: which modules transformers' class has, and how compressed-tensors matches their names."""
 
 from __future__ import annotations
 
@@ -59,5 +59,16 @@ def _empty(config: dict[str, Any]) -> nn.Module | None:
     try:
         with torch.device("meta"):
             return kind(transformers.AutoConfig.for_model(**plain))
-    except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, StrictDataclassError):
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        StrictDataclassError,
+    ):
         return None

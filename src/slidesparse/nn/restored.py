@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedError
 
@@ -37,7 +38,7 @@ class RestoredWeight(torch.Tensor):
             UnsupportedError: it did; names the layer.
         """
         kwargs, untried = kwargs or {}, getattr(func, "__name__", "") in _WRITES
-        given = [one for one in (*args, *kwargs.values()) if isinstance(one, RestoredWeight)]
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, RestoredWeight)]
         with torch._C.DisableTorchFunctionSubclass():
             before = [one._version for one in given]
             result = None if untried else func(*args, **kwargs)

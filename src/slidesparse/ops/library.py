@@ -22,7 +22,7 @@ def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | No
     """Add an op, and return it as a function: ``cuda`` runs on CUDA tensors, ``oracle`` (if any) on all others, ``fake`` gives shapes.
 
     Kernels run on the device of the op's first tensor, whichever device is current. The function refuses to be recorded by autograd unless
-    the op is ``differentiable``: quantised values have no gradient, and kernels none that autograd knows.
+    the op is ``differentiable``: quantised values have no gradient, and autograd does not know what kernels do.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -55,25 +55,35 @@ def has_triton() -> bool:
     return triton_fault() is None
 
 
-@cache
 def triton_fault() -> str | None:
     """Why Triton compiles no kernels here, None if it does: on a GPU the least of them was run, elsewhere Triton need only be there.
 
     It needs a C compiler and NVIDIA's assembler besides, which are found missing only when it compiles.
+
+    Raises:
+        torch.OutOfMemoryError: no memory is left on the GPU to try it.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
         return None
+    return _tried()
+
+
+@cache
+def _tried() -> str | None:
     try:
         from .kernels_probe import TritonError, probe_kernel
     except (ImportError, OSError, RuntimeError) as error:
         return _told(error)
     try:
-        probe_kernel[(1,)](torch.empty(1, dtype=torch.int32, device="cuda"))
+        out = torch.zeros(1, dtype=torch.int32, device="cuda")
+        probe_kernel[(1,)](out)
+        return None if out.item() == 1 else _told(RuntimeError("a kernel wrote nothing"))
+    except torch.OutOfMemoryError:
+        raise  # tells nothing of Triton
     except (OSError, RuntimeError, AssertionError, SubprocessError, TritonError) as error:  # it asserts that there is a driver, too
         return _told(error)
-    return None
 
 
 def _told(error: Exception) -> str:

@@ -131,6 +131,9 @@ def read_quantization(path: Path, config: dict[str, Any]) -> Quantization | None
 def _of_group(told: str, group: dict[str, Any]) -> Quantization:
     """The one scheme of a group; refuses what would be computed otherwise than its maker meant."""
     weights, activations = group.get("weights") or {}, group.get("input_activations")
+    for part, name in ((weights, "weights"), (activations or {}, "input_activations")):
+        if not isinstance(part, dict) or any(isinstance(part.get(key), list | dict) for key in ("num_bits", "type", "strategy")):
+            raise CheckpointError(f"{told}: {name} is {part!r}, which describes no scheme")
     kind = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
     if kind == (4, "float", "tensor_group") and weights.get("symmetric", True) and activations is None:
         return Quantization(SCHEMES["nvfp4"])
