@@ -42,11 +42,14 @@ class Block:
 class Layer:
     """One linear layer ``[n, k]``; ``pattern`` is set when packed.
 
-    ``tensors`` are the layer's own by suffix, the one with the weights first. Each format is a subclass, in a file of its own, and says:
-    what its layer ``holds``, in words; whether these are ``plain`` weights of 16 or 32 bits, and nothing else; in which forms of output
-    they ``may_stay`` as they are, for quantised ones in a packed checkpoint are what no loader expects; whether they are converted
-    ``by_default``, when nobody names them; whether one that is not converted must be ``restored`` to ordinary weights; and whether it is a
-    ``vector`` of one row, which can only be restored.
+    ``tensors`` are the layer's own by suffix, the one with the weights first. Each format is a subclass in a file of its own, and says:
+
+    - what its layer ``holds``, in words;
+    - whether these are ``plain`` weights of 16 or 32 bits, and nothing else;
+    - in which forms of output they ``may_stay`` as they are: no loader expects quantised ones in a packed checkpoint;
+    - whether they are converted ``by_default``, when nobody names them;
+    - whether one that is not converted must be ``restored`` to ordinary weights;
+    - whether it is a ``vector`` of one row, which can only be restored.
     """
 
     name: str

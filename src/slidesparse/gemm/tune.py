@@ -317,7 +317,7 @@ class Bench:
     def _fault(
         self, calls: Sequence[Callable[[], Tensor]], m: int, expected: Callable[[int], tuple[Tensor, Tensor]], roundings: int = 1
     ) -> str | None:
-        """Why outputs are wrong; they must be so for two draws of activations: the largest of many errors may be an unlucky one."""
+        """Why outputs are wrong. One draw of activations may give one large error by chance, so outputs must be wrong for two draws."""
         reason = None
         for draw, call in enumerate(calls[:2]):
             try:

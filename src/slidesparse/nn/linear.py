@@ -321,7 +321,8 @@ class SlideSparseLinear(nn.Module):
     def _made_ready(self, made: tuple[Runner, _Stored] | None, dtype: torch.dtype, device: torch.device) -> Runner:
         """A new runner, made ready for these types. Packed weights that no route reads are then in host memory.
 
-        Where stored tensors come for a call and go after it, nothing else stays: the packed ones run, and are checked in the first call.
+        An offloaded layer, whose stored tensors come for a call and go after it, keeps no copies: its packed weights run. They are checked
+        in the first call.
         """
         refuse_capture()
         held = self._buffers
