@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from slidesparse.quant import quantize_weight
+
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -87,3 +89,24 @@ def edit_tensors(path: Path, **changes: Tensor) -> None:
     """Rewrite model.safetensors with some tensors replaced."""
     tensors = read(path) | changes
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def w8a8(tensors: dict[str, Tensor], leave: tuple[str, ...] = (), kind: str = "int8") -> dict[str, Tensor]:
+    """The same tensors with their linear layers in 8 bits, as llm-compressor stores them; heads and experts too, all but ``leave``."""
+    out = dict(tensors)
+    for name, weight in tensors.items():
+        layer = name.removesuffix(".weight")
+        if weight.dim() == 2 and "embed" not in name and not name.endswith("mlp.gate.weight") and layer not in leave:
+            out[name], out[f"{layer}.weight_scale"] = quantize_weight(weight, kind)
+    return out
+
+
+def w8a8_config(ignore: tuple[str, ...] = ("lm_head",), kind: str = "int8", **changes: object) -> dict:
+    """config.json of such a checkpoint; ``changes`` of its weights (``weights=…``), activations, or of quantization_config."""
+    values = {"num_bits": 8, "type": "int" if kind == "int8" else "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+    weights = values | changes.pop("weights", {})
+    activations = changes.pop("activations", {})
+    activations = None if activations is None else values | {"strategy": "token", "dynamic": True} | activations
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
+    quantization = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": group}}
+    return LLAMA | {"dtype": "bfloat16", "quantization_config": quantization | {"ignore": list(ignore)} | changes}

@@ -254,11 +254,12 @@ def test_exit_codes(run, tmp_path, dense, ids):
     for wrong in (["--samples", 0], ["--length", 0], ["--method", "best"], ["--reconstruct", -1], ["--samples", "many"]):
         code, out, err = run("prune", dense, tmp_path / "out", "--calibration", ids, *wrong)
         assert code == 2 and not out and wrong[0] in err, wrong
+    code, out, err = run("convert", dense, tmp_path / "out", "--method", "magnitude", "--reconstruct", 5)
+    assert code == 2 and not out and "reconstruction goes with" in err
     at_fault = (
-        (["--method", "magnitude", "--reconstruct", 5], "reconstruction goes with"),
         (["--calibration", tmp_path / "missing.npy"], "no such file to calibrate on"),
         (["--calibration", ids, "--length", 30], "too few for one sample of 30"),
-        ([], "has no tokenizer"),
+        (["--method", "admm"], "has no tokenizer"),
     )
     for wrong, told in at_fault:
         code, out, err = run("convert", dense, tmp_path / "out", *wrong)

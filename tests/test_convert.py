@@ -111,6 +111,16 @@ def test_dense_twins_are_what_other_engines_read(tmp_path):
     assert same(models.read(tmp_path / "masked")[f"{LAYER}.weight"], reference.prune(models.read(source)[f"{LAYER}.weight"], SIX))
 
 
+def test_a_twin_holds_the_bits_that_packed_weights_give_back(tmp_path):
+    tensors = models.llama_tensors()
+    tensors[f"{LAYER}.weight"][:, ::3] *= -1e-6  # far below fp8's smallest step: these round to -0.0
+    source = models.write(tmp_path / "source", tensors)
+    for form in ("packed", "dense"):
+        convert(source, tmp_path / form, Recipe(SIX, "magnitude", "fp8", form))
+    twin = models.read(tmp_path / "dense")[f"{LAYER}.weight"]
+    assert twin.dtype == torch.float8_e4m3fn and same(twin, restored(tmp_path / "packed", LAYER))
+
+
 def test_masks_from_elsewhere_are_detected_per_layer_and_negative_zero_is_a_zero(tmp_path):
     tensors = models.llama_tensors()
     for name, weight in tensors.items():

@@ -185,8 +185,10 @@ def test_config_that_the_tensors_contradict(run, packed):
     models.edit_config(packed, pattern="5:8")
     refused(run("verify", packed), "config.json", "5:8")
     models.edit_config(packed, pattern="6:8", weights={"dtype": "fp8"})
+    refused(run("verify", packed), "config.json", "activations.dtype is 'int8'", "fp8")
+    models.edit_config(packed, activations={"dtype": "fp8"})
     refused(run("verify", packed), "I8", "fp8")
-    models.edit_config(packed, weights={"dtype": "int8"}, version=2)
+    models.edit_config(packed, weights={"dtype": "int8"}, activations={"dtype": "int8"}, version=2)
     refused(run("verify", packed), "version 2", "upgrade")
     models.edit_config(packed, version=1, in_features={"model.layers.0.mlp.down_proj": 92})
     refused(run("verify", packed), "model.layers.0.mlp.down_proj", "K = 92")
@@ -285,10 +287,14 @@ def test_ctrl_c_for_real(tmp_path):
 
 def test_usage_errors_exit_with_two(run, dense, tmp_path):
     for arguments in (["--pattern", "5:8"], ["--pattern", "six"], ["--scheme", "int4"], ["--nonsense"]):
-        status, _, err = run(*CONVERT, dense, tmp_path / "out", *arguments)
-        assert status == 2 and err, arguments
-    assert run("convert")[0] == 2
-    refused(run(*CONVERT, dense, tmp_path / "out", "--ignore", "re:("), "bad regular expression")
+        refused(run(*CONVERT, dense, tmp_path / "out", *arguments), arguments[0], "(see slidesparse convert --help)", code=2)
+    refused(run("convert"), "Missing argument", code=2)
+    refused(run(*CONVERT, dense, tmp_path / "out", "--ignore", "re:("), "bad regular expression", code=2)
+    refused(run(*CONVERT, dense, tmp_path / "out", "--device", "gpu"), "--device", "'gpu'", "cuda:N", code=2)
+    refused(run("generate", dense, "word", "--device", "gpu"), "--device gpu", code=2)
+    refused(run(*CONVERT, dense, tmp_path / "out", "--method", "magnitude", "--reconstruct", "3"), "reconstruction", code=2)
+    status, _, err = run()
+    assert status in (0, 2) and not err.startswith("error")
 
 
 def test_json_output_is_json(run, dense, packed, tmp_path):

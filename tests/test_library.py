@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slidesparse import doctor
+from slidesparse.format import SCHEMES
+from slidesparse.gemm import Problem, Route
+from slidesparse.gemm.kernels import refusal, unmeasured
 from slidesparse.ops import launch, library
+from slidesparse.pattern import Pattern
 
 
 class Mode(TorchDispatchMode):
@@ -16,24 +24,47 @@ class Mode(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Functions(TorchFunctionMode):
+    """Sees every function and changes nothing."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
 def watchers():
-    return [Mode(), torch.device("cpu"), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])]
+    return [Mode(), Functions()]
 
 
-def test_modes_profilers_and_transforms_watch() -> None:
+def bystanders():
+    """What must not change what runs."""
+    return [torch.device("cpu"), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])]
+
+
+def test_modes_tracers_and_transforms_watch_and_nobody_else_does() -> None:
     assert not launch._watched()
     for watcher in watchers():
         with watcher:
             assert launch._watched()
+            with torch.device("cpu"):
+                assert launch._watched()
+    for bystander in bystanders():
+        with bystander:
+            assert not launch._watched()
+    torch.set_default_device("cpu")
+    try:
+        assert not launch._watched()
+    finally:
+        torch.set_default_device(None)
     seen = []
     torch.func.vmap(lambda x: (seen.append(launch._watched()), x)[1])(torch.ones(2))
-    assert seen == [True] and not launch._watched()
+    torch.jit.trace(lambda x: (seen.append(launch._watched()), x + 1)[1], torch.ones(2), check_trace=False)
+    assert seen == [True, True] and not launch._watched()
 
 
 class OnCard:
     """Stands for a tensor on a card."""
 
-    is_cuda = True
+    is_cuda, requires_grad = True, False
 
     def get_device(self) -> int:
         return 0
@@ -49,6 +80,9 @@ def test_a_plain_tensor_on_a_card_goes_to_the_kernel(op, monkeypatch: pytest.Mon
     monkeypatch.setattr(library, "current_device", lambda: 0)
     monkeypatch.setattr(launch, "_PLAIN", (OnCard,))
     assert op(OnCard(), 3) == ("kernel", 3)
+    for bystander in bystanders():
+        with bystander:
+            assert op(OnCard(), 4) == ("kernel", 4)
     for watcher in watchers():
         # The dispatcher takes tensors only, which shows that it was asked.
         with watcher, pytest.raises(RuntimeError, match="stands_for_any"):
@@ -56,3 +90,35 @@ def test_a_plain_tensor_on_a_card_goes_to_the_kernel(op, monkeypatch: pytest.Mon
     monkeypatch.setattr(launch, "_PLAIN", (torch.Tensor,))
     with pytest.raises(RuntimeError, match="stands_for_any"):
         op(OnCard(), 3)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch finds a card, and Triton, which is real, fails to compile for it."""
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **kind: empty(*size, **kind))
+    library._tried.cache_clear()
+    yield
+    library._tried.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here Triton compiles")
+def test_a_triton_that_cannot_compile_is_named_once_and_nothing_runs_on_it(no_compiler, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        assert not library.has_triton() and not library.runs_kernels(torch.device("cuda"), torch.bfloat16)
+    (told,) = caplog.messages
+    assert told.startswith("triton cannot compile here: ") and told.endswith("; kernels of torch run instead") and "\n" not in told
+    fault = library.triton_fault()
+    problem = Problem(64, 64, Pattern(6, 8), SCHEMES["int8"], (9, 0), torch.bfloat16)
+    assert refusal(Route("dense", "triton"), problem) == fault
+    assert unmeasured(problem, 128, "dense") == Route("dense", "cublaslt")
+    found = {one.what: one for one in doctor._packages()}
+    assert not found["triton"].ok and found["triton"].found and fault in found["triton"].means
+
+
+def test_where_triton_need_only_be_there_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for spec, fault in ((object(), None), (None, "triton is not installed")):
+        monkeypatch.setattr(library.importlib.util, "find_spec", lambda name, spec=spec: spec)
+        assert library.triton_fault() == fault

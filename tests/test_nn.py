@@ -152,6 +152,19 @@ def test_compiles() -> None:
     check_bitwise(compiled(x[:3]), layer(x[:3]))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "bf16", "nvfp4"])
+def test_traces(scheme: str) -> None:
+    pattern = Pattern(6, 8, unit=2) if scheme == "nvfp4" else SIX_EIGHT
+    layers = [SlideSparseLinear.from_dense(masked(32, 32, pattern=pattern), torch.randn(32), pattern=pattern, scheme=scheme) for _ in "ab"]
+    model = nn.Sequential(layers[0], nn.SiLU(), layers[1])
+    traced = torch.jit.trace(model, torch.randn(2, 3, 32))
+    for shape in ((2, 3, 32), (4, 5, 32)):
+        x = torch.randn(shape)
+        check_bitwise(traced(x), model(x))
+    assert str(traced.inlined_graph).count("slidesparse::linear") == 2
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

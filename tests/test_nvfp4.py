@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from layers import made, tokens
 from slidesparse import reference
 from slidesparse.errors import PatternError, WeightError
 from slidesparse.format import SCHEMES, packed_tensors
+from slidesparse.gemm import Runner
 from slidesparse.pack import check_packed, pack, restore, slide
 from slidesparse.pattern import Pattern
 from slidesparse.prune import prune
-from slidesparse.quant import dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4
+from slidesparse.quant import dequantize_nvfp4, expand_nvfp4, nvfp4_global_scale, quantize_nvfp4, scaled_nvfp4
+from slidesparse.testing import check_bitwise
 
 CODES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NVFP4 = SCHEMES["nvfp4"]
@@ -68,6 +71,29 @@ def test_refusals():
     weight[1, 3] = float("nan")
     with pytest.raises(WeightError, match="row 1, column 3"):
         quantize_nvfp4(weight, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_both_16_bit_types_hold_every_value_times_every_scale_and_give_it_back(dtype):
+    """All 256 pairs of codes by all scales that there may be, against products of Python's numbers."""
+    scale = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).view(-1, 1).expand(-1, 32).contiguous()
+    pairs = torch.arange(256, dtype=torch.uint8).expand(len(scale), -1).contiguous()
+    whole = expand_nvfp4(pairs, scale, dtype)
+    signed = [CODES[code & 7] * (-1 if code & 8 else 1) for code in codes_of(pairs[:1])]
+    assert whole.dtype == dtype and whole.double().tolist() == [[value * one for value in signed] for one in scale[:, 0].tolist()]
+    world = torch.tensor([nvfp4_global_scale(0.37)])
+    check_bitwise(scaled_nvfp4(whole, scale, world), dequantize_nvfp4(pairs, scale, world))
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_stays_resident_has_16_bits(dtype, memory):
+    weights, dense = made(24, 64, "nvfp4", "6:8x2")
+    run, x = Runner(weights, memory=memory), tokens(5, 64, dtype)
+    y = run(x)
+    assert run.resident_bytes == (24 * 64 * 2 if memory == "fast" else 0)
+    assert not [one for copy in run.ready.copies.values() for one in copy if one.dtype == torch.float32 and one.numel() > 1]
+    check_bitwise(y, (x.float() @ dense.t()).to(dtype))
 
 
 @pytest.mark.parametrize("text", ["6:8x2", "2:4x2", "8:12x2@4:8"])

@@ -155,7 +155,7 @@ def test_packed_nan_is_found(tmp_path, dense, scheme):
 
 @pytest.mark.parametrize(
     "change",
-    [{"transform_config": {"rotation": {}}}, {"kv_cache_scheme": {"num_bits": 8}}, {"sparsity_config": {"format": "sparse-24-bitmask"}}],
+    [{"transform_config": {"rotation": {}}}, {"kv_cache_scheme": {"num_bits": 8}}, {"sparsity_config": {"format": "marlin-24"}}],
     ids=lambda change: next(iter(change)),
 )
 def test_settings_that_change_the_meaning_are_refused_not_dropped(tmp_path, dense, change):

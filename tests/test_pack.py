@@ -8,12 +8,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slidesparse import reference
 from slidesparse.errors import PatternError, WeightError
 from slidesparse.format import Packed
 from slidesparse.pack import check_packed, check_scale, detect, find_violation, integer_view, pack, restore, slid_mask, slide
 from slidesparse.pack.codes import count_negative_zeros
+from slidesparse.pack.packing import _bit_flags, _byte_flags
 from slidesparse.pattern import KNOWN, Pattern
 
 GENERAL = [Pattern.parse(t) for t in ("2:3@1:2", "3:4@1:2", "8:12@4:8", "12:16@4:8", "2:5@1:4", "6:7@3:4")]
@@ -267,3 +269,34 @@ def test_bytes_of_the_packed_form(rng):
         for dtype, size in ((torch.bfloat16, 2), (torch.int8, 1)):
             packed = pack(sparse(2, k, pattern, dtype, rng), pattern)
             assert packed.nbytes == 2 * (k * pattern.kept // pattern.group * size + k // 8)
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of a tensor with memory of its own that was made."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made, given = function(*args, **(kwargs or {})), {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
+        if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
+            self.nbytes = max(self.nbytes, made.nbytes)
+        return made
+
+
+def test_keep_bits_of_a_large_layer_are_counted_in_bounded_memory():
+    n, k, pattern = 5000, 8192, Pattern(6, 8)
+    bits = torch.full((n, k // 8), 0b11011110, dtype=torch.uint8)
+    packed = Packed(torch.zeros(n, pattern.packed_k(k), dtype=torch.int8), bits, pattern, k)
+    with Largest() as made:
+        check_packed(packed)
+    assert 0 < made.nbytes <= 1 << 24 < n * k
+    bits[4321, 77] ^= 1
+    with pytest.raises(WeightError, match="row 4331, group 77 has 7 keep-bits"):
+        check_packed(packed, first_row=10)
+
+
+def test_bits_unpack_on_any_device_as_on_a_cpu():
+    every = torch.arange(256, dtype=torch.uint8).view(8, 32)
+    with Largest() as made:
+        flags = _bit_flags(every)
+    assert torch.equal(flags, _byte_flags(every)) and made.nbytes == 8 * 256

@@ -182,8 +182,8 @@ def put(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
     return lambda tensors, config: tensors.update({name: value(tensors[name].clone())})
 
 
-def setting(key: str, value: object) -> Callable:
-    return lambda tensors, config: config["quantization_config"].update({key: value})
+def setting(key: str, value: object, **others: object) -> Callable:
+    return lambda tensors, config: config["quantization_config"].update({key: value, **others})
 
 
 def flip(keep: torch.Tensor) -> torch.Tensor:
@@ -211,7 +211,8 @@ Q = "model.layers.1.self_attn.q_proj"
         (put(f"{Q}.weight_scale", lambda t: t.half()), f"layer {Q}: weight_scale is F16"),
         (setting("pattern", "8:10"), "layer .*pattern 8:10"),
         (setting("pattern", "7:8"), "7:8"),
-        (setting("weights", {"dtype": "fp8"}), "weight_values is I8"),
+        (setting("weights", {"dtype": "fp8"}), "activations.dtype is 'int8', which is not implemented: fp8"),
+        (setting("weights", {"dtype": "fp8"}, activations={"dtype": "fp8"}), "weight_values is I8"),
         (setting("version", 99), "version 99"),
         (setting("ignore", ["lm_head", Q]), f"layer {Q} is packed, but .*ignore"),
         (setting("ignore", []), "layer lm_head has no weight_values .it is stored dense"),

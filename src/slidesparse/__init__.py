@@ -23,7 +23,7 @@ _HOMES = {
     "place": "nn",
     "tune": "gemm.tune",
     "use_plan": "gemm",
-    "verify": "checkpoint",
+    "verify": "integrations.conversion",
 }
 _ROOMS = ("pack", "prune", "quant")  # pure functions on tensors, reached as slidesparse.pack.pack and so on
 
@@ -48,12 +48,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import pack, prune, quant
-    from .checkpoint import Recipe, inspect, verify
+    from .checkpoint import Recipe, inspect
     from .errors import SlideSparseError
     from .format import Packed
     from .gemm import use_plan
     from .gemm.tune import tune
-    from .integrations.conversion import convert
+    from .integrations.conversion import convert, verify
     from .integrations.transformers import load
     from .nn import SlideSparseLinear, accelerate, place
     from .pattern import Pattern

@@ -14,7 +14,7 @@ from .format import scheme_named
 from .gemm import Problem, active_plan
 from .gemm.kernels import kernels
 from .jit import toolchain
-from .ops import capability
+from .ops import capability, triton_fault
 from .pattern import Pattern
 
 _OPTIONAL = (
@@ -45,12 +45,22 @@ def diagnose() -> list[Finding]:
         Finding("torch", True, torch.__version__, f"{torch.get_num_threads()} CPU threads"),
         _gpu(),
     ]
+    return [*findings, *_packages(), _compiler(), *_kernels(), *_plans()]
+
+
+def _packages() -> list[Finding]:
+    """The optional packages, and whether Triton does what it is there for."""
+    findings = []
     for package, purpose, remedy in _OPTIONAL:
         try:
-            findings.append(Finding(package, True, metadata.version(package), purpose))
+            found, fault = metadata.version(package), triton_fault() if package == "triton" else None
         except metadata.PackageNotFoundError:
             findings.append(Finding(package, False, "not installed", f"needed to {purpose}: {remedy}"))
-    return [*findings, _compiler(), *_kernels(), *_plans()]
+            continue
+        findings.append(
+            Finding(package, fault is None, found, purpose if fault is None else f"{fault}: kernels of torch run instead of ours")
+        )
+    return findings
 
 
 def _compiler() -> Finding:

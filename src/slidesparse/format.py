@@ -62,8 +62,8 @@ SCHEMES = {
     )
 }
 
-FP32 = Scheme("fp32", torch.float32)
-"""32-bit weights: read and pruned, but with no packed form, so not one of `SCHEMES`."""
+FP32, FP64 = Scheme("fp32", torch.float32), Scheme("fp64", torch.float64)
+"""32- and 64-bit weights: read and pruned, but with no packed form, so not among `SCHEMES`."""
 
 
 def scheme_named(name: str) -> Scheme:
@@ -224,7 +224,22 @@ class PackedConfig:
                 raise CheckpointError(
                     f"quantization_config: {scheme.name} stores pairs of weights, pattern {text} is one of single weights"
                 )
-        return cls(pattern, scheme, list(ignore), parsed, dict(in_features), version)
+        found = cls(pattern, scheme, list(ignore), parsed, dict(in_features), version)
+        _refuse_other_arithmetic(data, found.to_dict(), scheme)
+        return found
+
+
+def _refuse_other_arithmetic(data: dict[str, Any], known: dict[str, Any], scheme: Scheme) -> None:
+    """What a config says of weights and activations must be what layers compute; what it leaves out is."""
+    for part in ("weights", "activations"):
+        given, own = data.get(part, known[part]), known[part]
+        if not isinstance(given, dict) or own is None:
+            wrong = {} if given == own else {f"quantization_config.{part}": (given, own)}
+        else:
+            pairs = {name: (value, own.get(name)) for name, value in given.items()}
+            wrong = {f"quantization_config.{part}.{name}": pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        for name, (value, needed) in wrong.items():
+            raise CheckpointError(f"{name} is {value!r}, which is not implemented: {scheme.name} layers compute with {needed!r}")
 
 
 def merged_name(layer: str) -> str:

@@ -50,7 +50,7 @@ class Pattern:
         if self.group - self.kept != zeros:
             raise ValueError(
                 f"{head}: windows cover a group exactly only when it drops {zeros} of its positions, this one drops "
-                f"{self.group - self.kept}; nearest is {self.group - zeros}:{self.group}"
+                f"{self.group - self.kept}{_nearest(self.kept, self.group, self.n, self.l)}"
             )
         if (self.group - self.l) % self.n:
             raise ValueError(f"{head}: group must be {self.l} plus a multiple of the stride {self.n}, got {self.group}")
@@ -150,6 +150,17 @@ class Pattern:
         unit, inner = divmod(o, self.unit)
         group, slot = divmod(unit, self.slid_group)
         return (group * self.group + self.lift_offsets[slot] - offset) * self.unit + inner
+
+
+def _nearest(kept: int, group: int, n: int, l: int) -> str:  # noqa: E741
+    """The tightest pattern that all weights with ``kept`` of every ``group`` obey, as advice; empty where there is none."""
+    zeros = l - n
+    multiples = [group * times for times in range(1, _MAX_GROUP // group + 1)]
+    divisors = [part for part in range(l, group) if group % part == 0]
+    # The most weights that a group of that size can have: a whole group may lie in a part of it.
+    most = {size: min(kept, size) for size in divisors} | {size: kept * size // group for size in multiples}
+    valid = [size for size, count in most.items() if count <= size - zeros and size >= l and (size - l) % n == 0]
+    return f"; nearest is {min(valid) - zeros}:{min(valid)}" if valid else ""
 
 
 KNOWN = tuple(Pattern(group - 2, group) for group in range(4, 20, 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -103,10 +105,35 @@ def quantize_nvfp4(weight: Tensor, global_scale: float, *, first_row: int = 0) -
 
 def dequantize_nvfp4(packed: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
     """Undo `quantize_nvfp4`: uint8 ``[N, K/2]``, e4m3 ``[N, K/16]``, float32 ``[1]`` → float32 ``[N, K]``."""
-    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).long()
-    table = torch.tensor((*_FP4, *(-value for value in _FP4)), dtype=torch.float32, device=packed.device)
-    blocks = table[codes].view(packed.shape[0], -1, BLOCK)
-    return (blocks * (scale.to(torch.float32) / global_scale.to(torch.float32)).unsqueeze(-1)).flatten(1)
+    return _times_blocks(packed, scale.to(torch.float32) / global_scale.to(torch.float32))
+
+
+def expand_nvfp4(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dequantize_nvfp4` before the division by the global scale: ``[N, K]`` of any type that has 6 significant bits from 2^-10 to 2^12.
+
+    Both 16-bit types have: e2m1 values have 2 significant bits and block scales 4, from 2^-1 and 2^-9 to 6 and 448.
+    """
+    return _times_blocks(packed, scale.to(dtype))
+
+
+def scaled_nvfp4(whole: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
+    """What `expand_nvfp4` gave → float32 ``[N, K]``, bitwise `dequantize_nvfp4`: the e2m1 values are found again, since they divide it."""
+    own = scale.to(torch.float32).unsqueeze(-1)
+    blocks = whole.to(torch.float32).view(*scale.shape, BLOCK) / torch.where(own == 0, torch.ones_like(own), own)
+    return blocks.mul_(own / global_scale.to(torch.float32)).flatten(1)
+
+
+@cache
+def _fp4_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The sixteen e2m1 values by code; made once, since no table can come from the host while a CUDA graph is captured."""
+    with torch.inference_mode(False):
+        return torch.tensor((*_FP4, *(-value for value in _FP4)), dtype=dtype, device=device)
+
+
+def _times_blocks(packed: Tensor, scale: Tensor) -> Tensor:
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).int()
+    blocks = _fp4_table(scale.dtype, packed.device)[codes].view(packed.shape[0], -1, BLOCK)
+    return blocks.mul_(scale.unsqueeze(-1)).flatten(1)
 
 
 def canonical_nvfp4(packed: Tensor) -> Tensor:

@@ -1,48 +1,121 @@
-"""config.json of what we write: the packed form, the portable dense twin, and masked 16-bit checkpoints."""
+"""config.json of what we write, from the tensors that lie in the files: the packed form, the portable dense twin, masked checkpoints."""
 
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from ..format import BLOCK, MARKER, PackedConfig
+from ..format import BLOCK, MARKER, SCHEMES, PackedConfig
 from ..pattern import Pattern
+from ..select import NOT_LINEAR, matches
+from .formats.compressed_tensors import METHOD
+from .layers import FLOATS, matrices
 from .recipe import LayerPlan, Recipe
 from .source import Checkpoint
+from .tensorfile import DTYPE_NAMES, TensorInfo
 
 _COMPRESSED_FORMAT = {"int8": "int-quantized", "fp8": "float-quantized", "nvfp4": "nvfp4-pack-quantized"}
 
 _CONFIG_DTYPE = {"bf16": "bfloat16", "fp16": "float16"}
 
 
-def output_config(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan]) -> dict[str, Any]:
-    """The output's config.json."""
+def same_name(module: str, entry: str) -> bool:
+    """How compressed-tensors matches a module with an entry of ``targets`` or ``ignore``: the whole name, or ``re:`` at its start."""
+    return re.match(entry[3:], module) is not None if entry.startswith("re:") else module == entry
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How others will read a checkpoint.
+
+    ``modules`` are the linear ones by their names there, with their names in the files; ``match`` is how names are matched; ``fixed`` are
+    layers, by their names in the files, that are no linear modules there, have no place there, or share their weights with another.
+    """
+
+    modules: Mapping[str, str]
+    match: Callable[[str, str], bool] = same_name
+    fixed: frozenset[str] = frozenset()
+
+
+FindReader = Callable[[dict[str, Any], list[str]], Reader | None]
+"""Called with config.json and the names of the tensors; None where the class of model is not known."""
+
+
+def stored_layers(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, str], list[str]]:
+    """Matrices as they lie in the files: those with scales, with the name of their scheme, and those in floating point without."""
+    quantised: dict[str, str] = {}
+    floating: list[str] = []
+    schemes = {DTYPE_NAMES[scheme.dtype]: name for name, scheme in SCHEMES.items()}
+    for name, _, info in matrices(tensors):
+        if f"{name}.weight_scale" in tensors:
+            quantised[name] = schemes.get(info.dtype_name, info.dtype_name)
+        elif info.dtype_name in FLOATS:
+            floating.append(name)
+    return quantised, floating
+
+
+def output_config(
+    checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan], tensors: Mapping[str, TensorInfo], reader: Reader | None = None
+) -> dict[str, Any]:
+    """The output's config.json; ``tensors`` are those of the output."""
     config = copy.deepcopy(checkpoint.config)
     config.pop(MARKER, None)
     config.pop("quantization_config", None)
+    quantised, floating = stored_layers(tensors)
     converted = {plan.layer.name for plan in plans}
-    ignore = [name for name in checkpoint.layers if name not in converted]
-    # A tied head has no tensor of its own, yet a loader must know that it stays dense.
-    ignore += [] if "lm_head" in converted or "lm_head" in ignore else ["lm_head"]
     pattern, overrides = _common_pattern(plans)
-    scheme = plans[0].scheme
-    if scheme.name in _CONFIG_DTYPE and any(plan.scheme is not plan.layer.scheme for plan in plans):
+    if recipe.scheme in _CONFIG_DTYPE and any(plan.scheme is not plan.layer.scheme for plan in plans):
         # The weights' new type is the model's: a loader would cast them, or all activations, from the old one.
         for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
-            config[key] = _CONFIG_DTYPE[scheme.name]
+            config[key] = _CONFIG_DTYPE[recipe.scheme]
     if recipe.form == "packed":
         ragged = {p.layer.name: p.layer.k for p in plans if p.layer.k % (p.pattern.group * p.pattern.unit)}
-        config["quantization_config"] = PackedConfig(pattern, scheme, ignore, overrides, ragged).to_dict()
+        packed = PackedConfig(pattern, plans[0].scheme, _with_head(floating, converted), overrides, ragged)
+        config["quantization_config"] = packed.to_dict()
         return config
-    marker: dict[str, Any] = {"pattern": str(pattern), "overrides": {name: str(p) for name, p in overrides.items()}, "ignore": ignore}
-    if scheme.name in _COMPRESSED_FORMAT:
-        config["quantization_config"] = _compressed_tensors(scheme.name, ignore)
+    unclaimed = _with_head([name for name in checkpoint.layers if name not in converted], converted)
+    marker = {"pattern": str(pattern), "overrides": {name: str(p) for name, p in overrides.items()}, "ignore": unclaimed}
+    if quantised:
+        # Readers match entries with the names of modules, which are not those in the files in every class of model.
+        modules = [] if reader is None else [module for module, layer in reader.modules.items() if layer not in quantised]
+        ignore = _with_head(list(dict.fromkeys((*floating, *modules))), quantised.keys())
+        config["quantization_config"] = _compressed_tensors(next(iter(quantised.values())), ignore)
         if pattern is not None:
             config["quantization_config"][MARKER] = marker
     elif pattern is not None:
         config[MARKER] = marker
     return config
+
+
+def contradictions(config: dict[str, Any], tensors: Mapping[str, TensorInfo], reader: Reader | None = None) -> list[str]:
+    """Linear modules of which a compressed-tensors configuration says something else than the files, a sentence each."""
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != METHOD:
+        return []
+    quantised, floating = stored_layers(tensors)
+    if reader is None:
+        linear = [name for name in floating if not matches(name, NOT_LINEAR)]
+        reader = Reader({name: name for name in (*quantised, *linear)})
+    targets = {target for group in (quantization.get("config_groups") or {}).values() for target in group.get("targets") or ()}
+    ignore = quantization.get("ignore") or []
+    found = []
+    for module, layer in reader.modules.items():
+        meant = "Linear" in targets or any(reader.match(module, target) for target in targets)
+        claimed = meant and not any(reader.match(module, entry) for entry in ignore)
+        if claimed and layer not in quantised:
+            found.append(f"config.json says that {module} is quantised; in the files it is not: list it under ignore")
+        elif layer in quantised and not claimed:
+            found.append(f"{module} is quantised in the files; config.json says that it is not: take it out of ignore")
+    return found
+
+
+def _with_head(ignore: list[str], elsewhere: Any) -> list[str]:
+    """A tied head has no tensor of its own, yet a loader must know that it stays dense."""
+    return ignore if "lm_head" in elsewhere or "lm_head" in ignore else [*ignore, "lm_head"]
 
 
 def _common_pattern(plans: list[LayerPlan]) -> tuple[Pattern | None, dict[str, Pattern]]:
@@ -66,7 +139,7 @@ def _compressed_tensors(name: str, ignore: list[str]) -> dict[str, Any]:
         activations = None
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": METHOD,
         "format": _COMPRESSED_FORMAT[name],
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},

@@ -15,7 +15,8 @@ import torch
 from .. import __version__
 from ..errors import CheckpointError, UnsupportedError
 from ..format import VERSION
-from .configs import output_config
+from .configs import FindReader, Reader, contradictions, output_config
+from .formats import find_layers
 from .norms import NORMS, write_norms
 from .recipe import LayerPlan, Recipe, plan_layers
 from .solved import REPORT, Job, PruningReport, Solver, read_report, remove_blocks, solved_bytes, solved_norms, with_solved
@@ -48,7 +49,7 @@ class ConvertedLayer:
 class ConversionReport:
     """What a conversion did; bytes are those of all tensors, ``kept_dense`` names linear-shaped layers left alone.
 
-    ``pruning`` says how a calibrated method went.
+    ``pruning`` says how a calibrated method went, ``left_out`` names files and folders of the source that hold weights and were not read.
     """
 
     out: Path
@@ -58,6 +59,7 @@ class ConversionReport:
     kept_dense: list[str] = field(default_factory=list)
     resumed_shards: int = 0
     pruning: PruningReport | None = None
+    left_out: list[str] = field(default_factory=list)
 
 
 def convert(
@@ -69,13 +71,15 @@ def convert(
     device: str = "auto",
     progress: Progress | None = None,
     solver: Solver | None = None,
+    find_reader: FindReader | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint directory to another, streaming: prune, quantise and store as the recipe says.
 
     Peak memory is a few blocks of rows, whatever the model's size. ``out`` appears whole or not at all; an interrupted run leaves
     ``out.incomplete``, which the same call resumes. ``device`` is where the arithmetic runs (``auto``: a GPU if there is one); the
     result is bitwise the same. Calibrated methods run the model: ``solver`` does, which `slidesparse.convert` brings along; its memory
-    is that of the model on the host and of one block on the device, and its result depends on the kind of device.
+    is that of the model on the host and of one block on the device, and its result depends on the kind of device. Before the output
+    appears it is read back; ``find_reader`` brings along how other libraries read it, as `slidesparse.convert` does.
 
     Raises:
         CheckpointError: a source that cannot be read, an output that exists, a full or read-only disk.
@@ -84,7 +88,8 @@ def convert(
         WeightError: weights that hold NaN or Inf.
     """
     checkpoint = Checkpoint.open(source)
-    plans = plan_layers(checkpoint, recipe)
+    read = find_reader(checkpoint.config, list(checkpoint.tensors)) if find_reader else None
+    plans = plan_layers(checkpoint, recipe, read.fixed if read else frozenset())
     device = _device(device, recipe)
     progress = progress or (lambda done, total, what: None)
     if recipe.calibrated and solver is None:
@@ -93,7 +98,7 @@ def convert(
     try:
         with staging, TensorReader() as reader:
             if not recipe.calibrated:
-                return _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging)
+                return _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging, read)
             pruning = read_report(staging.path)
             if pruning is None:
                 _check_room(staging.path, _bytes_with_solved(checkpoint, recipe, plans) - staging.nbytes)
@@ -103,7 +108,7 @@ def convert(
                 # Last, since it tells a later run that nothing is left to solve.
                 write_json(staging.path / REPORT, asdict(pruning))
             plans = with_solved(plans, staging.path)
-            report = _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging)
+            report = _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging, read)
             return replace(report, pruning=pruning)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -127,8 +132,11 @@ class _Conversion:
         self.done, self.what = 0, ""
         self.plans = {plan.layer.name: plan for plan in plans}
         self.plans |= {plan.layer.name: self._with_pattern(plan) for plan in scanned}
+        left = [layer for layer in checkpoint.layers.values() if layer.restored and layer.name not in self.plans]
+        written = [*self.plans.values(), *(LayerPlan(layer, layer.scheme, None) for layer in left)]
+        self.plan_of = {info.name: plan for plan in written for info in plan.layer.tensors.values()}
 
-    def run(self, staging: Staging) -> ConversionReport:
+    def run(self, staging: Staging, read: Reader | None) -> ConversionReport:
         shards = {name: self._outputs(tensors) for name, tensors in self.checkpoint.shards.items()}
         sizes = {name: sum(nbytes for _, _, nbytes in tensors.values()) for name, tensors in shards.items()}
         done = [name for name in shards if _finished(staging.path / name, shards[name])]
@@ -138,20 +146,31 @@ class _Conversion:
                 self._advance(sum(info.nbytes for info in tensors.values()))
             else:
                 self._write_shard(staging.path / name, tensors, shards[name])
-        for file in self.checkpoint.side_files():
-            if self.recipe.calibrated and file.name in (REPORT, NORMS):
-                continue  # of an earlier pruning: this one's are there
-            try:
-                content = file.read_bytes()
-            except OSError as error:
-                raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-            (staging.path / file.name).write_bytes(content)
+        along, left = self.checkpoint.side_files()
+        for file in along:
+            if not (self.recipe.calibrated and file.name in (REPORT, NORMS)):  # of an earlier pruning: this one's are there
+                _copy(file, staging.path / file.name)
         if (self.checkpoint.path / INDEX).exists():
             weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
             write_json(staging.path / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
         remove_blocks(staging.path)
-        staging.commit(output_config(self.checkpoint, self.recipe, list(self.plans.values())))
-        return self._report(staging.out, sum(sizes.values()), len(done))
+        staging.commit(self._config(staging.path, read))
+        return self._report(staging.out, sum(sizes.values()), len(done), [file.name for file in left])
+
+    def _config(self, path: Path, read: Reader | None) -> dict[str, Any]:
+        """config.json of the finished files; both are read back as a reader would."""
+        tensors = {name: info for shard in self.checkpoint.shards for name, info in read_header(path / shard)[0].items()}
+        plans = list(self.plans.values())
+        config = output_config(self.checkpoint, self.recipe, plans, tensors, read)
+        found, wrong = find_layers(path, config, tensors), contradictions(config, tensors, read)
+        for plan in plans:
+            layer, packed = found.get(plan.layer.name), self.recipe.form == "packed"
+            told = (plan.layer.n, plan.layer.k, plan.scheme, plan.pattern if packed else None)
+            if layer is None or (layer.n, layer.k, layer.scheme, layer.pattern) != told:
+                wrong.append(f"layer {plan.layer.name} would not be read as it was written")
+        if wrong:
+            raise CheckpointError(f"{path} is not what its config.json would say, so it is not finished: {wrong[0]}")
+        return config
 
     def _with_pattern(self, plan: LayerPlan) -> LayerPlan:
         self.what = f"detecting the pattern of {plan.layer.name}"
@@ -161,28 +180,26 @@ class _Conversion:
         """Tensors of an output shard: a converted layer's stand where its weights stood."""
         outputs: dict[str, _Shape] = {}
         for name, info in tensors.items():
-            layer, _, suffix = name.rpartition(".")
-            plan = self.plans.get(layer)
-            if plan is None or suffix not in plan.layer.tensors:
+            plan = self.plan_of.get(name)
+            if plan is None:
                 outputs[name] = (info.dtype_name, info.shape, info.nbytes)
             elif info is plan.layer.main:
                 for spec in output_specs(plan, self.recipe):
-                    outputs[f"{layer}.{spec.suffix}"] = (DTYPE_NAMES[spec.dtype], spec.shape, spec.nbytes)
+                    outputs[f"{plan.layer.name}.{spec.suffix}"] = (DTYPE_NAMES[spec.dtype], spec.shape, spec.nbytes)
         return outputs
 
     def _write_shard(self, path: Path, tensors: dict[str, TensorInfo], outputs: dict[str, _Shape]) -> None:
         with TensorWriter(path, outputs) as writer:
             for name, info in tensors.items():
-                layer, _, suffix = name.rpartition(".")
-                plan = self.plans.get(layer)
-                self.what = layer or name
-                if plan is None or suffix not in plan.layer.tensors:
+                plan = self.plan_of.get(name)
+                self.what = plan.layer.name if plan else name
+                if plan is None:
                     for offset in range(0, info.nbytes, _COPY_BYTES):
                         size = min(_COPY_BYTES, info.nbytes - offset)
                         self._advance(writer.write(name, offset, self.reader.read_bytes(info, offset, size)))
                 elif info is plan.layer.main:
                     for part, first, rows in transform(self.reader, plan, self.recipe, self._advance, self.device):
-                        target = f"{layer}.{part}"
+                        target = f"{plan.layer.name}.{part}"
                         row_bytes = outputs[target][2] // max(outputs[target][1][0], 1)
                         writer.write(target, first * row_bytes, rows.cpu())
 
@@ -190,14 +207,29 @@ class _Conversion:
         self.done += nbytes
         self.progress(min(self.done, self.total), self.total, self.what)
 
-    def _report(self, out: Path, bytes_out: int, resumed: int) -> ConversionReport:
+    def _report(self, out: Path, bytes_out: int, resumed: int, left_out: list[str]) -> ConversionReport:
         layers = []
         for plan in self.plans.values():
             layer, pattern, size = plan.layer, str(plan.pattern or "none"), _output_bytes(plan, self.recipe)
             layers.append(ConvertedLayer(layer.name, layer.n, layer.k, plan.scheme.name, pattern, layer.nbytes, size))
         kept = [name for name in self.checkpoint.layers if name not in self.plans]
         self.progress(self.total, self.total, "done")
-        return ConversionReport(out, self.checkpoint.nbytes, bytes_out, layers, kept, resumed)
+        return ConversionReport(out, self.checkpoint.nbytes, bytes_out, layers, kept, resumed, left_out=left_out)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a side file or folder; what a link points to, not the link."""
+    try:
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        else:
+            shutil.copyfile(source, target)
+    except shutil.Error as error:
+        raise CheckpointError(f"cannot copy {error.args[0][0][0]}: {error.args[0][0][2]}") from error
+    except OSError as error:
+        if error.filename != str(source):
+            raise
+        raise CheckpointError(f"cannot read {source}: {error.strerror}") from error
 
 
 def _device(name: str, recipe: Recipe) -> str:

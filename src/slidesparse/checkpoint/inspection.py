@@ -74,7 +74,8 @@ def inspect(path: str | Path, *, scan: bool = True, progress: Callable[[int, int
             done += layer.nbytes
             if progress:
                 progress(done, total, layer.name)
-    kind = "packed" if checkpoint.packed else "dense twin" if checkpoint.marker else "dense"
+    plain = all(layer.scheme.bound is None and not layer.scheme.pair for layer in checkpoint.layers.values())
+    kind = "packed" if checkpoint.packed else "dense twin" if checkpoint.marker else "dense" if plain else "quantised"
     patterns = {row.pattern for row in rows}
     claimed = checkpoint.packed.pattern if checkpoint.packed else (checkpoint.marker or {}).get("pattern")
     pattern = str(claimed) if claimed else next(iter(patterns)) if len(patterns) == 1 else None

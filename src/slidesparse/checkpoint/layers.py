@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,12 +11,15 @@ from torch import Tensor
 
 from .. import pack
 from ..errors import CheckpointError, WeightError
-from ..format import Packed, Scheme, TensorSpec
+from ..format import FP32, FP64, Packed, Scheme, TensorSpec, scheme_of_dtype
 from ..pattern import Pattern
 from ..quant import check_finite
 from .tensorfile import TensorInfo, TensorReader
 
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+_WEIGHTS_IN = ("weight", "weight_packed", "weight_values")
+"""Suffixes of tensors that hold weights."""
 
 # Small enough that a block and its intermediates stay in the second-level cache; on a GPU large enough to hide a few dozen launches.
 _WEIGHTS, _GPU_WEIGHTS = 1 << 18, 1 << 24
@@ -38,9 +42,14 @@ class Block:
 class Layer:
     """One linear layer ``[n, k]``; ``pattern`` is set when packed.
 
-    ``tensors`` are the layer's own by suffix, the one with the weights first. Each format is a subclass, in a file of its own, and says:
-    what its layer ``holds``, in words; whether these are ``plain`` weights of 16 or 32 bits, and nothing else; in which forms of output
-    they ``may_stay`` as they are, for quantised ones in a packed checkpoint are what no loader expects.
+    ``tensors`` are the layer's own by suffix, the one with the weights first. Each format is a subclass in a file of its own, and says:
+
+    - what its layer ``holds``, in words;
+    - whether these are ``plain`` weights of 16 or 32 bits, and nothing else;
+    - in which forms of output they ``may_stay`` as they are: no loader expects quantised ones in a packed checkpoint;
+    - whether they are converted ``by_default``, when nobody names them;
+    - whether one that is not converted must be ``restored`` to ordinary weights;
+    - whether it is a ``vector`` of one row, which can only be restored.
     """
 
     name: str
@@ -53,11 +62,20 @@ class Layer:
     holds: ClassVar[str]
     plain: ClassVar[bool] = False
     may_stay: ClassVar[tuple[str, ...]] = ()
+    by_default: ClassVar[bool] = True
+    restored: ClassVar[bool] = False
+    vector: ClassVar[bool] = False
 
     @property
     def main(self) -> TensorInfo:
         """The tensor with the weights."""
         return next(iter(self.tensors.values()))
+
+    @property
+    def one_scale(self) -> bool:
+        """Whether one scale is that of every row, of which there are several."""
+        info = self.tensors.get("weight_scale")
+        return info is not None and self.scheme.dynamic and math.prod(info.shape) == 1 < self.n
 
     @property
     def nbytes(self) -> int:
@@ -115,8 +133,8 @@ class Layer:
         info = self.tensors.get("weight_scale")
         if info is None:
             return None
-        scale = reader.read_rows(info, first, last)
-        scale = scale.float().view(last - first, 1) if self.scheme.dynamic else scale
+        scale = reader.read(info).reshape(1, 1).expand(last - first, 1) if self.one_scale else reader.read_rows(info, first, last)
+        scale = scale.float().reshape(last - first, 1) if self.scheme.dynamic else scale
         pack.check_scale(scale, (last - first, scale.shape[1]), zero_allowed=self.scheme.pair, first_row=first)
         return scale
 
@@ -127,6 +145,11 @@ def matrices(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, str, TensorI
         name, _, suffix = tensor.rpartition(".")
         if suffix in ("weight", "weight_packed") and len(info.shape) == 2 and name:
             yield name, suffix, info
+
+
+def float_scheme(info: TensorInfo) -> Scheme:
+    """The scheme of plain weights, those too wide to be packed among them."""
+    return scheme_of_dtype(info.dtype) or (FP32 if info.dtype == FP32.dtype else FP64)
 
 
 def tensors_of(layer: str, suffixes: Iterable[str], tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -147,7 +170,7 @@ def check_tensors(layer: Layer, specs: tuple[TensorSpec, ...], scales: tuple[str
         flat = spec.suffix == "weight_scale" and layer.scheme.dynamic and info.shape == spec.shape[:1]
         if info.shape != spec.shape and not flat:
             raise CheckpointError(f"{info.path}: {info.name} has shape {list(info.shape)}, expected {list(spec.shape)}{why}")
-        if spec is specs[0] and info.dtype != spec.dtype:
+        if spec.suffix in _WEIGHTS_IN and info.dtype != spec.dtype:
             raise CheckpointError(f"{info.path}: {info.name} is {info.dtype_name}, config.json says {layer.scheme.name}")
         allowed = {"weight_keep": ("U8",), "weight_scale": scales}.get(spec.suffix, (info.dtype_name,))
         if info.dtype_name not in allowed:

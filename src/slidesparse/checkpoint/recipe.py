@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UnsupportedError, WeightError
-from ..format import BLOCK, FP32, SCHEMES, Scheme, scheme_named
+from ..format import BLOCK, FP32, FP64, SCHEMES, Scheme, scheme_named
 from ..pattern import Pattern
 from ..prune import METHODS, Statistics
 from ..select import DEFAULT_IGNORE, NOT_LINEAR, matches
@@ -36,7 +36,8 @@ class Recipe:
         scheme: ``int8``, ``fp8``, ``bf16``, ``fp16``, ``nvfp4``; None keeps the layers' own.
         form: ``packed``, or ``dense`` for the portable twin.
         ignore: layers to leave alone besides `select.DEFAULT_IGNORE`.
-        only: when given, the only layers to convert; naming a layer exactly overrides the default ignore.
+        only: when given, the only layers to convert; naming a layer exactly overrides the default ignore, and the choice of those who
+            quantised the checkpoint and left the layer in 16 bits.
         obey: False lets layers that obey no pattern through (dense form only).
         seed: of random pruning, of the choice of calibration samples, and of the order in which reconstruction sees them.
         overrides: other patterns of single layers, by name, glob or ``re:`` expression; see `override_of` for which entry counts. An entry
@@ -133,8 +134,10 @@ class LayerPlan:
         return self.scheme is not self.source.read_scheme
 
 
-def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
+def plan_layers(checkpoint: Checkpoint, recipe: Recipe, fixed: frozenset[str] = frozenset()) -> list[LayerPlan]:
     """The layers to convert, in tensor order; a pattern is set where the recipe or the checkpoint's marker names one.
+
+    ``fixed`` are layers that the class of model does not treat as linear layers of their own: they stay as they are.
 
     Raises:
         UnsupportedError: the recipe cannot be applied to this checkpoint; the message names the layer and the way out.
@@ -146,18 +149,21 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
     for entry in (*recipe.ignore, *recipe.only):
         if not any(matches(name, (entry,)) for name in checkpoint.layers):
             raise UnsupportedError(f"{entry!r} matches no layer of {checkpoint.path}: slidesparse inspect --layers lists them")
-    plans = []
+    plans, left = [], []
     for layer in checkpoint.layers.values():
-        if not _selected(layer, recipe):
+        stays = layer.name in fixed and layer.pattern is None
+        if stays and layer.name in recipe.only:
+            raise UnsupportedError(
+                f"layer {layer.name} is no linear layer of this class of model, or tied to another: leave it out of --only"
+            )
+        if stays or not _selected(layer, recipe):
             if recipe.form not in layer.may_stay:
-                raise UnsupportedError(
-                    f"{checkpoint.path}: layer {layer.name} holds {layer.holds} and cannot be left out of a {recipe.form} checkpoint: "
-                    "take it out of --ignore, or name it in --only"
-                )
+                raise UnsupportedError(f"{checkpoint.path}: {_cannot_stay(layer, recipe, stays)}")
+            left.append(layer.scheme)
             continue
         scheme = _target(layer, recipe)
         pattern = override_of(layer.name, recipe.overrides) or recipe.pattern or layer.pattern or checkpoint.marked_pattern(layer.name)
-        _check_pattern(layer, scheme, pattern)
+        check_pattern(layer, scheme, pattern)
         if recipe.informed and not layer.plain:
             raise UnsupportedError(
                 f"layer {layer.name} holds {layer.holds}: {recipe.method} needs 16- or 32-bit weights, --method magnitude does not"
@@ -165,13 +171,9 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
         statistics = None if recipe.statistics is None else _statistics(layer, norms, recipe)
         plans.append(LayerPlan(layer, scheme, pattern, statistics=statistics))
     if not plans:
-        left = "--only and --ignore leave none" if checkpoint.layers else "it has no 16- or 32-bit or known quantised linear weights"
-        raise UnsupportedError(f"{checkpoint.path}: no layer to convert; {left} (of {len(checkpoint.layers)})")
+        raise UnsupportedError(f"{checkpoint.path}: no layer to convert: {_why_none(checkpoint, recipe)}")
     check_overrides({plan.layer.name: plan.pattern for plan in plans}, recipe.overrides, checkpoint.path)
-    schemes = {plan.scheme for plan in plans}
-    if recipe.form == "packed" and len(schemes) > 1:
-        names = ", ".join(sorted(scheme.name for scheme in schemes))
-        raise UnsupportedError(f"{checkpoint.path}: layers of different types ({names}) cannot share one packed checkpoint: give --scheme")
+    _check_schemes(checkpoint, recipe, plans, left)
     if checkpoint.packed and recipe.form == "packed" and not any(p.requantize or p.pattern != p.layer.pattern for p in plans):
         raise UnsupportedError(f"{checkpoint.path} is packed already")
     return plans
@@ -182,10 +184,49 @@ def _selected(layer: Layer, recipe: Recipe) -> bool:
         return True  # packed layers go together
     if matches(layer.name, recipe.ignore):
         return False
-    if recipe.only:
-        named = layer.name in recipe.only and not matches(layer.name, NOT_LINEAR)
-        return named or (matches(layer.name, recipe.only) and not matches(layer.name, DEFAULT_IGNORE))
-    return not matches(layer.name, DEFAULT_IGNORE)
+    if layer.name in recipe.only and not matches(layer.name, NOT_LINEAR):
+        return True
+    if recipe.only and not matches(layer.name, recipe.only):
+        return False
+    return layer.by_default and not matches(layer.name, DEFAULT_IGNORE)
+
+
+def _cannot_stay(layer: Layer, recipe: Recipe, fixed: bool) -> str:
+    """Why a layer that is not to be converted cannot be copied as it is, and the way out."""
+    told = f"layer {layer.name} holds {layer.holds} and cannot be left out of a {recipe.form} checkpoint"
+    if matches(layer.name, recipe.ignore):
+        return f"{told}: take it out of --ignore"
+    if fixed or matches(layer.name, NOT_LINEAR):
+        kept = "dense" in layer.may_stay and recipe.form != "dense"
+        return f"{told}; nor can it be converted, being no plain linear layer" + (": --format dense keeps it" if kept else "")
+    return f"{told}: name it in --only, beside the others" + ("" if recipe.only else " (--only '*')")
+
+
+def _why_none(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """Why there is nothing to convert."""
+    if not checkpoint.layers:
+        return "it has no linear weights that can be read (16- to 64-bit, or quantised in a known way)"
+    given = " and ".join(option for option, value in (("--only", recipe.only), ("--ignore", recipe.ignore)) if value)
+    count = len(checkpoint.layers)
+    kinds = "embeddings, norms, heads, experts, or layers that a quantised checkpoint keeps in 16 bits"
+    return f"{given} leave none of {count}" if given else f"its matrices are {kinds}: name a layer in --only to convert it"
+
+
+def _check_schemes(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan], left: list[Scheme]) -> None:
+    """A packed checkpoint holds layers of one type, and a dense one quantised layers of one type."""
+    if recipe.form == "packed":
+        schemes = {plan.scheme for plan in plans}
+    else:
+        schemes = {scheme for scheme in (*(plan.scheme for plan in plans), *left) if scheme.dynamic or scheme.pair}
+    if len(schemes) > 1:
+        names = sorted(scheme.name for scheme in schemes)
+        few = min(schemes & {plan.scheme for plan in plans}, key=lambda scheme: sum(plan.scheme is scheme for plan in plans))
+        some = [plan.layer.name for plan in plans if plan.scheme is few]
+        told = f"{', '.join(some[:3])}{' …' if len(some) > 3 else ''}"
+        raise UnsupportedError(
+            f"{checkpoint.path}: layers of different types ({', '.join(names)}) cannot share one {recipe.form} checkpoint: "
+            f"leave those of one type as they are with --ignore ({few.name}: {told})"
+        )
 
 
 def _target(layer: Layer, recipe: Recipe) -> Scheme:
@@ -193,8 +234,14 @@ def _target(layer: Layer, recipe: Recipe) -> Scheme:
     if refusal:
         raise UnsupportedError(f"layer {layer.name} {refusal}")
     scheme = SCHEMES[recipe.scheme] if recipe.scheme else layer.scheme
-    if scheme is FP32 and recipe.form == "packed":
-        raise UnsupportedError(f"layer {layer.name} is float32, which is not packed: give --scheme bf16, fp16, int8 or fp8")
+    cast = "cast it first (slidesparse quantize --scheme bf16)"
+    if layer.scheme is FP64 and recipe.method:
+        raise UnsupportedError(f"layer {layer.name} is float64, which is not pruned: {cast}")
+    if scheme in (FP32, FP64) and recipe.form == "packed":
+        raise UnsupportedError(
+            f"layer {layer.name} is {'float32' if scheme is FP32 else 'float64'}, which is not packed: {cast}, or quantise and pack in one "
+            "go (slidesparse convert --scheme int8)"
+        )
     if scheme.pair and layer.k % BLOCK:
         raise UnsupportedError(f"layer {layer.name}: nvfp4 needs K to be a multiple of {BLOCK}, got {layer.k}: leave it out with --ignore")
     return scheme
@@ -213,7 +260,12 @@ def _statistics(layer: Layer, norms: Mapping[str, Tensor], recipe: Recipe) -> St
     return found
 
 
-def _check_pattern(layer: Layer, scheme: Scheme, pattern: Pattern | None) -> None:
+def check_pattern(layer: Layer, scheme: Scheme, pattern: Pattern | None) -> None:
+    """A pattern must fit how the scheme stores weights.
+
+    Raises:
+        UnsupportedError: pairs are stored and single weights pruned, or K is no whole number of pairs.
+    """
     if pattern is None:
         return
     if scheme.pair and pattern.unit != 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -104,23 +105,29 @@ class Checkpoint:
         except ValueError as error:
             raise CheckpointError(f"{self.path / 'config.json'}: {MARKER}: {error}") from error
 
-    def side_files(self) -> list[Path]:
-        """Files that go along unchanged: tokenizer, generation config, licence and the like, but no weights."""
-        return sorted(
-            file
-            for file in self.path.iterdir()
-            if (file.is_file() or _broken(file))
-            and file.name not in ("config.json", INDEX)
-            and not file.name.endswith(".index.json")
-            and not any(file.match(pattern) for pattern in _OTHER_WEIGHTS)
-        )
+    def side_files(self) -> tuple[list[Path], list[Path]]:
+        """Files and folders that go along unchanged, such as tokenizer, chat templates and licence; and weights that are not read."""
+        along, left = [], []
+        for file in sorted(self.path.iterdir()):
+            hidden = file.name.startswith(".") and file.is_dir()  # .git and .cache are of the tool that fetched the model
+            if hidden or file.name in (*self.shards, "config.json", INDEX) or file.name.endswith(".index.json"):
+                continue
+            inside = [file, *file.rglob("*")] if file.is_dir() else [file]
+            if any(each.is_symlink() and each.is_dir() for each in inside):
+                left.append(file)  # what is behind a link to a folder may have no end
+                continue
+            weights = any(each.match(pattern) for each in inside for pattern in _OTHER_WEIGHTS)
+            _check_links(inside)
+            if weights or file.is_dir() or file.is_file():
+                (left if weights else along).append(file)
+        return along, left
 
 
-def _broken(file: Path) -> bool:
+def _check_links(files: list[Path]) -> None:
     """Refuse a link to nowhere, as a half-fetched hub cache leaves it: the file it stands for would silently be missing."""
-    if file.is_symlink() and not file.exists():
-        raise CheckpointError(f"{file} is a link to a file that is not there: fetch the model again")
-    return False
+    for file in files:
+        if file.is_symlink() and not file.exists():
+            raise CheckpointError(f"{file} is a link to a file that is not there: fetch the model again")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -133,7 +140,10 @@ def read_config(path: Path) -> dict[str, Any]:
         hint = "import it first: slidesparse import" if path.suffix == ".gguf" else "name the directory that holds config.json"
         raise CheckpointError(f"{path} is a file, not a model directory: {hint}")
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory")
+        # What looks like the name of a model on the hub is most likely meant as one.
+        hub = not path.is_absolute() and len(path.parts) == 2 and not path.parent.is_dir()
+        fetch = f"; a model of the hub must be downloaded first, as commands do: hf download {path} --local-dir DIRECTORY" if hub else ""
+        raise CheckpointError(f"{path}: no such directory{fetch}")
     file = path / "config.json"
     try:
         if file.exists() and not file.is_file():
@@ -145,6 +155,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {file}: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} does not hold a model configuration")
+    if (old := config.pop("compression_config", None)) and not config.get("quantization_config"):
+        # The key's name until compressed-tensors 0.5, which had but one method.
+        config["quantization_config"] = {"quant_method": "compressed-tensors"} | old if isinstance(old, dict) else old
     quantization = config.get("quantization_config") or {}
     expected = [(config, "quantization_config", dict), (config, "model_type", str), (config, "architectures", list)]
     if isinstance(quantization, dict):
@@ -156,7 +169,20 @@ def read_config(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{file}: {key} should be a {kind.__name__}, got {place.get(key) if isinstance(place, dict) else place!r}"
             )
+    if isinstance(quantization, dict):
+        groups = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, dict)]
+        for names in (quantization.get("ignore"), *(group.get("targets") for group in groups)):
+            _check_names(names, file)
     return config
+
+
+def _check_names(names: object, file: Path) -> None:
+    """Refuse layer names of compressed-tensors' kind that nobody can match."""
+    for name in names if isinstance(names, list) else ():
+        try:
+            re.compile(name.removeprefix("re:"))
+        except (AttributeError, re.error) as error:
+            raise CheckpointError(f"{file}: {name!r} is no layer's name and no regular expression ({error})") from error
 
 
 def _shard_names(path: Path) -> list[str]:

@@ -125,10 +125,10 @@ class Staging:
         os.pwrite(self._lock, self._fingerprint.encode(), 0)
 
     def _clear(self) -> None:
-        """Remove what a run left; only half-written things are ever directories."""
+        """Remove what a run left: files, and folders that are half-written or copied from the source."""
         for entry in self.path.iterdir():
             if entry.is_dir() and not entry.is_symlink():
-                if not entry.name.endswith(".part"):
+                if not entry.name.endswith(".part") and not (self.source / entry.name).is_dir():
                     raise OutputExistsError(f"{self.path} holds a folder that slidesparse did not write ({entry.name}): move it")
                 shutil.rmtree(entry, ignore_errors=True)
             elif entry.name != _JOB:

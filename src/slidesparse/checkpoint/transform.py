@@ -24,7 +24,15 @@ Advance = Callable[[int], None]
 def output_specs(plan: LayerPlan, recipe: Recipe) -> tuple[TensorSpec, ...]:
     """Tensors the layer becomes."""
     n, k = plan.layer.n, plan.layer.k
-    return packed_tensors(plan.scheme, plan.pattern, n, k) if recipe.form == "packed" else dense_tensors(plan.scheme, n, k)
+    if _packs(plan, recipe):
+        return packed_tensors(plan.scheme, plan.pattern, n, k)
+    specs = dense_tensors(plan.scheme, n, k)
+    return (replace(specs[0], shape=(k,)),) if plan.layer.vector else specs
+
+
+def _packs(plan: LayerPlan, recipe: Recipe) -> bool:
+    """Layers without a pattern in a packed checkpoint are those that stay dense."""
+    return recipe.form == "packed" and plan.pattern is not None
 
 
 def transform(
@@ -88,7 +96,7 @@ def _global_scale(reader: TensorReader, plan: LayerPlan) -> Tensor | None:
 
 
 def _prune(block: Block, plan: LayerPlan, recipe: Recipe) -> Block:
-    if recipe.method is None or recipe.calibrated:
+    if recipe.method is None or recipe.calibrated or plan.pattern is None:
         return block
     # Seeded by place, so that a resumed run makes the same choices.
     place = hashlib.sha256(f"{recipe.seed}/{plan.layer.name}/{block.first}".encode()).digest()
@@ -110,13 +118,15 @@ def _quantize(block: Block, plan: LayerPlan, global_scale: Tensor | None) -> Blo
 def _store(block: Block, plan: LayerPlan, recipe: Recipe) -> Iterator[tuple[str, int, Tensor]]:
     scheme, pattern = plan.scheme, plan.pattern
     stored = None if pattern is None else scheme.pattern_stored(pattern)
-    if recipe.form == "packed":
+    if _packs(plan, recipe):
         packed = pack.pack(block.values, stored, first_row=block.first)
         yield "weight_values", block.first, packed.values
         yield "weight_keep", block.first, packed.keep
     else:
         if stored is not None and recipe.method is None and (violation := pack.find_violation(block.values, stored, first_row=block.first)):
             raise violation
-        yield "weight_packed" if scheme.pair else "weight", block.first, block.values
+        # A twin holds what the packed form gives back.
+        values = block.values if stored is None else pack.without_negative_zeros(block.values)
+        yield "weight_packed" if scheme.pair else "weight", block.first, values
     if block.scale is not None:
         yield "weight_scale", block.first, block.scale

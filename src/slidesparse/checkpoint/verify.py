@@ -16,9 +16,12 @@ from ..pack.codes import count_negative_zeros
 from ..pattern import Pattern
 from ..quant import quantize_nvfp4, quantize_weight
 from ..select import matches
+from .configs import FindReader, contradictions
+from .formats.compressed_tensors import METHOD
 from .layers import Block, Layer
+from .recipe import check_pattern
 from .source import Checkpoint
-from .tensorfile import TensorReader
+from .tensorfile import TensorInfo, TensorReader
 
 _COLUMNS = 2  # random vectors per block
 
@@ -42,16 +45,21 @@ class LayerVerdict:
 
 @dataclass
 class VerifyReport:
-    """All layers' verdicts. ``other_tensors`` names tensors outside them that differ from the checkpoint compared against."""
+    """All layers' verdicts.
+
+    ``other_tensors`` names tensors outside them that differ from the checkpoint compared against, ``contradictions`` says where config.json
+    and the files disagree about which layers are quantised.
+    """
 
     path: Path
     layers: list[LayerVerdict] = field(default_factory=list)
     other_tensors: list[str] = field(default_factory=list)
+    contradictions: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         """Whether everything passed."""
-        return not self.other_tensors and all(layer.ok for layer in self.layers)
+        return not self.other_tensors and not self.contradictions and all(layer.ok for layer in self.layers)
 
 
 def verify(
@@ -60,22 +68,27 @@ def verify(
     *,
     pattern: Pattern | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    find_reader: FindReader | None = None,
 ) -> VerifyReport:
-    """Check every layer of a packed checkpoint or dense twin, on fresh random integers.
+    """Check every layer of a packed checkpoint or dense twin, on fresh random integers; ``pattern`` asks for one, whatever is claimed.
 
     Each block of rows: keep-bits are counted; restore → pack gives the stored bytes back; ``W·x == slide(W)·lift(x)`` exactly, the
     weights' bit patterns taken as integers. With ``against``: that checkpoint's weights under this one's mask, quantised the same
     way, are bitwise these, its other tensors too; ``masked_away`` counts its non-zeros that the mask removed, which must be none
-    when it is masked itself.
+    when it is masked itself. Which layers a compressed-tensors configuration says are quantised is held against the files;
+    ``find_reader`` brings along how other libraries read it, as `slidesparse.verify` does.
 
     Raises:
         CheckpointError: the checkpoint cannot be opened, or makes no claim that could be verified.
+        UnsupportedError: a pattern that a layer cannot have.
     """
     checkpoint = Checkpoint.open(path)
     other = Checkpoint.open(against) if against is not None else None
     claims = _claims(checkpoint, pattern)
     total = sum(layer.nbytes for layer, _ in claims)
-    report, done = VerifyReport(checkpoint.path), 0
+    tensors, quantised = checkpoint.tensors, (checkpoint.config.get("quantization_config") or {}).get("quant_method") == METHOD
+    others = find_reader(checkpoint.config, list(tensors)) if find_reader and quantised else None
+    report, done = VerifyReport(checkpoint.path, contradictions=contradictions(checkpoint.config, tensors, others)), 0
     with TensorReader() as reader:
         for layer, claimed in claims:
             report.layers.append(_verify_layer(reader, layer, claimed, other))
@@ -88,14 +101,15 @@ def verify(
 
 
 def _claims(checkpoint: Checkpoint, pattern: Pattern | None) -> list[tuple[Layer, Pattern]]:
-    """The layers that say they obey a pattern."""
-    if checkpoint.packed:
-        return [(layer, layer.pattern) for layer in checkpoint.layers.values() if layer.pattern]
-    layers = [layer for layer in checkpoint.layers.values() if not matches(layer.name, checkpoint.marked_ignore)]
-    claims = [(layer, pattern or checkpoint.marked_pattern(layer.name)) for layer in layers]
+    """The layers that say they obey a pattern, or those that are asked to, with it."""
+    layers = [layer for layer in checkpoint.layers.values() if layer.pattern or not checkpoint.packed]
+    layers = [layer for layer in layers if layer.pattern or (layer.by_default and not matches(layer.name, checkpoint.marked_ignore))]
+    claims = [(layer, pattern or layer.pattern or checkpoint.marked_pattern(layer.name)) for layer in layers]
     claims = [(layer, claimed) for layer, claimed in claims if claimed is not None]
     if not claims:
-        raise CheckpointError(f"{checkpoint.path} is dense and claims no pattern: nothing to verify; give --pattern to check one")
+        raise CheckpointError(f"{checkpoint.path} claims no pattern: nothing to verify; give --pattern to check one")
+    for layer, claimed in claims:
+        check_pattern(layer, layer.scheme, claimed)
     return claims
 
 
@@ -107,7 +121,7 @@ def _verify_layer(reader: TensorReader, layer: Layer, pattern: Pattern, other: C
         theirs = None if twin is None else twin.blocks(reader)
         for block in layer.blocks(reader):
             verdict.negative_zeros += count_negative_zeros(block.values)
-            packed = _repack(block, stored)
+            packed = _repack(block, stored, layer)
             check_identity(block.values, packed, first_row=block.first)
             if theirs is not None:
                 verdict.masked_away += _compare(reader, layer, block, twin, next(theirs))
@@ -118,11 +132,13 @@ def _verify_layer(reader: TensorReader, layer: Layer, pattern: Pattern, other: C
     return verdict
 
 
-def _repack(block: Block, pattern: Pattern) -> Packed:
+def _repack(block: Block, pattern: Pattern, layer: Layer) -> Packed:
     packed = pack.pack(block.values, pattern, first_row=block.first)
     if block.packed is not None:
+        own = layer.scheme.pattern_stored(layer.pattern)
+        canonical = packed if pattern == own else pack.pack(block.values, own, first_row=block.first)
         for what in ("keep", "values"):
-            row = _first_difference(getattr(packed, what), getattr(block.packed, what))
+            row = _first_difference(getattr(canonical, what), getattr(block.packed, what))
             if row is not None:
                 raise WeightError(f"weight_{what}: row {block.first + row} is not the canonical packing of the weights it restores to")
     return packed
@@ -162,7 +178,7 @@ def _compare(reader: TensorReader, layer: Layer, block: Block, twin: Layer, thei
 
     Their weights are taken where ours are not zero and quantised as ours were; a weight too small for its scale counts as zero.
     """
-    convert = twin.plain and twin.scheme is not layer.scheme
+    convert = not (twin.read_scheme.dynamic or twin.read_scheme.pair) and twin.scheme is not layer.scheme
     mine = _clean(block.values)
     nonzero = _elements_nonzero(mine) if convert and layer.scheme.pair else _nonzero(mine)
     everything, scale = theirs.values, theirs.scale
@@ -193,10 +209,13 @@ def _quantize_like(reader: TensorReader, layer: Layer, values: Tensor) -> tuple[
 
 
 def _different_tensors(reader: TensorReader, checkpoint: Checkpoint, other: Checkpoint, layers: set[str]) -> list[str]:
-    """Tensors that are no layer's and are missing on one side or not bitwise equal."""
-    mine = {name: info for name, info in checkpoint.tensors.items() if _owner(name) not in layers}
-    theirs = {name: info for name, info in other.tensors.items() if _owner(name) not in layers}
+    """Tensors that are no layer's and are missing on one side or not bitwise equal; layers stored otherwise are compared as weights."""
+    as_stored = {name for name, layer in checkpoint.layers.items() if layer.restored} | layers
+    restored = {name for name, twin in other.layers.items() if twin.restored and f"{name}.weight" in checkpoint.tensors} - as_stored
+    mine, theirs = _rest(checkpoint, layers), _rest(other, layers | restored)
+    mine = {name: info for name, info in mine.items() if name.rpartition(".")[0] not in restored}
     different = sorted(mine.keys() ^ theirs.keys())
+    different += sorted(name for name in restored if not _restores(reader, checkpoint, name, other.layers[name]))
     for name in mine.keys() & theirs.keys():
         a, b = mine[name], theirs[name]
         if (a.dtype_name, a.shape) != (b.dtype_name, b.shape):
@@ -211,9 +230,25 @@ def _different_tensors(reader: TensorReader, checkpoint: Checkpoint, other: Chec
     return different
 
 
-def _owner(tensor: str) -> str:
-    layer, _, suffix = tensor.rpartition(".")
-    return layer if suffix.startswith("weight") else tensor
+def _rest(checkpoint: Checkpoint, layers: set[str]) -> dict[str, TensorInfo]:
+    """The tensors that belong to none of these layers."""
+    own = {info.name for name in layers & checkpoint.layers.keys() for info in checkpoint.layers[name].tensors.values()}
+    return {name: info for name, info in checkpoint.tensors.items() if name not in own}
+
+
+def _restores(reader: TensorReader, checkpoint: Checkpoint, name: str, twin: Layer) -> bool:
+    """Whether the tensors with the weights and scales of a layer are bitwise what its stored form restores to."""
+    weight, scale = checkpoint.tensors[f"{name}.weight"], checkpoint.tensors.get(f"{name}.weight_scale")
+    if weight.shape not in ((twin.n, twin.k), (twin.k,)):
+        return False
+    for block in twin.blocks(reader):
+        rows = block.first, block.first + len(block.values)
+        mine = reader.read(weight).view(1, -1) if twin.vector else reader.read_rows(weight, *rows)
+        if mine.dtype != block.values.dtype or _first_difference(mine, block.values) is not None:
+            return False
+        if (scale is None) != (block.scale is None) or (scale is not None and not torch.equal(reader.read_rows(scale, *rows), block.scale)):
+            return False
+    return True
 
 
 def _clean(values: Tensor) -> Tensor:

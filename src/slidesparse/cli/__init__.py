@@ -14,6 +14,7 @@ from rich.markup import escape
 from .. import __version__, env
 from ..errors import SlideSparseError
 from . import evaluating, examine, produce, run, tuning
+from .screen import UsageError
 
 app = typer.Typer(
     name="slidesparse",
@@ -49,16 +50,29 @@ app.command()(examine.doctor)
 
 def main() -> None:
     """Entry point of the ``slidesparse`` script."""
+    for stream in (sys.stdout, sys.stderr):
+        # Not every terminal can show an arrow or a multiplication sign; that is no reason to fail.
+        stream.reconfigure(errors="replace")
     try:
-        app()
-    except SystemExit as stop:
-        if stop.code != 130:
-            raise
-        _fail("interrupted; run again to go on: a conversion from its last finished shard or block, a plan from its last cell", 130)
+        code = app(prog_name="slidesparse", standalone_mode=False)
+    except UsageError as error:
+        _refuse(error)
     except (SlideSparseError, ValueError, OSError) as error:
         if env.debug():
             raise
         _fail(" ".join(str(error).split()) or type(error).__name__, 1)
+    if code == 130:
+        _fail("interrupted; run again to go on: a conversion from its last finished shard or block, a plan from its last cell", 130)
+    sys.exit(code or 0)
+
+
+def _refuse(error: UsageError) -> None:
+    """A command line that cannot be meant, in one line; without any arguments the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        sys.exit(error.exit_code)
+    command = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+    _fail(" ".join(error.format_message().split()) + command, error.exit_code)
 
 
 def _fail(message: str, code: int) -> None:

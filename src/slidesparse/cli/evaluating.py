@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import screen
-from .produce import Json, Model
+from .produce import Json, Model, model_folder
 from .run import DeviceOption, Memory, MemoryOption, checked_device
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def eval_(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text file.", show_default=False)] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval's names or task files, as arc_easy,mine.yaml.", show_default=False)] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Model directory to compare with, evaluated in the same way.", show_default=False)
+        Path | None,
+        typer.Option(help="Model to compare with, evaluated in the same way.", callback=model_folder, show_default=False),
     ] = None,
     runtime: Annotated[Runtime, typer.Option(help="What runs the models.")] = Runtime.transformers,
     context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..pattern import Pattern
 from . import screen, tuning
-from .produce import Json, Model, _pattern
+from .produce import Json, Model, _pattern, model_folder
 
 _SHOWN = 12
 
@@ -97,17 +97,19 @@ def _layer_table(rows: list, every: bool) -> Table:
 
 def verify(
     model: Model,
-    against: Annotated[Path | None, typer.Option(help="Masked or original checkpoint whose weights must be these under the mask.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Masked or original checkpoint whose weights must be these under the mask.", callback=model_folder)
+    ] = None,
     pattern: Annotated[
         Pattern | None,
-        typer.Option("--pattern", "-p", parser=_pattern, metavar="KEPT:GROUP", help="For a dense checkpoint that claims none."),
+        typer.Option("--pattern", "-p", parser=_pattern, metavar="KEPT:GROUP", help="Ask for this one, whatever the checkpoint claims."),
     ] = None,
     json: Json = False,
 ) -> None:
     """Every group obeys the pattern, restore and pack are inverse, W·x == slide(W)·lift(x); exit code 3 when not."""
-    from ..checkpoint import verify as api_verify
+    from ..integrations.conversion import verify as api_verify
 
-    with screen.progress("verifying") as progress:
+    with screen.stdout_on_stderr(), screen.progress("verifying") as progress:
         report = api_verify(model, against, pattern=pattern, progress=progress)
     if json:
         screen.print_json(dataclasses.asdict(report) | {"ok": report.ok})
@@ -119,6 +121,8 @@ def verify(
         screen.out.print(f"{mark}  {escape(str(report.path))}: {summary}")
         for layer in [layer for layer in report.layers if not layer.ok][:_SHOWN]:
             screen.out.print(f"  [red]{escape(layer.name)}[/]: {escape(layer.reason)}")
+        for told in report.contradictions[:_SHOWN]:
+            screen.out.print(f"  {escape(told)}")
         for name in report.other_tensors[:_SHOWN]:
             screen.out.print(f"  [red]{escape(name)}[/] differs from {escape(str(against))}")
         negative, masked = (sum(getattr(layer, name) for layer in report.layers) for name in ("negative_zeros", "masked_away"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,6 +34,14 @@ class Form(StrEnum):
     dense = "dense"
 
 
+class ImportType(StrEnum):
+    """Types of an imported model's tensors."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
 class Method(StrEnum):
     """Names of `slidesparse.prune.METHODS`, and the best of them."""
 
@@ -51,7 +60,29 @@ def _pattern(text: str) -> Pattern:
         raise typer.BadParameter(str(error)) from error
 
 
-Model = Annotated[Path, typer.Argument(help="Model directory: config.json and safetensors.", show_default=False)]
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise typer.BadParameter(f"{name!r}: choose auto, cpu, cuda or cuda:N")
+    return name
+
+
+def model_folder(model: Path | None) -> Path | None:
+    """The folder itself, or that of the hub's model of this name."""
+    if model is None or model.exists():
+        return model
+    from ..integrations.hub import model_folder as find
+
+    return find(model)
+
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder with config.json and safetensors, or a name on the Hugging Face hub: org/name or org/name@revision.",
+        callback=model_folder,
+        show_default=False,
+    ),
+]
 Out = Annotated[Path, typer.Argument(help="Directory to create.", show_default=False)]
 PatternOption = Annotated[
     Pattern, typer.Option("--pattern", "-p", parser=_pattern, metavar="KEPT:GROUP", help="At most KEPT of GROUP weights kept.")
@@ -97,7 +128,7 @@ Reconstruct = Annotated[
     int | None,
     typer.Option(min=0, help="Steps that fit each pruned block to the dense model's output; auto takes 300 on a GPU.", show_default=False),
 ]
-Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(callback=_device, help="Where to compute: auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(help="Of random pruning, and of the choice of calibration samples.")]
 
 
@@ -122,18 +153,19 @@ def prune(
     """Zero weights until every layer obeys the pattern; writes a dense checkpoint any engine loads."""
     from ..checkpoint import Calibration, Recipe
 
-    recipe = Recipe(
-        pattern,
-        method.value,
-        form="dense",
-        ignore=tuple(ignore or ()),
-        only=tuple(only or ()),
-        seed=seed,
-        overrides=_read(overrides),
-        calibration=Calibration(calibration, samples, length),
-        reconstruction_steps=reconstruct,
-        statistics=statistics,
-    )
+    with screen.options_at_fault():
+        recipe = Recipe(
+            pattern,
+            method.value,
+            form="dense",
+            ignore=tuple(ignore or ()),
+            only=tuple(only or ()),
+            seed=seed,
+            overrides=_read(overrides),
+            calibration=Calibration(calibration, samples, length),
+            reconstruction_steps=reconstruct,
+            statistics=statistics,
+        )
     _run("pruning", model, out, recipe, device, overwrite, json)
 
 
@@ -150,7 +182,8 @@ def quantize(
     """Quantise weights; writes a dense checkpoint (W8A8: compressed-tensors; activations dynamic per token)."""
     from ..checkpoint import Recipe
 
-    recipe = Recipe(scheme=scheme.value, form="dense", ignore=tuple(ignore or ()), only=tuple(only or ()), obey=False)
+    with screen.options_at_fault():
+        recipe = Recipe(scheme=scheme.value, form="dense", ignore=tuple(ignore or ()), only=tuple(only or ()), obey=False)
     _run("quantising", model, out, recipe, device, overwrite, json)
 
 
@@ -171,7 +204,8 @@ def pack(
     """Pack weights that obey a pattern already; refuses, naming the first group, when they do not."""
     from ..checkpoint import Recipe
 
-    recipe = Recipe(pattern, form=format.value, ignore=tuple(ignore or ()), only=tuple(only or ()), overrides=_read(overrides))
+    with screen.options_at_fault():
+        recipe = Recipe(pattern, form=format.value, ignore=tuple(ignore or ()), only=tuple(only or ()), overrides=_read(overrides))
     _run("packing", model, out, recipe, device, overwrite, json)
 
 
@@ -198,34 +232,39 @@ def convert(
     """Prune, quantise and pack in one go."""
     from ..checkpoint import Calibration, Recipe
 
-    recipe = Recipe(
-        pattern,
-        method.value,
-        scheme.value if scheme else None,
-        format.value,
-        tuple(ignore or ()),
-        tuple(only or ()),
-        seed=seed,
-        overrides=_read(overrides),
-        calibration=Calibration(calibration, samples, length),
-        reconstruction_steps=reconstruct,
-        statistics=statistics,
-    )
+    with screen.options_at_fault():
+        recipe = Recipe(
+            pattern,
+            method.value,
+            scheme.value if scheme else None,
+            format.value,
+            tuple(ignore or ()),
+            tuple(only or ()),
+            seed=seed,
+            overrides=_read(overrides),
+            calibration=Calibration(calibration, samples, length),
+            reconstruction_steps=reconstruct,
+            statistics=statistics,
+        )
     _run("converting", model, out, recipe, device, overwrite, json)
 
 
 def import_(
     gguf: Annotated[Path, typer.Argument(help="A .gguf file.", show_default=False)],
     out: Out,
+    dtype: Annotated[
+        ImportType | None,
+        typer.Option(help="Type of all tensors; by default the file's own, bf16 for quantised ones.", show_default=False),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a GGUF file into a dense checkpoint (weights dequantised by transformers; needs the gguf extra)."""
+    """Turn a GGUF file into a dense checkpoint (weights are dequantised; needs the gguf extra)."""
     from ..integrations.gguf import import_gguf
     from ..integrations.transformers import hide_progress_bars
 
     hide_progress_bars()
     with screen.err.status(f"importing {escape(str(gguf))}"):
-        import_gguf(gguf, out, overwrite=overwrite)
+        import_gguf(gguf, out, dtype and dtype.value, overwrite=overwrite)
     screen.say(f"wrote {out}")
 
 
@@ -242,7 +281,7 @@ def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwr
         from ..integrations.conversion import hide_progress_bars
 
         hide_progress_bars()
-    with screen.progress(title) as progress:
+    with screen.stdout_on_stderr(), screen.progress(title) as progress:
         report = api_convert(model, out, recipe, device=device, overwrite=overwrite, progress=progress)
     if as_json:
         screen.print_json(report)
@@ -255,6 +294,8 @@ def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwr
     screen.say(f"  whole checkpoint: {screen.size(report.bytes_in)} → {screen.size(report.bytes_out)}")
     if report.kept_dense:
         screen.say(f"  left as they were: {', '.join(report.kept_dense[:4])}{' …' if len(report.kept_dense) > 4 else ''}")
+    if report.left_out:
+        screen.say(f"  weights in other files were left out: {', '.join(report.left_out[:4])}{' …' if len(report.left_out) > 4 else ''}")
     if report.pruning is not None:
         _tell(report.pruning)
     if report.resumed_shards:

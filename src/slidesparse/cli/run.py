@@ -40,9 +40,9 @@ def generate(
 
     hide_progress_bars()  # the status line is ours
 
-    with screen.err.status(f"loading {escape(str(model))}"):
+    with screen.stdout_on_stderr(), screen.err.status(f"loading {escape(str(model))}"):
         network, tokenizer = load(model, device=checked_device(device), memory=memory)
-    with screen.err.status("generating"):
+    with screen.stdout_on_stderr(), screen.err.status("generating"):
         text = complete(network, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed)
     if json:
         screen.print_json({"model": str(model), "prompt": prompt, "text": text})
@@ -55,6 +55,10 @@ def checked_device(name: str) -> str:
     import torch
 
     if name != "auto":
+        try:
+            torch.device(name)
+        except RuntimeError as error:
+            raise screen.UsageError(f"--device {name}: choose auto, cpu, cuda or cuda:N") from error
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:

@@ -12,8 +12,12 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+UsageError = typer.BadParameter.__base__
+"""The error of a command line that cannot be meant; typer says its own name for it only here."""
 
 # A pipe has no width of its own: wide enough for every table.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
@@ -49,6 +53,15 @@ def json_text(data: Any) -> str:
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
         data = dataclasses.asdict(data)
     return json.dumps(_finite(data), indent=2, allow_nan=False, default=lambda each: str(each) if isinstance(each, Path) else repr(each))
+
+
+@contextmanager
+def options_at_fault() -> Iterator[None]:
+    """Options that contradict each other are the command line's fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..pattern import Pattern
 from . import screen
-from .produce import Json, _pattern
+from .produce import Json, _pattern, model_folder
 
 if TYPE_CHECKING:
     from ..gemm import Plan
@@ -34,7 +34,9 @@ class Tuned(StrEnum):
 
 
 def tune(
-    model: Annotated[Path | None, typer.Argument(help="Checkpoint whose linear layers are measured.", show_default=False)] = None,
+    model: Annotated[
+        Path | None, typer.Argument(help="Checkpoint whose linear layers are measured.", callback=model_folder, show_default=False)
+    ] = None,
     shape: Annotated[list[str] | None, typer.Option(help="NxK of one more layer; may be repeated.", show_default=False)] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Also q, k, v and gate, up as one layer each, as serving engines run.")] = False,
     vllm: Annotated[bool, typer.Option("--vllm", help="Layers as vLLM holds them, its own kernels among the dense routes.")] = False,

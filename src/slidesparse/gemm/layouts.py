@@ -13,7 +13,7 @@ from ..format import Packed, packed_tensors
 from ..ops import cusparselt
 from ..ops.library import ones
 from ..ops.quantize import moves_nothing
-from ..quant import dequantize_nvfp4
+from ..quant import expand_nvfp4
 from .problem import Problem, Weights
 
 Copy = tuple[Tensor | None, ...]
@@ -23,7 +23,8 @@ Copy = tuple[Tensor | None, ...]
 class Layout(Protocol):
     """One form of the weights.
 
-    ``nbytes`` tells its size before it is made, ``prepare`` makes it, ``dense`` gives back ``[N, K]`` in `Problem.compute_dtype`.
+    ``nbytes`` tells its size before it is made, ``prepare`` makes it, ``dense`` gives back ``[N, K]`` in `Problem.compute_dtype`, to which
+    channel scales, or the global scale of nvfp4, are still to be applied. Copies of the latter end with block scales and global scale.
     """
 
     name: str
@@ -58,9 +59,7 @@ class PackedLayout:
     def dense(self, problem: Problem, copy: Copy) -> Tensor:
         """Restored."""
         dense = ops.restore(self.stored(problem, copy))
-        if problem.scheme.pair:
-            dense = dequantize_nvfp4(dense, copy[2], copy[3])
-        return dense.to(problem.compute_dtype)
+        return expand_nvfp4(dense, copy[2], problem.compute_dtype) if problem.scheme.pair else dense.to(problem.compute_dtype)
 
 
 class DenseLayout:
@@ -75,7 +74,8 @@ class DenseLayout:
     def prepare(self, problem: Problem, weights: Weights) -> Copy:
         """Restore them."""
         packed = LAYOUTS["packed"]
-        return (packed.dense(problem, packed.prepare(problem, weights)),)
+        dense = packed.dense(problem, packed.prepare(problem, weights))
+        return (dense, weights.scale, weights.global_scale) if problem.scheme.pair else (dense,)
 
     def dense(self, problem: Problem, copy: Copy) -> Tensor:
         """The copy itself."""

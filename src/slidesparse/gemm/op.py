@@ -1,9 +1,10 @@
 """Layers behind one opaque op, for compilers: the route is chosen inside by the number of tokens at hand.
 
-``slidesparse::linear`` is a whole linear. ``slidesparse::linear_unscaled`` leaves token scales and bias, and of fp8 the channel scales,
-to the graph, where the compiler fuses them into whatever consumes the output; ``silu_mul_linear_unscaled`` and
-``add_rms_norm_linear_unscaled`` do the same with SwiGLU or a norm in front. What the graph holds of a layer is a tensor that names it,
-an input like any weight, so that the graphs of equal layers are equal and compiled once.
+``slidesparse::linear`` is a whole linear, and ``slidesparse::linear_with_gradient`` one that autograd records.
+``slidesparse::linear_unscaled`` leaves token scales and bias, and of fp8 the channel scales, to the graph, where the compiler fuses them
+into whatever consumes the output; ``silu_mul_linear_unscaled`` and ``add_rms_norm_linear_unscaled`` do the same with SwiGLU or a norm in
+front. What the graph holds of a layer is a tensor that names it, an input like any weight, so that the graphs of equal layers are equal
+and compiled once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from ..errors import UnsupportedError
 from ..ops.launch import allocate
 from ..ops.library import define
 from ..ops.prologue import Activations, Gated, Normed
+from .gradient import bias_gradient, refuse_second, wanted
 from .problem import Problem
 from .route import Route
 from .runner import Runner
@@ -77,6 +80,11 @@ def _run(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
     return find(x.dtype, x.device)(_widened(x, left, right), bias).contiguous()  # as the fake promises: libraries may have padded N
 
 
+def _run_backward(grad: Tensor, name: Tensor, k: int) -> Tensor:
+    find, left, _ = _LAYERS[int(name)]
+    return find(grad.dtype, grad.device).input_gradient(grad)[:, left : left + k].contiguous()
+
+
 def _run_unscaled(x: Activations, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     find, left, right = _LAYERS[int(name)]
     if left or right:
@@ -100,14 +108,41 @@ def _unscaled_fake(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], n), dtype=torch.bfloat16), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
-linear = define(
-    "linear(Tensor x, Tensor name, Tensor? bias, SymInt n) -> Tensor",
-    oracle=_run, cuda=_run, fake=lambda x, name, bias, n: x.new_empty((x.shape[0], n)),
+_WHOLE = "(Tensor x, Tensor name, Tensor? bias, SymInt n) -> Tensor"
+_linear, _linear_with_gradient = (
+    define(f"{name}{_WHOLE}", oracle=_run, cuda=_run, fake=lambda x, name, bias, n: x.new_empty((x.shape[0], n)), differentiable=True)
+    for name in ("linear", "linear_with_gradient")
+)
+_linear_backward = define(
+    "linear_backward(Tensor grad, Tensor name, SymInt k) -> Tensor",
+    oracle=_run_backward, cuda=_run_backward, fake=lambda grad, name, k: grad.new_empty((grad.shape[0], k)),
 )  # fmt: skip
-"""Run the layer that `handle` named: ``x [M, K]`` → ``[M, n]``; one op to torch.compile, with any number of tokens.
 
-Raises UnsupportedError if the layer is gone, or cannot run such activations, as the other ops do.
-"""
+
+def linear(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    """Run the layer that `handle` named: ``x [M, K]`` → ``[M, n]``; one op to torch.compile, with any number of tokens.
+
+    Where autograd must record it, it is another op: looking whether it must would cost every call of this one host time.
+
+    Raises:
+        UnsupportedError: the layer is gone, or cannot run such activations; the other ops raise it, too.
+    """
+    return _linear_with_gradient(x, name, bias, n) if wanted(x, bias) else _linear(x, name, bias, n)
+
+
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, name, bias, _ = inputs
+    ctx.save_for_backward(name)
+    ctx.k, ctx.bias = x.shape[1], None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second(grad)
+    (name,), (of_x, _, of_bias, _) = ctx.saved_tensors, ctx.needs_input_grad
+    return _linear_backward(grad, name, ctx.k) if of_x else None, None, bias_gradient(grad, ctx.bias) if of_bias else None, None
+
+
+torch.library.register_autograd("slidesparse::linear_with_gradient", _backward, setup_context=_keep)
 
 linear_unscaled = define(
     "linear_unscaled(Tensor x, Tensor name, SymInt n) -> (Tensor, Tensor)", oracle=_run_unscaled, cuda=_run_unscaled, fake=_unscaled_fake

@@ -43,9 +43,11 @@ class Problem:
         """Type of dense weights: the narrowest that holds them exactly and whose products sum exactly enough.
 
         int8 stays int8 (int32 sums), fp8 stays fp8 on CUDA; elsewhere its products are exact in float32. 16-bit weights stay as they
-        are unless activations or bias have another type, when all are widened to float32; nvfp4 weights are e2m1 · e4m3 / fp32, which
-        only float32 holds.
+        are unless activations or bias have another type, when all are widened to float32. nvfp4 weights before the division by their global
+        scale are exact in both 16-bit types: in that of the activations, or else in bfloat16.
         """
+        if self.scheme.pair:
+            return torch.bfloat16 if self.dtype == torch.float32 else self.dtype
         kept = self.scheme.dtype == torch.int8 or self.native or (self.scheme.dynamic and self.cuda)
         return self.scheme.dtype if kept else torch.float32
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..ops.launch import can_bypass_dispatcher, current_device
 from ..ops.prologue import Activations, signature
+from ..quant import scaled_nvfp4
+from . import gradient
 from .choose import Steps, choice_of, intervals, merged, route_at
 from .kernels import FEW_TOKENS, Pipeline, chosen, kernels, refusal, unmeasured
 from .layouts import LAYOUTS, Copy
@@ -38,7 +40,7 @@ class Ready:
     """What one kind of input needs: routes of whole linears and of unscaled products, copies by layout, and what calls are made of.
 
     ``calls`` holds the steps of calls by kind of input; equal layers share it. ``direct`` says whether calls may launch kernels past
-    the dispatcher, wherever no dispatch mode, compiler or profiler must see them.
+    the dispatcher, wherever no mode, compiler or tracer must see them.
     """
 
     problem: Problem
@@ -103,6 +105,9 @@ class Runner:
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self(x, bias)
+        # `gradient.wanted`, without a call in every call.
+        if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
+            return gradient.Differentiable.apply(x, bias, self, self.input_gradient)
         ready, kind = self.ready, None if bias is None else bias.dtype
         if ready is None or x.dtype != ready.problem.dtype or kind != ready.problem.bias or x.device != ready.device:
             ready = self.prepare(x.dtype, x.device, kind)
@@ -116,6 +121,26 @@ class Runner:
                 return x.new_empty((0, ready.problem.n))
             call = self._bind(ready, x, unscaled=False, direct=direct)
         return run(call, x, ready.copies[call.layout], ready.scale, bias)[0]
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient ``[M, N]`` of an output → that of the activations ``[M, K]``, of the same type, see `gradient`.
+
+        Weights are restored for the call and not kept, from a copy that is dense or else from the packed weights. Where these lie on the
+        host, they are moved, which cannot happen while a CUDA graph is captured.
+        """
+        kinds = [ready for (dtype, device, _), ready in self._kinds.items() if (dtype, device) == (grad.dtype, grad.device)]
+        ready = kinds[0] if kinds else self.prepare(grad.dtype, grad.device)
+        problem, layouts = ready.problem, tuple(ready.copies)
+        if "dense" not in layouts and not self.weights.packed.values.is_meta:
+            if self.weights.packed.values.device != grad.device:
+                refuse_capture()
+            weights, layout = self.weights.to(grad.device), "packed"
+            copy = LAYOUTS[layout].prepare(problem, weights)
+        else:
+            layout = "dense" if "dense" in layouts else layouts[0]
+            copy = ready.copies[layout]
+        dense = LAYOUTS[layout].dense(problem, copy)
+        return gradient.input_gradient(grad, scaled_nvfp4(dense, *copy[-2:]) if problem.scheme.pair else dense, ready.scale)
 
     def unscaled(self, x: Activations) -> tuple[Tensor, Tensor]:
         """``x [M, K]`` → bfloat16 ``[M, N]``, which leaves `kernels.base.LEAVES` to the caller, and token scales ``[M, 1]``.
@@ -196,7 +221,8 @@ class Runner:
         ready = Ready(problem, device, whole, unscaled, scale, copies, direct, calls)
         if (device.type == "cuda" or self._unread == "meta") and all(layout != "packed" for layout, _ in self._copies):
             packed = self.weights.packed
-            moved = replace(packed, values=packed.values.to(self._unread), keep=packed.keep.to(self._unread))
+            with torch.inference_mode(False):  # they outlive the call, as the copies do
+                moved = replace(packed, values=packed.values.to(self._unread), keep=packed.keep.to(self._unread))
             self.weights = replace(self.weights, packed=moved)
         self._kinds[dtype, device, bias] = ready
         return ready

@@ -13,6 +13,9 @@ from torch import Tensor
 from ..checkpoint.calibration import Calibration, Texts, document_of, in_pieces, read_texts, read_token_ids
 from ..errors import CheckpointError, UnsupportedError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""One of these is in every model directory that has a tokenizer."""
+
 _CHOICE = 4  # reading stops once there are this many times the samples asked for to choose among
 
 

@@ -1,4 +1,4 @@
-"""The conversion with everything that pruning may need: calibrated methods run the model through transformers."""
+"""Conversion and verification with what other libraries bring: calibrated pruning runs the model, readers say how they read."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from logging import getLogger
 from pathlib import Path
 
 from .. import checkpoint
-from ..checkpoint import Calibration, ConversionReport, Recipe
+from ..checkpoint import Calibration, ConversionReport, Recipe, VerifyReport
 from ..checkpoint.convert import Progress
 from ..checkpoint.recipe import AUTO
 from ..errors import UnsupportedError
+from ..pattern import Pattern
+from .calibration import TOKENIZER_FILES
+from .reading import find_reader
 
 _LOG = getLogger(__name__)
 
@@ -25,22 +28,47 @@ def convert(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """`slidesparse.checkpoint.convert`, for every pruning method; without transformers ``auto`` means ``magnitude``, which is logged.
+    """`slidesparse.checkpoint.convert`, for every pruning method; ``auto`` means ``magnitude`` where no text can be run, which is logged.
 
     Raises:
         UnsupportedError: a calibrated method without transformers, or a model that it cannot follow; see also the function named above.
     """
-    if recipe.calibrated and find_spec("transformers") is None:
-        if recipe.method != AUTO:
-            raise UnsupportedError(f"{recipe.method} runs the model through transformers: pip install 'slidesparse[hf]'")
-        _LOG.warning("transformers is not installed, so pruning goes by magnitude: pip install 'slidesparse[hf]' for calibrated methods")
-        recipe = replace(recipe, method="magnitude", calibration=Calibration(), reconstruction_steps=None)
+    if recipe.calibrated and find_spec("transformers") is None and recipe.method != AUTO:
+        raise UnsupportedError(f"{recipe.method} runs the model through transformers: pip install 'slidesparse[hf]'")
+    if recipe.method == AUTO:
+        recipe = _possible(recipe, Path(source))
     solver = None
     if recipe.calibrated:
         from .pruning import solve
 
         solver = solve
-    return checkpoint.convert(source, out, recipe, overwrite=overwrite, device=device, progress=progress, solver=solver)
+    return checkpoint.convert(
+        source, out, recipe, overwrite=overwrite, device=device, progress=progress, solver=solver, find_reader=find_reader
+    )
+
+
+def _possible(recipe: Recipe, source: Path) -> Recipe:
+    """What the automatic choice comes to for a model: calibrated pruning, where the model can be run on the text."""
+    config = checkpoint.source.read_config(source)
+    built_in = recipe.calibration.source is None
+    if find_spec("transformers") is None:
+        why = "transformers is not installed, so pruning goes by magnitude: pip install 'slidesparse[hf]' for calibrated methods"
+    elif built_in and not any((source / name).is_file() for name in TOKENIZER_FILES):
+        why = f"{source} has no tokenizer, so pruning goes by magnitude: give --calibration token ids (.npy), or copy the tokenizer there"
+    else:
+        places = [config, *(part for part in config.values() if isinstance(part, dict))]
+        takes = [part["max_position_embeddings"] for part in places if type(part.get("max_position_embeddings")) is int]
+        length = min([recipe.calibration.length, *(takes[:1] if built_in else ())])
+        return replace(recipe, calibration=replace(recipe.calibration, length=length))
+    _LOG.warning("%s", why)
+    return replace(recipe, method="magnitude", calibration=Calibration(), reconstruction_steps=None)
+
+
+def verify(
+    path: str | Path, against: str | Path | None = None, *, pattern: Pattern | None = None, progress: Progress | None = None
+) -> VerifyReport:
+    """`slidesparse.checkpoint.verify`, which also reads the configuration as transformers and compressed-tensors do, where they are."""
+    return checkpoint.verify(path, against, pattern=pattern, progress=progress, find_reader=find_reader)
 
 
 def hide_progress_bars() -> None:

@@ -1,139 +1,207 @@
-"""GGUF files → ordinary dense checkpoints that `slidesparse.checkpoint` reads, through transformers' GGUF loader."""
+"""GGUF files → ordinary dense checkpoints that `slidesparse.checkpoint` reads, tensor by tensor; names come from transformers' tables."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
-import shutil
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from ..checkpoint.staging import Staging
-from ..errors import CheckpointError, UnsupportedError
+from ..checkpoint.source import INDEX, SINGLE
+from ..checkpoint.staging import Staging, write_json
+from ..checkpoint.tensorfile import DTYPE_NAMES, TensorWriter
+from ..errors import CheckpointError, SlideSparseError, UnsupportedError
+from .gguf_file import ROPE_FREQUENCIES, GgufFile
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_MAGIC = b"GGUF"
+_LOG = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_TOKEN_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_SHARD_BYTES = 2_000_000_000
 
 
-def import_gguf(path: str | Path, out: str | Path, dtype: str = "bf16", overwrite: bool = False) -> Path:
+def import_gguf(path: str | Path, out: str | Path, dtype: str | None = None, overwrite: bool = False) -> Path:
     """Dequantise a GGUF file into a dense checkpoint: safetensors, config, generation config and tokenizer.
 
     A GGUF file's weights are usually quantised already, mostly to 4 bits: the checkpoint holds what they dequantise to, not the
-    weights the model was published with. The whole model is in memory once, in float32, for as long as it takes to write it.
+    weights the model was published with. Tensors are read one by one; 2 GB of them wait to be written, and experts that the class merges.
 
     Args:
-        path: the ``.gguf`` file.
+        path: the ``.gguf`` file. What lies beside it is not read.
         out: the directory to write; it appears only when it is complete.
-        dtype: ``bf16``, ``fp16`` or ``fp32``.
+        dtype: ``bf16``, ``fp16`` or ``fp32`` for all tensors. None keeps float32, float16 and bfloat16 as they are in the file and writes
+            quantised tensors as bfloat16; vectors take the type of most weights where this type holds them exactly.
         overwrite: replace ``out`` if it is there.
 
     Raises:
-        CheckpointError: no such file, not GGUF, damaged or cut short, or of an architecture that transformers does not load from GGUF.
+        CheckpointError: no such file, not GGUF, damaged, cut short or a part of several, of an architecture that transformers does not
+            load from GGUF, or with tensors or a rope scaling that transformers' class cannot take.
         OutputExistsError: ``out`` is there and may not be replaced, or is no checkpoint.
         UnsupportedError: transformers or gguf is not installed.
         ValueError: unknown dtype.
     """
     source, target = Path(path), Path(out)
-    if dtype not in _DTYPES:
+    if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
-    tokens = _special_tokens(source)
+    file = GgufFile(source)
     stat = source.stat()
     staging = Staging(target, source, {"gguf": [str(source.resolve()), stat.st_size, stat.st_mtime_ns], "dtype": dtype}, overwrite)
     try:
         with staging:
-            model, tokenizer = _load(source)
-            _set_tokens(tokenizer, tokens)
-            folder = staging.path / "import.part"  # config.json is written first here, and must not stand in the staging directory yet
-            shutil.rmtree(folder, ignore_errors=True)
-            fresh = _fresh_copy(model, _DTYPES[dtype])
-            del model
-            fresh.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            _tidy_tokenizer(folder)
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            (folder / "config.json").unlink()
-            for file in folder.iterdir():
-                file.rename(staging.path / file.name)
-            folder.rmdir()
-            staging.commit(config)
+            model, tokenizer, names = _understood(file)
+            main = file.main_dtype if dtype is None else _DTYPES[dtype]
+            _write_tensors(file, model, names, None if dtype is None else main, staging.path)
+            tokenizer.save_pretrained(staging.path)
+            _tidy_tokenizer(staging.path)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(staging.path)
+            model.config.dtype = main
+            model.config.architectures = [type(model).__name__]
+            staging.commit(json.loads(model.config.to_json_string()))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {staging.path}: {error}") from error
     return target
 
 
-def _special_tokens(source: Path) -> dict[str, int]:
-    """Check that the file is GGUF and complete; returns the ids of its special tokens."""
-    if not source.is_file():
-        raise CheckpointError(f"{source}: no such file")
-    with source.open("rb") as file:
-        magic = file.read(len(_MAGIC))
-    if magic != _MAGIC:
-        raise CheckpointError(f"{source}: not a GGUF file (it begins with {magic!r}, not {_MAGIC!r})")
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise UnsupportedError("reading GGUF needs the package gguf: pip install slidesparse[gguf]") from error
-    try:
-        reader = GGUFReader(source)
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-        # The reader checks nothing itself: a file cut short shows as a numpy view that does not fit.
-        raise CheckpointError(f"{source}: damaged or cut short ({error})") from error
-    if not reader.tensors:
-        raise CheckpointError(f"{source}: holds no tensors")
-    fields = {token: reader.fields.get(f"tokenizer.ggml.{key}_token_id") for token, key in _TOKEN_KEYS.items()}
-    return {token: int(field.contents()) for token, field in fields.items() if field is not None}
+@dataclass(frozen=True)
+class _Names:
+    """The model's name of each of the file's tensors, and transformers' processor, which gives them the model's layout."""
+
+    known: dict[str, str]
+    processor: Any
+    parsed: dict[str, Any]
+
+    def tensors(self, file: GgufFile, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        """The model's tensors; experts that it holds merged come last.
+
+        Raises:
+            CheckpointError: tensors that the model has no place for; names them.
+        """
+        left, merged = [], file.main_dtype
+        for name in file.tensors:
+            with _one_line(file.path):
+                found = self.processor.process(
+                    weights=file.dequantised(name), name=name, tensor_key_mapping=self.known, parsed_parameters=self.parsed
+                )
+            if found.name in self.known:
+                yield self.known[found.name], torch.from_numpy(found.weights.copy()).to(dtype or file.dtype(name))
+            elif found.name is None:
+                merged = file.dtype(name)
+            elif name != ROPE_FREQUENCIES:
+                left.append(name)
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            raise CheckpointError(
+                f"{file.path}: transformers' class has no place for {', '.join(left[:3])}{more}: import the original checkpoint"
+            )
+        while self.parsed["tensors"]:
+            name, tensor = self.parsed["tensors"].popitem()
+            yield name, tensor.to(dtype or merged)
 
 
-def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _understood(file: GgufFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Names]:
+    """The model on the meta device, its tokenizer, and the names of its tensors."""
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
     except ImportError as error:
         raise UnsupportedError("importing GGUF needs transformers: pip install slidesparse[gguf]") from error
-    where: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
-    try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, output_loading_info=True, **where)
-        with _quiet("transformers"):
-            tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
-    except (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
-        raise CheckpointError(f"{source}: transformers cannot load it ({str(error).strip().splitlines()[0]})") from error
-    for kind in ("missing_keys", "mismatched_keys"):
-        if names := sorted(map(str, loaded.get(kind) or ())):
-            raise CheckpointError(f"{source}: the file does not hold the whole model, {kind.replace('_', ' ')}: {', '.join(names[:3])}")
-    return model, tokenizer
-
-
-def _set_tokens(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, int]) -> None:
-    """transformers guesses special tokens from the tokenizer's family; the file says which they are."""
-    for name, index in tokens.items():
+    with tempfile.TemporaryDirectory() as folder, _one_line(file.path), _quiet("transformers"):
+        # In a folder of its own: transformers prefers the tokenizer and the config of another model that lie beside the file.
+        (Path(folder) / "model.gguf").symlink_to(file.path.resolve())
+        where: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
+        config = AutoConfig.from_pretrained(folder, **where)
+        if rope := file.rope_parameters():
+            config.rope_parameters = dict(config.rope_parameters or {}) | rope
+        model, names = _named(file, config)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+    for name, index in file.special_tokens.items():
+        # transformers guesses special tokens from the tokenizer's family; the file says which they are.
         text = tokenizer.convert_ids_to_tokens(index)
         if isinstance(text, str):
             setattr(tokenizer, name, text)
+    return model, tokenizer, names
 
 
-def _fresh_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The same weights in a model of the same configuration that transformers does not take for quantised, so that it can be saved."""
+def _named(file: GgufFile, config: PreTrainedConfig) -> tuple[PreTrainedModel, _Names]:
     from transformers import AutoModelForCausalLM
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map, load_gguf_checkpoint
 
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    read = {*GGUF_CONFIG_MAPPING.get(file.architecture.replace("-", "_"), GGUF_CONFIG_MAPPING.get(file.architecture, {})), "vocab_size"}
+    if left := [key for key in file.own_keys if key not in read and not key.startswith("rope.scaling.")]:
+        _LOG.warning("%s: transformers does not read these keys of the model: %s", file.path, ", ".join(left))
+    if any(name.endswith(".attn_q.bias") for name in file.tensors) and getattr(config, "attention_bias", None) is False:
+        config.attention_bias = True
     with torch.device("meta"):
-        fresh = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
-    fresh.load_state_dict(state, assign=True)
-    fresh.tie_weights()
-    fresh.generation_config = model.generation_config
-    return fresh
+        model = AutoModelForCausalLM.from_config(config)
+    parsed = load_gguf_checkpoint(str(file.path)) | {"tensors": {}}
+    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=parsed["config"])
+    return model, _Names(get_gguf_hf_weights_map(model, processor), processor, parsed)
+
+
+def _write_tensors(file: GgufFile, model: PreTrainedModel, names: _Names, dtype: torch.dtype | None, folder: Path) -> None:
+    """All tensors in the model's names, in files of about 2 GB; ``dtype`` is for all where it is given.
+
+    Raises:
+        CheckpointError: the model lacks a tensor, or has no place for one.
+    """
+    missing, shards = set(model.state_dict()), _Shards(folder)
+    if model.config.tie_word_embeddings:
+        missing -= set(model.all_tied_weights_keys)
+    for name, tensor in names.tensors(file, dtype):
+        missing.discard(name)
+        shards.add(name, tensor)
+    if missing:
+        raise CheckpointError(f"{file.path}: the file does not hold the whole model, missing keys: {', '.join(sorted(missing)[:3])}")
+    shards.finish()
+
+
+class _Shards:
+    """Tensors on their way into safetensors files; each is written when it is full, and named when their number is known."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._waiting, self._bytes = folder, {}, 0
+        self._names: list[list[str]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._waiting[name] = tensor.contiguous()
+        self._bytes += tensor.nbytes
+        if self._bytes >= _SHARD_BYTES:
+            self._write()
+
+    def finish(self) -> None:
+        """Write the rest, and the index where there are several files."""
+        self._write()
+        count = len(self._names)
+        files = [SINGLE] if count == 1 else [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        for number, file in enumerate(files):
+            self._part(number).rename(self._folder / file)
+        if count > 1:
+            places = {name: file for file, names in zip(files, self._names, strict=True) for name in names}
+            write_json(self._folder / INDEX, {"metadata": {"total_size": self._total}, "weight_map": places})
+
+    def _write(self) -> None:
+        if self._waiting:
+            kinds = {name: (DTYPE_NAMES[one.dtype], tuple(one.shape), one.nbytes) for name, one in self._waiting.items()}
+            with TensorWriter(self._part(len(self._names)), kinds) as writer:
+                for name, tensor in self._waiting.items():
+                    writer.write(name, 0, tensor)
+            self._names.append(list(self._waiting))
+            self._total += self._bytes
+            self._waiting, self._bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"{number}.part"
 
 
 def _tidy_tokenizer(folder: Path) -> None:
@@ -144,6 +212,18 @@ def _tidy_tokenizer(folder: Path) -> None:
         for key in ("is_local", "local_files_only", "name_or_path", "gguf_file", "clean_up_tokenization_spaces"):
             config.pop(key, None)
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _one_line(source: Path) -> Iterator[None]:
+    """What transformers or gguf cannot read, as one line."""
+    try:
+        yield
+    except SlideSparseError:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, AssertionError) as error:
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{source}: transformers cannot load it ({first})") from error
 
 
 @contextlib.contextmanager

@@ -22,12 +22,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, WeightError
-from ..format import QUANT_METHOD, PackedConfig
+from ..format import BLOCK, QUANT_METHOD, PackedConfig, Scheme
+from ..gemm import Problem
+from ..gemm.layouts import LAYOUTS
 from ..nn import SlideSparseLinear, accelerate, place
+from ..pattern import Pattern
+from .calibration import TOKENIZER_FILES
 from .transformers_files import StoredTensors, check_layer, check_rest, restore_scales
 
 _LOG = getLogger(__name__)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 class SlideSparseConfig(QuantizationConfigMixin):
@@ -65,6 +68,7 @@ class SlideSparseQuantizer(HfQuantizer):
             packed = _empty_layer(config, layer, linear)
             packed.name = layer
             packed._is_hf_initialized = True  # its tensors come from the checkpoint; it has no weight to initialise
+            packed.weight_marks["_is_hf_initialized"] = True  # nor have the modules around it
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, packed)
             if stored is not None:
@@ -83,7 +87,10 @@ class SlideSparseQuantizer(HfQuantizer):
         if ignored or f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
             return True
         # A head that the checkpoint never had, as in a classifier on a language model's body.
-        return not stored.strict and f"{name}.weight" not in stored.tensors
+        new = not stored.strict and f"{name}.weight" not in stored.tensors
+        if new:
+            config.ignore.append(name)  # `save_pretrained` writes it dense, and says so
+        return new
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for module in model.modules():
@@ -97,6 +104,15 @@ class SlideSparseQuantizer(HfQuantizer):
                 module.check()
             except WeightError as error:
                 raise CheckpointError(str(error)) from error
+
+    def adjust_max_memory(self, max_memory: dict[int | str, int | str]) -> dict[int | str, int | str]:
+        """So much less of a GPU for the packed weights as the dense copies that may run in their place are larger."""
+        packed = self.quantization_config.packed
+        sizes = [_packed_share(packed.scheme, pattern) for pattern in (packed.pattern, *packed.overrides.values())]
+        share = min(1.0, *sizes)
+        return {
+            place: int(room * share) if isinstance(place, int) and isinstance(room, int) else room for place, room in max_memory.items()
+        }
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes the packed form again."""
@@ -166,8 +182,8 @@ def open_tokenizer(path: Path) -> Any:
     Raises:
         CheckpointError: there is none, or transformers cannot load it.
     """
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise CheckpointError(f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy the one of the original model there")
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the one of the original model there")
     with _one_line(path):
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
@@ -189,6 +205,13 @@ def hide_progress_bars() -> None:
     logging.disable_progress_bar()
 
 
+def _packed_share(scheme: Scheme, pattern: Pattern) -> float:
+    """Bytes of packed weights as a share of those of their dense copy on a GPU, in groups of the pattern and blocks of a scheme."""
+    k = BLOCK * pattern.group * pattern.unit
+    problem = Problem(1, k, pattern, scheme, (9, 0), torch.bfloat16 if scheme.dynamic or scheme.pair else scheme.dtype)
+    return LAYOUTS["packed"].nbytes(problem) / LAYOUTS["dense"].nbytes(problem)
+
+
 def _empty_layer(config: PackedConfig, layer: str, linear: nn.Linear) -> SlideSparseLinear:
     """The packed layer that takes the place of ``linear``, its tensors still to be loaded."""
     k, told = linear.in_features, config.in_features.get(layer)
@@ -202,7 +225,7 @@ def _empty_layer(config: PackedConfig, layer: str, linear: nn.Linear) -> SlideSp
             has_bias,
             pattern=config.pattern_of(layer),
             scheme=config.scheme,
-            dtype=linear.bias.dtype if has_bias else None,
+            dtype=linear.bias.dtype if has_bias else linear.weight.dtype,
             device=linear.weight.device,
         )
     except ValueError as error:

@@ -7,6 +7,7 @@ is loaded.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,21 +51,11 @@ class StoredTensors:
         Raises:
             CheckpointError: a file is damaged or not safetensors.
         """
-        known = dict(model.state_dict())
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                known |= {f"{name}.{suffix}": True for suffix in _SUFFIXES}
-        transforms = get_model_conversion_mapping(model)
-        renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-        tensors = {}
+        target_of, tensors = names_in_model(model), {}
         for file in files:
             for stored in _header(file):
-                # The very steps that transformers takes when it loads.
-                target, merged = rename_source_key(stored.key, renamings, converters, model.base_model_prefix, known)
-                if target not in known and stored.key in known:
-                    target, merged = rename_source_key(stored.key, [], [], model.base_model_prefix, known)
-                tensors[target] = stored if merged is None else replace(stored, shape=None)
+                target, merged = target_of(stored.key)
+                tensors[target] = replace(stored, shape=None) if merged else stored
         architectures = getattr(model.config, "architectures", None)
         return cls(Path(files[0]).parent, tensors, not architectures or type(model).__name__ in architectures)
 
@@ -75,6 +66,26 @@ class StoredTensors:
             if stored is not None and stored.shape is not None:
                 return stored.key.removesuffix(f".{suffix}")
         return module
+
+
+def names_in_model(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
+    """What gives a stored tensor's name in the model, and whether transformers merges it with others there."""
+    known = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            known |= {f"{name}.{suffix}": True for suffix in _SUFFIXES}
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+
+    def target_of(key: str) -> tuple[str, bool]:
+        # The very steps that transformers takes when it loads.
+        target, merged = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if target not in known and key in known:
+            target, merged = rename_source_key(key, [], [], model.base_model_prefix, known)
+        return target, merged is not None
+
+    return target_of
 
 
 def check_layer(stored: StoredTensors, config: PackedConfig, name: str, layer: SlideSparseLinear) -> None:

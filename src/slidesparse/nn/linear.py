@@ -11,18 +11,24 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from ..errors import WeightError
+from ..errors import UnsupportedError, WeightError
 from ..format import BLOCK, Packed, Scheme, packed_tensors, scheme_named
 from ..gemm import MEMORY, Route, Runner, Weights, refuse_capture
+from ..gemm.gradient import wanted
 from ..gemm.kernels.base import LEAVES
 from ..gemm.op import handle, linear, linear_unscaled
+from ..ops.launch import tracing_state
 from ..pack import check_packed, pack, restore
 from ..pack.checks import check_scale
 from ..pattern import Pattern
 from ..quant import dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4, quantize_weight
 from ..reference import scaled
+from .restored import RestoredWeight
 
 _ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+
+_Stored = tuple[tuple[str, Tensor, int], ...]
+"""Stored tensors by name, with their versions, which count what was written into them."""
 
 _MAKING = RLock()
 """Held while a layer is made ready: threads whose first calls meet share its copies."""
@@ -37,8 +43,8 @@ class SlideSparseLinear(nn.Module):
 
     8-bit schemes quantise activations per token and sum exactly (int8) or in float32 (fp8). With a 16-bit scheme, activations of the
     weights' own type go through one linear in that type; any other mixture, such as bfloat16 weights in a float32 model, is computed
-    in float32, which holds both exactly, and rounded once to the activations' type. For inference: 8-bit layers pass no gradients, and
-    under torch.compile no layer does.
+    in float32, which holds both exactly, and rounded once to the activations' type. Gradients reach the activations, as those of a
+    linear with `dense_weight`, and the bias, but not the packed weights; there are no second derivatives.
 
     Args:
         pattern: kept:group of the weights.
@@ -76,6 +82,10 @@ class SlideSparseLinear(nn.Module):
         """A route that must run, ``LAYOUT``, ``LAYOUT:KERNEL`` or ``LAYOUT:KERNEL:VARIANT``; None lets the plan choose."""
         self.tokens: Collection[int] | None = None
         """The numbers of tokens that choose the layouts; None: all that the plan measured."""
+        self.dtype = dtype or torch.get_default_dtype()
+        """The type of the model around the layer, of `weight`."""
+        self.weight_marks: dict[str, object] = {}
+        """Attributes that every `weight` gets, for frameworks that mark tensors."""
         self.name = ""
         """The layer's name in its model, for error messages."""
         specs = packed_tensors(self.scheme, self.pattern, out_features, in_features)
@@ -83,7 +93,8 @@ class SlideSparseLinear(nn.Module):
         for spec in specs:
             self.register_buffer(spec.suffix, torch.zeros(spec.shape, dtype=spec.dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
-        self._runner: Runner | None = None
+        self._made: tuple[Runner, _Stored] | None = None
+        self._checked: tuple[tuple[ref[Tensor], int], ...] = ()
         self._named: Tensor = _name(self)
 
     @classmethod
@@ -96,16 +107,19 @@ class SlideSparseLinear(nn.Module):
         scale: Tensor | None = None,
         global_scale: Tensor | None = None,
         bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
         memory: str = "fast",
     ) -> SlideSparseLinear:
         """A layer on packed tensors, which it shares; ``pattern`` is the layer's where it is not that of stored values (nvfp4).
+
+        ``dtype`` is the model's; by default that of the bias, or of 16-bit values, or else the default dtype.
 
         Raises:
             WeightError: tensors that do not fit each other; see `check`.
         """
         k = packed.k * (2 if scheme.pair else 1)
         own = pattern or (replace(packed.pattern, unit=2) if scheme.pair else packed.pattern)
-        dtype = None if bias is None else bias.dtype
+        dtype = dtype or (None if scheme.dynamic or scheme.pair else scheme.dtype) if bias is None else bias.dtype
         layer = cls(k, packed.n, bias is not None, pattern=own, scheme=scheme, dtype=dtype, device="meta", memory=memory)
         tensors = {"weight_values": packed.values, "weight_keep": packed.keep, "weight_scale": scale, "weight_global_scale": global_scale}
         for name in layer._stored:
@@ -140,6 +154,7 @@ class SlideSparseLinear(nn.Module):
         """
         pattern = Pattern.parse(pattern)
         scheme = scheme_named(scheme) if isinstance(scheme, str) else scheme
+        dtype = weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else None
         weight = weight.detach()
         if scale is not None:
             scale = scale.detach() if scheme.pair else scale.detach().to(torch.float32)
@@ -153,7 +168,8 @@ class SlideSparseLinear(nn.Module):
             pack(weight, pattern)
             weight, scale = quantize_weight(weight, scheme)
         packed = pack(weight, scheme.pattern_stored(pattern))
-        return cls.from_packed(packed, scheme, pattern=pattern, scale=scale, global_scale=global_scale, bias=bias, memory=memory)
+        tensors = {"scale": scale, "global_scale": global_scale, "bias": bias}
+        return cls.from_packed(packed, scheme, pattern=pattern, **tensors, dtype=dtype, memory=memory)
 
     @property
     def packed(self) -> Packed:
@@ -187,15 +203,25 @@ class SlideSparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`dense_weight`, made anew at every access: for models that read a linear's weight besides calling it."""
-        return self.dense_weight()
+        """`dense_weight` in the model's type, made anew at every access: for models that read a linear's weight besides calling it.
+
+        It refuses to be written into, see `RestoredWeight`; under torch.compile it is a plain tensor.
+        """
+        with torch.inference_mode(False):  # tensors of that mode do not know when they were written into
+            weight = self.dense_weight().to(self.dtype)
+        return weight if torch.compiler.is_compiling() else RestoredWeight.of(weight, self._label, self.weight_marks)
 
     def check(self) -> None:
-        """Check shapes, types, keep-bit counts and scales before anything indexes from them.
+        """Check shapes, types, keep-bit counts and scales before anything indexes from them, once for every state of the tensors.
 
         Raises:
             WeightError: names the layer and what is wrong.
         """
+        state = self._state()
+        if state and len(self._checked) == len(state):
+            pairs = zip(state, self._checked, strict=True)
+            if all(now() is then() and version == checked for (now, version), (then, checked) in pairs):
+                return
         for spec in packed_tensors(self.scheme, self.pattern, self.out_features, self.in_features):
             found = self._buffers[spec.suffix]
             if found.dtype != spec.dtype or tuple(found.shape) != spec.shape:
@@ -211,6 +237,7 @@ class SlideSparseLinear(nn.Module):
                 check_scale(global_scale.view(1, -1), (1, 1), "weight_global_scale")
         except WeightError as error:
             raise WeightError(f"{self._label}: {error}") from error
+        self._checked = state
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` bfloat16, float16 or float32 → ``[..., N]`` of the same type.
@@ -220,6 +247,8 @@ class SlideSparseLinear(nn.Module):
             WeightError: the packed tensors are damaged or were never loaded (checked on first use).
             UnsupportedError: the route asked for cannot run this.
         """
+        if tracing_state():  # torch.jit.trace records ops, and sizes as tensors
+            return self._traced(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"{self._label}: input has {x.shape[-1]} features, the layer takes {self.in_features}")
         if x.dtype not in _ACTIVATIONS:
@@ -228,14 +257,16 @@ class SlideSparseLinear(nn.Module):
             return self.forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         if torch.compiler.is_compiling():
             return self._traced(x)
-        return self._ready(x.dtype, x.device)(x, self.bias)
+        bias = self._parameters.get("bias")  # the attribute of a parameter costs more host time than the rest of this function
+        return self._ready(x.dtype, x.device)(x, self.bias if bias is None else bias)
 
     def _traced(self, x: Tensor) -> Tensor:
         """The opaque op; on a GPU 8-bit layers of bfloat16 leave scales and bias to the graph, where the compiler fuses them.
 
-        With a route that was asked for the op is the whole linear: not every route leaves them.
+        With a route that was asked for the op is the whole linear: not every route leaves them. So it is where autograd records.
         """
-        if not (x.is_cuda and self.scheme.dynamic and x.dtype == torch.bfloat16 and self.route is None):
+        leaves = x.is_cuda and self.scheme.dynamic and x.dtype == torch.bfloat16 and self.route is None
+        if not leaves or wanted(x, self.bias):
             return linear(x, self._named, self.bias, self.out_features)
         y, x_scale = linear_unscaled(x, self._named, self.out_features)
         scale = self._buffers["weight_scale"].view(1, -1) if "channel" in LEAVES[self.scheme.name] else None
@@ -262,37 +293,73 @@ class SlideSparseLinear(nn.Module):
     def _label(self) -> str:
         return f"layer {self.name}" if self.name else f"SlideSparseLinear({self.in_features}, {self.out_features})"
 
-    def _ready(self, dtype: torch.dtype, device: torch.device) -> Runner:
-        """The runner for the buffers as they are now: loaders replace them, casts move them. A new one is made ready for these types.
+    @property
+    def _runner(self) -> Runner | None:
+        return None if self._made is None else self._made[0]
 
-        Packed weights that no route reads are then in host memory.
+    def _ready(self, dtype: torch.dtype, device: torch.device) -> Runner:
+        """The runner for the stored tensors as they are now: loaders replace them, casts move them, others write into them.
+
+        Raises:
+            UnsupportedError: a stored tensor is to have a gradient.
         """
-        runner, held = self._runner, self._buffers
-        scale, global_scale = held.get("weight_scale"), held.get("weight_global_scale")
-        if (
-            runner is None
-            or runner.weights.packed.values is not held["weight_values"]
-            or runner.weights.packed.keep is not held["weight_keep"]
-            or runner.weights.scale is not scale
-            or runner.weights.global_scale is not global_scale
-            or (runner.asked, runner.memory, runner.tokens) != (self.route, self.memory, self.tokens)
-        ):
-            refuse_capture()
-            with _MAKING:
-                if self._runner is not runner:  # another thread was faster
-                    return self._ready(dtype, device)
+        made, held = self._made, self._buffers
+        scale = held.get("weight_scale")
+        if held["weight_values"].requires_grad or (scale is not None and scale.requires_grad):
+            name = "weight_values" if held["weight_values"].requires_grad else "weight_scale"
+            raise UnsupportedError(f"{self._label}: packed weights take no gradient: call {name}.requires_grad_(False)")
+        if made is not None:
+            runner, stored = made
+            for name, tensor, version in stored:
+                if held[name] is not tensor or tensor._version != version:
+                    break
+            else:
+                if (runner.asked, runner.memory, runner.tokens) == (self.route, self.memory, self.tokens):
+                    return runner
+        return self._made_ready(made, dtype, device)
+
+    def _made_ready(self, made: tuple[Runner, _Stored] | None, dtype: torch.dtype, device: torch.device) -> Runner:
+        """A new runner, made ready for these types. Packed weights that no route reads are then in host memory.
+
+        An offloaded layer, whose stored tensors come for a call and go after it, keeps no copies: its packed weights run. They are checked
+        in the first call.
+        """
+        refuse_capture()
+        held = self._buffers
+        with _MAKING:
+            if self._made is not made:  # another thread was faster
+                return self._ready(dtype, device)
+            offloaded = self._offloaded
+            if not offloaded:
+                for name in self._stored:  # outside inference mode tensors know when they were written into
+                    held[name] = _tracked(held[name])
+            if not (offloaded and self._checked):
                 self.check()
-                weights = Weights(self.packed, self.scheme, scale, global_scale)
-                runner = self._runner = None  # the copies of before go before others are made
-                runner = Runner(weights, memory=self.memory, route=self.route, tokens=self.tokens)
-                runner.prepare(dtype, device, None if self.bias is None else self.bias.dtype)
+            weights = Weights(self.packed, self.scheme, held.get("weight_scale"), held.get("weight_global_scale"))
+            self._made = made = None  # the copies of before go before others are made
+            runner = Runner(weights, memory="lean" if offloaded else self.memory, route=self.route, tokens=self.tokens)
+            runner.prepare(dtype, device, None if self.bias is None else self.bias.dtype)
+            if not offloaded:
                 held["weight_values"], held["weight_keep"] = runner.weights.packed.values, runner.weights.packed.keep
-                self._runner = runner
+                self._checked = self._state()
+                self._made = runner, tuple((name, held[name], held[name]._version) for name in self._stored)
         return runner
+
+    @property
+    def _offloaded(self) -> bool:
+        """Whether a hook of accelerate's brings the stored tensors for every call and takes them away after it."""
+        hook = self.__dict__.get("_hf_hook")
+        return any(getattr(one, "offload", False) and getattr(one, "offload_buffers", False) for one in (hook, *getattr(hook, "hooks", ())))
+
+    def _state(self) -> tuple[tuple[ref[Tensor], int], ...]:
+        """The stored tensors and how often each was written into; nothing where that is not known."""
+        held = [self._buffers[name] for name in self._stored]
+        return () if any(tensor.is_inference() for tensor in held) else tuple((ref(tensor), tensor._version) for tensor in held)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlideSparseLinear:
         """Move, but never cast, the stored tensors. Where the layer already runs on that device, nothing moves and copies stay."""
         before, runner = {name: self._buffers[name] for name in self._stored}, self._runner
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         stays = runner is not None and fn(torch.empty(0, device=runner.ready.device)).device == runner.ready.device
         super()._apply(fn, recurse)
         for name, tensor in before.items():
@@ -302,19 +369,27 @@ class SlideSparseLinear(nn.Module):
             elif after.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(after.device)
         if not stays:
-            self._runner = None
+            self._made = None
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._runner = None  # values may have been copied in place
+        self._made, self._checked = None, ()  # where tensors are offloaded, only this tells that they are others
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runner": None, "_named": None}
+        return {**self.__dict__, "_made": None, "_checked": (), "_named": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._named = _name(self)
+
+
+def _tracked(tensor: Tensor) -> Tensor:
+    """The tensor, or where it was made in inference mode, a copy of it that counts what is written into it."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def _name(layer: SlideSparseLinear) -> Tensor:

@@ -2,7 +2,7 @@
 
 from .expand import restore, slide
 from .fused import rms_norm_quantize, silu_mul_quantize
-from .library import capability, has_triton
+from .library import capability, has_triton, triton_fault
 from .quantize import lift, quantize, quantize_lift
 from .rescale import rescale
 from .w8a8 import w8a8
@@ -18,5 +18,6 @@ __all__ = [
     "rms_norm_quantize",
     "silu_mul_quantize",
     "slide",
+    "triton_fault",
     "w8a8",
 ]

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -20,15 +22,24 @@ CALLS = 1 << 14
 
 
 def can_bypass_dispatcher(x: Tensor) -> bool:
-    """Whether kernels may be launched on a tensor past the dispatcher: it is on CUDA, and no compiler, mode or profiler looks."""
+    """Whether kernels may be launched on a tensor past the dispatcher: it is on CUDA, and no compiler, mode or tracer looks."""
     return x.is_cuda and type(x) in _PLAIN and not torch.compiler.is_compiling() and not _watched()
 
 
 def _watched() -> bool:
-    """Whether a mode, a function transform or a profiler must see ops."""
-    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    return modes > 0 or torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled()
+    """Whether a mode, a function transform or a tracer must see ops.
 
+    A default device asks nothing of tensors that are there, and profilers see kernels, which are to be those that run without them.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None or tracing_state() is not None:
+        return True
+    return bool(torch._C._len_torch_function_stack()) and any(
+        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+    )
+
+
+tracing_state: Callable[[], object | None] = torch._C._get_tracing_state
+"""What ``torch.jit.trace`` has recorded; None where it records nothing: what ``torch.jit.is_tracing`` asks, in half its host time."""
 
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 """The current CUDA device's index, once CUDA is initialised: what ``torch.cuda.current_device`` gives, in a tenth of its host time."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from functools import cache
+from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from .launch import can_bypass_dispatcher, current_device
 
+_LOG = logging.getLogger(__name__)
 _LIBRARY = torch.library.Library("slidesparse", "FRAGMENT")
 
 
-def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | None = None) -> Callable:
+def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | None = None, differentiable: bool = False) -> Callable:
     """Add an op, and return it as a function: ``cuda`` runs on CUDA tensors, ``oracle`` (if any) on all others, ``fake`` gives shapes.
 
-    Kernels run on the device of the op's first tensor, whichever device is current.
+    Kernels run on the device of the op's first tensor, whichever device is current. The function refuses to be recorded by autograd unless
+    the op is ``differentiable``: quantised values have no gradient, and autograd does not know what kernels do.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -35,6 +40,8 @@ def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | No
     op = getattr(torch.ops.slidesparse, name).default
 
     def call(first: Tensor, *arguments: object) -> object:
+        if first.requires_grad and not differentiable and torch.is_grad_enabled():
+            raise UnsupportedError(f"slidesparse::{name} passes no gradient: call it under torch.no_grad(), or a whole layer, which does")
         # The dispatcher costs 4 µs of host time in every call, for nothing where nobody looks.
         if can_bypass_dispatcher(first):
             return on_its_device(first, *arguments)
@@ -43,10 +50,46 @@ def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | No
     return call
 
 
-@cache
 def has_triton() -> bool:
     """Whether kernels can be compiled here."""
-    return importlib.util.find_spec("triton") is not None
+    return triton_fault() is None
+
+
+def triton_fault() -> str | None:
+    """Why Triton compiles no kernels here, None if it does: on a GPU the least of them was run, elsewhere Triton need only be there.
+
+    It needs a C compiler and NVIDIA's assembler besides, which are found missing only when it compiles.
+
+    Raises:
+        torch.OutOfMemoryError: no memory is left on the GPU to try it.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        return None
+    return _tried()
+
+
+@cache
+def _tried() -> str | None:
+    try:
+        from .kernels_probe import TritonError, probe_kernel
+    except (ImportError, OSError, RuntimeError) as error:
+        return _told(error)
+    try:
+        out = torch.zeros(1, dtype=torch.int32, device="cuda")
+        probe_kernel[(1,)](out)
+        return None if out.item() == 1 else _told(RuntimeError("a kernel wrote nothing"))
+    except torch.OutOfMemoryError:
+        raise  # tells nothing of Triton
+    except (OSError, RuntimeError, AssertionError, SubprocessError, TritonError) as error:  # it asserts that there is a driver, too
+        return _told(error)
+
+
+def _told(error: Exception) -> str:
+    fault = f"triton cannot compile here: {' '.join(str(error).split()) or type(error).__name__}"
+    _LOG.warning("%s; kernels of torch run instead", fault)
+    return fault
 
 
 def capability(device: torch.device | None = None) -> tuple[int, int]:

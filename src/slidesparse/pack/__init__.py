@@ -1,7 +1,7 @@
 """Fast packing: dense masked weights ↔ kept values and keep-bits, and the slid layout derived from them."""
 
 from .checks import check_packed, check_scale
-from .codes import integer_view
+from .codes import integer_view, without_negative_zeros
 from .obeys import detect, find_violation
 from .packing import pack, restore, slid_mask, slide, unpack_keep
 from .sharding import Shard
@@ -18,4 +18,5 @@ __all__ = [
     "slid_mask",
     "slide",
     "unpack_keep",
+    "without_negative_zeros",
 ]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..errors import WeightError
 from ..format import Packed
 from .packing import unpack_keep
+
+_BLOCK = 1 << 20
+"""Bytes of keep-bits that are unpacked at once, to eight times as many."""
 
 
 def check_packed(packed: Packed, scale: Tensor | None = None, *, first_row: int = 0) -> None:
@@ -25,17 +30,26 @@ def check_packed(packed: Packed, scale: Tensor | None = None, *, first_row: int 
         raise WeightError(f"weight_values has shape {list(packed.values.shape)}, {claim} {values_shape}")
     if packed.keep.dtype != torch.uint8 or list(packed.keep.shape) != keep_shape:
         raise WeightError(f"weight_keep is {packed.keep.dtype} {list(packed.keep.shape)}, {claim} torch.uint8 {keep_shape}")
-    counts = unpack_keep(packed).unflatten(1, (-1, pattern.group)).sum(-1, dtype=torch.uint8)
-    if bool((counts != pattern.kept).any()):
-        row, group = (int(i) for i in (counts != pattern.kept).nonzero()[0])
-        where = f"weight_keep: row {first_row + row}, group {group}"
-        raise WeightError(f"{where} has {int(counts[row, group])} keep-bits, pattern {pattern} needs {pattern.kept}")
+    rows = max(1, _BLOCK // max(1, packed.keep.shape[1]))
+    for start in range(0, n, rows):
+        block = replace(packed, values=packed.values[start : start + rows], keep=packed.keep[start : start + rows])
+        _check_counts(block, first_row + start)
     unused = packed.keep.shape[1] * 8 - pattern.groups(packed.k) * pattern.group
     if unused and bool((packed.keep[:, -1] >> (8 - unused)).any()):
         row = int((packed.keep[:, -1] >> (8 - unused)).nonzero()[0])
         raise WeightError(f"weight_keep: row {first_row + row} sets unused bits at its end")
     if scale is not None:
         check_scale(scale, (n, 1), first_row=first_row)
+
+
+def _check_counts(packed: Packed, first_row: int) -> None:
+    pattern = packed.pattern
+    counts = unpack_keep(packed).unflatten(1, (-1, pattern.group)).sum(-1, dtype=torch.uint8)
+    wrong = counts != pattern.kept
+    if bool(wrong.any()):
+        row, group = (int(i) for i in wrong.nonzero()[0])
+        where = f"weight_keep: row {first_row + row}, group {group}"
+        raise WeightError(f"{where} has {int(counts[row, group])} keep-bits, pattern {pattern} needs {pattern.kept}")
 
 
 def check_scale(

@@ -31,11 +31,16 @@ def unit_codes(weight: Tensor, pattern: Pattern) -> Tensor:
         ValueError: K is not a whole number of units.
     """
     pattern.units(weight.shape[1])
-    codes = integer_view(weight)
-    negative_zero = _NEGATIVE_ZERO.get(weight.dtype)
-    if negative_zero is not None and bool((wrong := codes == negative_zero).any()):  # rare, and filling is dear
-        codes = codes.masked_fill(wrong, 0)
+    codes = integer_view(without_negative_zeros(weight))
     return codes if pattern.unit == 1 else integer_view(codes, pattern.unit)
+
+
+def without_negative_zeros(weight: Tensor) -> Tensor:
+    """The weights with −0.0 turned into +0.0; themselves where there is none."""
+    codes, negative_zero = integer_view(weight), _NEGATIVE_ZERO.get(weight.dtype)
+    if negative_zero is not None and bool((wrong := codes == negative_zero).any()):  # rare, and filling is dear
+        return codes.masked_fill(wrong, 0).view(weight.dtype)
+    return weight
 
 
 def count_negative_zeros(weight: Tensor) -> int:

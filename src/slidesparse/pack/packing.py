@@ -49,9 +49,7 @@ def restore(packed: Packed) -> Tensor:
 
 def unpack_keep(packed: Packed) -> Tensor:
     """Keep-bits as bool ``[N, groups·group]``, one per unit of the padded row."""
-    bits = packed.keep.to(torch.int64)
-    shifts = torch.arange(8, device=bits.device)
-    flags = (bits.unsqueeze(-1) >> shifts & 1).to(torch.bool).flatten(1) if bits.device.type != "cpu" else _byte_flags(packed.keep)
+    flags = _byte_flags(packed.keep) if packed.keep.device.type == "cpu" else _bit_flags(packed.keep)
     return flags[:, : packed.pattern.groups(packed.k) * packed.pattern.group]
 
 
@@ -105,6 +103,12 @@ def _pack_bits(keep: Tensor) -> Tensor:
     keep = F.pad(keep, (0, -keep.shape[1] % 8)) if keep.shape[1] % 8 else keep.contiguous()
     eight = keep.view(torch.uint8).view(-1).view(torch.int64).view(keep.shape[0], keep.shape[1] // 8)
     return (eight * _GATHER >> 56 & 0xFF).to(torch.uint8)
+
+
+def _bit_flags(keep: Tensor) -> Tensor:
+    """As `_byte_flags`, on any device."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=keep.device)
+    return (keep.unsqueeze(-1) >> shifts).bitwise_and_(1).view(torch.bool).flatten(1)
 
 
 def _byte_flags(keep: Tensor) -> Tensor:

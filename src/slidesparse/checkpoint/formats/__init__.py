@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ from ...errors import CheckpointError
 from ...format import QUANT_METHOD
 from ..layers import Layer
 from ..tensorfile import TensorInfo
-from . import bitnet, compressed_tensors, floating, packed
+from . import bitmask, bitnet, compressed_tensors, floating, packed
 
 FORMATS = {
-    QUANT_METHOD: packed.find,
-    bitnet.METHOD: bitnet.find,
-    compressed_tensors.METHOD: compressed_tensors.find,
-    None: floating.find,
+    QUANT_METHOD: (packed.find,),
+    bitnet.METHOD: (bitnet.find,),
+    compressed_tensors.METHOD: (compressed_tensors.find, bitmask.find),
+    None: (floating.find,),
 }
 """Functions that find a format's layers, by the ``quant_method`` that declares the format. A checkpoint may mix formats:
 of those that find a layer the first has it.
@@ -36,11 +37,15 @@ def find_layers(path: Path, config: dict[str, Any], tensors: dict[str, TensorInf
     transposed = _transposed(config, tensors)
     if transposed:
         raise CheckpointError(f"{path}: {transposed} stores its linear weights transposed ([K, N]); that is not supported")
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method not in FORMATS:
-        raise CheckpointError(f"{path}: weights quantised by {method!r} cannot be read; start from the 16-bit checkpoint")
+    # Some tools write the second key, beside the first or alone.
+    key = "quantization_config" if config.get("quantization_config") else "quantization"
+    quantization = config.get(key) if isinstance(config.get(key), dict) else {}
+    method = quantization.get("quant_method")
+    if method not in FORMATS or (method is None and quantization):
+        told = f"by {method!r}" if method else f"in an unknown way ({key}: {', '.join(sorted(quantization))})"
+        raise CheckpointError(f"{path}: weights quantised {told} cannot be read; start from the 16-bit checkpoint")
     found: dict[str, Layer] = {}
-    for find in FORMATS.values():
+    for find in chain.from_iterable(FORMATS.values()):
         found |= find(path, config, {tensor: info for tensor, info in tensors.items() if tensor.rpartition(".")[0] not in found})
     by_tensor = {layer.main.name: layer for layer in found.values()}
     return {by_tensor[tensor].name: by_tensor[tensor] for tensor in tensors if tensor in by_tensor}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, WeightError
-from ...format import FP32, QUANT_METHOD, SCHEMES, Scheme, scheme_of_dtype
+from ...format import QUANT_METHOD, SCHEMES, Scheme
 from ...quant import check_finite
-from ..layers import FLOATS, Block, Layer, matrices, tensors_of
+from ..layers import FLOATS, Block, Layer, float_scheme, matrices, tensors_of
 from ..tensorfile import TensorInfo, TensorReader
 
 METHOD = "bitnet"
@@ -82,7 +82,7 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
     for name, suffix, info in matrices(tensors):
         own = tensors_of(name, (suffix, "weight_scale"), tensors)
         if suffix == "weight" and info.dtype_name in FLOATS:
-            layers[name] = Master(name, *info.shape, scheme_of_dtype(info.dtype) or FP32, {suffix: info})
+            layers[name] = Master(name, *info.shape, float_scheme(info), {suffix: info})
         elif suffix == "weight" and info.dtype_name == "U8":
             if "weight_scale" not in own:
                 raise CheckpointError(f"{info.path}: ternary tensor {info.name} has no weight_scale")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
 from ...format import SCHEMES, Scheme, dense_tensors
 from ...quant import canonical_nvfp4
-from ..layers import FLOATS, Block, Layer, check_tensors, matrices, tensors_of
+from ..layers import FLOATS, Block, Layer, check_tensors, float_scheme, matrices, tensors_of
 from ..tensorfile import TensorInfo, TensorReader
+from .floating import Floating
 
 METHOD = "compressed-tensors"
+
+BITMASKS = ("sparse-bitmask", "sparse-24-bitmask")
+"""Formats of sparse weights that `bitmask` reads."""
 
 
 class Quantized(Layer):
@@ -20,57 +25,137 @@ class Quantized(Layer):
 
     holds, may_stay = "dense quantised weights with scales", ("dense",)
 
+    @property
+    def restored(self) -> bool:  # type: ignore[override]
+        """Only with one scale for every row: an output has one strategy, which is a scale per row."""
+        return self.one_scale
+
     def _read(self, reader: TensorReader, ranges: Iterable[tuple[int, int]]) -> Iterator[Block]:
         for first, last in ranges:
             scale, values = self._scale(reader, first, last), reader.read_rows(self.main, first, last)
             yield Block(first, canonical_nvfp4(values) if self.scheme.pair else values, scale)
 
 
+class Left(Floating):
+    """A layer of a quantised checkpoint that its maker left in 16 bits: it stays so unless it is named."""
+
+    holds, by_default = "16- or 32-bit weights that the maker of the quantised checkpoint left so", False
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a configuration says of its weights: their scheme, and whether a tensor has one scale for all its rows."""
+
+    scheme: Scheme
+    per_tensor: bool = False
+
+
 def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Layer]:
-    """Quantised layers by name; refuses other schemes, zero points, and tensors that contradict the configuration."""
-    quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") != METHOD:
+    """Layers by name; refuses other schemes, zero points that are not zero, and tensors that contradict the configuration."""
+    quantization = read_quantization(path, config)
+    if quantization is None:
         return {}
-    scheme, layers = _scheme(path, quantization), {}
+    layers: dict[str, Layer] = {}
     for name, suffix, info in matrices(tensors):
         if info.dtype_name in FLOATS and suffix == "weight":
-            continue  # left as it was
-        if f"{name}.weight_zero_point" in tensors:
-            raise CheckpointError(f"{info.path}: layer {name} has zero points; only symmetric weights are supported")
-        n, k = info.shape[0], info.shape[1] * (2 if scheme.pair else 1)
-        own = tensors_of(name, (suffix, "weight_scale", "weight_global_scale"), tensors)
-        layers[name] = Quantized(name, n, k, scheme, own)
-        check_tensors(layers[name], dense_tensors(scheme, n, k), ("F8_E4M3",) if scheme.pair else FLOATS)
+            if f"{name}.weight_scale" in tensors:
+                raise CheckpointError(
+                    f"{info.path}: {info.name} is {info.dtype_name} with a scale beside it, so it was saved before it was compressed: "
+                    "save it compressed, or start from the 16-bit checkpoint"
+                )
+            layers[name] = Left(name, *info.shape, float_scheme(info), {suffix: info})
+            continue
+        n, k = info.shape[0], info.shape[1] * (2 if quantization.scheme.pair else 1)
+        own = tensors_of(name, (suffix, "weight_scale", "weight_global_scale", "weight_zero_point"), tensors)
+        layers[name] = Quantized(name, n, k, quantization.scheme, own)
+        check_tensors(layers[name], dense_tensors(quantization.scheme, n, k)[:1], ())
+        check_scales(layers[name], quantization)
+    if layers and not any(tensor.endswith(".weight_scale") for tensor in tensors):
+        raise CheckpointError(
+            f"{path}: config.json says that weights are {quantization.scheme.name}, but no tensor is: remove its quantization_config to "
+            "read them as they are"
+        )
     return layers
 
 
-def _scheme(path: Path, quantization: dict[str, Any]) -> Scheme:
-    """The scheme of a configuration; refuses all but those that are computed exactly."""
-    for key in ("transform_config", "kv_cache_scheme"):
-        if quantization.get(key):
-            raise CheckpointError(f"{path}: compressed-tensors checkpoints with {key} are not supported")
-    sparsity = quantization.get("sparsity_config") or {}
-    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
-        raise CheckpointError(f"{path}: sparse compressed-tensors weights ({sparsity['format']}) are not supported: save them dense")
-    groups = list((quantization.get("config_groups") or {}).values())
-    if not groups or not all(isinstance(group, dict) for group in groups):
-        raise CheckpointError(f"{path}: quantization_config.config_groups describes no scheme")
-    schemes = {_scheme_of_group(path, group) for group in groups}
-    if len(schemes) != 1:
-        raise CheckpointError(f"{path}: compressed-tensors checkpoints with {len(schemes)} different schemes are not supported")
-    return SCHEMES[schemes.pop()]
+def check_scales(layer: Layer, quantization: Quantization) -> None:
+    """A quantised layer must have the scales of its scheme, and no zero points that are not zero."""
+    scale = layer.tensors.get("weight_scale")
+    specs = dense_tensors(layer.scheme, layer.n, layer.k)[1:]
+    if quantization.per_tensor and layer.one_scale:
+        specs = (replace(specs[0], shape=scale.shape),)
+    check_tensors(layer, specs, ("F8_E4M3",) if layer.scheme.pair else FLOATS)
+    if "weight_zero_point" in layer.tensors:
+        _check_zero_points(layer.name, layer.tensors["weight_zero_point"])
 
 
-def _scheme_of_group(path: Path, group: dict[str, Any]) -> str:
-    weights, activations = group.get("weights") or {}, group.get("input_activations")
-    kind = (weights.get("num_bits"), weights.get("type"), weights.get("strategy"), weights.get("symmetric", True))
-    if kind == (4, "float", "tensor_group", True) and activations is None:
-        return "nvfp4"
-    dynamic = activations and tuple(activations.get(key) for key in ("num_bits", "type", "strategy", "dynamic"))
-    names = {(8, "int", "channel", True): "int8", (8, "float", "channel", True): "fp8"}
-    if kind not in names or dynamic != (8, kind[1], "token", True):
+def _check_zero_points(layer: str, info: TensorInfo) -> None:
+    """Zero points that are all zero say nothing; others shift the weights, which no kernel here undoes."""
+    with TensorReader() as reader:
+        if bool((reader.read(info).float() != 0).any()):
+            raise CheckpointError(f"{info.path}: layer {layer} has zero points other than 0 (asymmetric weights), which are not supported")
+
+
+def read_quantization(path: Path, config: dict[str, Any]) -> Quantization | None:
+    """What config.json says of the weights; None where it is no such configuration, or quantises nothing.
+
+    Raises:
+        CheckpointError: anything but the schemes that are computed exactly; names what is not supported.
+    """
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != METHOD:
+        return None
+    told = f"{path / 'config.json'}: quantization_config"
+    if quantization.get("transform_config"):
+        raise CheckpointError(f"{told}.transform_config: rotated weights are not supported: start from the 16-bit checkpoint")
+    if quantization.get("kv_cache_scheme"):
         raise CheckpointError(
-            f"{path}: compressed-tensors scheme {weights.get('num_bits')}-bit {weights.get('type')} {weights.get('strategy')} is not "
-            "supported: W8A8 int8 or fp8 with symmetric per-channel weights and dynamic per-token activations is"
+            f"{told}.kv_cache_scheme: a quantised KV cache is not supported, and would be lost without a word: "
+            "set kv_cache_scheme to null to go on without it"
         )
-    return names[kind]
+    sparsity = quantization.get("sparsity_config") or {}
+    stored = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
+    if stored not in ("dense", *BITMASKS):
+        raise CheckpointError(f"{told}.sparsity_config: sparse weights stored as {stored} are not supported: save them dense")
+    groups = list((quantization.get("config_groups") or {}).values())
+    if not groups and quantization.get("format", "dense") in ("dense", *BITMASKS):
+        return None  # pruned, not quantised
+    if not groups or not all(isinstance(group, dict) for group in groups):
+        raise CheckpointError(f"{told}.config_groups describes no scheme")
+    found = {_of_group(f"{told}.config_groups", group) for group in groups}
+    if len(found) != 1:
+        raise CheckpointError(f"{told}.config_groups: {len(found)} different schemes in one checkpoint are not supported")
+    return found.pop()
+
+
+def _of_group(told: str, group: dict[str, Any]) -> Quantization:
+    """The one scheme of a group; refuses what would be computed otherwise than its maker meant."""
+    weights, activations = group.get("weights") or {}, group.get("input_activations")
+    for part, name in ((weights, "weights"), (activations or {}, "input_activations")):
+        if not isinstance(part, dict) or any(isinstance(part.get(key), list | dict) for key in ("num_bits", "type", "strategy")):
+            raise CheckpointError(f"{told}: {name} is {part!r}, which describes no scheme")
+    kind = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
+    if kind == (4, "float", "tensor_group") and weights.get("symmetric", True) and activations is None:
+        return Quantization(SCHEMES["nvfp4"])
+    names = {(8, "int"): "int8", (8, "float"): "fp8"}
+    dynamic = activations or {}
+    refusals = {
+        f"{kind[0]}-bit {kind[1]} weights": kind[:2] not in names,
+        f"weights with scales per {kind[2]}": kind[2] not in ("channel", "tensor"),
+        "asymmetric weights": not weights.get("symmetric", True),
+        "weights quantised when they are used": bool(weights.get("dynamic")),
+        "quantised weights with activations that are not": activations is None,
+        "quantised outputs": bool(group.get("output_activations")),
+        "quantised embeddings": "Embedding" in (group.get("targets") or ()),
+        "activations with static scales": activations is not None and dynamic.get("dynamic") is not True,
+        "asymmetric activations": not dynamic.get("symmetric", True),
+        f"activations with scales per {dynamic.get('strategy')}": dynamic.get("strategy") != "token",
+        "weights and activations of different types": (dynamic.get("num_bits"), dynamic.get("type", "int")) != kind[:2],
+    }
+    wrong = next((what for what, refused in refusals.items() if refused), None)
+    if wrong:
+        raise CheckpointError(
+            f"{told}: {wrong} are not supported: W8A8 int8 or fp8 with symmetric weights and symmetric dynamic per-token activations is, "
+            "and NVFP4 weights; start from the 16-bit checkpoint for others"
+        )
+    return Quantization(SCHEMES[names[kind[:2]]], kind[2] == "tensor")

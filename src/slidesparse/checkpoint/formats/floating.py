@@ -1,4 +1,4 @@
-"""16- or 32-bit weights, as models are published: every float matrix that no other format takes."""
+"""16-, 32- or 64-bit weights, as models are published: every float matrix that no other format takes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
-from ...format import FP32, scheme_of_dtype
-from ..layers import FLOATS, Block, Layer, matrices
+from ..layers import FLOATS, Block, Layer, float_scheme, matrices
 from ..tensorfile import TensorInfo, TensorReader
 
 
@@ -26,7 +25,7 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
     layers: dict[str, Layer] = {}
     for name, suffix, info in matrices(tensors):
         if info.dtype_name in FLOATS and suffix == "weight":
-            layers[name] = Floating(name, *info.shape, scheme_of_dtype(info.dtype) or FP32, {suffix: info})
-        elif f"{name}.weight_scale" in tensors:
+            layers[name] = Floating(name, *info.shape, float_scheme(info), {suffix: info})
+        elif f"{name}.weight_scale" in tensors or info.dtype_name.startswith("F8"):
             raise CheckpointError(f"{info.path}: tensor {info.name} is quantised, but config.json does not say how")
     return layers

@@ -14,8 +14,10 @@ from ... import ops
 from ...ops.library import ones
 from ...ops.prologue import Activations, quantiser
 from ...ops.w8a8 import bound_w8a8
+from ...quant import scaled_nvfp4
 from ...reference import scaled
 from ..layouts import LAYOUTS
+from ..precision import matmul
 from ..problem import Problem
 from .base import LEAVES, Kernel, Pipeline, epilogue, int32_overflow
 
@@ -85,7 +87,10 @@ class DenseKernel(Kernel):
 
 
 def _multiply(problem: Problem, kept: bool, product: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The product on the copy's dense weights, which are restored first unless they are ``kept``."""
+    """The product on the copy's dense weights, which are restored first unless they are ``kept``; of nvfp4 there is only one."""
+    if problem.scheme.pair:
+        held = LAYOUTS["dense" if kept else "packed"].dense
+        return lambda q, x_scale, copy, scale, bias: _of_pairs(q, held(problem, copy), *copy[-2:])
     if kept:
         return lambda q, x_scale, copy, scale, bias: product(q, x_scale, copy[0], scale, bias)
     restore = LAYOUTS["packed"].dense
@@ -169,7 +174,7 @@ def _bound_triton(problem: Problem, m: int, x: Activations, unscaled: bool) -> C
 def _not_triton(problem: Problem) -> str | None:
     if problem.scheme.name != "int8" or not problem.cuda:
         return "multiplies int8 on CUDA"
-    return int32_overflow(problem) if ops.has_triton() else "triton is not installed"
+    return ops.triton_fault() or int32_overflow(problem)
 
 
 def _cublaslt(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
@@ -186,7 +191,15 @@ def _not_cublaslt(problem: Problem) -> str | None:
 
 def _exact(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
     """On any device: integer sums exact, others in float32."""
-    return products(q, weight) if q.dtype.itemsize == 1 else q.to(weight.dtype) @ weight.t()
+    return products(q, weight) if q.dtype.itemsize == 1 else matmul(q.to(weight.dtype), weight.t())
+
+
+def _of_pairs(q: Tensor, weight: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
+    """Float32 products with nvfp4 weights whose global scale is still to be applied."""
+    if q.is_cuda and q.dtype == weight.dtype:
+        return torch.mm(q, weight.t(), out_dtype=torch.float32) / global_scale  # what follows rounds to these 16 bits
+    # What is not rounded to 16 bits must not be rounded once more than the product of the scaled weights.
+    return matmul(q.to(torch.float32), scaled_nvfp4(weight, scale, global_scale).t())
 
 
 def _exact_unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
@@ -257,6 +270,6 @@ DENSE_KERNELS = (
     DenseKernel("cublaslt", _not_cublaslt, sums=_cublaslt, rows=32, code=(*HERE, *ROWS, *EPILOGUE)),
     DenseKernel(
         "exact", int32_overflow, sums=_exact, unscaled=_exact_unscaled, worth_timing=False,
-        code=(*HERE, *ROWS, *EPILOGUE),
+        code=(*HERE, *ROWS, *EPILOGUE, "gemm.precision"),
     ),
 )  # fmt: skip

@@ -1,0 +1,29 @@
+"""Products of float32 that are products of float32, whatever torch was allowed to round their inputs to."""
+
+from __future__ import annotations
+
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+_SETTINGS = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}
+_SWITCHING = Lock()
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a [M, K] @ b [K, N]``; of float32 without TF32 or bfloat16 inside.
+
+    Where the user allowed these for speed, the setting is another one for the length of the call. Meanwhile products of other threads are
+    more exact than they had to be, and torch refuses to tell them ``allow_tf32``, the older name of the setting.
+    """
+    setting = _SETTINGS.get(a.device.type) if a.dtype == torch.float32 else None
+    if setting is None or setting.fp32_precision in ("ieee", "none"):
+        return a @ b
+    with _SWITCHING:
+        allowed = setting.fp32_precision
+        setting.fp32_precision = "ieee"
+        try:
+            return a @ b
+        finally:
+            setting.fp32_precision = allowed

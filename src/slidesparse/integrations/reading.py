@@ -1,0 +1,74 @@
+"""How other libraries read a checkpoint: which modules transformers' class has, and how compressed-tensors matches their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.configs import Reader, same_name
+
+
+def find_reader(config: dict[str, Any], tensors: list[str]) -> Reader | None:
+    """The modules of the class that config.json names; None without transformers, or where it does not know the class.
+
+    The class is built without memory for its weights. ``tensors`` are the names of the stored ones.
+    """
+    model = _empty(config) if find_spec("transformers") is not None else None
+    if model is None:
+        return None
+    from .transformers_files import names_in_model
+
+    target_of, layers, merged = names_in_model(model), {}, set()
+    for tensor in tensors:
+        layer, _, suffix = tensor.rpartition(".")
+        if suffix in ("weight", "weight_packed", "weight_values", "compressed"):
+            layer = layer.removesuffix(".weight")
+            target, with_others = target_of(f"{layer}.weight")
+            layers[target.removesuffix(".weight")] = layer
+            merged |= {layer} if with_others else set()
+    modules = dict(model.named_modules())
+    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+    if not linear & layers.keys():
+        return None  # the files are of another class
+    tied = {name.removesuffix(".weight") for pair in getattr(model, "all_tied_weights_keys", {}).items() for name in pair}
+    fixed = {layer for name, layer in layers.items() if name in tied or name not in linear} - merged
+    return Reader({name: layers.get(name, name) for name in modules if name in linear}, _matching(), frozenset(fixed))
+
+
+def _matching() -> Callable[[str, str], bool]:
+    if find_spec("compressed_tensors") is None:
+        return same_name
+    from compressed_tensors.utils.match import match_name
+
+    return match_name
+
+
+def _empty(config: dict[str, Any]) -> nn.Module | None:
+    """The model of a configuration, on no device; None where transformers cannot build it."""
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    architecture = next(iter(config.get("architectures") or ()), "")
+    kind, plain = getattr(transformers, str(architecture), None), {k: v for k, v in config.items() if k != "quantization_config"}
+    if kind is None or "auto_map" in config:
+        return None
+    try:
+        with torch.device("meta"):
+            return kind(transformers.AutoConfig.for_model(**plain))
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        StrictDataclassError,
+    ):
+        return None
