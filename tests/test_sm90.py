@@ -57,7 +57,7 @@ def test_every_variant_compiles_without_local_memory() -> None:
 def call(weights, n, k, pattern, scheme, layout, variant, x, bias):
     kernel, dtype = Sm90(), x.dtype
     problem = Problem(n, k, Pattern.parse(pattern), SCHEMES[scheme], HOPPER, dtype, None if bias is None else bias.dtype)
-    copy = TiledLayout().prepare(problem, weights) if layout == "tiled" else (reference.restore(weights.packed.to("cpu")).cuda(),)
+    copy = TiledLayout().prepare(problem, weights) if layout == "tiled" else (dense.cuda(),)
     scale = weights.channel_scale.contiguous().cuda()
     return kernel.bind(problem, layout, variant, x, unscaled=False, direct=True), copy, scale
 

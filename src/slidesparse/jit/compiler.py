@@ -100,7 +100,13 @@ def _options(job: Job) -> object:
     macros = [(name, str(int(value) if isinstance(value, bool) else value)) for name, value in sorted(job.constants.items())]
     # Files that an include could find would not be in the key.
     return ProgramOptions(
-        name=f"{job.name}.cu", arch=job.arch, std="c++17", no_source_include=True, ptxas_options="-v", define_macro=macros or None
+        name=f"{job.name}.cu",
+        arch=job.arch,
+        std="c++17",
+        device_as_default_execution_space=True,  # or NVRTC 13.0 takes generic lambdas for host functions
+        no_source_include=True,
+        ptxas_options="-v",
+        define_macro=macros or None,
     )
 
 
