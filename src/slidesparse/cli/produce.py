@@ -274,8 +274,9 @@ def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwr
     from ..checkpoint.staging import refuse_existing
     from ..integrations.conversion import convert as api_convert
 
-    refuse_existing(out, overwrite)
-    model = model_folder(model) or model
+    if not model.exists():
+        refuse_existing(out, overwrite)  # before a model is fetched
+        model = model_folder(model) or model
     if recipe.calibrated:
         from ..integrations.conversion import hide_progress_bars
 
