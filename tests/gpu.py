@@ -13,10 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
+
+from slidesparse.gemm.machine import this_machine
 
 ROOT = Path(__file__).parent.parent
 FIELDS = ("date", "src", "tests", "gpu", "driver", "python", "torch", "triton", "vllm", "passed", "failed", "skipped", "seconds")
@@ -50,24 +53,15 @@ def version(package: str) -> str:
         return ""
 
 
-def driver() -> str:
-    """The NVIDIA driver's version; empty where nvidia-smi is not there."""
-    try:
-        words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return ""
-
-
 def main(out: Path, arguments: list[str]) -> int:
     """Run pytest, print what it prints, add the row, and return pytest's exit status."""
+    machine = asdict(this_machine()) if torch.cuda.is_available() else {}
     about = {
         "date": datetime.date.today().isoformat(),
         "src": tree_hash(ROOT / "src"),
         "tests": tree_hash(ROOT / "tests"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        "driver": driver(),
         "python": sys.version.split()[0],
+        **{name: machine.get(name, "") for name in ("gpu", "driver")},
         **{name: version(name) for name in ("torch", "triton", "vllm")},
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from torch import Tensor
 from slidesparse import reference
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Weights
-from slidesparse.ops import cusparselt, cusparselt_plans, launch, prologue
+from slidesparse.ops import cusparselt, cusparselt_plans, launch, library, prologue
 from slidesparse.ops.fused import added_norm, silu_mul
 from slidesparse.pattern import Pattern
 
@@ -128,6 +128,7 @@ def pretend_a_card(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     for name, function in (("quantize_call", quantize_call), ("silu_call", silu_call), ("norm_call", norm_call)):
         monkeypatch.setattr(prologue, name, function)
     monkeypatch.setattr(prologue, "runs_kernels", lambda device, dtype: True)
+    monkeypatch.setattr(library, "_tried", lambda: None)
     monkeypatch.setattr(base, "rescale_call", rescale_call)
     monkeypatch.setattr(dense, "bound_w8a8", bound_w8a8)
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)

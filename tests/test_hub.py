@@ -120,6 +120,8 @@ def test_commands_take_a_name(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
             [sys.executable, "-c", program, *words], capture_output=True, text=True, env=os.environ | places, cwd=tmp_path, check=False
         )
         assert done.returncode == code and told in done.stdout + done.stderr and "Traceback" not in done.stderr
+        if told == "there exists already":
+            assert not hub.RequestHandlerClass.asked, "nothing is fetched for an output that cannot be written"
 
 
 def test_a_folder_of_that_name_wins(hub: ThreadingHTTPServer, tmp_path: Path) -> None:

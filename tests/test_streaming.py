@@ -224,6 +224,19 @@ def test_reconstruction_keeps_masks_and_never_makes_a_block_worse(tmp_path, sche
     assert json.loads((tmp_path / "fitted/pruning_report.json").read_text())["blocks"] == reports["fitted"].blocks
 
 
+@pytest.mark.needs_gpu
+@pytest.mark.parametrize("scheme", [None, "int8", "fp8"])
+def test_a_gpu_solves_what_a_cpu_solves(tmp_path, scheme):
+    dense, ids = tiny.build(tmp_path / "dense"), tiny.token_ids(tmp_path / "ids.npy", samples=40)
+    recipe = tiny.recipe("auto", ids, samples=40, scheme=scheme, reconstruction_steps=60)
+    found = {device: convert(dense, tmp_path / device, recipe, device=device).pruning for device in ("cpu", "cuda")}
+    for name, layer in found["cuda"].layers.items():
+        assert layer["error"] == pytest.approx(found["cpu"].layers[name]["error"], rel=0.1), name
+    for block in found["cuda"].blocks:
+        assert block["error_after"] <= block["error_before"]
+    assert verify(tmp_path / "cuda").ok
+
+
 def hidden_states(path, tokens: Tensor) -> list[Tensor]:
     """What goes into the first block of a llama and what comes out of every block, all samples in one."""
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

@@ -152,7 +152,7 @@ def check_identity(dense: Tensor, packed: Packed, *, first_row: int = 0) -> None
     Raises:
         WeightError: a row differs.
     """
-    clean = _clean(dense)
+    clean = pack.without_negative_zeros(dense)
     row = _first_difference(clean, pack.restore(packed))
     if row is not None:
         raise WeightError(f"restore(pack(W)) differs from W in row {first_row + row}")
@@ -179,14 +179,14 @@ def _compare(reader: TensorReader, layer: Layer, block: Block, twin: Layer, thei
     Their weights are taken where ours are not zero and quantised as ours were; a weight too small for its scale counts as zero.
     """
     convert = not (twin.read_scheme.dynamic or twin.read_scheme.pair) and twin.scheme is not layer.scheme
-    mine = _clean(block.values)
+    mine = pack.without_negative_zeros(block.values)
     nonzero = _elements_nonzero(mine) if convert and layer.scheme.pair else _nonzero(mine)
     everything, scale = theirs.values, theirs.scale
     values = torch.where(nonzero, everything.float(), torch.zeros(())).to(everything.dtype)  # float32 holds every stored type
     if convert:
         values, scale = _quantize_like(reader, layer, values)
         everything, _ = _quantize_like(reader, layer, theirs.values)
-    for what, a, b in (("weight", mine, _clean(values)), ("weight_scale", block.scale, scale)):
+    for what, a, b in (("weight", mine, pack.without_negative_zeros(values)), ("weight_scale", block.scale, scale)):
         row = None if a is None else 0 if b is None else _first_difference(a, b.to(a.dtype))
         if row is not None:
             raise WeightError(f"{what}: row {block.first + row} differs from {twin.main.path}")
@@ -249,11 +249,6 @@ def _restores(reader: TensorReader, checkpoint: Checkpoint, name: str, twin: Lay
         if (scale is None) != (block.scale is None) or (scale is not None and not torch.equal(reader.read_rows(scale, *rows), block.scale)):
             return False
     return True
-
-
-def _clean(values: Tensor) -> Tensor:
-    """−0.0 as +0.0."""
-    return values if not values.is_floating_point() else torch.where(values.float() == 0, torch.zeros(()), values.float()).to(values.dtype)
 
 
 def _first_difference(a: Tensor, b: Tensor) -> int | None:

@@ -75,14 +75,10 @@ def model_folder(model: Path | None) -> Path | None:
     return find(model)
 
 
-Model = Annotated[
-    Path,
-    typer.Argument(
-        help="Folder with config.json and safetensors, or a name on the Hugging Face hub: org/name or org/name@revision.",
-        callback=model_folder,
-        show_default=False,
-    ),
-]
+_MODEL = "Folder with config.json and safetensors, or a name on the Hugging Face hub: org/name or org/name@revision."
+Model = Annotated[Path, typer.Argument(help=_MODEL, callback=model_folder, show_default=False)]
+Source = Annotated[Path, typer.Argument(help=_MODEL, show_default=False)]
+"""A model that is fetched when nothing else is wrong with the command line."""
 Out = Annotated[Path, typer.Argument(help="Directory to create.", show_default=False)]
 PatternOption = Annotated[
     Pattern, typer.Option("--pattern", "-p", parser=_pattern, metavar="KEPT:GROUP", help="At most KEPT of GROUP weights kept.")
@@ -133,7 +129,7 @@ Seed = Annotated[int, typer.Option(help="Of random pruning, and of the choice of
 
 
 def prune(
-    model: Model,
+    model: Source,
     out: Out,
     pattern: PatternOption = "6:8",  # type: ignore[assignment]
     method: MethodOption = Method.auto,
@@ -170,7 +166,7 @@ def prune(
 
 
 def quantize(
-    model: Model,
+    model: Source,
     out: Out,
     scheme: Annotated[Scheme, typer.Option(help="Type of the weights.")] = Scheme.int8,
     ignore: Ignore = None,
@@ -188,7 +184,7 @@ def quantize(
 
 
 def pack(
-    model: Model,
+    model: Source,
     out: Out,
     format: Annotated[Form, typer.Option(help="packed: values and keep-bits; dense: the portable twin.")] = Form.packed,
     pattern: Annotated[
@@ -210,7 +206,7 @@ def pack(
 
 
 def convert(
-    model: Model,
+    model: Source,
     out: Out,
     pattern: PatternOption = "6:8",  # type: ignore[assignment]
     scheme: Annotated[Scheme | None, typer.Option(help="Type of the weights; as they are when not given.")] = None,
@@ -275,8 +271,12 @@ def _read(overrides: Path | None) -> dict[str, Pattern]:
 
 
 def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwrite: bool, as_json: bool) -> None:
+    from ..checkpoint.staging import refuse_existing
     from ..integrations.conversion import convert as api_convert
 
+    if not model.exists():
+        refuse_existing(out, overwrite)  # before a model is fetched
+        model = model_folder(model) or model
     if recipe.calibrated:
         from ..integrations.conversion import hide_progress_bars
 

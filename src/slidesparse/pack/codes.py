@@ -12,6 +12,7 @@ _NEGATIVE_ZERO = {
     torch.bfloat16: -0x8000,
     torch.float16: -0x8000,
     torch.float32: -0x80000000,
+    torch.float64: -0x8000000000000000,
     torch.float8_e4m3fn: 0x80,
 }
 

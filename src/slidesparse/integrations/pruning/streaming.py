@@ -46,7 +46,7 @@ def solve(job: Job) -> PruningReport:
     blocks = Blocks.of(model)
     tasks = _tasks(job, blocks)
     blocks.check(samples.tokens)
-    device = torch.device(job.device)
+    device = torch.empty(0, device=job.device).device  # with its number
     if device.type == "cpu":
         _widen_all_but(blocks)
     steps = _steps(job)
