@@ -54,7 +54,7 @@ def test_every_variant_compiles_without_local_memory() -> None:
         assert (binary.resources.local, binary.resources.spills) == (0, 0), dict(job.constants)
 
 
-def call(weights, n, k, pattern, scheme, layout, variant, x, bias):
+def call(weights, dense, n, k, pattern, scheme, layout, variant, x, bias):
     kernel, dtype = Sm90(), x.dtype
     problem = Problem(n, k, Pattern.parse(pattern), SCHEMES[scheme], HOPPER, dtype, None if bias is None else bias.dtype)
     copy = TiledLayout().prepare(problem, weights) if layout == "tiled" else (dense.cuda(),)
@@ -82,7 +82,7 @@ def test_products_are_the_oracles(pattern: str, n: int, k: int, m: int, variant:
     x = tokens(m, k).cuda()
     for layout in ("tiled", "dense") if k % 16 == 0 else ("tiled",):
         for bias in (None, torch.randn(n, device="cuda").bfloat16()):
-            pipeline, copy, scale = call(weights, n, k, pattern, scheme, layout, variant, x, bias)
+            pipeline, copy, scale = call(weights, dense, n, k, pattern, scheme, layout, variant, x, bias)
             y = run(pipeline, x, copy, scale, bias)[0].cpu()
             wanted = oracle(x, weights, dense, bias, x.dtype)
             if scheme == "int8":
