@@ -26,7 +26,7 @@ from slidesparse.gemm import Runner, Weights
 from slidesparse.gemm.op import handle
 from slidesparse.nn import SlideSparseLinear
 from slidesparse.ops import cusparselt
-from slidesparse.prune import prune
+from slidesparse.pruning import prune
 
 N, K, M = 512, 512, 16
 ROUTES = {

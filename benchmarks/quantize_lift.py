@@ -14,7 +14,7 @@ from records import records
 from slidesparse import measure, ops, reference
 from slidesparse.format import SCHEMES, Scheme
 from slidesparse.pattern import Pattern
-from slidesparse.testing import check_bitwise
+from slidesparse.tolerance import check_bitwise
 
 MS = (1024, 4096, 8192, 16384, 32768)
 FUSED_MS = (64, *MS)

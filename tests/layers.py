@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slidesparse import prune, reference
+from slidesparse import pruning, reference
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Weights
 from slidesparse.ops.prologue import Gated, Normed
-from slidesparse.pack import pack
+from slidesparse.packing import pack
 from slidesparse.pattern import Pattern
-from slidesparse.quant import dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4, quantize_weight
+from slidesparse.quantization import dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4, quantize_weight
 
 DTYPE = torch.bfloat16
 
@@ -19,7 +19,7 @@ DTYPE = torch.bfloat16
 def made(n: int, k: int, scheme: str, pattern: str = "6:8", device: str = "cpu") -> tuple[Weights, Tensor]:
     """Stored weights, and the dense matrix ``[N, K]`` on the CPU that they stand for before scaling (nvfp4: after)."""
     kind, parsed = SCHEMES[scheme], Pattern.parse(pattern)
-    weight = prune.prune(torch.randn(n, k), parsed)
+    weight = pruning.prune(torch.randn(n, k), parsed)
     if kind.pair:
         factor = nvfp4_global_scale(float(weight.abs().max()))
         values, scale = quantize_nvfp4(weight, factor)

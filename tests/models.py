@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slidesparse.quant import quantize_weight
+from slidesparse.quantization import quantize_weight
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from slidesparse.format import SCHEMES, PackedConfig
-from slidesparse.pack import pack
+from slidesparse.packing import pack
 from slidesparse.pattern import Pattern
-from slidesparse.prune import prune
-from slidesparse.quant import nvfp4_global_scale, quantize_nvfp4, quantize_weight
+from slidesparse.pruning import prune
+from slidesparse.quantization import nvfp4_global_scale, quantize_nvfp4, quantize_weight
 from slidesparse.select import matches
 
 Tensors = dict[str, torch.Tensor]

@@ -20,7 +20,7 @@ from slidesparse.pattern import Pattern
 base, cusparselt_kernel, dense, runner = (
     import_module(f"slidesparse.gemm.{name}") for name in ("kernels.base", "kernels.cusparselt", "kernels.dense", "runner")
 )
-HOPPER = (9, 0)
+SM90 = (9, 0)
 
 
 class Product:
@@ -122,7 +122,7 @@ def pretend_a_card(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Layers on the CPU are bound as on a Hopper; gives the plans that the library was asked for."""
     asked: list[tuple] = []
     problem = Weights.problem
-    monkeypatch.setattr(Weights, "problem", lambda *arguments: replace(problem(*arguments), capability=HOPPER))
+    monkeypatch.setattr(Weights, "problem", lambda *arguments: replace(problem(*arguments), capability=SM90))
     for module in (launch, prologue, cusparselt_plans):
         monkeypatch.setattr(module, "allocator", poisoned)
     for name, function in (("quantize_call", quantize_call), ("silu_call", silu_call), ("norm_call", norm_call)):

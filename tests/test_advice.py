@@ -14,7 +14,7 @@ import torch
 import models
 import tiny
 from slidesparse import convert as convert_by_method
-from slidesparse import pack
+from slidesparse import packing
 from slidesparse.checkpoint import Recipe, convert, inspect, verify
 from slidesparse.errors import CheckpointError, UnsupportedError
 from slidesparse.pattern import Pattern
@@ -58,7 +58,7 @@ def test_the_nearest_pattern_holds_the_weights(asked, advised):
         kept, group = map(int, asked.split(":"))
         pattern = Pattern.parse(advised)
         rows = torch.stack([torch.randperm(group) < kept for _ in range(40 * 80)]).view(40, -1).float()
-        assert pack.find_violation(rows[:, : rows.shape[1] // pattern.group * pattern.group], pattern) is None
+        assert packing.find_violation(rows[:, : rows.shape[1] // pattern.group * pattern.group], pattern) is None
 
 
 def test_verify_heeds_the_pattern_asked_for(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from compressed_tensors.utils.helpers import pack_bitmasks
 
 import models
-from slidesparse import pack, reference
+from slidesparse import packing, reference
 from slidesparse.checkpoint import Checkpoint, Recipe, convert, inspect, verify
 from slidesparse.checkpoint.tensorfile import TensorReader
 from slidesparse.errors import CheckpointError, UnsupportedError
@@ -22,7 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def stored(name: str, weight: torch.Tensor, form: str, *, old: bool = False) -> dict[str, torch.Tensor]:
     """One weight as the compressors of compressed-tensors 0.6 to 0.13 wrote it; ``old`` names hold ``.weight``."""
-    integers = pack.integer_view(weight)
+    integers = packing.integer_view(weight)
     if form == "sparse-24-bitmask":  # the two largest of four, whether or not they are zero
         scores = weight.float().abs().reshape(-1, 4)
         keep = torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(2, dim=1).indices, True).view(weight.shape)
@@ -79,7 +79,7 @@ def test_bit_masks_are_packed_without_loss(tmp_path, form, scheme):
     out, expected = models.read(tmp_path / "packed"), models.read(tmp_path / "expected")
     assert out.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert out[name].dtype == tensor.dtype and torch.equal(pack.integer_view(out[name]), pack.integer_view(tensor)), name
+        assert out[name].dtype == tensor.dtype and torch.equal(packing.integer_view(out[name]), packing.integer_view(tensor)), name
     assert models.config_of(tmp_path / "packed")["quantization_config"] == models.config_of(tmp_path / "expected")["quantization_config"]
     assert verify(tmp_path / "packed", source).ok and verify(tmp_path / "packed", dense).ok
 

@@ -17,9 +17,9 @@ from slidesparse.checkpoint import Recipe
 from slidesparse.errors import UnsupportedError, WeightError
 from slidesparse.format import FP32, SCHEMES, PackedConfig
 from slidesparse.integrations.pruning.solving import Task, solve_layers
-from slidesparse.pack import find_violation
-from slidesparse.prune import Gathering, Statistics, layer_error, prune
-from slidesparse.quant import quantize_weight
+from slidesparse.packing import find_violation
+from slidesparse.pruning import Gathering, Statistics, layer_error, prune
+from slidesparse.quantization import quantize_weight
 from test_convert import restored, same
 from tiny import SIX
 

@@ -18,11 +18,11 @@ from slidesparse.gemm.choose import BUDGET, GUARD, SECOND, TIE, cell_of, choice_
 from slidesparse.gemm.explain import plan_rows, summary
 from slidesparse.gemm.layouts import LAYOUTS
 from slidesparse.ops import cusparselt
-from slidesparse.pack import pack
+from slidesparse.packing import pack
 from slidesparse.pattern import Pattern
-from slidesparse.prune import prune
-from slidesparse.quant import quantize_weight
-from slidesparse.testing import check_bitwise
+from slidesparse.pruning import prune
+from slidesparse.quantization import quantize_weight
+from slidesparse.tolerance import check_bitwise
 
 KEY = (24, 64, "6:8", "int8")
 BYTES = {"packed": 88, "dense": 100, "slid": 94}

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 import models
-from slidesparse import pack, reference
+from slidesparse import packing, reference
 from slidesparse.checkpoint import Recipe, convert, verify
 from slidesparse.errors import PatternError, UnsupportedError
 from slidesparse.format import SCHEMES, Packed, PackedConfig
 from slidesparse.pattern import KNOWN, Pattern
-from slidesparse.quant import dequantize_nvfp4
+from slidesparse.quantization import dequantize_nvfp4
 
 SIX = Pattern.parse("6:8")
 LAYER = "model.layers.1.mlp.down_proj"
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(pack.integer_view(a), pack.integer_view(b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(packing.integer_view(a), packing.integer_view(b))
 
 
 def restored(path: Path, layer: str) -> torch.Tensor:
@@ -233,7 +233,7 @@ def test_random_pruning_is_reproducible_and_differs_by_seed(tmp_path):
         convert(source, tmp_path / name, Recipe(SIX, "random", form="dense", seed=seed))
     a, b, c = (models.read(tmp_path / name)[f"{LAYER}.weight"] for name in "abc")
     assert torch.equal(a, b) and not torch.equal(a, c)
-    assert pack.find_violation(a, SIX) is None and int((a == 0).sum()) == 64 * 24
+    assert packing.find_violation(a, SIX) is None and int((a == 0).sum()) == 64 * 24
 
 
 def test_selection_keeps_heads_experts_and_routers(tmp_path):

@@ -10,7 +10,7 @@ from slidesparse import reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.ops import cusparselt
 from slidesparse.pattern import Pattern
-from slidesparse.testing import check_bitwise, check_close
+from slidesparse.tolerance import check_bitwise, check_close
 
 REASON = cusparselt.unavailable("cuda")
 PRODUCTS = [(dtype, out) for dtype, outs in cusparselt.OUT_DTYPES.items() for out in outs]

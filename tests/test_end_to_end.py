@@ -10,7 +10,7 @@ import torch
 
 from slidesparse import reference
 from slidesparse.checkpoint import Recipe, convert, verify
-from slidesparse.nn import SlideSparseLinear, accelerate
+from slidesparse.nn import SlideSparseLinear, pack_model
 from slidesparse.pattern import Pattern
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -105,7 +105,7 @@ def test_dense_twin_through_compressed_tensors_is_packed_in_memory(tmp_path):
     convert(source, tmp_path / "twin", Recipe(SIX, "magnitude", "int8", form="dense"))
     convert(tmp_path / "twin", tmp_path / "packed", Recipe())
     twin, packed = load(tmp_path / "twin"), load(tmp_path / "packed")
-    accelerate(twin)
+    pack_model(twin)
     mine, theirs = ({name: m for name, m in model.named_modules() if isinstance(m, SlideSparseLinear)} for model in (packed, twin))
     assert len(mine) == 14 and mine.keys() == theirs.keys()
     for name, layer in mine.items():

@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 
-from slidesparse import pack, reference
+from slidesparse import packing, reference
 from slidesparse.format import Packed
 from slidesparse.ops import expand
 from slidesparse.ops.expand import Tile
 from slidesparse.pattern import KNOWN, Pattern
-from slidesparse.testing import check_bitwise
+from slidesparse.tolerance import check_bitwise
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -33,7 +33,7 @@ def masked(n: int, k: int, pattern: Pattern, dtype: torch.dtype) -> torch.Tensor
 
 def slid(weight: torch.Tensor, pattern: Pattern, width: int, rows: int) -> torch.Tensor:
     y = reference.slide(weight, pattern)[0]
-    codes = pack.integer_view(y)
+    codes = packing.integer_view(y)
     return torch.nn.functional.pad(codes, (0, width - y.shape[1], 0, -y.shape[0] % rows)).view(weight.dtype)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from slidesparse.errors import CheckpointError
 from slidesparse.format import SCHEMES, VERSION, PackedConfig, dense_tensors, packed_tensors, scheme_named
-from slidesparse.pack import pack
+from slidesparse.packing import pack
 from slidesparse.pattern import KNOWN, Pattern
 from slidesparse.select import DEFAULT_IGNORE, matches
 

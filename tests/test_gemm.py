@@ -20,7 +20,7 @@ from slidesparse.nn import SlideSparseLinear
 from slidesparse.ops import cusparselt
 from slidesparse.ops.w8a8 import WIDEST_K
 from slidesparse.pattern import Pattern
-from slidesparse.testing import check_bitwise, check_close, deviation
+from slidesparse.tolerance import check_bitwise, check_close, deviation
 
 SHAPES = [(0, 24, 64), (1, 33, 100), (7, 16, 1), (16, 48, 256), (63, 40, 172)]
 ON_CPU = ["dense", "packed", "dense:exact", "packed:exact", "packed:exact64"]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from slidesparse import pack as fast
+from slidesparse import packing as fast
 from slidesparse import reference
 from slidesparse.format import SCHEMES, Packed, PackedConfig
 from slidesparse.pattern import KNOWN, Pattern
-from slidesparse.prune import prune
-from slidesparse.quant import quantize_weight
+from slidesparse.pruning import prune
+from slidesparse.quantization import quantize_weight
 
 DOCS = Path(__file__).parent.parent / "docs"
 INT8 = SCHEMES["int8"]

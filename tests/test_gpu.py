@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import models
-from slidesparse import pack, prune, reference, testing
+from slidesparse import packing, pruning, reference, tolerance
 from slidesparse.checkpoint import Recipe, convert
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES, Packed
@@ -18,7 +18,7 @@ from slidesparse.gemm.tune import LinearShape, tune
 from slidesparse.nn import SlideSparseLinear, place
 from slidesparse.ops import cusparselt
 from slidesparse.pattern import KNOWN, Pattern
-from slidesparse.quant import quantize_weight
+from slidesparse.quantization import quantize_weight
 
 pytestmark = [
     pytest.mark.needs_gpu,
@@ -27,24 +27,24 @@ pytestmark = [
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(pack.integer_view(a.cpu()), pack.integer_view(b.cpu()))
+    return torch.equal(packing.integer_view(a.cpu()), packing.integer_view(b.cpu()))
 
 
 @pytest.mark.parametrize("pattern", [*KNOWN, Pattern.parse("6:8x2")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_prune_quantise_pack_restore_slide_are_bitwise_the_cpus(dtype, pattern):
     weight = torch.randn(129, pattern.group * pattern.unit * 21 + 2).to(dtype)
-    pruned = prune.prune(weight.cuda(), pattern)
-    assert same(pruned, prune.prune(weight, pattern))
+    pruned = pruning.prune(weight.cuda(), pattern)
+    assert same(pruned, pruning.prune(weight, pattern))
     for scheme in ("int8", "fp8"):
         values, scale = quantize_weight(pruned, SCHEMES[scheme])
         cpu_values, cpu_scale = quantize_weight(pruned.cpu(), SCHEMES[scheme])
         assert same(values, cpu_values) and same(scale, cpu_scale)
-        packed, expected = pack.pack(values, pattern), reference.pack(cpu_values, pattern)
+        packed, expected = packing.pack(values, pattern), reference.pack(cpu_values, pattern)
         assert same(packed.values, expected.values) and torch.equal(packed.keep.cpu(), expected.keep)
-        pack.check_packed(packed)
-        assert same(pack.restore(packed), reference.restore(expected))
-        assert same(pack.slide(packed), reference.slide(reference.restore(expected), pattern)[0])
+        packing.check_packed(packed)
+        assert same(packing.restore(packed), reference.restore(expected))
+        assert same(packing.slide(packed), reference.slide(reference.restore(expected), pattern)[0])
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "bf16", "nvfp4"])
@@ -68,7 +68,7 @@ CUDA_ROUTES = [
 def layer_on_gpu(scheme: str, n: int, k: int, pattern: str = "6:8", bias: bool = True) -> SlideSparseLinear:
     dtype = torch.float16 if scheme == "fp16" else torch.bfloat16
     pattern += "x2" if scheme == "nvfp4" else ""
-    weight = prune.prune(torch.randn(n, k) * 0.05, Pattern.parse(pattern)).to(dtype)
+    weight = pruning.prune(torch.randn(n, k) * 0.05, Pattern.parse(pattern)).to(dtype)
     shift = (torch.randn(n) * 3).to(dtype) if bias else None
     return SlideSparseLinear.from_dense(weight, shift, pattern=pattern, scheme=scheme).cuda()
 
@@ -94,7 +94,8 @@ def check_layer(layer: SlideSparseLinear, x: torch.Tensor, y: torch.Tensor, *, c
     """
     scheme, bias = layer.scheme, layer.bias
     if scheme.dynamic:
-        values = pack.restore(Packed(*(t.cuda() for t in (layer.packed.values, layer.packed.keep)), layer.packed.pattern, layer.packed.k))
+        packed = layer.packed
+        values = packing.restore(Packed(packed.values.cuda(), packed.keep.cuda(), packed.pattern, packed.k))
         scales = layer.weight_scale
         q, x_scale = reference.quantize(x, scheme)
     else:
@@ -107,7 +108,7 @@ def check_layer(layer: SlideSparseLinear, x: torch.Tensor, y: torch.Tensor, *, c
         exact, plain = exact + bias.double(), plain + bias.float()
     twice = compiled or any(kernels()[route.kernel].roundings(route.variant) == 2 for _, route in layer.routes)
     if scheme.name == "int8" and not twice:
-        testing.check_bitwise(y, reference.linear(q, x_scale, values, scales, bias, x.dtype))
+        tolerance.check_bitwise(y, reference.linear(q, x_scale, values, scales, bias, x.dtype))
     elif scheme.name == "fp8" and y.shape[0]:
         # Fast accumulation keeps fewer bits than float32: torch's own row-wise product, which takes multiples of 16, sets the measure.
         rows, columns = -layer.out_features % 16, -layer.in_features % 16
@@ -116,9 +117,9 @@ def check_layer(layer: SlideSparseLinear, x: torch.Tensor, y: torch.Tensor, *, c
         plain8 = torch._scaled_mm(q, values.t(), x_scale, scales, shift, out_dtype=x.dtype, use_fast_accum=True)[:, : layer.out_features]
         # In units of each row's largest: else one row in a thousand decides.
         unit = exact.abs().amax(1, keepdim=True)
-        testing.check_close(y.double() / unit, exact / unit, plain8.to(x.dtype).double() / unit, roundings=2 if twice else 1)
+        tolerance.check_close(y.double() / unit, exact / unit, plain8.to(x.dtype).double() / unit, roundings=2 if twice else 1)
     else:
-        testing.check_close(y, exact, plain.to(x.dtype), roundings=2 if twice else 1)
+        tolerance.check_close(y, exact, plain.to(x.dtype), roundings=2 if twice else 1)
 
 
 @pytest.mark.parametrize("m", [0, 1, 7, 16, 63, 1000])
@@ -140,15 +141,15 @@ def test_later_calls_decide_nothing_anew_and_give_the_same(scheme, route, n, k, 
     for x in (wide[:100, 8 : k + 8], wide[:33, :k].contiguous(), wide[:1, 1 : k + 1], wide[:, :k]):
         first = run_or_skip(layer, x)
         check_layer(layer, x, first)
-        testing.check_bitwise(layer(x), first)
+        tolerance.check_bitwise(layer(x), first)
         with torch.device("cuda"):  # somebody looks: through the ops
-            testing.check_bitwise(layer(x), first)
+            tolerance.check_bitwise(layer(x), first)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = layer(x)
         captured.fill_(float("nan"))
         graph.replay()
-        testing.check_bitwise(captured, first)
+        tolerance.check_bitwise(captured, first)
     with pytest.raises((ValueError, RuntimeError), match=r"[Bb]ias must"):
         layer._runner(wide[:100, 8 : k + 8], layer.bias[:-1])
     assert layer._runner.ready.calls
@@ -165,7 +166,7 @@ def test_later_unscaled_products_are_the_first(scheme, n, k):
         first = run.unscaled(part)
         bound = len(run.ready.calls)
         for one, other in zip(first, run.unscaled(part), strict=True):
-            testing.check_bitwise(one.contiguous(), other.contiguous())
+            tolerance.check_bitwise(one.contiguous(), other.contiguous())
         assert len(run.ready.calls) == bound > 0
 
 
@@ -197,7 +198,7 @@ def test_routes_compile_whole_and_replay_in_graphs_and_on_streams(scheme, route)
     static.copy_(x)
     captured.fill_(float("nan"))
     graph.replay()
-    testing.check_bitwise(captured, eager)
+    tolerance.check_bitwise(captured, eager)
     streams = [torch.cuda.Stream() for _ in range(2)]
     inputs = [x.clone(), x.flip(0).contiguous()]
     torch.cuda.synchronize()
@@ -208,7 +209,7 @@ def test_routes_compile_whole_and_replay_in_graphs_and_on_streams(scheme, route)
                 results.append(layer(one))
     torch.cuda.synchronize()
     for number, result in enumerate(results):
-        testing.check_bitwise(result, eager if number % 2 == 0 else eager.flip(0))
+        tolerance.check_bitwise(result, eager if number % 2 == 0 else eager.flip(0))
 
 
 def test_a_row_that_is_not_finite_spoils_only_itself():
@@ -239,8 +240,8 @@ def test_memory_policies_hold_what_they_say(memory):
     saved = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     other = layer_on_gpu("int8", 1024, 1024)
     other.load_state_dict(saved)
-    testing.check_bitwise(other(x), layer(x))
-    testing.check_bitwise(layer.cpu()(x.cpu()), other(x).cpu())
+    tolerance.check_bitwise(other(x), layer(x))
+    tolerance.check_bitwise(layer.cpu()(x.cpu()), other(x).cpu())
 
 
 def test_capture_before_the_first_call_is_refused():

@@ -12,15 +12,15 @@ from torch.utils.checkpoint import checkpoint
 
 import stand_ins
 from layers import DTYPE, tokens
-from slidesparse import ops, prune
+from slidesparse import ops, pruning
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import scheme_named
 from slidesparse.gemm import Runner, Weights, op
 from slidesparse.nn import SlideSparseLinear
-from slidesparse.pack import Shard, pack
+from slidesparse.packing import Shard, pack
 from slidesparse.pattern import Pattern
-from slidesparse.quant import quantize_weight
-from slidesparse.testing import check_bitwise, check_close
+from slidesparse.quantization import quantize_weight
+from slidesparse.tolerance import check_bitwise, check_close
 
 SCHEMES = ["int8", "fp8", "bf16", "fp16", "nvfp4"]
 N, K = 48, 96
@@ -29,7 +29,7 @@ N, K = 48, 96
 def layer_of(scheme: str, dtype: torch.dtype = DTYPE, route: str | None = None, n: int = N, k: int = K) -> SlideSparseLinear:
     """A layer whose rows have very different scales, with a bias that is trained."""
     pattern = Pattern(6, 8, unit=2 if scheme == "nvfp4" else 1)
-    weight = prune.prune(torch.randn(n, k) * torch.logspace(-2, 1, n).view(-1, 1), pattern)
+    weight = pruning.prune(torch.randn(n, k) * torch.logspace(-2, 1, n).view(-1, 1), pattern)
     layer = SlideSparseLinear.from_dense(weight, torch.randn(n).to(dtype), pattern=pattern, scheme=scheme)
     layer.bias.requires_grad_()
     layer.route = route
@@ -182,7 +182,7 @@ def test_functional_gradients_are_the_same() -> None:
 
 def test_gradients_of_a_shard_are_those_of_its_columns() -> None:
     shard = Shard.even(Pattern.parse("4:6"), 56, 1, 4)
-    weight, scale = quantize_weight(prune.prune(torch.randn(16, shard.columns), shard.pattern, offset=shard.offset), "int8")
+    weight, scale = quantize_weight(pruning.prune(torch.randn(16, shard.columns), shard.pattern, offset=shard.offset), "int8")
     owner, runner = nn.Module(), Runner(Weights(shard.pack(weight), layer_of("int8").scheme, scale))
     name = op.handle(owner, lambda dtype, device: runner, shard.margins)
     x, grad, dense = tokens(3, 14).requires_grad_(), tokens(3, 16), weight.double() * scale.double()
@@ -223,7 +223,7 @@ def unscaled(x: Tensor) -> object:
 
 
 def restored(x: Tensor) -> object:
-    packed = pack(prune.prune(x.detach(), Pattern(6, 8)), Pattern(6, 8))
+    packed = pack(pruning.prune(x.detach(), Pattern(6, 8)), Pattern(6, 8))
     return ops.restore(replace(packed, values=packed.values.requires_grad_(x.requires_grad)))
 
 

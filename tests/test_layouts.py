@@ -13,10 +13,10 @@ from slidesparse.gemm import Problem, Weights
 from slidesparse.gemm.layouts import LAYOUTS, Copy
 from slidesparse.ops import cusparselt
 from slidesparse.pattern import KNOWN, Pattern
-from slidesparse.quant import dequantize_nvfp4
-from slidesparse.testing import check_bitwise
+from slidesparse.quantization import dequantize_nvfp4
+from slidesparse.tolerance import check_bitwise
 
-CPU, HOPPER = torch.device("cpu"), (9, 0)
+CPU, SM90 = torch.device("cpu"), (9, 0)
 REASON = cusparselt.unavailable("cuda")
 SHAPES = [(24, 64), (33, 100), (1, 16), (7, 172)]
 """The last groups of most patterns are ragged."""
@@ -110,8 +110,8 @@ def test_compressed_weights_come_back_in_the_bytes_that_were_told(pattern: str, 
     if reason := cusparselt.unavailable("cuda", kind.dtype):
         pytest.skip(reason)
     copy = check_slid(scheme, pattern, n, k, "cuda")
-    problem = Problem(n, k, Pattern.parse(pattern), kind, HOPPER, kind.dtype if scheme in ("bf16", "fp16") else DTYPE)
-    if torch.cuda.get_device_capability() == HOPPER:
+    problem = Problem(n, k, Pattern.parse(pattern), kind, SM90, kind.dtype if scheme in ("bf16", "fp16") else DTYPE)
+    if torch.cuda.get_device_capability() == SM90:
         assert copy[0].numel() == LAYOUTS["slid"].nbytes(problem)
 
 
@@ -142,16 +142,16 @@ def test_slid_bytes_of_a_7b_models_linears(n: int, k: int, slid: int, megabytes_
     six = Pattern(6, 8)
     assert six.slid_k(k) == slid
     for scheme in ("int8", "fp8"):
-        problem = Problem(n, k, six, SCHEMES[scheme], HOPPER, DTYPE)
+        problem = Problem(n, k, six, SCHEMES[scheme], SM90, DTYPE)
         assert LAYOUTS["slid"].nbytes(problem) == round(megabytes_8_bit * 1e6)
         assert LAYOUTS["slid"].nbytes(problem) == share * LAYOUTS["dense"].nbytes(problem)
-    problem = Problem(n, k, six, SCHEMES["bf16"], HOPPER, DTYPE)
+    problem = Problem(n, k, six, SCHEMES["bf16"], SM90, DTYPE)
     assert LAYOUTS["slid"].nbytes(problem) == n * slid + n * slid // 8
     assert LAYOUTS["packed"].nbytes(problem) == n * k * 6 // 8 * 2 + n * k // 8
 
 
 def test_slid_bytes_count_the_padding() -> None:
     # N 33 → 64 and K' 156 → 160 in 8 bits; kept bits in tiles of 64 rows by 64 columns: 64 · 160 / 2 + 64 · 192 / 8.
-    assert LAYOUTS["slid"].nbytes(Problem(33, 100, Pattern(6, 8), SCHEMES["int8"], HOPPER, DTYPE)) == 5120 + 1536
+    assert LAYOUTS["slid"].nbytes(Problem(33, 100, Pattern(6, 8), SCHEMES["int8"], SM90, DTYPE)) == 5120 + 1536
     # N 33 → 48 and K' 156 → 160 in 16 bits; tiles of 32 rows by 64 columns: 48 · 160 + 64 · 192 / 8.
-    assert LAYOUTS["slid"].nbytes(Problem(33, 100, Pattern(6, 8), SCHEMES["bf16"], HOPPER, DTYPE)) == 7680 + 1536
+    assert LAYOUTS["slid"].nbytes(Problem(33, 100, Pattern(6, 8), SCHEMES["bf16"], SM90, DTYPE)) == 7680 + 1536

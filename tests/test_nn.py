@@ -13,11 +13,11 @@ from slidesparse import nn as packed_nn
 from slidesparse import reference
 from slidesparse.errors import PatternError, UnsupportedError, WeightError
 from slidesparse.format import SCHEMES, packed_tensors
-from slidesparse.nn import SlideSparseLinear, accelerate, acceleration_report
-from slidesparse.pack import pack
+from slidesparse.nn import SlideSparseLinear, pack_model, packing_report
+from slidesparse.packing import pack
 from slidesparse.pattern import Pattern
-from slidesparse.prune import prune
-from slidesparse.testing import check_bitwise
+from slidesparse.pruning import prune
+from slidesparse.tolerance import check_bitwise
 
 SIX_EIGHT = Pattern(6, 8)
 
@@ -208,47 +208,47 @@ def test_bad_arguments_are_refused() -> None:
     assert "pattern=6:8, scheme=bf16" in repr(layer)
 
 
-def test_accelerate_detects_the_tightest_pattern() -> None:
+def test_pack_model_detects_the_tightest_pattern() -> None:
     model = Block(pattern=Pattern(4, 6))
     model.up.weight.data = masked(44, 32)
     x = torch.randn(5, 32).to(torch.bfloat16)
     expected = model(x)
-    assert accelerate(model) is model
-    report = acceleration_report(model)
+    assert pack_model(model) is model
+    report = packing_report(model)
     assert {name: str(pattern) for name, (pattern, _) in report.packed.items()} == {"up": "6:8", "down": "4:6"}
     assert list(report.dense) == ["lm_head"] and isinstance(model.lm_head, nn.Linear)
     assert model.up.name == "up" and "6:8" in str(report)
     check_bitwise(model(x), expected)
 
 
-def test_accelerate_with_a_pattern_is_all_or_nothing() -> None:
+def test_pack_model_with_a_pattern_is_all_or_nothing() -> None:
     model = Block()
     model.down.weight.data[7, 16:] = torch.arange(1.0, 29.0)
     with pytest.raises(PatternError, match=r"layer down: row 7, group 2 .*8 non-zero") as caught:
-        accelerate(model, pattern="6:8")
+        pack_model(model, pattern="6:8")
     assert (caught.value.row, caught.value.group, caught.value.values) == (7, 2, tuple(range(1, 9)))
     assert type(model.up) is nn.Linear, "nothing was swapped"
-    accelerate(model)
-    assert type(model.down) is nn.Linear and "obeys none" in acceleration_report(model).dense["down"]
+    pack_model(model)
+    assert type(model.down) is nn.Linear and "obeys none" in packing_report(model).dense["down"]
     with pytest.raises(ValueError, match="not called"):
-        acceleration_report(Block())
+        packing_report(Block())
 
 
-def test_accelerate_never_prunes() -> None:
+def test_pack_model_never_prunes() -> None:
     model = Block()
     model.up.weight.data.uniform_(1, 2)
     before = model.up.weight.clone()
-    accelerate(model)
+    pack_model(model)
     check_bitwise(model.up.weight.data, before.data)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "fp16", "nvfp4"])
-def test_accelerate_quantises_when_asked(scheme: str) -> None:
+def test_pack_model_quantises_when_asked(scheme: str) -> None:
     pattern = Pattern(6, 8, unit=2) if scheme == "nvfp4" else SIX_EIGHT
     model = nn.Sequential(masked_linear(32, 48, pattern=pattern))
     weight, x = model[0].weight.data.clone(), torch.randn(6, 32).to(torch.bfloat16)
     expected = model(x)
-    accelerate(model, scheme=scheme)
+    pack_model(model, scheme=scheme)
     layer = model[0]
     assert layer.scheme.name == scheme and layer.pattern == pattern
     assert ((layer.dense_weight() == 0) | (weight != 0)).all(), "zeros stay zero"
@@ -257,15 +257,15 @@ def test_accelerate_quantises_when_asked(scheme: str) -> None:
 
 def test_float32_needs_a_scheme() -> None:
     model = Block(dtype=torch.float32)
-    accelerate(model)
-    assert "scheme" in acceleration_report(model).dense["up"]
+    pack_model(model)
+    assert "scheme" in packing_report(model).dense["up"]
     with pytest.raises(WeightError, match=r"layer up: .*scheme='bf16'"):
-        accelerate(model, pattern="6:8")
-    accelerate(model, pattern="6:8", scheme="bf16")
+        pack_model(model, pattern="6:8")
+    pack_model(model, pattern="6:8", scheme="bf16")
     assert isinstance(model.up, SlideSparseLinear) and model(torch.randn(2, 32)).dtype == torch.float32
 
 
-def test_accelerate_leaves_alone_what_it_would_break() -> None:
+def test_pack_model_leaves_alone_what_it_would_break() -> None:
     class Special(nn.Linear):
         pass
 
@@ -273,24 +273,24 @@ def test_accelerate_leaves_alone_what_it_would_break() -> None:
     model.special = Special(32, 8).to(torch.bfloat16)
     model.hooked, model.again = masked_linear(32, 8), model.up
     model.hooked.register_forward_hook(lambda *a: None)
-    accelerate(model, ignore=())
-    dense = acceleration_report(model).dense
+    pack_model(model, ignore=())
+    dense = packing_report(model).dense
     assert "Special" in dense["special"] and "hooks" in dense["hooked"] and "shares" in dense["lm_head"]
     assert model.again is model.up and isinstance(model.up, SlideSparseLinear), "one layer under two names stays one"
     with pytest.raises(ValueError, match="from_dense"):
-        accelerate(masked_linear(32, 8))
+        pack_model(masked_linear(32, 8))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 @pytest.mark.parametrize("shape", ["channel", "flat", "tensor"])
-def test_accelerate_takes_quantised_linears(scheme: str, shape: str) -> None:
+def test_pack_model_takes_quantised_linears(scheme: str, shape: str) -> None:
     linear = masked_linear(64, 24)
     values, scale = reference.quantize(linear.weight.data, SCHEMES[scheme])
     scale = {"channel": scale.to(torch.bfloat16), "flat": scale.flatten(), "tensor": scale[:1, 0]}[shape]
     linear.weight = nn.Parameter(values, requires_grad=False)
     linear.weight_scale = nn.Parameter(scale, requires_grad=False)
     model = nn.Sequential(linear)
-    accelerate(model, pattern="6:8")
+    pack_model(model, pattern="6:8")
     x = torch.randn(3, 64).to(torch.bfloat16)
     q, s = reference.quantize(x, SCHEMES[scheme])
     expected = reference.linear(q, s, values, scale.float().expand(24) if shape == "tensor" else scale, linear.bias, torch.bfloat16)
@@ -315,14 +315,14 @@ def test_quantised_linears_that_mean_something_else_stay_dense() -> None:
         ({"weight_zero_point": torch.ones(24, 1)}, "zero points"),
     ]:
         model = quantised(**changes)
-        accelerate(model)
-        assert reason in acceleration_report(model).dense["0"]
+        pack_model(model)
+        assert reason in packing_report(model).dense["0"]
         with pytest.raises(WeightError, match=reason):
-            accelerate(quantised(**changes), pattern="6:8")
+            pack_model(quantised(**changes), pattern="6:8")
     with pytest.raises(WeightError, match="already quantised"):
-        accelerate(quantised(), pattern="6:8", scheme="fp8")
+        pack_model(quantised(), pattern="6:8", scheme="fp8")
     with pytest.raises(WeightError, match=r"layer 0: .*row 3"):
-        accelerate(quantised(weight_scale=torch.ones(24).index_fill(0, torch.tensor(3), float("nan"))))
+        pack_model(quantised(weight_scale=torch.ones(24).index_fill(0, torch.tensor(3), float("nan"))))
 
 
 def test_moving_to_where_it_is_keeps_what_was_made() -> None:
@@ -353,4 +353,4 @@ def test_another_route_or_policy_counts_from_the_next_call() -> None:
 
 
 def test_public_names() -> None:
-    assert set(packed_nn.__all__) == {"AccelerationReport", "Placement", "SlideSparseLinear", "accelerate", "acceleration_report", "place"}
+    assert set(packed_nn.__all__) == {"PackingReport", "Placement", "SlideSparseLinear", "pack_model", "packing_report", "place"}

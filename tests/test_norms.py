@@ -17,8 +17,8 @@ from slidesparse.checkpoint.norms import write_norms
 from slidesparse.errors import CheckpointError, UnsupportedError
 from slidesparse.format import SCHEMES
 from slidesparse.pattern import Pattern
-from slidesparse.prune import Statistics, wanda
-from slidesparse.quant import quantize_weight
+from slidesparse.pruning import Statistics, wanda
+from slidesparse.quantization import quantize_weight
 from test_convert import same
 
 FOUR, SIX, PAIRS = Pattern.parse("2:4"), Pattern.parse("6:8"), Pattern.parse("6:8x2")

@@ -10,11 +10,11 @@ from slidesparse import reference
 from slidesparse.errors import PatternError, WeightError
 from slidesparse.format import SCHEMES, packed_tensors
 from slidesparse.gemm import Runner
-from slidesparse.pack import check_packed, pack, restore, slide
+from slidesparse.packing import check_packed, pack, restore, slide
 from slidesparse.pattern import Pattern
-from slidesparse.prune import prune
-from slidesparse.quant import dequantize_nvfp4, expand_nvfp4, nvfp4_global_scale, quantize_nvfp4, scaled_nvfp4
-from slidesparse.testing import check_bitwise
+from slidesparse.pruning import prune
+from slidesparse.quantization import dequantize_nvfp4, expand_nvfp4, nvfp4_global_scale, quantize_nvfp4, scaled_nvfp4
+from slidesparse.tolerance import check_bitwise
 
 CODES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NVFP4 = SCHEMES["nvfp4"]

@@ -13,11 +13,11 @@ from slidesparse import reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Runner, Weights, op
-from slidesparse.pack import Shard
+from slidesparse.packing import Shard
 from slidesparse.pattern import Pattern
-from slidesparse.prune import prune
-from slidesparse.quant import quantize_weight
-from slidesparse.testing import check_bitwise
+from slidesparse.pruning import prune
+from slidesparse.quantization import quantize_weight
+from slidesparse.tolerance import check_bitwise
 
 INT8 = SCHEMES["int8"]
 WHOLE = Shard.even(Pattern.parse("6:8"), 32, 0, 1)

@@ -14,7 +14,7 @@ from slidesparse import ops, reference
 from slidesparse.format import SCHEMES
 from slidesparse.ops.row_config import RowConfig
 from slidesparse.pattern import Pattern
-from slidesparse.testing import check_bitwise
+from slidesparse.tolerance import check_bitwise
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from packed_checkpoint import random_model
 from slidesparse.checkpoint import Checkpoint, Recipe, convert
-from slidesparse.nn import SlideSparseLinear, accelerate
+from slidesparse.nn import SlideSparseLinear, pack_model
 from slidesparse.pattern import KNOWN, Pattern, tightest_first
-from slidesparse.testing import check_bitwise
+from slidesparse.tolerance import check_bitwise
 from test_transformers import load, logits, packed_layers, simulate, tiny
 
 MIXED = {"*.down_proj": "8:10", "*.0.self_attn.qkv_proj": "2:4", "*.1.mlp.gate_up_proj": "4:6", "model.layers.1.self_attn.o_proj": "14:16"}
@@ -96,14 +96,14 @@ def test_swapped_layers_get_the_tightest_pattern_they_obey(tmp_path: Path) -> No
     for candidates in (KNOWN, claimed):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "masked")
         before = logits(model)
-        accelerate(model, candidates=candidates)
+        pack_model(model, candidates=candidates)
         assert packed_layers(model) == list(wanted()) and patterns(model) == wanted()
         check_bitwise(logits(model), before)
     # Zeros that happen to obey a tighter pattern are packed in it: the weights decide.
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "masked")
         model.model.layers[1].self_attn.o_proj.weight[:, ::2] = 0
-        accelerate(model, candidates=claimed)
+        pack_model(model, candidates=claimed)
     assert patterns(model) == wanted() | {"model.layers.1.self_attn.o_proj": "2:4"}
 
 

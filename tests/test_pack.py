@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slidesparse import reference
 from slidesparse.errors import PatternError, WeightError
 from slidesparse.format import Packed
-from slidesparse.pack import check_packed, check_scale, detect, find_violation, integer_view, pack, restore, slid_mask, slide
-from slidesparse.pack.codes import count_negative_zeros
-from slidesparse.pack.packing import _bit_flags, _byte_flags
+from slidesparse.packing import check_packed, check_scale, detect, find_violation, integer_view, pack, restore, slid_mask, slide
+from slidesparse.packing.codes import count_negative_zeros
+from slidesparse.packing.pack import _bit_flags, _byte_flags
 from slidesparse.pattern import KNOWN, Pattern
 
 GENERAL = [Pattern.parse(t) for t in ("2:3@1:2", "3:4@1:2", "8:12@4:8", "12:16@4:8", "2:5@1:4", "6:7@3:4")]

@@ -17,7 +17,7 @@ from slidesparse.gemm.kernels import Pipeline
 from slidesparse.gemm.layouts import LAYOUTS, Copy
 from slidesparse.ops import cusparselt, prologue
 from slidesparse.ops.prologue import Activations
-from slidesparse.testing import check_bitwise
+from slidesparse.tolerance import check_bitwise
 
 CPU = torch.device("cpu")
 SHAPES = [("6:8", 33, 100), ("4:6", 64, 96), ("2:4", 48, 64)]

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layers import made
 from slidesparse.gemm import Runner
-from slidesparse.testing import check_bitwise
+from slidesparse.tolerance import check_bitwise
 
 
 class Precisions(TorchDispatchMode):

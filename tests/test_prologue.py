@@ -13,7 +13,7 @@ from slidesparse.format import SCHEMES
 from slidesparse.ops import prologue
 from slidesparse.ops.prologue import Gated, Normed, inputs_of, launch_for, quantiser, quantized, signature
 from slidesparse.pattern import Pattern
-from slidesparse.testing import check_bitwise
+from slidesparse.tolerance import check_bitwise
 
 M, K = 5, 96
 SIX, INT8 = Pattern.parse("6:8"), SCHEMES["int8"]

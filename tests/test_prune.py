@@ -9,9 +9,9 @@ import torch
 
 from slidesparse import reference
 from slidesparse.errors import WeightError
-from slidesparse.pack import find_violation, integer_view
+from slidesparse.packing import find_violation, integer_view
 from slidesparse.pattern import KNOWN, Pattern
-from slidesparse.prune import METHODS, prune
+from slidesparse.pruning import METHODS, prune
 
 EVERY = [*KNOWN, *(Pattern.parse(t) for t in ("2:3@1:2", "3:4@1:2", "8:12@4:8", "12:16@4:8", "6:8x2", "2:4x2", "8:12x2@4:8"))]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8)

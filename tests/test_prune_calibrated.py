@@ -12,9 +12,9 @@ from torch import Tensor
 from pruning_oracles import Layer, best_on_support, damped, layer_error_oracle, random_layer, sparsegpt_oracle, wanda_oracle
 from slidesparse import reference
 from slidesparse.errors import WeightError
-from slidesparse.pack import find_violation, integer_view
+from slidesparse.packing import find_violation, integer_view
 from slidesparse.pattern import Pattern
-from slidesparse.prune import Statistics, admm, layer_error, prune, sparsegpt, wanda
+from slidesparse.pruning import Statistics, admm, layer_error, prune, sparsegpt, wanda
 from test_prune import EVERY
 
 METHODS = {"wanda": wanda, "sparsegpt": sparsegpt, "admm": admm}

@@ -22,7 +22,7 @@ from pruning_oracles import (
 )
 from slidesparse import reference
 from slidesparse.format import SCHEMES
-from slidesparse.pack import find_violation
+from slidesparse.packing import find_violation
 from slidesparse.pattern import Pattern
 
 PATTERNS = [Pattern.parse(text) for text in ("2:4", "4:6", "6:8", "8:10", "2:3@1:2", "8:12@4:8", "2:4x2", "6:8x2")]

@@ -14,7 +14,7 @@ from slidesparse.checkpoint.formats.bitnet import ternarize, unpack_ternary
 from slidesparse.errors import WeightError
 from slidesparse.format import SCHEMES, scheme_of_dtype
 from slidesparse.pattern import KNOWN, Pattern
-from slidesparse.quant import check_finite, quantize_weight
+from slidesparse.quantization import check_finite, quantize_weight
 
 INT8, FP8 = SCHEMES["int8"], SCHEMES["fp8"]
 INPUTS = (torch.bfloat16, torch.float16, torch.float32)

@@ -16,10 +16,10 @@ import models
 import slidesparse
 import stand_ins
 from layers import DTYPE, tokens
-from slidesparse import prune, reference
+from slidesparse import pruning, reference
 from slidesparse.nn import SlideSparseLinear
 from slidesparse.pattern import Pattern
-from slidesparse.testing import check_bitwise
+from slidesparse.tolerance import check_bitwise
 
 SOURCE = Path(slidesparse.__file__).parent
 # The module: its name in the package is that of the function.
@@ -29,7 +29,7 @@ dense = import_module("slidesparse.gemm.kernels.dense")
 
 def layer_of(n: int, k: int, scheme: str, route: str | None = None) -> SlideSparseLinear:
     layer = SlideSparseLinear.from_dense(
-        prune.prune(torch.randn(n, k), Pattern(6, 8)), torch.randn(n).to(DTYPE), pattern="6:8", scheme=scheme
+        pruning.prune(torch.randn(n, k), Pattern(6, 8)), torch.randn(n).to(DTYPE), pattern="6:8", scheme=scheme
     )
     layer.route = route
     return layer

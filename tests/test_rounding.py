@@ -11,9 +11,9 @@ from torch import Tensor
 from pruning_oracles import Layer, largest_gain, output_errors, quantised_error, random_layer, rounding_oracle
 from slidesparse import reference
 from slidesparse.format import SCHEMES, Scheme
-from slidesparse.pack import integer_view
+from slidesparse.packing import integer_view
 from slidesparse.pattern import Pattern
-from slidesparse.prune import Statistics, round_to_grid, sparsegpt, wanda
+from slidesparse.pruning import Statistics, round_to_grid, sparsegpt, wanda
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_scheme = pytest.mark.parametrize("scheme", [SCHEMES["int8"], SCHEMES["fp8"]], ids=lambda scheme: scheme.name)

@@ -10,12 +10,12 @@ from slidesparse.errors import CheckpointError, PatternError, UnsupportedError, 
 from slidesparse.format import SCHEMES, Packed
 from slidesparse.integrations.engine.claims import Claims, check_version, part_names
 from slidesparse.integrations.engine.rank_weights import blank, check_loaded, cut, made_up, pack
-from slidesparse.pack import Shard, check_packed, restore
-from slidesparse.pack import pack as pack_rows
+from slidesparse.packing import Shard, check_packed, restore
+from slidesparse.packing import pack as pack_rows
 from slidesparse.pattern import KNOWN, Pattern
-from slidesparse.prune import prune
-from slidesparse.quant import quantize_weight
-from slidesparse.testing import check_bitwise
+from slidesparse.pruning import prune
+from slidesparse.quantization import quantize_weight
+from slidesparse.tolerance import check_bitwise
 
 SPLITS = [("4:6", 3584), ("4:6", 18944), ("6:8", 18944), ("8:10", 3584), ("8:10", 18944), ("8:10", 13824), ("2:4", 4096), ("6:8", 8960)]
 

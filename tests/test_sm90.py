@@ -15,7 +15,7 @@ from slidesparse.gemm.runner import run
 from slidesparse.ops import sm90
 from slidesparse.ops.sm90 import variants
 from slidesparse.pattern import Pattern
-from slidesparse.testing import check_bitwise
+from slidesparse.tolerance import check_bitwise
 
 HOPPER = (9, 0)
 SHAPES = [("2:4", 128, 128), ("4:6", 130, 300), ("6:8", 5, 40), ("6:8", 384, 1024), ("8:10", 257, 190), ("14:16", 64, 640)]

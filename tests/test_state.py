@@ -12,12 +12,12 @@ from torch import nn
 
 import slidesparse.nn.linear as linear
 from layers import DTYPE, tokens
-from slidesparse import prune
+from slidesparse import pruning
 from slidesparse.errors import UnsupportedError, WeightError
 from slidesparse.gemm.layouts import LAYOUTS
 from slidesparse.nn import SlideSparseLinear
 from slidesparse.pattern import Pattern
-from slidesparse.testing import check_bitwise
+from slidesparse.tolerance import check_bitwise
 
 SCHEMES = ["int8", "fp8", "bf16", "fp16", "nvfp4"]
 
@@ -25,7 +25,7 @@ SCHEMES = ["int8", "fp8", "bf16", "fp16", "nvfp4"]
 def layer_of(scheme: str = "int8", n: int = 24, k: int = 48, bias: bool = True) -> SlideSparseLinear:
     pattern = Pattern(6, 8, unit=2 if scheme == "nvfp4" else 1)
     shift = torch.randn(n).to(DTYPE) if bias else None
-    layer = SlideSparseLinear.from_dense(prune.prune(torch.randn(n, k), pattern), shift, pattern=pattern, scheme=scheme)
+    layer = SlideSparseLinear.from_dense(pruning.prune(torch.randn(n, k), pattern), shift, pattern=pattern, scheme=scheme)
     layer.name = "model.layers.3.up"
     return layer
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import models
 import tiny
-from slidesparse import Recipe, convert, prune, verify
+from slidesparse import Recipe, convert, pruning, verify
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import FP32, SCHEMES
 from slidesparse.integrations.pruning import reconstruction, solving, streaming
 from slidesparse.integrations.pruning.blocks import Blocks, Call
-from slidesparse.prune import Statistics
+from slidesparse.pruning import Statistics
 from tiny import SIX
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
@@ -68,7 +68,7 @@ def test_every_block_is_solved_behind_the_pruned_blocks_before_it(tmp_path, fami
         layers = {f"{BLOCKS[family]}.{index}.{name}": module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         given = inputs_of(model, layers, tokens)
         for name, layer in layers.items():
-            want = prune.sparsegpt(layer.weight.detach(), SIX, statistics_of(given[name])).to(dtype).float()
+            want = pruning.sparsegpt(layer.weight.detach(), SIX, statistics_of(given[name])).to(dtype).float()
             got = pruned[f"{name}.weight"]
             assert got.dtype == dtype
             # A choice between two weights that matter alike may turn on a sum's last bits; then the whole row differs.
@@ -92,7 +92,7 @@ def test_8_bit_weights_are_rounded_with_the_output_in_view(tmp_path, scheme):
     for name, given in inputs_of(model, layers, torch.from_numpy(np.load(ids))).items():
         weight = layers[name].weight.detach()
         meant = {run: tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"] for run, tensors in stored.items()}
-        errors = {run: prune.layer_error(weight, each, statistics_of(given)) for run, each in meant.items()}
+        errors = {run: pruning.layer_error(weight, each, statistics_of(given)) for run, each in meant.items()}
         assert errors["direct"] < errors["nearest"] and errors["direct"] == pytest.approx(report.layers[name]["error"], rel=1e-3), name
 
 

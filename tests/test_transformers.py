@@ -20,12 +20,12 @@ from packed_checkpoint import Written, random_model, save, write
 from slidesparse.checkpoint import Recipe, convert
 from slidesparse.errors import CheckpointError
 from slidesparse.format import SCHEMES
-from slidesparse.nn import SlideSparseLinear, accelerate, acceleration_report
+from slidesparse.nn import SlideSparseLinear, pack_model, packing_report
 from slidesparse.pattern import Pattern
-from slidesparse.prune import prune
+from slidesparse.pruning import prune
 from slidesparse.reference import quantize
 from slidesparse.select import matches
-from slidesparse.testing import check_bitwise
+from slidesparse.tolerance import check_bitwise
 
 IDS = torch.tensor([[3, 17, 42, 5, 9, 60, 1]])
 
@@ -357,12 +357,12 @@ def test_merged_experts_and_renamed_layers(tmp_path: Path) -> None:
     check_bitwise(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")))
 
 
-def test_unmarked_checkpoints_load_as_they_are_until_accelerated(tmp_path: Path) -> None:
+def test_unmarked_checkpoints_load_as_they_are_until_packed(tmp_path: Path) -> None:
     dense = dense_twin(tmp_path, None, marked=False)
     model, _ = load(tmp_path, tokenizer=False)
     assert packed_layers(model) == []
-    accelerate(model, pattern="6:8", scheme="int8")
-    assert len(packed_layers(model)) == 14 and list(acceleration_report(model).dense) == ["lm_head"]
+    pack_model(model, pattern="6:8", scheme="int8")
+    assert len(packed_layers(model)) == 14 and list(packing_report(model).dense) == ["lm_head"]
     reference = logits(dense).float()
     assert (logits(model).float() - reference).norm() < 0.25 * reference.norm()
 

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from layers import DTYPE, made, normed, swiglu, tokens
-from slidesparse import prune, reference
+from slidesparse import pruning, reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Problem, Route, Runner, Weights, op
 from slidesparse.gemm.kernels import chosen, kernels, refusal
 from slidesparse.gemm.kernels.base import LEAVES
 from slidesparse.ops.prologue import Gated, Normed
-from slidesparse.pack import Shard
+from slidesparse.packing import Shard
 from slidesparse.pattern import Pattern
-from slidesparse.quant import quantize_weight
-from slidesparse.testing import check_bitwise, check_close
+from slidesparse.quantization import quantize_weight
+from slidesparse.tolerance import check_bitwise, check_close
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ON_CPU = [None, "dense", "packed", "packed:exact64", "dense:exact"]
@@ -161,7 +161,7 @@ def test_the_ops_widen_a_cut_shard(rank: int) -> None:
     shard, ops = Shard.even(Pattern.parse("4:6"), 56, rank, 4), torch.ops.slidesparse
     for scheme in ("int8", "fp8"):
         kind = SCHEMES[scheme]
-        weight, scale = quantize_weight(prune.prune(torch.randn(16, 14), shard.pattern, offset=shard.offset), kind)
+        weight, scale = quantize_weight(pruning.prune(torch.randn(16, 14), shard.pattern, offset=shard.offset), kind)
         weights = Weights(shard.pack(weight), kind, scale)
         owner, run = nn.Module(), Runner(weights, unscaled=True)
         name = op.handle(owner, lambda dtype, device, run=run: run, shard.margins)

@@ -25,7 +25,7 @@ from slidesparse.gemm import op  # noqa: E402
 from slidesparse.integrations import vllm as adapter  # noqa: E402
 from slidesparse.integrations.vllm import methods  # noqa: E402
 from slidesparse.pattern import Pattern  # noqa: E402
-from slidesparse.testing import check_bitwise, check_close  # noqa: E402
+from slidesparse.tolerance import check_bitwise, check_close  # noqa: E402
 from vllm_layers import MERGED, compressed_tensors, config_of, load, oracle, part  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("bfloat16")

@@ -25,11 +25,11 @@ from slidesparse.integrations import vllm as adapter  # noqa: E402
 from slidesparse.integrations.engine.policy import Decision  # noqa: E402
 from slidesparse.integrations.vllm import dense, methods  # noqa: E402
 from slidesparse.integrations.vllm_facts import KERNEL  # noqa: E402
-from slidesparse.pack import pack  # noqa: E402
+from slidesparse.packing import pack  # noqa: E402
 from slidesparse.pattern import Pattern  # noqa: E402
-from slidesparse.prune import prune  # noqa: E402
-from slidesparse.quant import quantize_weight  # noqa: E402
-from slidesparse.testing import check_bitwise  # noqa: E402
+from slidesparse.pruning import prune  # noqa: E402
+from slidesparse.quantization import quantize_weight  # noqa: E402
+from slidesparse.tolerance import check_bitwise  # noqa: E402
 from vllm_layers import config_of, load, model_config, part  # noqa: E402
 
 PATTERN, DTYPE, KEY = Pattern(6, 8), torch.bfloat16, (256, 512, "6:8", "int8")

@@ -17,7 +17,7 @@ from vllm.model_executor.layers import linear as layers
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import kernels
 from slidesparse.integrations.vllm import graph, methods, register
-from slidesparse.testing import check_bitwise, check_close
+from slidesparse.tolerance import check_bitwise, check_close
 from vllm_layers import config_of, load, model_config, oracle, part
 
 pytestmark = pytest.mark.usefixtures("bfloat16")

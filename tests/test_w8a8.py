@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slidesparse import ops, reference
-from slidesparse.testing import check_bitwise
+from slidesparse.tolerance import check_bitwise
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

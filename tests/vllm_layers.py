@@ -15,10 +15,10 @@ from slidesparse import reference
 from slidesparse.checkpoint import Recipe, convert
 from slidesparse.format import MARKER, SCHEMES, PackedConfig, Scheme
 from slidesparse.integrations import vllm as adapter
-from slidesparse.pack import pack
+from slidesparse.packing import pack
 from slidesparse.pattern import Pattern
-from slidesparse.prune import prune
-from slidesparse.quant import quantize_weight
+from slidesparse.pruning import prune
+from slidesparse.quantization import quantize_weight
 
 MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 DTYPE = torch.bfloat16

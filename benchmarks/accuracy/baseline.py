@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slidesparse import reference
 from slidesparse.format import SCHEMES, Scheme
-from slidesparse.quant import quantize_weight
+from slidesparse.quantization import quantize_weight
 from slidesparse.select import DEFAULT_IGNORE, matches
 
 

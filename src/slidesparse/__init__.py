@@ -16,16 +16,19 @@ _HOMES = {
     "Recipe": "checkpoint",
     "SlideSparseError": "errors",
     "SlideSparseLinear": "nn",
-    "accelerate": "nn",
     "convert": "integrations.conversion",
     "inspect": "checkpoint",
     "load": "integrations.transformers",
+    "pack": "packing",
+    "pack_model": "nn",
     "place": "nn",
+    "prune": "pruning",
+    "quantize_weight": "quantization",
+    "restore": "packing",
     "tune": "gemm.tune",
     "use_plan": "gemm",
     "verify": "integrations.conversion",
 }
-_ROOMS = ("pack", "prune", "quant")  # pure functions on tensors, reached as slidesparse.pack.pack and so on
 
 __all__ = [
     "Packed",
@@ -33,21 +36,21 @@ __all__ = [
     "Recipe",
     "SlideSparseError",
     "SlideSparseLinear",
-    "accelerate",
     "convert",
     "inspect",
     "load",
     "pack",
+    "pack_model",
     "place",
     "prune",
-    "quant",
+    "quantize_weight",
+    "restore",
     "tune",
     "use_plan",
     "verify",
 ]
 
 if TYPE_CHECKING:
-    from . import pack, prune, quant
     from .checkpoint import Recipe, inspect
     from .errors import SlideSparseError
     from .format import Packed
@@ -55,13 +58,14 @@ if TYPE_CHECKING:
     from .gemm.tune import tune
     from .integrations.conversion import convert, verify
     from .integrations.transformers import load
-    from .nn import SlideSparseLinear, accelerate, place
+    from .nn import SlideSparseLinear, pack_model, place
+    from .packing import pack, restore
     from .pattern import Pattern
+    from .pruning import prune
+    from .quantization import quantize_weight
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'slidesparse' has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import pack
+from .. import packing
 from ..errors import CheckpointError, PatternError
 from ..select import DEFAULT_IGNORE, matches
 from .layers import Layer
@@ -95,7 +95,7 @@ def _inspect_layer(reader: TensorReader, checkpoint: Checkpoint, layer: Layer, s
             row.pattern = str(detect_pattern(reader, layer, lambda nbytes: None))
             return row
         for block in layer.blocks(reader):
-            violation = pack.find_violation(block.values, layer.scheme.pattern_stored(claimed), first_row=block.first)
+            violation = packing.find_violation(block.values, layer.scheme.pattern_stored(claimed), first_row=block.first)
             if violation is not None:
                 row.problem = str(violation)
                 break

@@ -9,11 +9,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .. import pack
+from .. import packing
 from ..errors import CheckpointError, WeightError
 from ..format import FP32, FP64, Packed, Scheme, TensorSpec, scheme_of_dtype
 from ..pattern import Pattern
-from ..quant import check_finite
+from ..quantization import check_finite
 from .tensorfile import TensorInfo, TensorReader
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -135,7 +135,7 @@ class Layer:
             return None
         scale = reader.read(info).reshape(1, 1).expand(last - first, 1) if self.one_scale else reader.read_rows(info, first, last)
         scale = scale.float().reshape(last - first, 1) if self.scheme.dynamic else scale
-        pack.check_scale(scale, (last - first, scale.shape[1]), zero_allowed=self.scheme.pair, first_row=first)
+        packing.check_scale(scale, (last - first, scale.shape[1]), zero_allowed=self.scheme.pair, first_row=first)
         return scale
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import UnsupportedError, WeightError
 from ..format import BLOCK, FP32, FP64, SCHEMES, Scheme, scheme_named
 from ..pattern import Pattern
-from ..prune import METHODS, Statistics
+from ..pruning import METHODS, Statistics
 from ..select import DEFAULT_IGNORE, NOT_LINEAR, matches
 from .calibration import Calibration, sha256_of
 from .layers import Layer

@@ -9,11 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import pack, prune
+from .. import packing, pruning
 from ..errors import PatternError, WeightError
 from ..format import TensorSpec, dense_tensors, packed_tensors
 from ..pattern import KNOWN, Pattern
-from ..quant import nvfp4_global_scale, quantize_nvfp4, quantize_weight
+from ..quantization import nvfp4_global_scale, quantize_nvfp4, quantize_weight
 from .layers import Block, Layer
 from .recipe import LayerPlan, Recipe
 from .tensorfile import TensorReader
@@ -74,7 +74,7 @@ def detect_pattern(reader: TensorReader, layer: Layer, advance: Advance, *, unit
             advance(_share(layer, block))
 
     try:
-        return replace(pack.detect(rows(), candidates), unit=unit)
+        return replace(packing.detect(rows(), candidates), unit=unit)
     except PatternError as error:
         raise error.reworded(
             f"layer {layer.name} obeys no pattern from {KNOWN[0]} to {KNOWN[-1]}: {error}. Prune it, or leave it dense with --ignore"
@@ -102,7 +102,7 @@ def _prune(block: Block, plan: LayerPlan, recipe: Recipe) -> Block:
     place = hashlib.sha256(f"{recipe.seed}/{plan.layer.name}/{block.first}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(place[:7], "little"))
     # Not through the door of `prune`, which looks at every weight again: the plan was checked, and so was the block.
-    method = prune.METHODS[recipe.method]
+    method = pruning.METHODS[recipe.method]
     needs = (plan.statistics,) if method.calibrated else (0, generator)
     return Block(block.first, method.run(block.values, plan.pattern, *needs), block.scale)
 
@@ -119,14 +119,17 @@ def _store(block: Block, plan: LayerPlan, recipe: Recipe) -> Iterator[tuple[str,
     scheme, pattern = plan.scheme, plan.pattern
     stored = None if pattern is None else scheme.pattern_stored(pattern)
     if _packs(plan, recipe):
-        packed = pack.pack(block.values, stored, first_row=block.first)
+        packed = packing.pack(block.values, stored, first_row=block.first)
         yield "weight_values", block.first, packed.values
         yield "weight_keep", block.first, packed.keep
     else:
-        if stored is not None and recipe.method is None and (violation := pack.find_violation(block.values, stored, first_row=block.first)):
+        violation = None
+        if stored is not None and recipe.method is None:
+            violation = packing.find_violation(block.values, stored, first_row=block.first)
+        if violation:
             raise violation
         # A twin holds what the packed form gives back.
-        values = block.values if stored is None else pack.without_negative_zeros(block.values)
+        values = block.values if stored is None else packing.without_negative_zeros(block.values)
         yield "weight_packed" if scheme.pair else "weight", block.first, values
     if block.scale is not None:
         yield "weight_scale", block.first, block.scale

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import pack, reference
+from .. import packing, reference
 from ..errors import CheckpointError, SlideSparseError, WeightError
 from ..format import Packed
-from ..pack.codes import count_negative_zeros
+from ..packing.codes import count_negative_zeros
 from ..pattern import Pattern
-from ..quant import quantize_nvfp4, quantize_weight
+from ..quantization import quantize_nvfp4, quantize_weight
 from ..select import matches
 from .configs import FindReader, contradictions
 from .formats.compressed_tensors import METHOD
@@ -133,10 +133,10 @@ def _verify_layer(reader: TensorReader, layer: Layer, pattern: Pattern, other: C
 
 
 def _repack(block: Block, pattern: Pattern, layer: Layer) -> Packed:
-    packed = pack.pack(block.values, pattern, first_row=block.first)
+    packed = packing.pack(block.values, pattern, first_row=block.first)
     if block.packed is not None:
         own = layer.scheme.pattern_stored(layer.pattern)
-        canonical = packed if pattern == own else pack.pack(block.values, own, first_row=block.first)
+        canonical = packed if pattern == own else packing.pack(block.values, own, first_row=block.first)
         for what in ("keep", "values"):
             row = _first_difference(getattr(canonical, what), getattr(block.packed, what))
             if row is not None:
@@ -152,13 +152,13 @@ def check_identity(dense: Tensor, packed: Packed, *, first_row: int = 0) -> None
     Raises:
         WeightError: a row differs.
     """
-    clean = pack.without_negative_zeros(dense)
-    row = _first_difference(clean, pack.restore(packed))
+    clean = packing.without_negative_zeros(dense)
+    row = _first_difference(clean, packing.restore(packed))
     if row is not None:
         raise WeightError(f"restore(pack(W)) differs from W in row {first_row + row}")
     x = torch.randint(-127, 128, (_COLUMNS, dense.shape[1]), dtype=torch.int32)
-    direct = pack.integer_view(clean).double() @ x.double().t()
-    slid = pack.integer_view(pack.slide(packed)).double() @ reference.lift(x, packed.pattern).double().t()
+    direct = packing.integer_view(clean).double() @ x.double().t()
+    slid = packing.integer_view(packing.slide(packed)).double() @ reference.lift(x, packed.pattern).double().t()
     if not torch.equal(direct, slid):
         row = int((direct != slid).any(-1).nonzero()[0])
         raise WeightError(f"W·x and slide(W)·lift(x) differ in row {first_row + row}")
@@ -179,14 +179,14 @@ def _compare(reader: TensorReader, layer: Layer, block: Block, twin: Layer, thei
     Their weights are taken where ours are not zero and quantised as ours were; a weight too small for its scale counts as zero.
     """
     convert = not (twin.read_scheme.dynamic or twin.read_scheme.pair) and twin.scheme is not layer.scheme
-    mine = pack.without_negative_zeros(block.values)
+    mine = packing.without_negative_zeros(block.values)
     nonzero = _elements_nonzero(mine) if convert and layer.scheme.pair else _nonzero(mine)
     everything, scale = theirs.values, theirs.scale
     values = torch.where(nonzero, everything.float(), torch.zeros(())).to(everything.dtype)  # float32 holds every stored type
     if convert:
         values, scale = _quantize_like(reader, layer, values)
         everything, _ = _quantize_like(reader, layer, theirs.values)
-    for what, a, b in (("weight", mine, pack.without_negative_zeros(values)), ("weight_scale", block.scale, scale)):
+    for what, a, b in (("weight", mine, packing.without_negative_zeros(values)), ("weight_scale", block.scale, scale)):
         row = None if a is None else 0 if b is None else _first_difference(a, b.to(a.dtype))
         if row is not None:
             raise WeightError(f"{what}: row {block.first + row} differs from {twin.main.path}")
@@ -255,5 +255,5 @@ def _first_difference(a: Tensor, b: Tensor) -> int | None:
     """The first row that is not bitwise equal, None if all are."""
     if a.shape != b.shape:
         return 0
-    different = (pack.integer_view(a) != pack.integer_view(b)).flatten(1).any(-1)
+    different = (packing.integer_view(a) != packing.integer_view(b)).flatten(1).any(-1)
     return int(different.nonzero()[0]) if bool(different.any()) else None

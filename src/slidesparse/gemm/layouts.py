@@ -13,7 +13,7 @@ from ..format import Packed, packed_tensors
 from ..ops import cusparselt
 from ..ops.library import ones
 from ..ops.quantize import moves_nothing
-from ..quant import expand_nvfp4
+from ..quantization import expand_nvfp4
 from .problem import Problem, Weights
 
 Copy = tuple[Tensor | None, ...]

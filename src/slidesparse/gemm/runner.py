@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..ops.launch import can_bypass_dispatcher, current_device
 from ..ops.prologue import Activations, signature
-from ..quant import scaled_nvfp4
+from ..quantization import scaled_nvfp4
 from . import gradient
 from .choose import Steps, choice_of, intervals, merged, route_at
 from .kernels import FEW_TOKENS, Pipeline, chosen, kernels, refusal, unmeasured

@@ -19,11 +19,11 @@ from ..errors import CheckpointError, UnsupportedError
 from ..format import Scheme
 from ..measure import Timing
 from ..ops.launch import can_bypass_dispatcher
-from ..pack import pack
+from ..packing import pack
 from ..pattern import Pattern
-from ..prune import prune
-from ..quant import quantize_weight
-from ..testing import deviation
+from ..pruning import prune
+from ..quantization import quantize_weight
+from ..tolerance import deviation
 from .kernels import kernels, refusal
 from .kernels.base import LEAVES
 from .layouts import LAYOUTS, Copy

@@ -25,7 +25,7 @@ from ..errors import CheckpointError, WeightError
 from ..format import BLOCK, QUANT_METHOD, PackedConfig, Scheme
 from ..gemm import Problem
 from ..gemm.layouts import LAYOUTS
-from ..nn import SlideSparseLinear, accelerate, place
+from ..nn import SlideSparseLinear, pack_model, place
 from ..pattern import Pattern
 from .calibration import TOKENIZER_FILES
 from .transformers_files import StoredTensors, check_layer, check_rest, restore_scales
@@ -55,7 +55,7 @@ class SlideSparseConfig(QuantizationConfigMixin):
 class SlideSparseQuantizer(HfQuantizer):
     """Puts `SlideSparseLinear` in the place of every packed nn.Linear before weights are loaded, and checks them afterwards."""
 
-    requires_calibration = True  # a dense checkpoint is not packed on the fly: that is what `accelerate` and `slidesparse pack` do
+    requires_calibration = True  # a dense checkpoint is not packed on the fly: that is what `pack_model` and `slidesparse pack` do
     quantization_config: SlideSparseConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
@@ -160,7 +160,7 @@ def load(
     words = open_tokenizer(path) if tokenizer else None
     model = open_model(path, dtype)
     if checkpoint.marker is not None:
-        accelerate(model, ignore=checkpoint.marked_ignore, candidates=checkpoint.marked_patterns())
+        pack_model(model, ignore=checkpoint.marked_ignore, candidates=checkpoint.marked_patterns())
         restore_scales(model, [str(file) for file in sorted(path.glob("*.safetensors"))])
     _LOG.info("%s", place(model.eval(), device, memory=memory))
     return model, words

@@ -1,7 +1,7 @@
 """Modules that run packed weights, and the call that puts them into a model."""
 
-from .accelerate import AccelerationReport, accelerate, acceleration_report
 from .linear import SlideSparseLinear
+from .pack_model import PackingReport, pack_model, packing_report
 from .placement import Placement, place
 
-__all__ = ["AccelerationReport", "Placement", "SlideSparseLinear", "accelerate", "acceleration_report", "place"]
+__all__ = ["PackingReport", "Placement", "SlideSparseLinear", "pack_model", "packing_report", "place"]

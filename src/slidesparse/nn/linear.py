@@ -18,10 +18,10 @@ from ..gemm.gradient import wanted
 from ..gemm.kernels.base import LEAVES
 from ..gemm.op import handle, linear, linear_unscaled
 from ..ops.launch import tracing_state
-from ..pack import check_packed, pack, restore
-from ..pack.checks import check_scale
+from ..packing import check_packed, pack, restore
+from ..packing.checks import check_scale
 from ..pattern import Pattern
-from ..quant import dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4, quantize_weight
+from ..quantization import dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4, quantize_weight
 from ..reference import scaled
 from .restored import RestoredWeight
 

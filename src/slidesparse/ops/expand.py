@@ -13,7 +13,7 @@ from math import gcd, lcm
 import torch
 from torch import Tensor
 
-from .. import pack
+from .. import packing
 from ..format import Packed
 from ..pattern import Pattern
 from .launch import CALLS, Launch, allocate
@@ -102,15 +102,15 @@ def _takes(values: Tensor, pattern: Pattern) -> bool:
 
 
 def _restore_oracle(values: Tensor, keep: Tensor, pattern: str, k: int) -> Tensor:
-    return pack.restore(Packed(values, keep, Pattern.parse(pattern), k))
+    return packing.restore(Packed(values, keep, Pattern.parse(pattern), k))
 
 
 def _slide_oracle(values: Tensor, keep: Tensor, pattern: str, k: int, width: int, rows: int) -> Tensor:
-    slid = pack.slide(Packed(values, keep, Pattern.parse(pattern), k))
+    slid = packing.slide(Packed(values, keep, Pattern.parse(pattern), k))
     n = -(-slid.shape[0] // rows) * rows
     if slid.shape == (n, width):
         return slid
-    codes = pack.integer_view(slid)
+    codes = packing.integer_view(slid)
     padded = codes.new_zeros(n, width)
     padded[: slid.shape[0], : slid.shape[1]] = codes
     return padded.view(values.dtype)

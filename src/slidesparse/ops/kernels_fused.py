@@ -24,22 +24,22 @@ def _rounded(x32, like, FUSED: tl.constexpr):
 
 
 @triton.jit
-def _sum(a, b, FUSED: tl.constexpr, HOPPER: tl.constexpr):
+def _sum(a, b, FUSED: tl.constexpr, SM90: tl.constexpr):
     """a + b in their type. To round to float32 first, as torch does, changes nothing: that sum is exact, or b far too small to matter."""
-    if HOPPER and a.dtype == tl.bfloat16:
+    if SM90 and a.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise("add.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], a.dtype, is_pure=True, pack=2)
-    elif HOPPER and a.dtype == tl.float16:
+    elif SM90 and a.dtype == tl.float16:
         return tl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], a.dtype, is_pure=True, pack=2)
     else:
         return _rounded(float32(a) + float32(b), a, FUSED)
 
 
 @triton.jit
-def _product(a, b, FUSED: tl.constexpr, HOPPER: tl.constexpr):
+def _product(a, b, FUSED: tl.constexpr, SM90: tl.constexpr):
     """a · b in their type; float32 holds the product of 16-bit elements exactly, so it is rounded once either way."""
-    if HOPPER and a.dtype == tl.bfloat16:
+    if SM90 and a.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], a.dtype, is_pure=True, pack=2)
-    elif HOPPER and a.dtype == tl.float16:
+    elif SM90 and a.dtype == tl.float16:
         return tl.inline_asm_elementwise("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], a.dtype, is_pure=True, pack=2)
     else:
         return _rounded(float32(a) * float32(b), a, FUSED)
@@ -66,7 +66,7 @@ def _input(
 @triton.jit
 def _norm_inputs(
     x, scale, channel, bias, residual, rows, chunk, m, k, stride, residual_stride, PARTS: tl.constexpr, SPAN: tl.constexpr,
-    SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr,
+    SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr, FUSED: tl.constexpr, SM90: tl.constexpr,
 ):  # fmt: skip
     """The parts of a chunk of h = x, scaled, plus the residual."""
     parts = ()
@@ -74,7 +74,7 @@ def _norm_inputs(
         column = columns(chunk, part, SPAN)
         value = _input(x, scale, channel, bias, rows, column, m, k, stride, SCALED, CHANNELS, BIASED, FUSED)
         if SUMMED:
-            value = _sum(value, load(residual, rows, column, m, k, residual_stride), FUSED, HOPPER)
+            value = _sum(value, load(residual, rows, column, m, k, residual_stride), FUSED, SM90)
         parts = parts + (value,)  # noqa: RUF005
     return parts
 
@@ -101,7 +101,7 @@ def _weights(weight, chunk, k, PARTS: tl.constexpr, SPAN: tl.constexpr):
 
 
 @triton.jit
-def _normed(parts, weights, square, inverse, FUSED: tl.constexpr, HOPPER: tl.constexpr):
+def _normed(parts, weights, square, inverse, FUSED: tl.constexpr, SM90: tl.constexpr):
     """A chunk times the row's inverse root mean square, rounded, times the weight, rounded; ``square`` is the row's sum of squares."""
     result = ()
     for part in tl.static_range(len(parts)):
@@ -112,7 +112,7 @@ def _normed(parts, weights, square, inverse, FUSED: tl.constexpr, HOPPER: tl.con
             zero = (square.to(tl.int32, bitcast=True) >> 31).to(tl.int16).to(value.dtype, bitcast=True)[:, None, None]
             value = tl.inline_asm_elementwise("xor.b32 $0, $1, $2;", "=r,r,r", [value, zero], value.dtype, is_pure=True, pack=2)
         normed = _rounded(float32(value) * inverse, value, FUSED)
-        result = result + (_product(normed, weights[part], FUSED, HOPPER),)  # noqa: RUF005
+        result = result + (_product(normed, weights[part], FUSED, SM90),)  # noqa: RUF005
     return result
 
 
@@ -120,12 +120,12 @@ def _normed(parts, weights, square, inverse, FUSED: tl.constexpr, HOPPER: tl.con
 def rms_norm_quantize_kernel(
     x, weight, residual, scale_in, channel, bias, total, q, scale_out, m, k, width, stride, residual_stride, eps,
     SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr,
-    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, SM90: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
     COALESCED: tl.constexpr,
 ):  # fmt: skip
     """x, residual ``[m, k]`` (scale_in ``[m]``; weight, channel, bias ``[k]``) → total ``[m, k]``, q and scale_out as `quantize_kernel`."""
-    begin(HOPPER)
+    begin(SM90)
     q = q.to(tl.pointer_type(tl.int32 if GROUP else tl.int8), bitcast=True)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = tl.load(scale_in + rows, mask=rows < m, other=1.0)[:, None, None] if SCALED else 1.0
@@ -135,7 +135,7 @@ def rms_norm_quantize_kernel(
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
             parts = _norm_inputs(x, token, channel, bias, residual, rows, chunk, m, k, stride, residual_stride,
-                                 PARTS, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
+                                 PARTS, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, SM90)  # fmt: skip
             values = values + (parts,)  # noqa: RUF005
             weights = weights + (_weights(weight, chunk, k, PARTS, SPAN),)  # noqa: RUF005
         for chunk in tl.static_range(CHUNKS):
@@ -146,7 +146,7 @@ def rms_norm_quantize_kernel(
     else:
         for chunk in range(CHUNKS):
             parts = _norm_inputs(x, token, channel, bias, residual, rows, chunk, m, k, stride, residual_stride,
-                                 1, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
+                                 1, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, SM90)  # fmt: skip
             squares = _more_squares(squares, parts[0])
             if SUMMED:
                 _store_total(total, parts[0], rows, chunk, m, k, SPAN)
@@ -155,15 +155,15 @@ def rms_norm_quantize_kernel(
     normed = ()
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
-            parts = _normed(values[chunk], weights[chunk], square, inverse, FUSED, HOPPER)
-            largest = larger(largest, parts[0], HOPPER)
+            parts = _normed(values[chunk], weights[chunk], square, inverse, FUSED, SM90)
+            largest = larger(largest, parts[0], SM90)
             normed = normed + (parts,)  # noqa: RUF005
     else:
         for chunk in range(CHUNKS):
             parts = _norm_inputs(x, token, channel, bias, residual, rows, chunk, m, k, stride, residual_stride,
-                                 1, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
-            parts = _normed(parts, _weights(weight, chunk, k, 1, SPAN), square, inverse, FUSED, HOPPER)
-            largest = larger(largest, parts[0], HOPPER)
+                                 1, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, SM90)  # fmt: skip
+            parts = _normed(parts, _weights(weight, chunk, k, 1, SPAN), square, inverse, FUSED, SM90)
+            largest = larger(largest, parts[0], SM90)
     scale, by = row_scale(largest, BOUND, x.dtype.element_ty)
     tl.store(scale_out + rows, scale, mask=rows < m)
     if CACHED:
@@ -172,8 +172,8 @@ def rms_norm_quantize_kernel(
     else:
         for chunk in range(CHUNKS):
             parts = _norm_inputs(x, token, channel, bias, residual, rows, chunk, m, k, stride, residual_stride,
-                                 PARTS, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, HOPPER)  # fmt: skip
-            parts = _normed(parts, _weights(weight, chunk, k, PARTS, SPAN), square, inverse, FUSED, HOPPER)
+                                 PARTS, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, SM90)  # fmt: skip
+            parts = _normed(parts, _weights(weight, chunk, k, PARTS, SPAN), square, inverse, FUSED, SM90)
             store_chunk(q, parts, by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     store_padding(q, rows, m, k, width, GROUP, ROWS, SPAN, CHUNKS, PAD_TILES)
 
@@ -191,7 +191,7 @@ def _sigmoid(x, FUSED: tl.constexpr):
 @triton.jit
 def _gated(
     x, scale, channel, bias, rows, chunk, m, k, stride, PARTS: tl.constexpr, SPAN: tl.constexpr,
-    SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr,
+    SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, FUSED: tl.constexpr, SM90: tl.constexpr,
 ):  # fmt: skip
     """The parts of a chunk of silu(gate), rounded, times up, rounded; x holds the gates, k elements a row, then the ups."""
     parts = ()
@@ -202,7 +202,7 @@ def _gated(
         up = _input(x + k, scale, channels, biases, rows, column, m, k, stride, SCALED, CHANNELS, BIASED, FUSED)
         gate = float32(value)
         gate = _rounded(gate * _sigmoid(gate, FUSED), value, FUSED)
-        parts = parts + (_product(gate, up, FUSED, HOPPER),)  # noqa: RUF005
+        parts = parts + (_product(gate, up, FUSED, SM90),)  # noqa: RUF005
     return parts
 
 
@@ -210,12 +210,12 @@ def _gated(
 def silu_mul_quantize_kernel(
     x, scale_in, channel, bias, q, scale_out, m, k, width, stride,
     SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr,
-    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, SM90: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
     COALESCED: tl.constexpr,
 ):  # fmt: skip
     """x ``[m, 2k]``, gates first (scale_in ``[m]``, channel and bias ``[2k]``) → q and scale_out as in `quantize_kernel`."""
-    begin(HOPPER)
+    begin(SM90)
     q = q.to(tl.pointer_type(tl.int32 if GROUP else tl.int8), bitcast=True)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = tl.load(scale_in + rows, mask=rows < m, other=1.0)[:, None, None] if SCALED else 1.0
@@ -223,13 +223,13 @@ def silu_mul_quantize_kernel(
     values = ()
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
-            parts = _gated(x, token, channel, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, CHANNELS, BIASED, FUSED, HOPPER)
-            largest = larger(largest, parts[0], HOPPER)
+            parts = _gated(x, token, channel, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, CHANNELS, BIASED, FUSED, SM90)
+            largest = larger(largest, parts[0], SM90)
             values = values + (parts,)  # noqa: RUF005
     else:
         for chunk in range(CHUNKS):
-            parts = _gated(x, token, channel, bias, rows, chunk, m, k, stride, 1, SPAN, SCALED, CHANNELS, BIASED, FUSED, HOPPER)
-            largest = larger(largest, parts[0], HOPPER)
+            parts = _gated(x, token, channel, bias, rows, chunk, m, k, stride, 1, SPAN, SCALED, CHANNELS, BIASED, FUSED, SM90)
+            largest = larger(largest, parts[0], SM90)
     scale, by = row_scale(largest, BOUND, x.dtype.element_ty)
     tl.store(scale_out + rows, scale, mask=rows < m)
     if CACHED:
@@ -237,6 +237,6 @@ def silu_mul_quantize_kernel(
             store_chunk(q, values[chunk], by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     else:
         for chunk in range(CHUNKS):
-            parts = _gated(x, token, channel, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, CHANNELS, BIASED, FUSED, HOPPER)
+            parts = _gated(x, token, channel, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, CHANNELS, BIASED, FUSED, SM90)
             store_chunk(q, parts, by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     store_padding(q, rows, m, k, width, GROUP, ROWS, SPAN, CHUNKS, PAD_TILES)

@@ -21,9 +21,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def begin(HOPPER: tl.constexpr):
+def begin(SM90: tl.constexpr):
     """Let the next kernel's programs be placed early, and wait for the kernel before: nothing is read or written until it is done."""
-    if HOPPER:
+    if SM90:
         gdc_launch_dependents()
         gdc_wait()
 
@@ -43,11 +43,11 @@ def no_magnitude(ROWS: tl.constexpr, SPAN: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def larger(largest, value, HOPPER: tl.constexpr):
+def larger(largest, value, SM90: tl.constexpr):
     """Elementwise the larger of magnitudes, as integers, and those of value: their bits order so, NaN and Inf above every number."""
     if value.dtype == tl.float32:
         return tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    elif HOPPER:
+    elif SM90:
         # Two at a time, and in the type of value: its float32 form, if found here, would be kept and fill twice the registers.
         return tl.inline_asm_elementwise(
             "{ .reg .b32 magnitude; and.b32 magnitude, $2, 0x7fff7fff; max.u16x2 $0, $1, magnitude; }", "=r,r,r",
@@ -196,7 +196,7 @@ def store_padding(
 @triton.jit(do_not_specialize=["m"])
 def quantize_kernel(
     x, q, scale_out, m, k, width, stride,
-    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, SM90: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
     COALESCED: tl.constexpr,
 ):  # fmt: skip
@@ -204,7 +204,7 @@ def quantize_kernel(
 
     Without ``GROUP`` bytes are stored, with it (n:l is 2:4, no offset) words, one window each, and width counts them.
     """
-    begin(HOPPER)
+    begin(SM90)
     q = q.to(tl.pointer_type(tl.int32 if GROUP else tl.int8), bitcast=True)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     largest = no_magnitude(ROWS, SPAN, x.dtype.element_ty)
@@ -213,10 +213,10 @@ def quantize_kernel(
         for chunk in tl.static_range(CHUNKS):
             values = values + (load_chunk(x, rows, chunk, m, k, stride, SPAN, PARTS),)  # noqa: RUF005
         for chunk in tl.static_range(CHUNKS):
-            largest = larger(largest, values[chunk][0], HOPPER)
+            largest = larger(largest, values[chunk][0], SM90)
     else:
         for chunk in range(CHUNKS):
-            largest = larger(largest, load(x, rows, columns(chunk, 0, SPAN), m, k, stride), HOPPER)
+            largest = larger(largest, load(x, rows, columns(chunk, 0, SPAN), m, k, stride), SM90)
     scale, by = row_scale(largest, BOUND, x.dtype.element_ty)
     tl.store(scale_out + rows, scale, mask=rows < m)
     if CACHED:
@@ -254,17 +254,17 @@ def _store_lifted(out, value, rows, word, m, width, LANES: tl.constexpr):
 @triton.jit(do_not_specialize=["m"])
 def quantize_gather_kernel(
     x, q, scale_out, m, k, slid, width, stride,
-    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, HOPPER: tl.constexpr,
+    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, SM90: tl.constexpr,
     GROUP: tl.constexpr, N: tl.constexpr, L: tl.constexpr, WINDOWS: tl.constexpr, OFFSET: tl.constexpr, LANES: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """x ``[m, k]`` → q ``[m, width]``, any pattern and offset: the row is read again, from cache, in lifted order."""
-    begin(HOPPER)
+    begin(SM90)
     q = q.to(tl.pointer_type(tl.int8), bitcast=True)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     largest = no_magnitude(ROWS, SPAN, x.dtype.element_ty)
     for chunk in range(CHUNKS):
-        largest = larger(largest, load(x, rows, columns(chunk, 0, SPAN), m, k, stride), HOPPER)
+        largest = larger(largest, load(x, rows, columns(chunk, 0, SPAN), m, k, stride), SM90)
     scale, by = row_scale(largest, BOUND, x.dtype.element_ty)
     tl.store(scale_out + rows, scale, mask=rows < m)
     for tile in range(TILES):
@@ -275,12 +275,12 @@ def quantize_gather_kernel(
 
 @triton.jit(do_not_specialize=["m"])
 def lift_kernel(
-    x, y, m, k, slid, width, stride, HOPPER: tl.constexpr,
+    x, y, m, k, slid, width, stride, SM90: tl.constexpr,
     GROUP: tl.constexpr, N: tl.constexpr, L: tl.constexpr, WINDOWS: tl.constexpr, OFFSET: tl.constexpr, LANES: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """x ``[m, k]`` of any integer type → y ``[m, width]``: the lifted rows, 0 from ``slid`` on."""
-    begin(HOPPER)
+    begin(SM90)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for tile in range(TILES):
         word = tile * WORDS + tl.arange(0, WORDS)

@@ -70,7 +70,7 @@ def row_constants(config: RowConfig, k: int, width: int, group: int, dtype: torc
         pairs = min(-(-k // group) * (group // 2), chunks * config.span * 4)
         padding = width // 4 - (pairs - pairs // (group // 2))
     return {
-        "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": compiled, "HOPPER": hopper, "launch_pdl": hopper,
+        "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": compiled, "SM90": hopper, "launch_pdl": hopper,
         "GROUP": group, "PARTS": 2 if group not in (0, 8) else 1, "PAD_TILES": -(-padding // config.span),
         "ROWS": config.rows, "SPAN": config.span, "CHUNKS": chunks, "CACHED": chunks <= CACHED_CHUNKS,
         "COALESCED": config.coalesced, "num_warps": config.warps,
@@ -81,7 +81,7 @@ def gather_constants(config: RowConfig, pattern: Pattern, offset: int, width: in
     """Compile-time parameters of the lift of any pattern and offset, words of ``LANES`` at a time."""
     lanes, words = gcd(pattern.l, 4), config.span * 2
     return {
-        "HOPPER": hopper, "launch_pdl": hopper, "GROUP": pattern.group, "N": pattern.n, "L": pattern.l, "WINDOWS": pattern.windows,
+        "SM90": hopper, "launch_pdl": hopper, "GROUP": pattern.group, "N": pattern.n, "L": pattern.l, "WINDOWS": pattern.windows,
         "OFFSET": offset, "LANES": lanes, "ROWS": config.rows, "WORDS": words, "TILES": -(-width // (words * lanes)),
         "num_warps": config.warps,
     }  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, WeightError
 from ...format import SCHEMES
-from ...pack.codes import integer_view
+from ...packing.codes import integer_view
 from ..layers import FLOATS, Block, Layer, float_scheme, tensors_of
 from ..tensorfile import TensorInfo, TensorReader
 from .compressed_tensors import Quantization, check_scales, read_quantization

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, WeightError
 from ...format import QUANT_METHOD, SCHEMES, Scheme
-from ...quant import check_finite
+from ...quantization import check_finite
 from ..layers import FLOATS, Block, Layer, float_scheme, matrices, tensors_of
 from ..tensorfile import TensorInfo, TensorReader
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...format import SCHEMES, Scheme, dense_tensors
-from ...quant import canonical_nvfp4
+from ...quantization import canonical_nvfp4
 from ..layers import FLOATS, Block, Layer, check_tensors, float_scheme, matrices, tensors_of
 from ..tensorfile import TensorInfo, TensorReader
 from .floating import Floating

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ... import pack
+from ... import packing
 from ...errors import CheckpointError
 from ...format import QUANT_METHOD, Packed, PackedConfig, packed_tensors
 from ..layers import Block, Layer, check_tensors, tensors_of
@@ -24,8 +24,8 @@ class PackedLayer(Layer):
             scale = self._scale(reader, first, last)
             values, keep = (reader.read_rows(self.tensors[part], first, last) for part in ("weight_values", "weight_keep"))
             packed = Packed(values, keep, pattern, k)
-            pack.check_packed(packed, first_row=first)
-            yield Block(first, pack.restore(packed), scale, packed)
+            packing.check_packed(packed, first_row=first)
+            yield Block(first, packing.restore(packed), scale, packed)
 
 
 def read_packed_config(path: Path, config: dict[str, Any]) -> PackedConfig | None:

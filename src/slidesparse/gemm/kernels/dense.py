@@ -14,7 +14,7 @@ from ... import ops
 from ...ops.library import ones
 from ...ops.prologue import Activations, quantiser
 from ...ops.w8a8 import bound_w8a8
-from ...quant import scaled_nvfp4
+from ...quantization import scaled_nvfp4
 from ...reference import scaled
 from ..layouts import LAYOUTS
 from ..precision import matmul

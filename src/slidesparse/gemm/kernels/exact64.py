@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import reference
 from ...ops.prologue import Activations
-from ...quant import dequantize_nvfp4
+from ...quantization import dequantize_nvfp4
 from ..layouts import LAYOUTS, Copy
 from ..problem import Problem
 from .base import LEAVES, Kernel, Pipeline

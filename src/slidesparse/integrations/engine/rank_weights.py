@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ...errors import PatternError, WeightError
 from ...format import Packed, Scheme
-from ...pack import Shard, check_packed, check_scale, detect
+from ...packing import Shard, check_packed, check_scale, detect
 from ...pattern import Pattern
-from ...prune import prune
-from ...quant import check_finite, quantize_weight
+from ...pruning import prune
+from ...quantization import check_finite, quantize_weight
 
 _BLOCK = 1 << 24
 """Weights per block of rows: what is derived on the way takes up to 64 bytes for each byte of keep-bits."""

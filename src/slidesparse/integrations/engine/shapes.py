@@ -9,7 +9,7 @@ from pathlib import Path
 from ...checkpoint import Checkpoint, inspect
 from ...format import MERGED, SCHEMES, scheme_named
 from ...gemm.tune import LinearShape
-from ...pack import Shard
+from ...packing import Shard
 from ...pattern import Pattern
 
 _ROW_PARALLEL = ("o_proj", "out_proj", "wo", "down_proj", "fc2", "w2", "c_proj", "dense", "dense_4h_to_h")

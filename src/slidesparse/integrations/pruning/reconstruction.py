@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...format import Scheme
-from ...quant import quantize_weight
+from ...quantization import quantize_weight
 from .blocks import Call, hidden_states
 from .solving import Solution, Task, dequantized
 

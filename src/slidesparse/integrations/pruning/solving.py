@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ...errors import SlideSparseError, WeightError
 from ...format import Scheme
 from ...pattern import Pattern
-from ...prune import Gathering, Statistics, layer_error, method_named, prune, round_to_grid
-from ...quant import quantize_weight
+from ...pruning import Gathering, Statistics, layer_error, method_named, prune, round_to_grid
+from ...quantization import quantize_weight
 
 
 @dataclass

@@ -13,7 +13,7 @@ from ...checkpoint.recipe import AUTO, RECONSTRUCTION_STEPS, LayerPlan
 from ...checkpoint.solved import INPUT_NORMS, Job, PruningReport, read_block, solved_scheme, write_block
 from ...checkpoint.tensorfile import TensorInfo, TensorReader
 from ...errors import CheckpointError, UnsupportedError
-from ...quant import check_finite
+from ...quantization import check_finite
 from ..calibration import Samples, calibration_samples
 from ..transformers import open_model, open_tokenizer
 from ..transformers_files import StoredTensors, check_parameters

@@ -21,7 +21,7 @@ from ...gemm import Problem, Runner, Weights
 from ...gemm.kernels import chosen
 from ...gemm.kernels.base import LEAVES
 from ...gemm.op import handle, linear, warm
-from ...pack import Shard
+from ...packing import Shard
 from ..engine.claims import Claims
 from ..engine.policy import Decision
 from ..engine.rank_weights import blank, cut, made_up, pack

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import WeightError
 from ..pattern import Pattern
-from ..quant import check_finite
+from ..quantization import check_finite
 from .admm import admm
 from .magnitude import magnitude
 from .random import random
@@ -56,7 +56,7 @@ def method_named(name: str) -> Method:
 
 def prune(
     weight: Tensor,
-    pattern: Pattern,
+    pattern: Pattern | str,
     method: str = "magnitude",
     *,
     statistics: Statistics | None = None,
@@ -72,10 +72,10 @@ def prune(
         generator: source of randomness for ``random``; a fixed one (seed 0) when not given.
 
     Raises:
-        ValueError: unknown method, K is not a whole number of units, or statistics or an offset that the method cannot use.
+        ValueError: unknown method or pattern, K is not a whole number of units, or statistics or an offset that the method cannot use.
         WeightError: a dtype that cannot be pruned, NaN or Inf, statistics that do not fit, or numbers too large to correct in float32.
     """
-    chosen = method_named(method)
+    pattern, chosen = Pattern.parse(pattern), method_named(method)
     if weight.dtype not in _DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise WeightError(f"cannot prune {weight.dtype} weights: cast to one of {known}")

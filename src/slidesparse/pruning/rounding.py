@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..format import Scheme
-from ..quant import quantize_weight
+from ..quantization import quantize_weight
 from .statistics import Statistics, row_errors
 
 _BLOCK = 128

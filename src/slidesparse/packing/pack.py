@@ -19,15 +19,16 @@ from .obeys import find_violation
 _GATHER = 0x0102040810204080
 
 
-def pack(weight: Tensor, pattern: Pattern, offset: int = 0, *, first_row: int = 0) -> Packed:
+def pack(weight: Tensor, pattern: Pattern | str, offset: int = 0, *, first_row: int = 0) -> Packed:
     """Store ``weight [N, K]`` (any dtype of a scheme, or float32) as kept values in K order plus keep-bits.
 
     With an ``offset`` the row starts that many units into its first group, and the result covers the padded row.
 
     Raises:
         PatternError: see `find_violation`, which ``first_row`` is for.
+        ValueError: an unknown pattern.
     """
-    n, k = weight.shape
+    pattern, (n, k) = Pattern.parse(pattern), weight.shape
     codes = pad_to_groups(unit_codes(weight, pattern), pattern, offset)
     keep = _filled_keep(codes, pattern)
     if keep is None:

@@ -3,7 +3,7 @@
 from .checks import check_packed, check_scale
 from .codes import integer_view, without_negative_zeros
 from .obeys import detect, find_violation
-from .packing import pack, restore, slid_mask, slide, unpack_keep
+from .pack import pack, restore, slid_mask, slide, unpack_keep
 from .sharding import Shard
 
 __all__ = [

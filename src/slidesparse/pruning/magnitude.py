@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..pack.codes import integer_view
+from ..packing.codes import integer_view
 from ..pattern import Pattern
 from .selection import zero_smallest
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import PatternError, SlideSparseError, WeightError
 from ..format import PackedConfig, Scheme, scheme_named
-from ..pack import detect
+from ..packing import detect
 from ..pattern import KNOWN, Pattern
 from ..select import DEFAULT_IGNORE, matches
 from .linear import SlideSparseLinear
@@ -22,7 +22,7 @@ _REPORT = "_slidesparse_report"
 
 
 @dataclass
-class AccelerationReport:
+class PackingReport:
     """Which linear layers run packed, with pattern and scheme, and which stay dense, and why."""
 
     packed: dict[str, tuple[Pattern, Scheme]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class _Step:
     scheme: Scheme
 
 
-def accelerate(
+def pack_model(
     model: nn.Module,
     *,
     pattern: Pattern | str | None = None,
@@ -57,7 +57,7 @@ def accelerate(
     Takes nn.Linear with 16-bit weights, and those of compressed-tensors models in W8A8 (int8 or fp8, per channel, dynamic per token)
     or NVFP4, as long as they have not been decompressed by a first forward pass. Nothing is ever pruned: without ``pattern`` a layer
     gets the first of ``candidates`` that its weights obey (tightest first) and stays dense if there is none. What was done stands in
-    `acceleration_report`. A transformers model accelerated in one scheme may be saved with ``save_pretrained``: its configuration
+    `packing_report`. A transformers model packed in one scheme may be saved with ``save_pretrained``: its configuration
     then describes the packed form.
 
     Args:
@@ -76,7 +76,7 @@ def accelerate(
         raise ValueError("a lone linear layer cannot be swapped in place: use SlideSparseLinear.from_dense")
     wanted = None if pattern is None else Pattern.parse(pattern)
     target = scheme_named(scheme) if isinstance(scheme, str) else scheme
-    report = AccelerationReport()
+    report = PackingReport()
     steps = _survey(model, wanted, target, ignore, tuple(candidates), report)
     replaced: dict[int, SlideSparseLinear] = {}
     for step in steps:
@@ -94,15 +94,15 @@ def accelerate(
     return model
 
 
-def acceleration_report(model: nn.Module) -> AccelerationReport:
-    """What `accelerate` did to the model.
+def packing_report(model: nn.Module) -> PackingReport:
+    """What `pack_model` did to the model.
 
     Raises:
         ValueError: it was not called on it.
     """
     report = getattr(model, _REPORT, None)
     if report is None:
-        raise ValueError("accelerate was not called on this model")
+        raise ValueError("pack_model was not called on this model")
     return report
 
 
@@ -112,7 +112,7 @@ def _survey(
     target: Scheme | None,
     ignore: Sequence[str],
     candidates: tuple[Pattern, ...],
-    report: AccelerationReport,
+    report: PackingReport,
 ) -> list[_Step]:
     """Everything that can fail for a reason in the weights fails here, before the model is touched."""
     uses = Counter(id(parameter) for module in set(model.modules()) for parameter in module._parameters.values() if parameter is not None)
@@ -163,7 +163,7 @@ def _convert(step: _Step, memory: str) -> SlideSparseLinear:
     return layer.train(source.module.training)
 
 
-def _describe(model: nn.Module, report: AccelerationReport) -> None:
+def _describe(model: nn.Module, report: PackingReport) -> None:
     """Let the configuration of a model that can be saved tell the packed form; otherwise its files could not be read back."""
     config, schemes = getattr(model, "config", None), {scheme for _, scheme in report.packed.values()}
     if not report.packed or config is None or not hasattr(model, "save_pretrained"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import WeightError
 from ..format import Packed
-from .packing import unpack_keep
+from .pack import unpack_keep
 
 _BLOCK = 1 << 20
 """Bytes of keep-bits that are unpacked at once, to eight times as many."""

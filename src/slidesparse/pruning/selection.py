@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..pack.codes import integer_view, pad_to_groups
+from ..packing.codes import integer_view, pad_to_groups
 from ..pattern import Pattern
 
 _POSITION_BITS = 6  # groups hold at most 64 units

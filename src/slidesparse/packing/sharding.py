@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..format import Packed
 from ..pattern import Pattern
-from .packing import pack, restore
+from .pack import pack, restore
 
 ALIGNED = 32
 """Widened rows are a multiple of so many values: what every library here takes."""
