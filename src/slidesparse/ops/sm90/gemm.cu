@@ -164,7 +164,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
   const int warpgroup = __shfl_sync(~0u, thread >> 7, 0);  // uniform in a warp, so that setmaxnreg is honoured
 
   if (warpgroup == WARPGROUPS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (thread == WARPGROUPS * 128) {
       u16 same_features = 0;
       for (int t = 0; t < CLUSTER_TOKENS; t++) same_features |= 1 << (feature_rank + CLUSTER_FEATURES * t);
@@ -200,7 +200,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int inside = thread & 127, lane = thread & 31, warp = inside >> 5;
     const u32 metadata_at = X_BYTES + warpgroup * BLOCK + VALUES + inside * 4, my_scales = scales + warpgroup * TOKENS * 4;
     const int row_in_chunk = (lane & 7) + ((lane >> 4) << 3), column16 = 2 * warp + ((lane >> 3) & 1);
@@ -316,17 +316,18 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       for (int step = 2 * CHUNKS; step < steps; step += 2) two_stages(step, token, At<-1>());
       const int feature = row + warp * 16 + (lane >> 2);
       const float w0 = feature < n ? __ldg(w_scale + feature) : 0.f, w1 = feature + 8 < n ? __ldg(w_scale + feature + 8) : 0.f;
-      const float b0 = bias_at(bias, feature, n), b1 = bias_at(bias, feature + 8, n);
       multiply_wait<0>();
       settle(sums);
       release_previous();
       warpgroup_sync(warpgroup);  // the token scales lie there
+      const float b0 = bias_at(bias, feature, n), b1 = bias_at(bias, feature + 8, n);
 #pragma unroll
       for (int j = 0; j < TOKENS / 8; j++) {
         float x0, x1;
         asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x0), "=f"(x1) : "r"(my_scales + j * 32 + (lane & 3) * 8));
         held[2 * j] = rounded(scaled(sums[4 * j], w0, x0, b0), scaled(sums[4 * j + 1], w0, x1, b0));
         held[2 * j + 1] = rounded(scaled(sums[4 * j + 2], w1, x0, b1), scaled(sums[4 * j + 3], w1, x1, b1));
+        if (BIAS && j % 4 == 3) __syncwarp();  // or ptxas reads all scales ahead, and has a register too few
       }
       held_row = row;
       held_token = token;
