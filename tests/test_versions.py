@@ -96,11 +96,17 @@ def test_the_authors_number_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert now != before and now.partition("-")[2] == before.partition("-")[2] and (before[0], now[0]) == ("1", "2")
 
 
+def test_cuda_code_counts_and_its_comments_do_not() -> None:
+    assert "ops.sm90.gemm.cu" in table()["sm90"].code
+    text = "int a;  // one\n  int b;"
+    assert versions._cuda_stripped(text) == versions._cuda_stripped("int a; int b; // two") != versions._cuda_stripped("int a; int c;")
+
+
 def test_kernels_name_the_code_that_runs_on_the_card() -> None:
     """Every module with Triton kernels that a plan's times hold is part of a version."""
     for name, kernel in table().items():
         assert kernel.code, name
-        assert f"gemm.kernels.{'dense' if 'dense' in kernel.layouts else name}" in kernel.code, name
+        assert type(kernel).__module__.removeprefix("slidesparse.") in kernel.code, name
         if name not in ("native", "exact64"):
             assert "ops.kernels_quantize" in kernel.code, f"{name} quantises activations"
     assert "ops.kernels_w8a8" in table()["triton"].code

@@ -1,6 +1,6 @@
 """An 8-bit product for compute capability 9.0 with both scales and the bias inside, written in CUDA C++ and compiled at first use."""
 
-from .launch import Gemm, loaded, tile_order
+from .launch import Gemm, loaded, unavailable
 from .layout import tile, tiled_bytes, untile
 from .variants import VARIANTS, Types, Variant, constants, predicted_clocks, source
 
@@ -14,7 +14,7 @@ __all__ = [
     "predicted_clocks",
     "source",
     "tile",
-    "tile_order",
     "tiled_bytes",
+    "unavailable",
     "untile",
 ]

@@ -23,17 +23,28 @@ _CUTOUT = 32  # tokens written at once, as in gemm.cu
 
 
 @lru_cache(maxsize=1024)
-def tile_order(n: int, m: int, variant: Variant, device: torch.device) -> Tensor:
-    """The tiles of a product ``[M, N]`` in the order in which clusters take them: features · 2¹⁶ + tokens, int32 (counted in clusters)."""
-    down, across = -(-n // (ROWS * variant.features)), -(-m // (variant.tokens * variant.along))
-    group = max(1, _GROUP // variant.along)
+def tile_order(down: int, across: int, group: int, device: int) -> Tensor:
+    """Tiles in the order in which clusters take them, features · 2¹⁶ + tokens, int32; both count clusters.
+
+    All features come before the next ``group`` tiles of tokens.
+    """
     order = [
         row << 16 | column
         for first in range(0, across, group)
         for row in range(down)
         for column in range(first, min(first + group, across))
     ]
-    return torch.tensor(order, dtype=torch.int32, device=device)
+    return torch.tensor(order, dtype=torch.int32, device=torch.device("cuda", device))
+
+
+@cache
+def unavailable() -> str | None:
+    """Why kernels cannot be compiled here; None if they can."""
+    try:
+        jit.toolchain()
+    except UnsupportedError as error:
+        return str(error)
+    return None
 
 
 @lru_cache(maxsize=256)
@@ -46,7 +57,7 @@ class Gemm:
     """One variant of the kernel on one device: ``y [M, N]`` from 8-bit ``q [M, K']``, weights, scales and bias."""
 
     def __init__(self, variant: Variant, types: Types, device: int, *, delay: bool = False) -> None:
-        self.variant, self.types, self._lock = variant, types, Lock()
+        self.variant, self.types, self.device, self._lock = variant, types, device, Lock()
         binary = jit.compile(source(variant, types), name="gemm", arch="sm_90a", constants=constants(variant, types, delay=delay))
         self._library_kernel = jit.load(binary)  # keeps the function alive
         self._maps: OrderedDict[tuple, Any] = OrderedDict()
@@ -77,11 +88,18 @@ class Gemm:
         places = [*self._aligned, *(ctypes.addressof(one) for one in (*self._pointers, *self._numbers))]
         self._arguments = (ctypes.c_void_p * len(places))(*places)
 
+    def order(self, m: int, n: int) -> Tensor:
+        """The tiles of a product ``[M, N]``; see `tile_order`."""
+        down, across = -(-n // (ROWS * self.variant.features)), -(-m // (self.variant.tokens * self.variant.along))
+        return tile_order(down, across, max(1, _GROUP // self.variant.along), self.device)
+
     def __call__(
         self, q: Tensor, x_scale: Tensor, weights: Tensor, w_scale: Tensor, bias: Tensor | None, order: Tensor, y: Tensor, stream: int
     ) -> None:
         """Launch; the number of tokens is that of ``y``, and ``weights`` are tiles, or ``[N, K]`` where they are dense."""
         m, n = y.shape
+        if m == 0:
+            return
         sparse, driver = self.types.sparse, _driver()
         x_map = self._map(q, COLUMNS, self.variant.tokens // self.variant.features, 1)
         w_map = x_map if sparse else self._map(weights, COLUMNS, ROWS // self.variant.along, 1)
@@ -110,7 +128,7 @@ class Gemm:
 
 
 class _TensorMap:
-    """The driver's description of a row-major matrix, 128 bytes at a multiple of 64, which the driver's own Python binding does not keep."""
+    """The driver's description of a row-major matrix: 128 bytes at a multiple of 64, which its Python binding does not keep."""
 
     def __init__(self, matrix: Tensor, columns: int, rows: int, size: int) -> None:
         driver = _driver()
