@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
 from layers import made, oracle, tokens
-from slidesparse import jit, reference
+from slidesparse import jit, ops, pack, prune, quantize_weight, reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
 from slidesparse.gemm.kernels.sm90 import Sm90
 from slidesparse.gemm.layouts import LAYOUTS
-from slidesparse.gemm.problem import Problem
+from slidesparse.gemm.problem import Problem, Weights
 from slidesparse.gemm.runner import run
 from slidesparse.ops import sm90
 from slidesparse.ops.sm90 import variants
-from slidesparse.pattern import Pattern
+from slidesparse.pattern import KNOWN, Pattern
 from slidesparse.tolerance import check_bitwise
 
 HOPPER = (9, 0)
@@ -93,29 +95,61 @@ def test_products_are_the_oracles(pattern: str, n: int, k: int, m: int, variant:
                 assert error < 3e-3, (layout, bias is None, float(error))
 
 
+def poisoned(gemm: sm90.Gemm, q: torch.Tensor, x_scale: torch.Tensor, copy: torch.Tensor, weights, bias, out: torch.dtype) -> torch.Tensor:
+    """The kernel's output, written over NaN."""
+    y = torch.full((q.shape[0], weights.packed.n), float("nan"), dtype=out, device="cuda")
+    scale = weights.channel_scale.contiguous()
+    gemm(q, x_scale, copy, scale, bias, gemm.order(*y.shape), y, torch.cuda.current_stream().cuda_stream)
+    return y
+
+
+KINDS = [("bfloat16", None), ("bfloat16", torch.bfloat16), ("bfloat16", torch.float32), ("float16", torch.float16)]
+
+
+@pytest.mark.needs_gpu
+@hopper_only
+@pytest.mark.parametrize("part", range(20))
+def test_500_random_cases(part: int) -> None:
+    draw = random.Random(torch.initial_seed() + part)
+    for _ in range(500):
+        n, k, m = 8 * draw.randint(1, 120), 16 * draw.randint(1, 120), draw.choice((1, 7, draw.randint(1, 64), draw.randint(1, 700)))
+        pattern, scheme, variant = draw.choice(KNOWN), SCHEMES[draw.choice(("int8", "fp8"))], draw.choice(sm90.VARIANTS)
+        (out, bias), sparse = draw.choice(KINDS), draw.random() < 0.7
+        values, scale = quantize_weight(prune(torch.randn(n, k, device="cuda"), pattern), scheme)
+        weights = Weights(pack(values, pattern), scheme, scale)
+        x = (torch.randn(m, k, device="cuda") * torch.logspace(-3, 3, m, device="cuda").view(-1, 1)).bfloat16()
+        added = None if bias is None else torch.randn(n, device="cuda").to(bias)
+        q, x_scale = ops.quantize(x, scheme)
+        types = sm90.Types(str(scheme.dtype)[6:], sparse, out, "" if bias is None else str(bias)[6:])
+        given, copy = q, values
+        if sparse:
+            given = ops.quantize_lift(x, pattern, scheme, width=-(-pattern.slid_k(k) // 16) * 16)[0]
+            copy = LAYOUTS["tiled"].prepare(Problem(n, k, pattern, scheme, HOPPER, torch.bfloat16), weights)[0]
+        y = poisoned(sm90.loaded(variant, types, 0), given, x_scale, copy, weights, added, getattr(torch, out))
+        sums = q.double() @ values.double().t()
+        wanted = sums.float() * scale.view(1, -1) * x_scale
+        wanted = (wanted if added is None else wanted + added.float()).to(y.dtype)
+        case = (n, k, m, str(pattern), scheme.name, str(variant), out, bias, sparse)
+        if scheme.name == "int8":
+            assert torch.equal(y.view(torch.int16), wanted.view(torch.int16)), case
+        else:
+            assert (y.double() - wanted.double()).norm() <= 4e-3 * wanted.double().norm(), case
+
+
 @pytest.mark.needs_gpu
 @hopper_only
 @pytest.mark.parametrize("variant", ["256 2x1", "256 4x2", "128 1x2", "64 1x1"])
-def test_random_delays_and_poison_change_nothing(variant: str) -> None:
+@pytest.mark.parametrize("sparse", [True, False])
+def test_random_delays_change_nothing(variant: str, sparse: bool) -> None:
     n, k, m = 520, 1536, 700
     weights, dense = made(n, k, "int8", "6:8", "cuda")
-    x = tokens(m, k).cuda()
-    q, x_scale = reference.quantize(x.cpu(), SCHEMES["int8"])
-    lifted = reference.lift(q, Pattern(6, 8)).cuda().contiguous()
-    chosen, types = sm90.Variant.parse(variant), sm90.Types("int8", True, "bfloat16", "")
-    gemm = sm90.Gemm(chosen, types, 0, delay=True)
-    tiles = LAYOUTS["tiled"].prepare(Problem(n, k, Pattern(6, 8), SCHEMES["int8"], HOPPER, torch.bfloat16), weights)[0]
-    wanted = oracle(x, weights, dense, None, torch.bfloat16)
-    for _ in range(50):
-        y = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
-        gemm(
-            lifted,
-            x_scale.cuda(),
-            tiles,
-            weights.channel_scale.contiguous().view(-1).cuda(),
-            None,
-            gemm.order(m, n),
-            y,
-            torch.cuda.current_stream().cuda_stream,
-        )
-        check_bitwise(y.cpu(), wanted)
+    x = tokens(m, k)
+    q, x_scale = reference.quantize(x, SCHEMES["int8"])
+    given = reference.lift(q, Pattern(6, 8)) if sparse else q
+    gemm = sm90.Gemm(sm90.Variant.parse(variant), sm90.Types("int8", sparse, "bfloat16", ""), 0, delay=True)
+    problem = Problem(n, k, Pattern(6, 8), SCHEMES["int8"], HOPPER, torch.bfloat16)
+    copy = LAYOUTS["tiled" if sparse else "dense"].prepare(problem, weights)[0]
+    wanted = oracle(x, weights, dense, None, torch.bfloat16).cuda()
+    for _ in range(200):
+        y = poisoned(gemm, given.cuda(), x_scale.cuda(), copy, weights, None, torch.bfloat16)
+        assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
