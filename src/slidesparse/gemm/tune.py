@@ -193,7 +193,7 @@ class Bench:
         return key_of(self.problem)
 
     def cell(self, m: int, *, rounds: int | None = None, also: Sequence[Route] = (), without: Collection[str] = ()) -> Cell:
-        """Check and time ``m`` tokens: what the kernels' searches find worth timing, and ``also`` these routes, ``without`` some kernels."""
+        """Check and time ``m`` tokens: what the kernels' searches find worth timing and ``also`` these routes, ``without`` some kernels."""
         count = self._count(m)
         inputs = [torch.randn(m, self.problem.k, device="cuda", dtype=self.problem.dtype) for _ in range(count)]
         expected = cache(lambda draw: self._expected(inputs[draw]))
