@@ -122,7 +122,6 @@ def test_warming_runs_every_form_once_with_each_number_of_tokens(monkeypatch: py
 
 
 @pytest.mark.needs_gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_a_captured_graph_runs_the_layer() -> None:
     layer = Named(Shard.even(Pattern.parse("4:6"), 56, 1, 2), 64, device="cuda")
     layer.runner.prepare(DTYPE, torch.device("cuda", 0))
