@@ -87,7 +87,9 @@ def check_rows(got: tuple[torch.Tensor, ...], h: torch.Tensor, scheme: Scheme, p
     assert equal.float().mean() > 0.999 or equal.numel() - equal.sum() <= 2, f"{h.dtype}: {equal.float().mean()} are equal"
 
 
-def check_fused(device: str, m: int, k: int, dtype: torch.dtype, pattern: str | None, scheme: str, config=None, compiled=True) -> None:
+def check_fused(
+    device: str, m: int, k: int, dtype: torch.dtype, pattern: str | None, scheme: str, config=None, compiled=True, emulated=False
+) -> None:
     made = inputs(m, k, dtype, device)
     twin = {name: tensor.cpu() for name, tensor in made.items()}
     parsed, chosen = (Pattern.parse(pattern) if pattern else None), SCHEMES[scheme]
@@ -97,13 +99,13 @@ def check_fused(device: str, m: int, k: int, dtype: torch.dtype, pattern: str | 
     for names in ((), ("residual",), ("scale", "residual"), ("scale", "bias"), ("scale", "channel", "residual")):
         extra = {name: made[name] for name in names}
         h, normed = eager_norm(twin["x"], twin["weight"], **{name: twin[name] for name in names})
-        if compiled:
+        if compiled and not emulated:
             got = ops.rms_norm_quantize(made["x"], made["weight"], EPS, chosen, pattern=parsed, width=width, rows=16, **extra)
             assert got[0].shape[0] == -(-m // 16) * 16 and len(got) == 2 + ("residual" in names)
         else:
             given = [extra.get(name) for name in ("residual", "scale", "channel", "bias")]
             got = kernels.launch_norm(
-                made["x"], made["weight"], given[0], EPS, chosen.dtype, text, *given[1:], width, 1, config, compiled=False
+                made["x"], made["weight"], given[0], EPS, chosen.dtype, text, *given[1:], width, 1, config, compiled=compiled
             )
         check_rows(got, normed, chosen, pattern, width)
         if "residual" in names:
@@ -115,11 +117,11 @@ def check_fused(device: str, m: int, k: int, dtype: torch.dtype, pattern: str | 
     for names in ((), ("scale",), ("scale", "bias"), ("scale", "channel"), ("scale", "channel", "bias")):
         extra = {name: tensor for name, tensor in (("scale", made["scale"]), ("channel", channels), ("bias", bias)) if name in names}
         expected = eager_silu(both.cpu(), **{name: tensor.cpu() for name, tensor in extra.items()})
-        if compiled:
+        if compiled and not emulated:
             got = ops.silu_mul_quantize(both, chosen, pattern=parsed, width=width, rows=16, **extra)
         else:
             given = [extra.get(name) for name in ("scale", "channel", "bias")]
-            got = kernels.launch_silu(both, chosen.dtype, text, *given, width, 1, config, compiled=False)
+            got = kernels.launch_silu(both, chosen.dtype, text, *given, width, 1, config, compiled=compiled)
         check_rows(got, expected, chosen, pattern, width)
 
 
