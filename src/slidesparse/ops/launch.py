@@ -82,6 +82,11 @@ class Launch:
         self._compiled: dict[int, tuple[Callable, tuple, tuple]] = {}
         self._held: list[Any] = []
 
+    @property
+    def asked(self) -> tuple[Any, tuple, Mapping[str, Any]]:
+        """The kernel, its numbers, and its constants with the options of the launch."""
+        return self._kernel, self._numbers, self._constants
+
     def __call__(self, *tensors: Any) -> None:
         """Launch on tensors, descriptors of tensors, or None."""
         addresses, key, device = [], 0, -1
