@@ -38,8 +38,8 @@ def interpreted() -> None:
                 if hasattr(host, name):
                     getattr(host, name).cache_clear()
         for dtype in test_ops.DTYPES:
-            test_ops.check_kernels("cpu", 13, 61, dtype, few, configs=(small,))
-        test_ops.check_kernels("cpu", 13, 255, torch.bfloat16, few, configs=(RowConfig(16, 1, 1),))
+            test_ops.check_kernels("cpu", 14, 61, dtype, few, configs=(small,))
+        test_ops.check_kernels("cpu", 14, 255, torch.bfloat16, few, configs=(RowConfig(16, 1, 1),))
         for dtype, pattern, scheme in ((torch.bfloat16, "6:8", "int8"), (torch.float16, "8:10", "fp8"), (torch.float32, None, "int8")):
             test_fused.check_fused("cpu", 7, 60, dtype, pattern, scheme, RowConfig(2, 8, 1), emulated=True)
     test_rescale.check("cpu", 5, 70, 80, test_rescale.SUMS, test_rescale.OUTPUTS)
