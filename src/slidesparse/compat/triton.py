@@ -9,7 +9,7 @@ import ast
 import inspect
 import logging
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -34,14 +34,17 @@ class Direct(NamedTuple):
 
     run: Callable[..., None]
     before: tuple[Any, ...]
+    parameters: Sequence[str]
+    """The kernel's parameters by name."""
 
 
-def direct(compiled: Any) -> Direct | None:
+def direct(kernel: Any, compiled: Any) -> Direct | None:
     """The launch of what ``kernel[grid](...)`` returned; None where this Triton launches in another way than is known here."""
-    if not launches_as_known():
+    names = getattr(kernel, "arg_names", None)
+    if names is None or not launches_as_known():
         return None
     # No metadata for hooks, and no hooks around the launch.
-    return Direct(compiled.run, (compiled.function, compiled.packed_metadata, None, None, None))
+    return Direct(compiled.run, (compiled.function, compiled.packed_metadata, None, None, None), names)
 
 
 @cache

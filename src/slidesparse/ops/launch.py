@@ -7,7 +7,7 @@ for share a compiled kernel, so that a new number of tokens costs little.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,10 +90,10 @@ class Launch:
             return
         from ..compat.triton import direct
 
-        launch = direct(compiled)
+        launch = direct(self._kernel, compiled)
         if launch is None:  # Triton binds and launches in every call
             return
-        self._compiled[key] = *launch, self._after(len(tensors))
+        self._compiled[key] = launch.run, launch.before, self._after(launch.parameters[len(tensors) :])
         if known is not None:
             self(*tensors)
         elif kind is None:
@@ -101,10 +101,9 @@ class Launch:
         else:
             _COMPILED[kind] = compiled
 
-    def _after(self, tensors: int) -> tuple:
-        """The arguments behind so many tensors."""
-        names = self._kernel.arg_names[tensors + len(self._numbers) :]
-        return (*self._numbers, *(self._constants[name] for name in names))
+    def _after(self, parameters: Sequence[str]) -> tuple:
+        """The arguments behind the tensors, for the parameters there."""
+        return (*self._numbers, *(self._constants[name] for name in parameters[len(self._numbers) :]))
 
     def _kind(self, key: int, tensors: tuple) -> tuple | None:
         """Everything that Triton compiles for; None where this is not known, as with descriptors."""
