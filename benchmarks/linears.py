@@ -42,6 +42,7 @@ def rows(name: str, layer: LinearShape, cell: Cell, planned: dict[str, Route | N
             "layer": name, "m": cell.m, "n": layer.n, "k": layer.k, "pattern": str(layer.pattern), "scheme": layer.scheme.name,
             "route": str(route), "plan": "+".join(memory for memory, run in runs.items() if run == route),
             "us_p50": f"{timing.p50:.2f}", "us_p20": f"{timing.p20:.2f}", "us_p80": f"{timing.p80:.2f}",
+            "timer": "sustained" if timing.sustained else "in turn",
             "tflops": f"{2e-6 * cell.m * layer.n * layer.k / timing.p50:.1f}",
             "x_dense": f"{cell.whole[dense].p50 / timing.p50:.3f}" if dense else "", "correct": True,
         }  # fmt: skip

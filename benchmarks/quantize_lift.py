@@ -72,7 +72,7 @@ def cells(m: int, k: int, scheme: Scheme, rate: float) -> Iterator[dict[str, obj
             continue
         floors[method, text] = sum(t.numel() * t.element_size() for t in (inputs[0], *tensors(op(inputs[0])))) / rate
         variants[method, text] = [lambda x=x, op=op: op(x) for x in inputs]
-    for (method, text), timing in measure.interleaved(variants, rounds=11).items():
+    for (method, text), timing in measure.timed(variants, rounds=11).items():
         floor = floors[method, text]
         row = {"m": m, "k": k, "pattern": text, "in_dtype": "bf16", "out_dtype": scheme.name, "method": method}
         row |= {"us_p50": f"{timing.p50:.2f}", "us_p20": f"{timing.p20:.2f}", "us_p80": f"{timing.p80:.2f}"}
@@ -128,7 +128,7 @@ def fused_cells(m: int, scheme: Scheme, rate: float) -> Iterator[dict[str, objec
             continue
         floor = sum(t.numel() * t.element_size() for t in (*inputs[0], *got)) / rate
         variants = {name: [lambda given=given, op=op: op(given) for given in inputs] for name, op in methods.items()}
-        for name, timing in measure.interleaved(variants, rounds=11).items():
+        for name, timing in measure.timed(variants, rounds=11).items():
             row = {"m": m, "k": k, "pattern": str(pattern), "in_dtype": "bf16", "out_dtype": scheme.name, "method": name}
             row |= {"us_p50": f"{timing.p50:.2f}", "us_p20": f"{timing.p20:.2f}", "us_p80": f"{timing.p80:.2f}"}
             yield row | {"floor_us": f"{floor:.2f}", "of_floor": f"{floor / timing.p50:.3f}", "correct": True}

@@ -19,6 +19,7 @@ from slidesparse.gemm.explain import elsewhere
 from slidesparse.gemm.machine import Machine
 from slidesparse.gemm.tune import LinearShape
 from slidesparse.gemm.versions import kernel_versions
+from slidesparse.measure import Timing
 from slidesparse.pattern import Pattern
 
 KEY = (24, 64, "6:8", "int8")
@@ -56,7 +57,7 @@ def test_a_plan_comes_back_from_its_file(tmp_path: Path) -> None:
     plan = plan_of(KEY, {1: times(dense=10.25, slid_2=7)}, {1: times(dense=9.5)})
     plan.add(KEY, Cell(16, {Route("dense", "triton"): at(10.5, 0.25)}, {}, dropped, {"triton": "1-b"}))
     plan.add(KEY, cell(64))
-    plan.add((64, 64, "2:4", "bf16"), Cell(16, {Route("dense", "native"): at(3)}, {}, {}, {"native": "1-c"}))
+    plan.add((64, 64, "2:4", "bf16"), Cell(16, {Route("dense", "native"): Timing(300, 299, 301, True)}, {}, {}, {"native": "1-c"}))
     plan.save(path)
     assert Plan.load(path) == plan and [file.name for file in path.parent.iterdir()] == ["plan.json"]
     plan.save(path)
@@ -89,6 +90,7 @@ def test_a_file_names_the_versions_of_timed_kernels_only(tmp_path: Path) -> None
         (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [float("nan")] * 3}), "nan"),
         (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [0, 0, 0]}), "dense:triton"),
         (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [1, 1]}), "unpack"),
+        (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [1, 1, 1, "cold"]}), "cold"),
         (lambda data: data["layers"][0]["cells"][0].update(unscaled_us={"dense:triton": [1, 2, 3]}), "dense:triton"),
     ],
 )

@@ -30,7 +30,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ..
     """Tuning on the CPU; returns the list of what was timed."""
     timed, draw = [], torch.randn
 
-    def interleaved(variants, rounds):
+    def in_turn(variants, rounds):
         timed.append(tuple(map(str, variants)))
         return {name: at(10.0 + i, 1.0) for i, name in enumerate(variants)}
 
@@ -38,7 +38,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ..
     monkeypatch.setattr(tune, "this_machine", lambda: HERE)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: HERE.gpu)
     monkeypatch.setattr(tune.measure, "slots", lambda *_, **__: 2)
-    monkeypatch.setattr(tune.measure, "interleaved", interleaved)
+    monkeypatch.setattr(tune.measure, "timed", in_turn)
     monkeypatch.setattr(tune.torch, "randn", lambda *size, device=None, **kinds: draw(*size, **kinds))
     on_cpu = property(lambda layer: Problem(layer.n, layer.k, layer.pattern, layer.scheme, (0, 0), torch.bfloat16))
     monkeypatch.setattr(LinearShape, "problem", on_cpu)
@@ -121,15 +121,15 @@ def test_cells_without_an_unscaled_product_are_measured_again_unless_it_was_drop
 
 
 def test_unscaled_products_without_memory_are_told_from_whole_linears(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (shape,), timed, asked = shapes("6:8 int8"), tune.measure.interleaved, []
+    (shape,), timed, asked = shapes("6:8 int8"), tune.measure.timed, []
 
-    def interleaved(variants, **rest):
+    def in_turn(variants, **rest):
         asked.append(variants)
         if len(asked) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         return timed(variants, **rest)
 
-    monkeypatch.setattr(tune.measure, "interleaved", interleaved)
+    monkeypatch.setattr(tune.measure, "timed", in_turn)
     path = tmp_path / "plan.json"
     cell = cell_of(tune.tune([shape], path, ms=(1,)), shape, 1)
     assert cell.whole and not cell.unscaled

@@ -1,23 +1,33 @@
-"""The timer of all benchmarks: CUDA-graph replay, buffers rotated until the L2 cache is cold, variants interleaved, median and spread."""
+"""The timer of all benchmarks: CUDA-graph replay, buffers rotated until the L2 cache is cold, median and spread.
+
+Short calls are timed in turn, calls of 100 µs and more sustained; a `Timing` says which.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 Call = Callable[[], object]
 
+SUSTAINED = 100.0
+"""Microseconds from which calls are timed sustained."""
+_HELD = 50e3  # microseconds a variant runs alone in each of two passes
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one call: median, 20th and 80th percentile over the rounds."""
+    """Microseconds of one call: median, 20th and 80th percentile; ``sustained`` if the variant ran alone, not in turn with others."""
 
     p50: float
     p20: float
     p80: float
+    sustained: bool = False
 
 
 def slots(bytes_per_call: int, *, least: int = 4) -> int:
@@ -26,11 +36,12 @@ def slots(bytes_per_call: int, *, least: int = 4) -> int:
     return max(least, -(-3 * cache // max(bytes_per_call, 1)))
 
 
-def interleaved(variants: Mapping[str, Sequence[Call]], *, rounds: int = 15, repeat: int = 1) -> dict[str, Timing]:
+def timed(variants: Mapping[str, Sequence[Call]], *, rounds: int = 15, repeat: int = 1) -> dict[str, Timing]:
     """Time variants against each other; each is a sequence of calls of equal work on different buffers.
 
-    Every variant's calls, ``repeat`` times over, are captured into one CUDA graph; a round replays each graph once, in turn, between
-    two events. Microseconds per call.
+    Every variant's calls, ``repeat`` times over, are captured into one CUDA graph. Where each call takes 100 µs or more, a variant's graph
+    is replayed alone for 50 ms, twice, in one order and the other: the power that a kernel draws sets its clock, and its neighbours'.
+    Shorter calls take turns: a round replays each graph once. No replay waits for the host, which stays ahead of the device.
 
     Raises:
         ValueError: a variant has no calls.
@@ -40,18 +51,42 @@ def interleaved(variants: Mapping[str, Sequence[Call]], *, rounds: int = 15, rep
     # One pool: what one graph's replay leaves behind nobody reads, so the next may write over it.
     pool = torch.cuda.graph_pool_handle()
     graphs = {name: _captured(calls, repeat, pool) for name, calls in variants.items()}
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    calls = {name: repeat * len(variants[name]) for name in graphs}
     for graph in graphs.values():
         graph.replay()
+    first = dict(zip(graphs, _replays(list(graphs.values())), strict=True))
+    sustained = min(first[name] / calls[name] for name in graphs) >= SUSTAINED
+    samples = _alone(graphs, first) if sustained else _in_turn(graphs, rounds)
+    return {name: _timing([value / calls[name] for value in values], sustained) for name, values in samples.items()}
+
+
+def _in_turn(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
+    values = iter(_replays([graph for _ in range(rounds) for graph in graphs.values()]))
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples[name].append(start.elapsed_time(end) * 1e3 / (repeat * len(variants[name])))
-    return {name: _timing(values) for name, values in samples.items()}
+        for name in graphs:
+            samples[name].append(next(values))
+    return samples
+
+
+def _alone(graphs: Mapping[str, torch.cuda.CUDAGraph], first: Mapping[str, float]) -> dict[str, list[float]]:
+    """The last 60 % of the replays of each pass, by when clock and power have settled."""
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for name in (*graphs, *reversed(graphs)):
+        values = _replays([graphs[name]] * max(5, math.ceil(_HELD / first[name])))
+        samples[name] += values[len(values) * 2 // 5 :]
+    return samples
+
+
+def _replays(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
+    """Microseconds of each replay, one behind the other."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(graphs) + 1)]
+    events[0].record()
+    for graph, event in zip(graphs, events[1:], strict=True):
+        graph.replay()
+        event.record()
+    events[-1].synchronize()
+    return [start.elapsed_time(end) * 1e3 for start, end in pairwise(events)]
 
 
 def copy_rate(gigabytes: float = 1.0) -> float:
@@ -60,7 +95,7 @@ def copy_rate(gigabytes: float = 1.0) -> float:
     source = torch.randint(1 << 30, (count,), dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
     variants = {"memcpy": [lambda: target.copy_(source)], "kernel": [lambda: torch.neg(source, out=target)]}
-    return 8 * count / min(timing.p50 for timing in interleaved(variants, repeat=3).values())
+    return 8 * count / min(timing.p50 for timing in timed(variants, repeat=3).values())
 
 
 def _captured(calls: Sequence[Call], repeat: int, pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
@@ -80,6 +115,6 @@ def _captured(calls: Sequence[Call], repeat: int, pool: tuple[int, int]) -> torc
     return graph
 
 
-def _timing(values: list[float]) -> Timing:
+def _timing(values: list[float], sustained: bool) -> Timing:
     cuts = statistics.quantiles(values, n=5, method="inclusive")
-    return Timing(statistics.median(values), cuts[0], cuts[3])
+    return Timing(statistics.median(values), cuts[0], cuts[3], sustained)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,11 +140,15 @@ def _cell_json(cell: Cell, versions: list[Mapping[str, str]]) -> dict[str, Any]:
     if own not in versions:
         versions.append(own)
     whole, unscaled = (
-        {str(route): [round(value, 2) for value in (t.p50, t.p20, t.p80)] for route, t in times.items()}
+        {str(route): _timing_json(timing) for route, timing in times.items()}
         for times in (cell.whole, cell.unscaled)
     )
     found: dict[str, Any] = {"m": cell.m, "kernels": versions.index(own), "us": whole}
     return found | ({"unscaled_us": unscaled} if unscaled else {}) | ({"dropped": cell.dropped} if cell.dropped else {})
+
+
+def _timing_json(timing: Timing) -> list[float | str]:
+    return [*(round(value, 2) for value in (timing.p50, timing.p20, timing.p80)), *(["sustained"] if timing.sustained else [])]
 
 
 def _compact(data: dict[str, Any]) -> str:
@@ -177,8 +181,8 @@ def _checked_cell(cell: dict[str, Any], versions: list[dict[str, str]]) -> Cell:
     return Cell(m, whole, unscaled, dropped, versions[at])
 
 
-def _checked_times(name: str, times: Iterable[Any]) -> tuple[float, float, float]:
-    p50, p20, p80 = (float(value) for value in times)
-    if not 0 < p20 <= p50 <= p80 < float("inf"):
-        raise ValueError(f"times of {name}: {p50}, {p20}, {p80}")
-    return p50, p20, p80
+def _checked_times(name: str, times: Sequence[Any]) -> tuple[float, float, float, bool]:
+    p50, p20, p80 = (float(value) for value in times[:3])
+    if not 0 < p20 <= p50 <= p80 < float("inf") or times[3:] not in ([], ["sustained"]):
+        raise ValueError(f"times of {name}: {times}")
+    return p50, p20, p80, bool(times[3:])

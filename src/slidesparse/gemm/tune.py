@@ -250,7 +250,7 @@ class Bench:
         self, calls: Mapping[Route, Sequence[Callable[[], object]]], dropped: dict[str, str], rounds: int, prefix: str = ""
     ) -> dict[Route, Timing]:
         try:
-            return measure.interleaved(calls, rounds=rounds) if calls else {}
+            return measure.timed(calls, rounds=rounds) if calls else {}
         except torch.OutOfMemoryError as error:
             dropped |= dict.fromkeys((f"{prefix}{route}" for route in calls), str(error).splitlines()[0])
             return {}
