@@ -131,7 +131,7 @@ def pretend_a_card(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     monkeypatch.setattr(library, "_tried", lambda: None)
     monkeypatch.setattr(base, "rescale_call", rescale_call)
     monkeypatch.setattr(dense, "bound_w8a8", bound_w8a8)
-    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(dense, "scaled_mm", scaled_mm)
     monkeypatch.setattr(cusparselt, "unavailable", lambda *_: None)
     monkeypatch.setattr(cusparselt, "compress", lambda slid: slid)
     monkeypatch.setattr(cusparselt, "sparse_mm", sparse_mm)
@@ -139,5 +139,5 @@ def pretend_a_card(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     monkeypatch.setattr(runner, "can_bypass_dispatcher", lambda x: True)
     monkeypatch.setattr(runner, "current_device", lambda: -1)
     # What other tests bound is not found here, and what is bound here not there.
-    monkeypatch.setattr(runner, "_calls", lambda *kind, kept={}: kept.setdefault(kind, {}))
+    monkeypatch.setattr(runner, "_calls", lambda *kind, kept={}: kept.setdefault(kind, runner.Calls()))
     return asked

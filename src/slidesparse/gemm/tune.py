@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import measure, ops, reference
+from ..compat.torch import scaled_mm
 from ..errors import CheckpointError, UnsupportedError
 from ..format import Scheme
 from ..measure import Timing
@@ -297,7 +298,7 @@ class Bench:
             y = y * w_scale.double().view(1, -1) * x_scale.double()
         if scheme.name == "fp8" and refusal(Route("dense", "rowwise"), self.problem) is None:
             # The library's own row-wise product is what fp8 users get.
-            plain = torch._scaled_mm(q, self.dense.t(), x_scale, w_scale.view(1, -1), out_dtype=self.problem.dtype, use_fast_accum=True)
+            plain = scaled_mm(q, self.dense.t(), x_scale, w_scale.view(1, -1), out_dtype=self.problem.dtype, use_fast_accum=True)
             return y, plain
         return y, y.to(self.problem.dtype)
 

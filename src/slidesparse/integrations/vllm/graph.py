@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor, nn
-from vllm.config import CompilationMode, VllmConfig
 
+from ...compat.vllm import CompilationMode, VllmConfig
 from ...gemm.op import linear_unscaled
 from ...reference import scaled
 
