@@ -133,7 +133,9 @@ def test_500_random_cases(part: int) -> None:
         if scheme.name == "int8":
             assert torch.equal(y.view(torch.int16), wanted.view(torch.int16)), case
         else:
-            assert (y.double() - wanted.double()).norm() <= 4e-3 * wanted.double().norm(), case
+            # One rounding, and sums of which the tensor cores keep 13 bits and more.
+            size = (q.double().abs() @ values.double().abs().t()) * scale.view(1, -1) * x_scale
+            assert ((y.double() - wanted.double()).abs() <= 2**-8 * wanted.double().abs() + 2**-12 * size).all(), case
 
 
 @pytest.mark.needs_gpu
