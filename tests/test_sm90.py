@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +42,24 @@ def test_weights_come_back_from_tiles(pattern: str, n: int, k: int, scheme: str)
 def test_a_window_of_three_is_refused() -> None:
     with pytest.raises(ValueError, match="more than two"):
         sm90.tile(torch.ones(4, 8, dtype=torch.int8))
+
+
+def test_the_fastest_variant_is_among_the_three_that_a_search_times() -> None:
+    """Within 3 %, of 128 products that were measured on an H200."""
+    cells: dict[tuple, dict[str, float]] = {}
+    with (Path(__file__).parent.parent / "benchmarks/results/h200_sm90_variants.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            layout, kernel, variant = [*row["route"].split(":"), ""][:3]
+            if kernel == "sm90":
+                key = (int(row["n"]), int(row["k"]), int(row["m"]), row["pattern"], row["scheme"], layout)
+                cells.setdefault(key, {})[variant] = float(row["us_product"])
+    losses = []
+    for (n, k, m, pattern, scheme, layout), times in cells.items():
+        problem = Problem(n, k, Pattern.parse(pattern), SCHEMES[scheme], HOPPER, torch.bfloat16)
+        copy = (torch.empty((1, 1, 1) if layout == "tiled" else (1, 1), device="meta"),)
+        found = Sm90().search(problem, torch.empty(m, k, device="meta"), copy)
+        losses.append(min(times[one] for one in found if one in times) / min(times.values()))
+    assert len(losses) == 128 and max(losses) < 1.03, max(losses)
 
 
 def test_every_variant_compiles_without_local_memory() -> None:
