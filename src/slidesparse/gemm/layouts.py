@@ -120,4 +120,5 @@ class SlidLayout:
         return sums[: problem.k, : problem.n].t().to(problem.compute_dtype).contiguous()
 
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PackedLayout(), DenseLayout(), SlidLayout())}
+PACKED, SLID = PackedLayout(), SlidLayout()
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PACKED, DenseLayout(), SLID)}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from sys import maxsize
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class Ready:
     scale: Tensor | None
     copies: dict[str, Copy]
     direct: bool
-    calls: dict[tuple, Pipeline]
+    calls: dict[tuple[Any, ...], Pipeline]
 
     def route(self, m: int, unscaled: bool) -> Route:
         """What runs ``m`` tokens.
@@ -90,7 +91,7 @@ class Runner:
         self.tokens, self._unscaled, self._unread = tokens, unscaled, unread
         self.ready: Ready | None = None
         """What the last kind of input needs; None before the first call."""
-        self._kinds: dict[tuple, Ready] = {}
+        self._kinds: dict[tuple[Any, ...], Ready] = {}
         self._copies: dict[tuple[str, torch.dtype], Copy] = {}
         self._lock = Lock()
 
@@ -107,7 +108,7 @@ class Runner:
                 return self(x, bias)
         # `gradient.wanted`, without a call in every call.
         if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
-            return gradient.Differentiable.apply(x, bias, self, self.input_gradient)
+            return gradient.Differentiable.apply(x, bias, self, self.input_gradient)  # type: ignore[no-untyped-call]  # torch's
         ready, kind = self.ready, None if bias is None else bias.dtype
         if ready is None or x.dtype != ready.problem.dtype or kind != ready.problem.bias or x.device != ready.device:
             ready = self.prepare(x.dtype, x.device, kind)
@@ -161,7 +162,8 @@ class Runner:
             _check_k(x, ready.problem)
             if not x.shape[0]:
                 shapes = ((ready.problem.n, torch.bfloat16), (1, torch.float32))
-                return tuple(torch.empty(0, columns, dtype=dtype, device=x.device) for columns, dtype in shapes)
+                y, scale = (torch.empty(0, columns, dtype=dtype, device=x.device) for columns, dtype in shapes)
+                return y, scale
             call = self._bind(ready, x, unscaled=True, direct=ready.direct)
         return run(call, x, ready.copies[call.layout], ready.scale, None)
 
@@ -186,7 +188,7 @@ class Runner:
         tensors = [one for copy in self._copies.values() for one in copy if one is not None and not any(one is other for other in stored)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def prepare(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None = None) -> Ready:
         """Choose routes for inputs of these types and make the copies that they read, unless that was done before.
 
@@ -248,9 +250,9 @@ class Runner:
         else:
             plan = (self.plan or active_plan().plan) if problem.cuda else None
             without = frozenset() if plan is None else cannot_run(plan, problem)
-            layouts = ("packed",) if self.memory == "lean" else ("dense",)
+            layouts: tuple[str, ...] = ("packed",) if self.memory == "lean" else ("dense",)
             if plan is not None:
-                how = {"unscaled": self._unscaled, "memory": self.memory, "tokens": self.tokens, "without": without}
+                how: dict[str, Any] = {"unscaled": self._unscaled, "memory": self.memory, "tokens": self.tokens, "without": without}
                 layouts, _ = choice_of(plan, problem, **how)
             found = [self._planned(problem, plan, without, layouts, mode) for mode in modes]
         return found[0], (found[1] if len(found) > 1 else ())
@@ -276,13 +278,14 @@ class Runner:
 
 def run(call: Pipeline, x: Activations, copy: Copy, scale: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The steps of a call one after the other: what the last one gives, and the token scales of the first."""
+    q: Any
     q, x_scale = (x, None) if call.quantise is None else call.quantise(x)
     y = call.multiply(q, x_scale, copy, scale, bias)
     return (y if call.epilogue is None else call.epilogue(y, x_scale, None if call.scaled else scale, bias)), x_scale
 
 
 @lru_cache(maxsize=256)
-def _calls(problem: Problem, device: torch.device, whole: Steps, unscaled: Steps) -> dict[tuple, Pipeline]:
+def _calls(problem: Problem, device: torch.device, whole: Steps, unscaled: Steps) -> dict[tuple[Any, ...], Pipeline]:
     """What equal layers share."""
     return {}
 
