@@ -173,7 +173,8 @@ class _Shards:
     """Tensors on their way into safetensors files; each is written when it is full, and named when their number is known."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._waiting, self._bytes = folder, {}, 0
+        self._folder, self._bytes = folder, 0
+        self._waiting: dict[str, Tensor] = {}
         self._names: list[list[str]] = []
         self._total = 0
 
