@@ -22,6 +22,7 @@ lint:
 	@$(PYTHON) scripts/setup_env.py test
 	@$(VENV)/ruff check .
 	@$(VENV)/lint-imports
+	@$(VENV)/mypy
 
 test: lint
 	@$(VENV)/python -m pytest -q $(ARGS)
@@ -33,4 +34,4 @@ compat:
 	@$(VENV)/python -m tests.compat -o tests/compat_runs.csv $(ARGS)
 
 clean:
-	rm -rf .venv .compat .cache demo-output dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .compat .cache demo-output dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .mypy_cache
