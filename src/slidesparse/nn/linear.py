@@ -58,7 +58,6 @@ class SlideSparseLinear(nn.Module):
     """
 
     weight_values: Tensor
-    weight_keep: Tensor
 
     def __init__(
         self,
