@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: help setup demo test compat lint clean
+.PHONY: help setup demo test compat lint launches mutate clean
 
 help:
 	@echo "make demo   prune, pack, check and measure a small language model (about six minutes on two cores)"
 	@echo "make test   style, layers, types and tests"
 	@echo "make compat the oldest and newest transformers and vLLM, each in an environment of its own (tens of gigabytes)"
+	@echo "make launches [TRITON=3.6.0]  compile every kernel launch for four kinds of cards, without a card (half an hour on two cores)"
+	@echo "make mutate [ARGS='pattern --sample 50']  break the code in small ways and see which ones no test notices (hours)"
 	@echo "make setup  only set up .venv for both"
 	@echo "make clean  remove .venv, caches and the demo's output"
 
@@ -32,6 +34,17 @@ test: lint
 compat:
 	@$(PYTHON) scripts/setup_env.py test
 	@$(VENV)/python -m tests.compat -o tests/compat_runs.csv $(ARGS)
+
+launches:
+	@$(PYTHON) scripts/setup_env.py test
+ifdef TRITON
+	@test -d .cache/triton-$(TRITON) || $(VENV)/python -m pip install -q --no-deps --target .cache/triton-$(TRITON) triton==$(TRITON)
+endif
+	@PYTHONPATH=$(if $(TRITON),.cache/triton-$(TRITON)) $(VENV)/python -W ignore -m tests.launches $(ARGS)
+
+mutate:
+	@$(PYTHON) scripts/setup_env.py test
+	@$(VENV)/python -m tests.mutations $(ARGS)
 
 clean:
 	rm -rf .venv .compat .cache demo-output dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .mypy_cache

@@ -37,6 +37,7 @@ TORCH_SIZE = "about 200 MB as a CPU build, 3 GB with the CUDA libraries that Lin
 SIZES = {
     "transformers": 12, "accelerate": 1, "gguf": 1, "matplotlib": 9, "numpy": 17, "safetensors": 1, "typer": 1, "rich": 1,
     "pytest": 1, "hypothesis": 1, "ruff": 11, "import-linter": 4, "mypy": 15, "compressed-tensors": 1, "triton": 200,
+    "cuda-core": 7, "cuda-bindings": 8, "nvidia-cuda-nvrtc": 58,  # NVRTC compiles without a GPU
     "lm-eval": 130,  # with pyarrow, scipy and pandas, which it brings along
 }  # fmt: skip
 """Rough megabytes of the larger direct dependencies' downloads."""

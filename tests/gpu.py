@@ -1,6 +1,7 @@
 """Run the tests that need a GPU and add one row about the run to a CSV file: ``python -m tests.gpu tests/gpu_runs.csv [PYTEST ARGUMENTS]``.
 
-The row names the code by hashes of ``src`` and ``tests``, so that a document can say on which card which code was tested.
+The row names the code by hashes of ``src`` and ``tests``, so that a document can say on which card which code was tested. ``-v`` among the
+arguments prints a line for each test. A run that does not reach its end adds no row.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import csv
 import datetime
 import hashlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,12 +19,14 @@ from dataclasses import asdict
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
 import torch
 
 from slidesparse.gemm.machine import this_machine
 
 ROOT = Path(__file__).parent.parent
 FIELDS = ("date", "src", "tests", "gpu", "driver", "python", "torch", "triton", "vllm", "passed", "failed", "skipped", "seconds")
+ENDED = pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED
 
 
 def tree_hash(folder: Path) -> str:
@@ -54,7 +58,7 @@ def version(package: str) -> str:
 
 
 def main(out: Path, arguments: list[str]) -> int:
-    """Run pytest, print what it prints, add the row, and return pytest's exit status."""
+    """Run pytest, print what it prints, add the row if it ran to its end, and return pytest's exit status."""
     machine = asdict(this_machine()) if torch.cuda.is_available() else {}
     about = {
         "date": datetime.date.today().isoformat(),
@@ -66,8 +70,13 @@ def main(out: Path, arguments: list[str]) -> int:
     }
     with tempfile.TemporaryDirectory() as folder:
         report, start = Path(folder) / "report.xml", time.perf_counter()
-        words = [sys.executable, "-m", "pytest", "-q", "-m", "needs_gpu", f"--junitxml={report}", *(arguments or [str(ROOT / "tests")])]
+        words = [sys.executable, "-m", "pytest", "-m", "needs_gpu", f"--junitxml={report}", *arguments]
+        # pytest subtracts one from the other.
+        words += [] if any(re.match(r"-v|--verbos", word) for word in arguments) else ["-q"]
         done = subprocess.run(words, cwd=ROOT, check=False)
+        if done.returncode not in ENDED:
+            print(f"no row for {out}: pytest ended with {done.returncode} before all tests had run", file=sys.stderr)
+            return done.returncode
         row = about | counts(report) | {"seconds": round(time.perf_counter() - start)}
     fresh = not out.exists()
     with out.open("a", newline="", encoding="utf-8") as file:

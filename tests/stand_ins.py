@@ -139,5 +139,5 @@ def pretend_a_card(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     monkeypatch.setattr(runner, "can_bypass_dispatcher", lambda x: True)
     monkeypatch.setattr(runner, "current_device", lambda: -1)
     # What other tests bound is not found here, and what is bound here not there.
-    monkeypatch.setattr(runner, "_calls", lambda *kind, kept={}: kept.setdefault(kind, {}))
+    monkeypatch.setattr(runner, "_calls", lambda *kind, kept={}: kept.setdefault(kind, runner.Calls()))
     return asked

@@ -17,7 +17,6 @@ from slidesparse.pattern import KNOWN, Pattern
 from slidesparse.tolerance import check_bitwise
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DTYPES = (torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float16)
 OTHERS = tuple(Pattern.parse(text) for text in ("2:3@1:2", "4:8@4:8", "12:16@4:8", "6:8x2", "18:20", "62:64"))
 
@@ -131,7 +130,6 @@ def test_bad_requests_are_refused():
 
 
 @pytest.mark.needs_gpu
-@gpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", KNOWN, ids=str)
 def test_kernels_are_bitwise_the_oracle_on_a_gpu(pattern, dtype):
@@ -142,7 +140,6 @@ def test_kernels_are_bitwise_the_oracle_on_a_gpu(pattern, dtype):
 
 
 @pytest.mark.needs_gpu
-@gpu_only
 @pytest.mark.parametrize("pattern", OTHERS, ids=str)
 def test_other_patterns_fall_back_on_a_gpu(pattern):
     weight = masked(9, 96, pattern, torch.bfloat16)
@@ -152,7 +149,6 @@ def test_other_patterns_fall_back_on_a_gpu(pattern):
 
 
 @pytest.mark.needs_gpu
-@gpu_only
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
 def test_ops_take_slices_graphs_compilation_and_streams(dtype):
     pattern, k = Pattern.parse("6:8"), 792
@@ -191,7 +187,6 @@ def test_ops_take_slices_graphs_compilation_and_streams(dtype):
 
 
 @pytest.mark.needs_gpu
-@gpu_only
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 30 << 30, reason="needs 30 GB")
 def test_offsets_pass_2_to_the_31_and_rows_the_grid():
     pattern = Pattern.parse("6:8")

@@ -20,10 +20,7 @@ from slidesparse.ops import cusparselt
 from slidesparse.pattern import KNOWN, Pattern
 from slidesparse.quantization import quantize_weight
 
-pytestmark = [
-    pytest.mark.needs_gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.needs_gpu
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -122,13 +119,13 @@ def check_layer(layer: SlideSparseLinear, x: torch.Tensor, y: torch.Tensor, *, c
         tolerance.check_close(y, exact, plain.to(x.dtype), roundings=2 if twice else 1)
 
 
-@pytest.mark.parametrize("m", [0, 1, 7, 16, 63, 1000])
 @pytest.mark.parametrize(("scheme", "route"), CUDA_ROUTES, ids=lambda value: value)
-def test_every_route_keeps_the_tolerance_policy(scheme, route, m):
+def test_every_route_keeps_the_tolerance_policy(scheme, route):
     layer = layer_on_gpu(scheme, 272, 528)
     layer.route = route
-    x = tokens(m, 528, layer.bias.dtype)
-    check_layer(layer, x, run_or_skip(layer, x))
+    for m in (0, 1, 7, 16, 63, 1000):
+        x = tokens(m, 528, layer.bias.dtype)
+        check_layer(layer, x, run_or_skip(layer, x))
 
 
 @pytest.mark.parametrize("route", ["slid", "slid:cusparselt:exact", "dense"])

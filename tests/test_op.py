@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from layers import DTYPE, made, tokens
 from slidesparse import reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Runner, Weights, op
+from slidesparse.gemm import Runner, Weights, op, runner
 from slidesparse.packing import Shard
 from slidesparse.pattern import Pattern
 from slidesparse.pruning import prune
@@ -110,7 +111,7 @@ def test_the_name_stays_on_the_host_whatever_the_default_device_is() -> None:
 
 
 def test_warming_runs_every_form_once_with_each_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "_warmed", set())
+    monkeypatch.setattr(runner, "_calls", lru_cache(lambda *kind: runner.Calls()))
     ran = []
     for number in range(2):
         layer = Named(WHOLE)
@@ -119,10 +120,13 @@ def test_warming_runs_every_form_once_with_each_number_of_tokens(monkeypatch: py
         for unscaled in (False, True, False):
             op.warm(name, layer.runner, (1, 8, 1), unscaled=unscaled)
     assert ran == [0] * 4, "an equal layer needs none"
+    monkeypatch.setattr(runner, "MOST_CALLS", 3)
+    layer.runner(torch.zeros(9, 32, dtype=DTYPE), torch.zeros(16, dtype=DTYPE))
+    op.warm(name, layer.runner, (1,), unscaled=False)
+    assert ran == [0] * 4 + [1], "what was made for the first layer was forgotten"
 
 
 @pytest.mark.needs_gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_a_captured_graph_runs_the_layer() -> None:
     layer = Named(Shard.even(Pattern.parse("4:6"), 56, 1, 2), 64, device="cuda")
     layer.runner.prepare(DTYPE, torch.device("cuda", 0))

@@ -252,12 +252,17 @@ def test_calls_are_shared_by_equal_layers_and_kept_apart_otherwise(telling: Tell
 
 
 def test_calls_are_bounded(telling: Telling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest of all kinds of layers stay: a new one takes one old one's place, not that of all."""
     monkeypatch.setattr(stand_ins.runner, "MOST_CALLS", 3)
-    layer = Runner(made(24, 64, "int8")[0], route="dense:telling")
+    layers = [Runner(made(n, 64, "int8")[0], route="dense:telling") for n in (24, 32)]
     for m in range(1, 9):
-        assert layer(torch.zeros(m, 64).to(DTYPE)).shape == (m, 24)
-        assert len(layer.ready.calls) <= 3
+        assert layers[m % 2](torch.zeros(m, 64).to(DTYPE)).shape == (m, (24, 32)[m % 2])
+        assert sum(len(layer.ready.calls) for layer in layers if layer.ready) == min(m, 3)
+    for m in (8, 7, 6):
+        layers[m % 2](torch.zeros(m, 64).to(DTYPE))
     assert telling.bound == 8
+    layers[1](torch.zeros(5, 64).to(DTYPE))
+    assert telling.bound == 9
 
 
 def test_nothing_is_launched_directly_where_somebody_looks_or_something_does_not_fit(

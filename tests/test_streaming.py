@@ -225,7 +225,6 @@ def test_reconstruction_keeps_masks_and_never_makes_a_block_worse(tmp_path, sche
 
 
 @pytest.mark.needs_gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("scheme", [None, "int8", "fp8"])
 def test_a_gpu_solves_what_a_cpu_solves(tmp_path, scheme):
     dense, ids = tiny.build(tmp_path / "dense"), tiny.token_ids(tmp_path / "ids.npy", samples=40)

@@ -33,7 +33,6 @@ from slidesparse.tolerance import check_bitwise  # noqa: E402
 from vllm_layers import config_of, load, model_config, part  # noqa: E402
 
 PATTERN, DTYPE, KEY = Pattern(6, 8), torch.bfloat16, (256, 512, "6:8", "int8")
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture
@@ -194,7 +193,6 @@ def untuned() -> None:
 
 
 @pytest.mark.needs_gpu
-@on_gpu
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "bf16"])
 def test_an_untuned_layer_is_what_vllm_makes_of_the_dense_checkpoint(scheme: str, config: VllmConfig, untuned: None) -> None:
     weight, scale = weights(256, 512, scheme)
@@ -213,7 +211,6 @@ def test_an_untuned_layer_is_what_vllm_makes_of_the_dense_checkpoint(scheme: str
 
 
 @pytest.mark.needs_gpu
-@on_gpu
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_vllms_product_is_timed_and_runs_where_a_plan_chose_it(scheme: str, config: VllmConfig, tmp_path: Path) -> None:
     plan = tune([LinearShape(256, 512, PATTERN, SCHEMES[scheme])], tmp_path / "plan.json", ms=[16, 256])
@@ -228,7 +225,6 @@ def test_vllms_product_is_timed_and_runs_where_a_plan_chose_it(scheme: str, conf
 
 
 @pytest.mark.needs_gpu
-@on_gpu
 def test_a_layer_that_pays_is_ours(config: VllmConfig) -> None:
     cells = {m: times(dense=100, dense_cutlass=100) | {Route("slid", "cusparselt", "default"): at(50)} for m in (1, 256)}
     use_plan(plan_of(KEY, cells, cells))

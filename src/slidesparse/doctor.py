@@ -10,9 +10,11 @@ import torch
 
 from . import __version__
 from .compat.versions import untested
+from .errors import UnsupportedError
 from .format import scheme_named
 from .gemm import Problem, active_plan
 from .gemm.kernels import kernels
+from .jit import toolchain
 from .ops import capability, triton_fault
 from .pattern import Pattern
 
@@ -45,7 +47,7 @@ def diagnose() -> list[Finding]:
         _library("torch", torch.__version__, f"{torch.get_num_threads()} CPU threads"),
         _gpu(),
     ]
-    return findings + _packages() + _kernels() + _plans()
+    return [*findings, *_packages(), _compiler(), *_kernels(), *_plans()]
 
 
 def _packages() -> list[Finding]:
@@ -69,6 +71,15 @@ def _library(name: str, version: str, means: str) -> Finding:
     """A library that is there; a version newer than every tested one is told as such."""
     new = untested(name, version)
     return Finding(name, new is None, version, new or means)
+
+
+def _compiler() -> Finding:
+    """What compiles CUDA C++ at first use; needs no GPU."""
+    purpose = "compile CUDA kernels at first use"
+    try:
+        return Finding("nvrtc", True, toolchain().version, purpose)
+    except UnsupportedError as error:
+        return Finding("nvrtc", False, "cannot be used", f"needed to {purpose}: {error}")
 
 
 def _kernels() -> list[Finding]:

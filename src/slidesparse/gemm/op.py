@@ -23,8 +23,6 @@ from ..ops.launch import allocate
 from ..ops.library import define
 from ..ops.prologue import Activations, Gated, Normed
 from .gradient import bias_gradient, refuse_second, wanted
-from .problem import Problem
-from .route import Route
 from .runner import Runner
 
 Find = Callable[[torch.dtype, torch.device], Runner]
@@ -38,7 +36,6 @@ class _ByNumber(dict[int, tuple[Find, int, int]]):
 
 _LAYERS = _ByNumber()
 _NUMBERS = itertools.count(1)
-_warmed: set[tuple[Problem, int, torch.device, Route, bool]] = set()
 
 
 def handle(owner: object, find: Find, margins: tuple[int, int] = (0, 0)) -> Tensor:
@@ -59,16 +56,15 @@ def warm(name: Tensor, runner: Runner, tokens: Iterable[int], *, unscaled: bool)
     This makes cuSPARSELt's plans, which do not depend on what stands in front of the product. Triton kernels may still have to be compiled.
     """
     _, left, right = _LAYERS[int(name)]
-    problem, device = runner.ready.problem, runner.ready.device
+    problem, device, warm = runner.ready.problem, runner.ready.device, runner.ready.calls.warm
     for m in tokens:
-        kind = (problem, m, device, runner.ready.route(m, unscaled), unscaled)
-        if kind in _warmed:
+        if (m, unscaled) in warm:
             continue
         x = torch.zeros(m, problem.k - left - right, dtype=problem.dtype, device=device)
         bias = None if problem.bias is None else x.new_zeros(problem.n, dtype=problem.bias)
         # As ops, which run on the device of x, whichever is current.
         linear_unscaled(x, name, problem.n) if unscaled else linear(x, name, bias, problem.n)
-        _warmed.add(kind)
+        warm.add((m, unscaled))
 
 
 def _widened(x: Tensor, left: int, right: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -32,8 +33,31 @@ _LOG = logging.getLogger(__name__)
 MEMORY = ("fast", "lean")
 """``fast`` keeps the layouts that run best, see `choose`; ``lean`` keeps the packed weights only and restores them in every call."""
 
-MOST_CALLS = 1024
-"""Kinds of inputs, for each kind of layer, of which the steps of a call are kept."""
+MOST_CALLS = 4096
+"""Kinds of inputs, of all layers together, of which the steps of a call are kept: as many as cuSPARSELt's plans, which they hold."""
+
+
+class Calls(dict[tuple[Any, ...], Pipeline]):
+    """Steps of calls by kind of input, the newest `MOST_CALLS` of all instances.
+
+    ``warm`` are numbers of tokens, each with whether products are unscaled, whose steps ran once: forgotten where steps are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warm: set[tuple[int, bool]] = set()
+
+    def keep(self, kind: tuple[Any, ...], call: Pipeline) -> None:
+        """Add steps; the oldest go where there are too many."""
+        self[kind] = call
+        _KEPT.append((self, kind))
+        while len(_KEPT) > MOST_CALLS:
+            calls, oldest = _KEPT.popleft()
+            calls.pop(oldest, None)
+            calls.warm.clear()
+
+
+_KEPT: deque[tuple[Calls, tuple[Any, ...]]] = deque()
 
 
 @dataclass(frozen=True)
@@ -51,7 +75,7 @@ class Ready:
     scale: Tensor | None
     copies: dict[str, Copy]
     direct: bool
-    calls: dict[tuple[Any, ...], Pipeline]
+    calls: Calls
 
     def route(self, m: int, unscaled: bool) -> Route:
         """What runs ``m`` tokens.
@@ -171,9 +195,7 @@ class Runner:
         """The steps of a call with such inputs, kept for later ones."""
         route = ready.route(x.shape[0], unscaled)
         call = kernels()[route.kernel].bind(ready.problem, route.layout, route.variant, x, unscaled=unscaled, direct=direct)
-        if len(ready.calls) >= MOST_CALLS:
-            ready.calls.clear()
-        ready.calls[direct, unscaled, *signature(x)] = call
+        ready.calls.keep((direct, unscaled, *signature(x)), call)
         return call
 
     @property
@@ -285,9 +307,9 @@ def run(call: Pipeline, x: Activations, copy: Copy, scale: Tensor | None, bias: 
 
 
 @lru_cache(maxsize=256)
-def _calls(problem: Problem, device: torch.device, whole: Steps, unscaled: Steps) -> dict[tuple[Any, ...], Pipeline]:
+def _calls(problem: Problem, device: torch.device, whole: Steps, unscaled: Steps) -> Calls:
     """What equal layers share."""
-    return {}
+    return Calls()
 
 
 def _few_and_many(route: Callable[..., Route]) -> Steps:

@@ -2,6 +2,7 @@
 
 from .expand import restore, slide
 from .fused import rms_norm_quantize, silu_mul_quantize
+from .launches import shipped_launches
 from .library import capability, has_triton, triton_fault
 from .quantize import lift, quantize, quantize_lift
 from .rescale import rescale
@@ -16,6 +17,7 @@ __all__ = [
     "rescale",
     "restore",
     "rms_norm_quantize",
+    "shipped_launches",
     "silu_mul_quantize",
     "slide",
     "triton_fault",

@@ -63,6 +63,11 @@ class Launch:
         self._compiled: dict[int, tuple[Callable[..., None], tuple[Any, ...], tuple[Any, ...]]] = {}
         self._held: list[Any] = []
 
+    @property
+    def asked(self) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
+        """The kernel, its numbers, and its constants with the options of the launch."""
+        return self._kernel, self._numbers, self._constants
+
     def __call__(self, *tensors: Any) -> None:
         """Launch on tensors, descriptors of tensors, or None."""
         addresses, key, device = [], 0, -1

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from subprocess import SubprocessError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,8 +100,17 @@ def _told(error: Exception) -> str:
     return fault
 
 
-def capability(device: torch.device | None = None) -> tuple[int, int]:
+class Card(NamedTuple):
+    """Stands for a CUDA device that is not there, where launches are only listed."""
+
+    capability: tuple[int, int]
+    type: str = "cuda"
+
+
+def capability(device: torch.device | Card | None = None) -> tuple[int, int]:
     """Compute capability of a device, by default the current CUDA one; (0, 0) of others and where there is none."""
+    if isinstance(device, Card):
+        return device.capability
     if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return 0, 0
     index = None if device is None else device.index
