@@ -28,7 +28,7 @@ lint:
 
 test: lint
 	@$(VENV)/python -m pytest -q $(ARGS)
-	@$(VENV)/python -m tests.compat -s .venv/transformers-oldest transformers-floor $(ARGS)
+	@$(VENV)/python -m tests.compat -s .venv/transformers-oldest transformers-floor -- $(ARGS)
 
 # By hand: each environment that is named, or all, gets a row in tests/compat_runs.csv.
 compat:

@@ -1,4 +1,6 @@
-"""Run what faces other libraries against their oldest and newest versions: ``python -m tests.compat [-o FILE.csv] [-s FOLDERS] NAME ...``.
+"""Tests of what faces other libraries, against the oldest and the newest versions of these.
+
+``python -m tests.compat [-o FILE.csv] [-s FOLDERS] [NAME ...] [-- PYTEST ARGUMENTS]``.
 
 Every name makes an environment of its own under ``.compat`` (pip brings the torch that vLLM pins; a GPU is not needed). Each run adds a row
 to the CSV file. With ``-s`` nothing is made: this interpreter runs, with packages of these folders in front of its own.
@@ -103,12 +105,15 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(ENVIRONMENTS)}")
     parser.add_argument("-o", "--output", type=Path, help="CSV file to which each run adds a row")
     parser.add_argument("-s", "--sites", default="", help="folders of packages, with the separator of paths between them")
-    known, arguments = parser.parse_known_args()
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    known, arguments = parser.parse_args(words[:cut]), words[cut + 1 :]
+    sites = os.pathsep.join(str(Path(folder).absolute()) for folder in known.sites.split(os.pathsep) if folder)
     if unknown := set(known.names) - (ENVIRONMENTS | SHORT).keys():
         parser.error(f"there is no environment {', '.join(sorted(unknown))}: choose of {', '.join(ENVIRONMENTS)}")
     failed = False
     for name in known.names or ENVIRONMENTS:
-        status, row = run(name, known.sites, arguments)
+        status, row = run(name, sites, arguments)
         failed |= status not in (0, NO_TESTS)
         print(*(f"{field} {row[field]}" for field in FIELDS), sep=", ")
         if known.output is not None:
