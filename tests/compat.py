@@ -21,7 +21,7 @@ import venv
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.gpu import ROOT, counts, tree_hash
+from tests.gpu import ENDED, ROOT, counts, tree_hash
 
 from slidesparse.compat.versions import TESTED
 
@@ -95,6 +95,8 @@ def run(name: str, sites: str, arguments: list[str]) -> tuple[int, dict[str, obj
             *arguments,
         ]
         done = subprocess.run(words, cwd=ROOT, env=surroundings, check=False)
+        if done.returncode not in (*ENDED, NO_TESTS):
+            sys.exit(f"no row for {name}: pytest ended with {done.returncode} before all tests had run")
         row = about | counts(report) | {"seconds": round(time.perf_counter() - start)}
     return done.returncode, row
 
