@@ -24,10 +24,11 @@ lint:
 	@$(PYTHON) scripts/setup_env.py test
 	@$(VENV)/ruff check .
 	@$(VENV)/lint-imports
+	@$(VENV)/mypy
 
 test: lint
 	@$(VENV)/python -m pytest -q $(ARGS)
-	@$(VENV)/python -m tests.compat -s .venv/transformers-oldest transformers-floor $(ARGS)
+	@$(VENV)/python -m tests.compat -s .venv/transformers-oldest transformers-floor -- $(ARGS)
 
 # By hand: each environment that is named, or all, gets a row in tests/compat_runs.csv.
 compat:
@@ -46,4 +47,4 @@ mutate:
 	@$(VENV)/python -m tests.mutations $(ARGS)
 
 clean:
-	rm -rf .venv .compat .cache demo-output dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .compat .cache demo-output dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .mypy_cache

@@ -31,12 +31,12 @@ OLDEST = VENV / "transformers-oldest"
 TORCH = "2.13.0"
 TORCH_OLDEST = (2, 11)
 EXTRAS = {"demo": "gguf,plot", "test": "dev"}
-TOOLS = ("ruff", "import-linter")
+TOOLS = ("ruff", "import-linter", "mypy")
 """Packages whose commands the Makefile calls."""
 TORCH_SIZE = "about 200 MB as a CPU build, 3 GB with the CUDA libraries that Linux's default build brings"
 SIZES = {
     "transformers": 12, "accelerate": 1, "gguf": 1, "matplotlib": 9, "numpy": 17, "safetensors": 1, "typer": 1, "rich": 1,
-    "pytest": 1, "hypothesis": 1, "ruff": 11, "import-linter": 4, "compressed-tensors": 1, "triton": 200,
+    "pytest": 1, "hypothesis": 1, "ruff": 11, "import-linter": 4, "mypy": 15, "compressed-tensors": 1, "triton": 200,
     "cuda-core": 7, "cuda-bindings": 8, "nvidia-cuda-nvrtc": 58,  # NVRTC compiles without a GPU
     "lm-eval": 130,  # with pyarrow, scipy and pandas, which it brings along
 }  # fmt: skip
@@ -69,7 +69,8 @@ def main() -> None:
         pip("install", "--ignore-installed", "--no-deps", *TOOLS, what="the linters")
     if target == "test":
         # Beside the newest, which is installed; put in front by PYTHONPATH it brings what it needs along.
-        pip("install", "--upgrade", "--target", str(OLDEST), f"transformers=={oldest_transformers()}.*", what="the oldest transformers")
+        oldest = f"transformers=={oldest_transformers()}"
+        pip("install", "--no-compile", "--upgrade", "--target", str(OLDEST), oldest, what=oldest)
     stamp(target).write_text(fingerprint())
     print(f".venv is ready for make {target}", flush=True)
 

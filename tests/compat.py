@@ -1,4 +1,6 @@
-"""Run what faces other libraries against their oldest and newest versions: ``python -m tests.compat [-o FILE.csv] [-s FOLDERS] NAME ...``.
+"""Tests of what faces other libraries, against the oldest and the newest versions of these.
+
+``python -m tests.compat [-o FILE.csv] [-s FOLDERS] [NAME ...] [-- PYTEST ARGUMENTS]``.
 
 Every name makes an environment of its own under ``.compat`` (pip brings the torch that vLLM pins; a GPU is not needed). Each run adds a row
 to the CSV file. With ``-s`` nothing is made: this interpreter runs, with packages of these folders in front of its own.
@@ -19,7 +21,7 @@ import venv
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.gpu import ROOT, counts, tree_hash
+from tests.gpu import ENDED, ROOT, counts, tree_hash
 
 from slidesparse.compat.versions import TESTED
 
@@ -38,13 +40,15 @@ class Environment:
 
 
 ENVIRONMENTS = {
-    "transformers-oldest": Environment((f"transformers=={TESTED['transformers'].oldest}.*",), TRANSFORMERS),
+    "transformers-oldest": Environment((f"transformers=={TESTED['transformers'].oldest}",), TRANSFORMERS),
     "transformers-newest": Environment((f"transformers=={TESTED['transformers'].newest}.*",), TRANSFORMERS),
-    "vllm-oldest": Environment((f"vllm=={TESTED['vllm'].oldest}.*",), VLLM),
+    "vllm-oldest": Environment((f"vllm=={TESTED['vllm'].oldest}",), VLLM),
     "vllm-newest": Environment((f"vllm=={TESTED['vllm'].newest}.*",), VLLM),
 }
 SHORT = {"transformers-floor": replace(ENVIRONMENTS["transformers-oldest"], tests=MOST)}
 """What `make test` runs besides its own."""
+ABOUT_RUNS = "tests/test_compat.py::test_the_oldest_and_the_newest_version_have_a_run_without_failures"
+"""It asks for the rows that are made here."""
 NO_TESTS = 5
 """pytest's exit status where an option left none."""
 VERSIONS = """
@@ -79,8 +83,20 @@ def run(name: str, sites: str, arguments: list[str]) -> tuple[int, dict[str, obj
     about = {"date": datetime.date.today().isoformat(), "src": tree_hash(ROOT / "src"), "environment": name, **json.loads(told.stdout)}
     with tempfile.TemporaryDirectory() as folder:
         report, start = Path(folder) / "report.xml", time.perf_counter()
-        words = [python, "-m", "pytest", "-q", f"--junitxml={report}", *(ENVIRONMENTS | SHORT)[name].tests, *arguments]
+        words = [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            f"--junitxml={report}",
+            "--deselect",
+            ABOUT_RUNS,
+            *(ENVIRONMENTS | SHORT)[name].tests,
+            *arguments,
+        ]
         done = subprocess.run(words, cwd=ROOT, env=surroundings, check=False)
+        if done.returncode not in (*ENDED, NO_TESTS):
+            sys.exit(f"no row for {name}: pytest ended with {done.returncode} before all tests had run")
         row = about | counts(report) | {"seconds": round(time.perf_counter() - start)}
     return done.returncode, row
 
@@ -91,12 +107,15 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(ENVIRONMENTS)}")
     parser.add_argument("-o", "--output", type=Path, help="CSV file to which each run adds a row")
     parser.add_argument("-s", "--sites", default="", help="folders of packages, with the separator of paths between them")
-    known, arguments = parser.parse_known_args()
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    known, arguments = parser.parse_args(words[:cut]), words[cut + 1 :]
+    sites = os.pathsep.join(str(Path(folder).absolute()) for folder in known.sites.split(os.pathsep) if folder)
     if unknown := set(known.names) - (ENVIRONMENTS | SHORT).keys():
         parser.error(f"there is no environment {', '.join(sorted(unknown))}: choose of {', '.join(ENVIRONMENTS)}")
     failed = False
     for name in known.names or ENVIRONMENTS:
-        status, row = run(name, known.sites, arguments)
+        status, row = run(name, sites, arguments)
         failed |= status not in (0, NO_TESTS)
         print(*(f"{field} {row[field]}" for field in FIELDS), sep=", ")
         if known.output is not None:

@@ -184,17 +184,21 @@ def test_device_and_stream_are_numbers_with_and_without_the_quick_functions(monk
     assert quick.current_device() == 5 and quick.current_stream(2) == 92
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.needs_gpu)])
 @pytest.mark.parametrize("rows", [False, True], ids=["tensor-wise", "row-wise"])
-def test_the_public_scaled_product_is_the_private_one(rows: bool, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
+def test_the_public_scaled_product_is_the_private_one(
+    rows: bool, device: str, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
     public = without(monkeypatch, torch, "_scaled_mm").scaled_mm
     assert public is not torch_names.scaled_mm
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9) else [])]:
-        q, weight = (torch.randn(n, 64, generator=rng).to(device, torch.float8_e4m3fn) for n in (32, 48))
-        scales = [torch.rand(shape, generator=rng).to(device) for shape in (((32, 1), (1, 48)) if rows else ((), ()))]
-        for bias in (None, torch.randn(48, generator=rng).to(device, torch.bfloat16)):
-            settings = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
-            given = (q, weight.t(), *scales, bias)
-            assert torch.equal(public(*given, **settings), torch_names.scaled_mm(*given, **settings))
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
+    q, weight = (torch.randn(n, 64, generator=rng).to(device, torch.float8_e4m3fn) for n in (32, 48))
+    scales = [torch.rand(shape, generator=rng).to(device) for shape in (((32, 1), (1, 48)) if rows else ((), ()))]
+    for bias in (None, torch.randn(48, generator=rng).to(device, torch.bfloat16)):
+        settings = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        given = (q, weight.t(), *scales, bias)
+        assert torch.equal(public(*given, **settings), torch_names.scaled_mm(*given, **settings))
 
 
 def test_without_the_integer_product_sums_stay_exact_and_its_kernel_says_so(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
@@ -254,7 +258,7 @@ def test_a_triton_that_launches_otherwise_is_left_to_launch(monkeypatch: pytest.
 
 def test_a_name_that_triton_lacks_is_told_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = pytest.importorskip("triton.language.extra.cuda", reason="triton is not installed: pip install triton")
-    with pytest.raises(ImportError, match=r"triton [0-9.]+ has no .*gdc_wait.*install triton"):
+    with pytest.raises(ImportError, match=r"what triton [0-9.]+ does not have .*gdc_wait.*install triton"):
         without(monkeypatch, cuda, "gdc_wait", "triton")
 
 
@@ -264,11 +268,11 @@ def test_a_name_that_transformers_lacks_is_told_with_its_version(monkeypatch: py
 
     from slidesparse.compat import transformers as names
 
-    with pytest.raises(UnsupportedError, match=r"transformers [0-9.]+ has no .*rename_source_key.*install transformers"):
+    with pytest.raises(UnsupportedError, match=r"what transformers [0-9.]+ does not have .*rename_source_key.*install transformers"):
         without(monkeypatch, core_model_loading, "rename_source_key", "transformers")
     with monkeypatch.context() as patch:
         patch.delattr(modeling_gguf_pytorch_utils, "TensorProcessor")
-        with pytest.raises(UnsupportedError, match=r"transformers [0-9.]+ has no .*TensorProcessor"):
+        with pytest.raises(UnsupportedError, match=r"what transformers [0-9.]+ does not have .*TensorProcessor"):
             names.gguf_tables()
     for hook in names.HOOKS:
         with monkeypatch.context() as patch:
@@ -279,7 +283,7 @@ def test_a_name_that_transformers_lacks_is_told_with_its_version(monkeypatch: py
 
 def test_a_name_that_vllm_lacks_is_told_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = pytest.importorskip("vllm.model_executor.layers.linear", reason="vllm is not installed: pip install 'slidesparse[vllm]'")
-    with pytest.raises(UnsupportedError, match=r"vllm .*has no .*RowParallelLinear.*install vllm"):
+    with pytest.raises(UnsupportedError, match=r"what vllm .* does not have .*RowParallelLinear.*install vllm"):
         without(monkeypatch, linear, "RowParallelLinear", "vllm")
 
 

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from .gemm.tune import tune
     from .integrations.conversion import convert, verify
     from .integrations.transformers import load
-    from .nn import SlideSparseLinear, pack_model, place
+    from .nn import SlideSparseLinear, pack_model, place  # type: ignore[no-redef]  # a module has the same name
     from .packing import pack, restore
     from .pattern import Pattern
     from .pruning import prune

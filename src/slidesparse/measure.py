@@ -10,10 +10,12 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 
 Call = Callable[[], object]
+Name = TypeVar("Name")
 
 SUSTAINED = 100.0
 """Microseconds from which calls are timed sustained."""
@@ -36,7 +38,7 @@ def slots(bytes_per_call: int, *, least: int = 4) -> int:
     return max(least, -(-3 * cache // max(bytes_per_call, 1)))
 
 
-def timed(variants: Mapping[str, Sequence[Call]], *, rounds: int = 15, repeat: int = 1) -> dict[str, Timing]:
+def timed(variants: Mapping[Name, Sequence[Call]], *, rounds: int = 15, repeat: int = 1) -> dict[Name, Timing]:
     """Time variants against each other; each is a sequence of calls of equal work on different buffers.
 
     Every variant's calls, ``repeat`` times over, are captured into one CUDA graph. Where each call takes 100 µs or more, a variant's graph
@@ -60,19 +62,19 @@ def timed(variants: Mapping[str, Sequence[Call]], *, rounds: int = 15, repeat: i
     return {name: _timing([value / calls[name] for value in values], sustained) for name, values in samples.items()}
 
 
-def _in_turn(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
+def _in_turn(graphs: Mapping[Name, torch.cuda.CUDAGraph], rounds: int) -> dict[Name, list[float]]:
     values = iter(_replays([graph for _ in range(rounds) for graph in graphs.values()]))
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    samples: dict[Name, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name in graphs:
             samples[name].append(next(values))
     return samples
 
 
-def _alone(graphs: Mapping[str, torch.cuda.CUDAGraph], first: Mapping[str, float]) -> dict[str, list[float]]:
+def _alone(graphs: Mapping[Name, torch.cuda.CUDAGraph], first: Mapping[Name, float]) -> dict[Name, list[float]]:
     """The last 60 % of the replays of each pass, by when clock and power have settled."""
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for name in (*graphs, *reversed(graphs)):
+    samples: dict[Name, list[float]] = {name: [] for name in graphs}
+    for name in (*graphs, *reversed([*graphs])):
         values = _replays([graphs[name]] * max(5, math.ceil(_HELD / first[name])))
         samples[name] += values[len(values) * 2 // 5 :]
     return samples
@@ -98,7 +100,7 @@ def copy_rate(gigabytes: float = 1.0) -> float:
     return 8 * count / min(timing.p50 for timing in timed(variants, repeat=3).values())
 
 
-def _captured(calls: Sequence[Call], repeat: int, pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
+def _captured(calls: Sequence[Call], repeat: int, pool: Any) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -139,7 +139,7 @@ class Layer:
         return scale
 
 
-def matrices(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, str, TensorInfo]]:
+def matrices(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str, TensorInfo]]:
     """Layer, suffix and tensor wherever one has the name and the dimensions of dense weights."""
     for tensor, info in tensors.items():
         name, _, suffix = tensor.rpartition(".")

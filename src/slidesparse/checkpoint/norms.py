@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ def write_norms(path: Path, norms: Mapping[str, Tensor]) -> None:
     """Write the norms float32 ``[K]`` of every layer's inputs, by the layer's name in the checkpoint; whole or not at all."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
-        np.savez(file, **{layer: values.numpy() for layer, values in norms.items()})
+        arrays: dict[str, Any] = {layer: values.numpy() for layer, values in norms.items()}
+        np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)

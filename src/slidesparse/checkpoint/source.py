@@ -107,7 +107,8 @@ class Checkpoint:
 
     def side_files(self) -> tuple[list[Path], list[Path]]:
         """Files and folders that go along unchanged, such as tokenizer, chat templates and licence; and weights that are not read."""
-        along, left = [], []
+        along: list[Path] = []
+        left: list[Path] = []
         for file in sorted(self.path.iterdir()):
             hidden = file.name.startswith(".") and file.is_dir()  # .git and .cache are of the tool that fetched the model
             if hidden or file.name in (*self.shards, "config.json", INDEX) or file.name.endswith(".index.json"):

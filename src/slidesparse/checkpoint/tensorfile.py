@@ -139,7 +139,7 @@ class TensorReader:
             if info.path not in self._files:
                 self._files[info.path] = os.open(info.path, os.O_RDONLY)
             while done < count:
-                got = os.preadv(self._files[info.path], [memoryview(buffer)[done:]], info.start + offset + done)
+                got = os.preadv(self._files[info.path], [memoryview(buffer)[done:]], info.start + offset + done)  # type: ignore[arg-type]  # numpy tells from Python 3.12 on
                 if got == 0:
                     raise CheckpointError(f"{info.path} ends inside tensor {info.name}: it changed while being read")
                 done += got
@@ -204,7 +204,7 @@ class TensorWriter:
 
     def write(self, name: str, offset: int, data: Tensor) -> int:
         """Write a piece of a tensor ``offset`` bytes into it; returns the bytes written."""
-        view = memoryview(data.contiguous().view(-1).view(torch.uint8).numpy())
+        view = memoryview(data.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # as above
         done = 0
         while done < len(view):
             done += os.pwrite(self._file, view[done:], self._start[name] + offset + done)

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -52,7 +54,8 @@ def main() -> None:
     """Entry point of the ``slidesparse`` script."""
     for stream in (sys.stdout, sys.stderr):
         # Not every terminal can show an arrow or a multiplication sign; that is no reason to fail.
-        stream.reconfigure(errors="replace")
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code = app(prog_name="slidesparse", standalone_mode=False)
     except UsageError as error:
@@ -66,7 +69,7 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _refuse(error: UsageError) -> None:
+def _refuse(error: Any) -> None:
     """A command line that cannot be meant, in one line; without any arguments the help."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()

@@ -51,7 +51,7 @@ class _Asked:
     memory: Memory
 
     @property
-    def of_tasks(self) -> dict[str, int | None]:
+    def of_tasks(self) -> dict[str, Any]:
         return {"limit": self.limit, "num_fewshot": self.shots}
 
 
@@ -206,7 +206,9 @@ def _by_vllm(asked: _Asked) -> Report:
     from ..evaluate.windows import Moments
 
     tokens, losses, scores = _one_by_vllm(asked.model, asked)
-    text, others, notes = None, [], []
+    text: TextScore | None = None
+    others: list[TaskScore] = []
+    notes: list[str] = []
     if losses is not None:
         text = TextScore(asked.text, PerplexityResult.of(Moments.of(losses), asked.context, asked.stride))
     if asked.reference is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -78,12 +78,12 @@ def _inspect_plan(model: Path, file: Path | None, vllm: bool, json: bool) -> Non
         tuning.print_plan(plan, layers, vllm, swiglu)
 
 
-def _layer_table(rows: list, every: bool) -> Table:
+def _layer_table(rows: list[Any], every: bool) -> Table:
     table = Table(box=None, header_style="bold")
     for name in ("layer", "N", "K", "type", "pattern", "bytes", "of dense"):
-        side = "left" if name in ("layer", "type", "pattern") else "right"
+        side: Literal["left", "right"] = "left" if name in ("layer", "type", "pattern") else "right"
         table.add_column(name, justify=side, no_wrap=name != "layer", overflow="fold")
-    kinds: dict[tuple, list] = {}
+    kinds: dict[tuple[Any, ...], list[Any]] = {}
     for row in rows:
         kind = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
         key = row.name if every else kind

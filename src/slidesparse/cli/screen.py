@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-UsageError = typer.BadParameter.__base__
+UsageError: Any = typer.BadParameter.__base__
 """The error of a command line that cannot be meant; typer says its own name for it only here."""
 
 # A pipe has no width of its own: wide enough for every table.
@@ -25,7 +25,7 @@ err = Console(stderr=True, highlight=False)
 
 
 @contextmanager
-def progress(title: str, *, count: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+def progress(title: str, *, count: bool = False) -> Iterator[Callable[..., None]]:
     """A progress bar on stderr as the callback the API takes; bytes, or steps with ``count``."""
     units = (MofNCompleteColumn(),) if count else (DownloadColumn(binary_units=False), TransferSpeedColumn())
     columns = (TextColumn("{task.description}"), BarColumn(), *units, TimeRemainingColumn(), TextColumn("[dim]{task.fields[what]}"))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -60,7 +60,8 @@ def tune(
     if tensor_parallel > 1 and not vllm:
         raise typer.BadParameter("--tensor-parallel goes with --vllm")
     name = None if scheme is None else scheme.value
-    layers, swiglu = _shapes(shape or [], pattern, name), frozenset()
+    layers = _shapes(shape or [], pattern, name)
+    swiglu: frozenset[LinearShape] = frozenset()
     if model is not None:
         found = shapes.checkpoint_layers(model, pattern, name)
         layers = [*(shapes.served_layers(found, tensor_parallel) if vllm else distinct(found, merged)), *layers]
@@ -131,7 +132,7 @@ def _served(decision: Decision) -> str:
     return f"in vLLM, with up to {STEP} tokens in a step: {told}"
 
 
-def plan_rows(plan: Plan, layers: list[LinearShape], vllm: bool = False, swiglu: Collection[LinearShape] = ()) -> list[dict]:
+def plan_rows(plan: Plan, layers: list[LinearShape], vllm: bool = False, swiglu: Collection[LinearShape] = ()) -> list[dict[str, Any]]:
     """What `print_plan` shows, one entry per layer shape and number of tokens, see `gemm.explain.plan_rows`.
 
     Whole linears; with ``vllm`` 8-bit layers without token scales and bias, which its compiler fuses into what follows, and ``given_back``:

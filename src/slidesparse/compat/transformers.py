@@ -13,7 +13,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.utils import logging
 
 from ..errors import UnsupportedError
-from .versions import lacks
+from .versions import lacks, not_imported
 
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -21,7 +21,7 @@ try:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
-    raise UnsupportedError(lacks("transformers", f"name of these: {error}")) from error
+    raise UnsupportedError(not_imported("transformers", error)) from error
 
 __all__ = ["INITIALISED", "HfQuantizer", "QuantizationConfigMixin", "gguf_tables", "ignored_keys", "logging", "names_when_loading",
            "register_method", "tied_weights"]  # fmt: skip
@@ -98,5 +98,5 @@ def gguf_tables() -> GgufTables:
             load_gguf_checkpoint,
         )
     except ImportError as error:
-        raise UnsupportedError(lacks("transformers", f"name of these: {error}")) from error
+        raise UnsupportedError(not_imported("transformers", error)) from error
     return GgufTables(GGUF_CONFIG_MAPPING, TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map, load_gguf_checkpoint)

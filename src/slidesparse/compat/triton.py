@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 from triton.runtime.jit import JITFunction
 
-from .versions import installed, lacks
+from .versions import installed, not_imported
 
 try:
     from triton.errors import TritonError
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
-    raise ImportError(lacks("triton", f"name of these: {error}")) from error
+    raise ImportError(not_imported("triton", error)) from error
 
 __all__ = ["Direct", "TensorDescriptor", "TritonError", "direct", "gdc_launch_dependents", "gdc_wait"]
 

@@ -43,11 +43,17 @@ def untested(library: str, version: str) -> str | None:
 
 def lacks(library: str, name: str) -> str:
     """The sentence about a name that the installed version does not have."""
+    return f"{library} {installed(library)} has no {name}, which slidesparse uses: {_remedy(library)}"
+
+
+def not_imported(library: str, error: ImportError) -> str:
+    """The sentence about an import that fails, which names what is missing."""
+    return f"slidesparse uses what {library} {installed(library)} does not have ({error}): {_remedy(library)}"
+
+
+def _remedy(library: str) -> str:
     known = TESTED[library]
-    return (
-        f"{library} {installed(library)} has no {name}, which slidesparse uses: install {library} {known.oldest} to {known.newest}, "
-        "with which it was tested, or a newer slidesparse"
-    )
+    return f"install {library} {known.oldest} to {known.newest}, with which it was tested, or a newer slidesparse"
 
 
 def installed(library: str) -> str:

@@ -13,7 +13,7 @@ import vllm
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .versions import check_vllm, lacks
+from .versions import check_vllm, not_imported
 
 check_vllm(vllm.__version__)  # of an older one, the imports could fail with a less helpful message
 
@@ -38,7 +38,7 @@ try:
     from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
     from vllm.platforms import current_platform
 except ImportError as error:
-    raise UnsupportedError(lacks("vllm", f"name of these: {error}")) from error
+    raise UnsupportedError(not_imported("vllm", error)) from error
 
 __all__ = [
     "CUDAGraphMode", "ChannelQuantScaleParameter", "CompilationMode", "CompressedTensorsConfig", "CompressedTensorsW8A8Fp8",

@@ -108,7 +108,7 @@ def choice_of(
     """
     cells = plan.times(key_of(problem), unscaled=unscaled, without=without)
     timed = {route.layout for times in cells.values() for route in times}
-    layouts = ("packed",)
+    layouts: tuple[str, ...] = ("packed",)
     if memory != "lean":
         layouts = kept_layouts(cells, {name: LAYOUTS[name].nbytes(problem) for name in timed | {"dense"}}, tokens) or ("dense",)
     return layouts, intervals(cells, layouts)

@@ -29,7 +29,7 @@ class Differentiable(torch.autograd.Function):
         return run(x, bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Neither activations nor outputs are kept."""
         _, bias, _, ctx.back = inputs
         ctx.bias = None if bias is None else bias.dtype

@@ -144,4 +144,5 @@ class TiledLayout:
         return dense.view(problem.scheme.dtype)
 
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PackedLayout(), DenseLayout(), SlidLayout(), TiledLayout())}
+PACKED, SLID = PackedLayout(), SlidLayout()
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PACKED, DenseLayout(), SLID, TiledLayout())}

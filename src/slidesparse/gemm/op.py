@@ -96,7 +96,7 @@ def _run_silu_mul(gate_up: Tensor, scale: Tensor | None, channel: Tensor | None,
 def _run_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    total = allocate(x, *x.shape, x.dtype)
+    total = allocate(x, x.shape[0], x.shape[1], x.dtype)
     return *_run_unscaled(Normed(x, residual, weight, eps, total, scale, channel), name, n), total
 
 
@@ -126,7 +126,7 @@ def linear(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
     return _linear_with_gradient(x, name, bias, n) if wanted(x, bias) else _linear(x, name, bias, n)
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, name, bias, _ = inputs
     ctx.save_for_backward(name)
     ctx.k, ctx.bias = x.shape[1], None if bias is None else bias.dtype

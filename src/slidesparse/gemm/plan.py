@@ -139,10 +139,7 @@ def _cell_json(cell: Cell, versions: list[Mapping[str, str]]) -> dict[str, Any]:
     own = {name: version for name, version in sorted(cell.versions.items()) if name in timed}
     if own not in versions:
         versions.append(own)
-    whole, unscaled = (
-        {str(route): _timing_json(timing) for route, timing in times.items()}
-        for times in (cell.whole, cell.unscaled)
-    )
+    whole, unscaled = ({str(route): _timing_json(timing) for route, timing in times.items()} for times in (cell.whole, cell.unscaled))
     found: dict[str, Any] = {"m": cell.m, "kernels": versions.index(own), "us": whole}
     return found | ({"unscaled_us": unscaled} if unscaled else {}) | ({"dropped": cell.dropped} if cell.dropped else {})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -63,7 +64,8 @@ def forget_plans() -> None:
 @cache
 def _gather(device: int) -> Active:
     here, sources, plan = this_machine(), [], None
-    for what, place in (("shipped plan", lambda: _shipped(here.gpu)), ("your plan", user_plan_path)):
+    places: dict[str, Callable[[], Path]] = {"shipped plan": lambda: _shipped(here.gpu), "your plan": user_plan_path}
+    for what, place in places.items():
         try:
             path = place()
             found = Plan.load(path) if path.is_file() else None

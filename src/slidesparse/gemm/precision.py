@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_SETTINGS = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}
+_SETTINGS: dict[str, Any] = {"cuda": torch.backends.cuda.matmul, "cpu": getattr(torch.backends.mkldnn, "matmul")}  # noqa: B009 - torch's hints lack it
 _SWITCHING = Lock()
 
 

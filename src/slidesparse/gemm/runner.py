@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from sys import maxsize
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ MOST_CALLS = 4096
 """Kinds of inputs, of all layers together, of which the steps of a call are kept: as many as cuSPARSELt's plans, which they hold."""
 
 
-class Calls(dict[tuple, Pipeline]):
+class Calls(dict[tuple[Any, ...], Pipeline]):
     """Steps of calls by kind of input, the newest `MOST_CALLS` of all instances.
 
     ``warm`` are numbers of tokens, each with whether products are unscaled, whose steps ran once: forgotten where steps are.
@@ -46,7 +47,7 @@ class Calls(dict[tuple, Pipeline]):
         super().__init__()
         self.warm: set[tuple[int, bool]] = set()
 
-    def keep(self, kind: tuple, call: Pipeline) -> None:
+    def keep(self, kind: tuple[Any, ...], call: Pipeline) -> None:
         """Add steps; the oldest go where there are too many."""
         self[kind] = call
         _KEPT.append((self, kind))
@@ -56,7 +57,7 @@ class Calls(dict[tuple, Pipeline]):
             calls.warm.clear()
 
 
-_KEPT: deque[tuple[Calls, tuple]] = deque()
+_KEPT: deque[tuple[Calls, tuple[Any, ...]]] = deque()
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Runner:
         self.tokens, self._unscaled, self._unread = tokens, unscaled, unread
         self.ready: Ready | None = None
         """What the last kind of input needs; None before the first call."""
-        self._kinds: dict[tuple, Ready] = {}
+        self._kinds: dict[tuple[Any, ...], Ready] = {}
         self._copies: dict[tuple[str, torch.dtype], Copy] = {}
         self._lock = Lock()
 
@@ -131,7 +132,7 @@ class Runner:
                 return self(x, bias)
         # `gradient.wanted`, without a call in every call.
         if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
-            return gradient.Differentiable.apply(x, bias, self, self.input_gradient)
+            return gradient.Differentiable.apply(x, bias, self, self.input_gradient)  # type: ignore[no-untyped-call]  # torch's
         ready, kind = self.ready, None if bias is None else bias.dtype
         if ready is None or x.dtype != ready.problem.dtype or kind != ready.problem.bias or x.device != ready.device:
             ready = self.prepare(x.dtype, x.device, kind)
@@ -185,7 +186,8 @@ class Runner:
             _check_k(x, ready.problem)
             if not x.shape[0]:
                 shapes = ((ready.problem.n, torch.bfloat16), (1, torch.float32))
-                return tuple(torch.empty(0, columns, dtype=dtype, device=x.device) for columns, dtype in shapes)
+                y, scale = (torch.empty(0, columns, dtype=dtype, device=x.device) for columns, dtype in shapes)
+                return y, scale
             call = self._bind(ready, x, unscaled=True, direct=ready.direct)
         return run(call, x, ready.copies[call.layout], ready.scale, None)
 
@@ -208,7 +210,7 @@ class Runner:
         tensors = [one for copy in self._copies.values() for one in copy if one is not None and not any(one is other for other in stored)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def prepare(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None = None) -> Ready:
         """Choose routes for inputs of these types and make the copies that they read, unless that was done before.
 
@@ -270,9 +272,9 @@ class Runner:
         else:
             plan = (self.plan or active_plan().plan) if problem.cuda else None
             without = frozenset() if plan is None else cannot_run(plan, problem)
-            layouts = ("packed",) if self.memory == "lean" else ("dense",)
+            layouts: tuple[str, ...] = ("packed",) if self.memory == "lean" else ("dense",)
             if plan is not None:
-                how = {"unscaled": self._unscaled, "memory": self.memory, "tokens": self.tokens, "without": without}
+                how: dict[str, Any] = {"unscaled": self._unscaled, "memory": self.memory, "tokens": self.tokens, "without": without}
                 layouts, _ = choice_of(plan, problem, **how)
             found = [self._planned(problem, plan, without, layouts, mode) for mode in modes]
         return found[0], (found[1] if len(found) > 1 else ())
@@ -298,6 +300,7 @@ class Runner:
 
 def run(call: Pipeline, x: Activations, copy: Copy, scale: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The steps of a call one after the other: what the last one gives, and the token scales of the first."""
+    q: Any
     q, x_scale = (x, None) if call.quantise is None else call.quantise(x)
     y = call.multiply(q, x_scale, copy, scale, bias)
     return (y if call.epilogue is None else call.epilogue(y, x_scale, None if call.scaled else scale, bias)), x_scale

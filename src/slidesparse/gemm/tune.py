@@ -26,7 +26,7 @@ from ..pruning import prune
 from ..quantization import quantize_weight
 from ..tolerance import deviation
 from .kernels import kernels, refusal
-from .kernels.base import LEAVES
+from .kernels.base import LEAVES, Pipeline
 from .layouts import LAYOUTS, Copy
 from .machine import Machine, this_machine
 from .plan import Cell, Key, Plan, key_of
@@ -198,7 +198,8 @@ class Bench:
         count = self._count(m)
         inputs = [torch.randn(m, self.problem.k, device="cuda", dtype=self.problem.dtype) for _ in range(count)]
         expected = cache(lambda draw: self._expected(inputs[draw]))
-        calls, dropped = {}, {}
+        calls: dict[Route, list[Callable[[], Tensor]]] = {}
+        dropped: dict[str, str] = {}
         for route in dict.fromkeys([*self._worth(inputs[0], count, dropped, without), *also]):
             found = [self.call(route, x, copy) for x, copy in zip(inputs, self.copies(route.layout, count), strict=False)]
             reason = self._fault(found, m, expected, roundings=kernels()[route.kernel].roundings(route.variant))
@@ -238,7 +239,7 @@ class Bench:
     def call(self, route: Route, x: Tensor, copy: Copy, *, unscaled: bool = False) -> Callable[[], Tensor]:
         """The route on these tensors, its steps decided at the first call."""
         kernel, problem, scale = kernels()[route.kernel], self.problem, self.weights.channel_scale
-        steps = []
+        steps: list[Pipeline] = []
 
         def timed() -> Tensor:
             if not steps:
@@ -257,10 +258,12 @@ class Bench:
             dropped |= dict.fromkeys((f"{prefix}{route}" for route in calls), str(error).splitlines()[0])
             return {}
 
-    def _unscaled(self, whole: Mapping[Route, Timing], inputs: Sequence[Tensor], dropped: dict[str, str]) -> dict[Route, list[Callable]]:
+    def _unscaled(
+        self, whole: Mapping[Route, Timing], inputs: Sequence[Tensor], dropped: dict[str, str]
+    ) -> dict[Route, list[Callable[[], Tensor]]]:
         """Unscaled products that are right: of all dense routes, and of the two fastest whole linears on other layouts."""
         problem, expected = self.problem, cache(lambda draw: self._expected_unscaled(_ends(inputs[draw])))
-        calls: dict[Route, list[Callable]] = {}
+        calls: dict[Route, list[Callable[[], Tensor]]] = {}
         for layout in LAYOUTS:
             routes = [route for route in sorted(whole, key=lambda route: whole[route].p50) if route.layout == layout]
             routes = [route for route in routes if kernels()[route.kernel].leaves(problem, route.variant)]

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..checkpoint.source import INDEX, SINGLE
 from ..checkpoint.staging import Staging, write_json
 from ..checkpoint.tensorfile import DTYPE_NAMES, TensorWriter
-from ..errors import CheckpointError, SlideSparseError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError
+from .faults import one_line
 from .gguf_file import ROPE_FREQUENCIES, GgufFile
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class _Names:
         """
         left, merged = [], file.main_dtype
         for name in file.tensors:
-            with _one_line(file.path):
+            with one_line(file.path):
                 found = self.processor.process(
                     weights=file.dequantised(name), name=name, tensor_key_mapping=self.known, parsed_parameters=self.parsed
                 )
@@ -114,7 +115,7 @@ def _understood(file: GgufFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         from transformers import AutoConfig, AutoTokenizer
     except ImportError as error:
         raise UnsupportedError("importing GGUF needs transformers: pip install slidesparse[gguf]") from error
-    with tempfile.TemporaryDirectory() as folder, _one_line(file.path), _quiet("transformers"):
+    with tempfile.TemporaryDirectory() as folder, one_line(file.path), _quiet("transformers"):
         # In a folder of its own: transformers prefers the tokenizer and the config of another model that lie beside the file.
         (Path(folder) / "model.gguf").symlink_to(file.path.resolve())
         where: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
@@ -173,7 +174,8 @@ class _Shards:
     """Tensors on their way into safetensors files; each is written when it is full, and named when their number is known."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._waiting, self._bytes = folder, {}, 0
+        self._folder, self._bytes = folder, 0
+        self._waiting: dict[str, Tensor] = {}
         self._names: list[list[str]] = []
         self._total = 0
 
@@ -216,18 +218,6 @@ def _tidy_tokenizer(folder: Path) -> None:
         for key in ("is_local", "local_files_only", "name_or_path", "gguf_file", "clean_up_tokenization_spaces"):
             config.pop(key, None)
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _one_line(source: Path) -> Iterator[None]:
-    """What transformers or gguf cannot read, as one line."""
-    try:
-        yield
-    except SlideSparseError:
-        raise
-    except (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, AssertionError) as error:
-        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{source}: transformers cannot load it ({first})") from error
 
 
 @contextlib.contextmanager

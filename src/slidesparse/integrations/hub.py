@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -59,8 +60,8 @@ def _cached(name: str, revision: str | None) -> Path | None:
 
 
 def _snapshot(name: str, revision: str | None, **options: bool) -> Path:
-    chosen = {"allow_patterns": list(_FILES), "ignore_patterns": list(_OTHER_FORMS)}
-    return Path(snapshot_download(name, revision=revision, **chosen, **options))
+    chosen: dict[str, Any] = {"allow_patterns": list(_FILES), "ignore_patterns": list(_OTHER_FORMS), **options}
+    return Path(snapshot_download(name, revision=revision, **chosen))
 
 
 def _reason(error: Exception, name: str, revision: str | None) -> str:

@@ -5,14 +5,11 @@ Importing it registers the quantisation method ``slidesparse`` with transformers
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +22,7 @@ from ..gemm.layouts import LAYOUTS
 from ..nn import SlideSparseLinear, pack_model, place
 from ..pattern import Pattern
 from .calibration import TOKENIZER_FILES
+from .faults import one_line
 from .transformers_files import StoredTensors, check_layer, check_rest, restore_scales
 
 _LOG = getLogger(__name__)
@@ -167,7 +165,7 @@ def open_model(path: Path, dtype: torch.dtype | str = "auto") -> Any:
     Raises:
         CheckpointError: transformers cannot load it; gives its reason in a line.
     """
-    with _one_line(path):
+    with one_line(path):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
 
 
@@ -179,20 +177,8 @@ def open_tokenizer(path: Path) -> Any:
     """
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the one of the original model there")
-    with _one_line(path):
+    with one_line(path):
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-
-
-@contextmanager
-def _one_line(path: Path) -> Iterator[None]:
-    """The errors of transformers' loaders as ours."""
-    try:
-        yield
-    except ImportError as error:
-        raise CheckpointError(f"{path} needs a package that is not installed: {error}") from error
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(f"{path}: transformers cannot load it ({reason[0][:300] if reason else type(error).__name__})") from error
 
 
 def hide_progress_bars() -> None:

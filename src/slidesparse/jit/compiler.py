@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ..errors import CompileError
 from .cache import cached
@@ -99,7 +100,7 @@ def _key(job: Job) -> str:
     return hashlib.sha256(json.dumps([_LAYOUT, toolchain().identity, job.source, job.name, flags]).encode()).hexdigest()
 
 
-def _options(job: Job) -> object:
+def _options(job: Job) -> Any:
     from cuda.core import ProgramOptions
 
     macros = [(name, str(int(value) if isinstance(value, bool) else value)) for name, value in sorted(job.constants.items())]

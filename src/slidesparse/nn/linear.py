@@ -57,6 +57,8 @@ class SlideSparseLinear(nn.Module):
         ValueError: unknown scheme or memory policy, or K that pattern or scheme cannot hold.
     """
 
+    weight_values: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -233,7 +235,7 @@ class SlideSparseLinear(nn.Module):
         try:
             check_packed(self.packed, scale if self.scheme.dynamic else None)
             if self.scheme.pair:
-                check_scale(scale, tuple(scale.shape), zero_allowed=True)
+                check_scale(scale, (scale.shape[0], scale.shape[1]), zero_allowed=True)
                 check_scale(global_scale.view(1, -1), (1, 1), "weight_global_scale")
         except WeightError as error:
             raise WeightError(f"{self._label}: {error}") from error
@@ -361,7 +363,7 @@ class SlideSparseLinear(nn.Module):
         before, runner = {name: self._buffers[name] for name in self._stored}, self._runner
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         stays = runner is not None and fn(torch.empty(0, device=runner.ready.device)).device == runner.ready.device
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         for name, tensor in before.items():
             after = self._buffers[name]
             if stays:
@@ -380,7 +382,7 @@ class SlideSparseLinear(nn.Module):
         return {**self.__dict__, "_made": None, "_checked": (), "_named": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         self._named = _name(self)
 
 

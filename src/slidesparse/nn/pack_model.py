@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -174,6 +175,6 @@ def _describe(model: nn.Module, report: PackingReport) -> None:
         return
     common = Counter(pattern for pattern, _ in report.packed.values()).most_common(1)[0][0]
     overrides = {name: pattern for name, (pattern, _) in report.packed.items() if pattern != common}
-    widths = {name: model.get_submodule(name).in_features for name in report.packed}
+    widths: dict[str, Any] = {name: model.get_submodule(name).in_features for name in report.packed}
     ragged = {name: k for name, k in widths.items() if k % (report.packed[name][0].group * report.packed[name][0].unit)}
     config.quantization_config = PackedConfig(common, schemes.pop(), list(report.dense), overrides, ragged).to_dict()

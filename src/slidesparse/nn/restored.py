@@ -31,7 +31,9 @@ class RestoredWeight(torch.Tensor):
         return found
 
     @classmethod
-    def __torch_function__(cls, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Run ``func``, and see whether it wrote into one of these.
 
         Raises:
@@ -41,7 +43,7 @@ class RestoredWeight(torch.Tensor):
         given = [one for one in _leaves((args, kwargs)) if isinstance(one, RestoredWeight)]
         with without_subclasses():
             before = [one._version for one in given]
-            result = None if untried else func(*args, **kwargs)
+            result: Any = None if untried else func(*args, **kwargs)
             changed = [one for one, version in zip(given, before, strict=True) if untried or one._version != version]
             if changed:
                 raise UnsupportedError(

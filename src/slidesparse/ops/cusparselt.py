@@ -8,6 +8,7 @@ library's own, may differ between its versions and cards, and is never stored.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ def sparse_mm(q: Tensor, compressed: Tensor, alpha: Tensor | None, n: int, out_d
     return _sparse_mm_op(q, compressed, alpha, n, out_dtype, algorithm)
 
 
-def plan_for(wanted: tuple) -> LibraryPlan:
+def plan_for(wanted: tuple[Any, ...]) -> LibraryPlan:
     """The plan for the fields of a `Multiplication` on the current device, made if it is not known.
 
     Raises:
@@ -208,7 +209,7 @@ def _check_windows(slid: Tensor) -> None:
 def _compress_cuda(slid: Tensor) -> Tensor:
     _check_slid(slid)
     _check_windows(slid)
-    sparse = Sparse(slid.device.index, *slid.shape, slid.dtype)
+    sparse = Sparse(slid.device.index, slid.shape[0], slid.shape[1], slid.dtype)
     compressed = torch.empty(sparse.compressed_bytes, dtype=torch.uint8, device=slid.device)
     sparse.compress(slid, compressed)
     return compressed

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from threading import Lock
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import finalize
 
 import torch
@@ -234,13 +234,13 @@ class Plans:
 
     def __init__(self, bound: int = 4096) -> None:
         self.bound = bound
-        self._plans: OrderedDict[tuple, LibraryPlan] = OrderedDict()
+        self._plans: OrderedDict[tuple[Any, ...], LibraryPlan] = OrderedDict()
         self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._plans)
 
-    def known(self, wanted: tuple) -> LibraryPlan | None:
+    def known(self, wanted: tuple[Any, ...]) -> LibraryPlan | None:
         """The plan for the fields of a `Multiplication`, if there is one."""
         with self._lock:
             plan = self._plans.get(wanted)
@@ -248,7 +248,7 @@ class Plans:
                 self._plans.move_to_end(wanted)
             return plan
 
-    def make(self, wanted: tuple) -> LibraryPlan:
+    def make(self, wanted: tuple[Any, ...]) -> LibraryPlan:
         """The plan for the fields of a `Multiplication`, made for the current device if it is not known.
 
         Raises:
@@ -285,7 +285,7 @@ def _describe(made: ExitStack, handle: int, wanted: Multiplication) -> tuple[int
     """The multiplication's descriptor, and the bytes of its compressed weights."""
     bindings, numbered = library(), numbers()
 
-    def matrix(init: Callable, *arguments: int) -> int:
+    def matrix(init: Callable[..., int], *arguments: int) -> int:
         descriptor = init(handle, *arguments)
         made.callback(bindings.mat_descriptor_destroy, descriptor)
         return descriptor

@@ -8,7 +8,7 @@ cannot hold, the composition itself does.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,7 +108,13 @@ class Request(NamedTuple):
 
 
 def _request(
-    x: Tensor, k: int, scheme: Scheme, pattern: Pattern | None, scales: tuple[Tensor | None, ...], width: int | None, rows: int
+    x: Tensor,
+    k: int,
+    scheme: Scheme,
+    pattern: Pattern | None,
+    scales: tuple[Tensor | None, Tensor | None, Tensor | None],
+    width: int | None,
+    rows: int,
 ) -> Request:
     """The checked request; the pattern is empty if nothing moves."""
     dtype = checked(x, scheme)
@@ -159,34 +165,34 @@ def _scaled(x: Tensor, scale: Tensor | None = None, channel: Tensor | None = Non
     return x if scale is None else scaled(x, scale, channel, bias, x.dtype)
 
 
-def _norm_oracle(x: Tensor, weight: Tensor, eps: float, *request: object) -> tuple[Tensor, Tensor]:
+def _norm_oracle(x: Tensor, weight: Tensor, eps: float, *request: Any) -> tuple[Tensor, Tensor]:
     request = Request(*request)
     return request.quantised(_normed(_scaled(x, *request.scales), weight, eps))
 
 
-def _add_norm_oracle(x: Tensor, weight: Tensor, residual: Tensor, eps: float, *request: object) -> tuple[Tensor, Tensor, Tensor]:
+def _add_norm_oracle(x: Tensor, weight: Tensor, residual: Tensor, eps: float, *request: Any) -> tuple[Tensor, Tensor, Tensor]:
     request = Request(*request)
     total, normed = added_norm(x, weight, residual, eps, *request.scales)
     return *request.quantised(normed), total
 
 
-def _silu_oracle(x: Tensor, *request: object) -> tuple[Tensor, Tensor]:
+def _silu_oracle(x: Tensor, *request: Any) -> tuple[Tensor, Tensor]:
     request = Request(*request)
     return request.quantised(silu_mul(x, *request.scales))
 
 
-def _norm_cuda(x: Tensor, weight: Tensor, eps: float, *request: object) -> tuple[Tensor, Tensor]:
+def _norm_cuda(x: Tensor, weight: Tensor, eps: float, *request: Any) -> tuple[Tensor, Tensor]:
     if not Request(*request).fits(x.device):
         return _norm_oracle(x, weight, eps, *request)
     return launch_norm(x, weight, None, eps, *request)[:2]
 
 
-def _add_norm_cuda(x: Tensor, weight: Tensor, residual: Tensor, eps: float, *request: object) -> tuple[Tensor, Tensor, Tensor]:
+def _add_norm_cuda(x: Tensor, weight: Tensor, residual: Tensor, eps: float, *request: Any) -> tuple[Tensor, Tensor, Tensor]:
     run = launch_norm if Request(*request).fits(x.device) else _add_norm_oracle
     return run(x, weight, residual, eps, *request)
 
 
-def _silu_cuda(x: Tensor, *request: object) -> tuple[Tensor, Tensor]:
+def _silu_cuda(x: Tensor, *request: Any) -> tuple[Tensor, Tensor]:
     run = launch_silu if Request(*request).fits(x.device) else _silu_oracle
     return run(x, *request)
 
@@ -263,8 +269,8 @@ def _types(x: Tensor, added: tuple[Tensor | None, ...], dtype: torch.dtype) -> t
 
 @lru_cache(CALLS)
 def _call(
-    name: str, m: int, k: int, numbers: tuple, flags: tuple[tuple[str, bool], ...], types: tuple[torch.dtype, ...], device: torch.device,
-    config: RowConfig | None, pattern: str, width: int, compiled: bool,
+    name: str, m: int, k: int, numbers: tuple[Any, ...], flags: tuple[tuple[str, bool], ...], types: tuple[torch.dtype, ...],
+    device: torch.device, config: RowConfig | None, pattern: str, width: int, compiled: bool,
 ) -> Launch:  # fmt: skip
     from . import kernels_fused as kernels
 
@@ -275,7 +281,7 @@ def _call(
     return Launch(kernel, (-(-m // config.rows),), (m, k, width // 4 if group else width, *numbers), dict(flags) | constants)
 
 
-def _fake(x: Tensor, *request: object) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, *request: Any) -> tuple[Tensor, Tensor]:
     request = Request(*request[-len(Request._fields) :])
     return fake(x, request.dtype, request.width, request.rows)
 

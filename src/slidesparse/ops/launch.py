@@ -58,13 +58,13 @@ class Launch:
 
     __slots__ = ("_compiled", "_constants", "_grid", "_held", "_kernel", "_numbers")
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple, constants: Mapping[str, Any]) -> None:
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
         self._kernel, self._grid, self._numbers, self._constants = kernel, (*grid, 1, 1)[:3], numbers, constants
-        self._compiled: dict[int, tuple[Callable, tuple, tuple]] = {}
+        self._compiled: dict[int, tuple[Callable[..., None], tuple[Any, ...], tuple[Any, ...]]] = {}
         self._held: list[Any] = []
 
     @property
-    def asked(self) -> tuple[Any, tuple, Mapping[str, Any]]:
+    def asked(self) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
         """The kernel, its numbers, and its constants with the options of the launch."""
         return self._kernel, self._numbers, self._constants
 
@@ -86,7 +86,7 @@ class Launch:
         run, before, after = found
         run(*self._grid, current_stream(device), *before, *addresses, *after)
 
-    def _compile(self, key: int, tensors: tuple) -> None:
+    def _compile(self, key: int, tensors: tuple[Any, ...]) -> None:
         """Launch for the first time and keep what later launches need; Triton compiles unless a compiled kernel of this kind is there."""
         kind = self._kind(key, tensors)
         known = _COMPILED.get(kind)
@@ -106,11 +106,11 @@ class Launch:
         else:
             _COMPILED[kind] = compiled
 
-    def _after(self, parameters: Sequence[str]) -> tuple:
+    def _after(self, parameters: Sequence[str]) -> tuple[Any, ...]:
         """The arguments behind the tensors, for the parameters there."""
         return (*self._numbers, *(self._constants[name] for name in parameters[len(self._numbers) :]))
 
-    def _kind(self, key: int, tensors: tuple) -> tuple | None:
+    def _kind(self, key: int, tensors: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Everything that Triton compiles for; None where this is not known, as with descriptors."""
         types = [tensor.dtype if isinstance(tensor, Tensor) else tensor for tensor in tensors]
         if not all(kind is None or isinstance(kind, torch.dtype) for kind in types):
@@ -128,10 +128,12 @@ class Producer:
 
     __slots__ = ("_at", "_empty", "_function", "_outputs")
 
-    def __init__(self, function: Callable, device: torch.device, outputs: tuple[tuple, ...], at: int | None = None) -> None:
+    def __init__(
+        self, function: Callable[..., object], device: torch.device, outputs: tuple[tuple[Any, ...], ...], at: int | None = None
+    ) -> None:
         self._function, self._empty, self._outputs, self._at = function, allocator(device), outputs, at
 
-    def __call__(self, *inputs: Any) -> tuple[Tensor, ...] | Tensor:
+    def __call__(self, *inputs: Any) -> Any:
         """The outputs, or the only one."""
         empty, at = self._empty, self._at
         outputs = tuple([empty(*output) for output in self._outputs])
@@ -142,5 +144,5 @@ class Producer:
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-_COMPILED: dict[tuple | None, Any] = {}
+_COMPILED: dict[tuple[Any, ...] | None, Any] = {}
 """Triton's compiled kernels by `Launch._kind`, kept alive: later versions of Triton unload kernels without a reference."""

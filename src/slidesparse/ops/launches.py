@@ -72,7 +72,7 @@ class ShippedLaunch(NamedTuple):
         return self.kernel.__name__
 
     @property
-    def kind(self) -> tuple:
+    def kind(self) -> tuple[Any, ...]:
         """Equal for launches of one compiled kernel: Triton folds ones, and asks of most whole numbers whether 16 divides them."""
         behind = self.kernel.params[len(self.tensors) :]
         numbers = [
@@ -87,7 +87,7 @@ def shipped_launches(capability: tuple[int, int] = (9, 0)) -> list[ShippedLaunch
     card = Card(capability)
     schemes = (INT8, E4M3) if capability >= (8, 9) else (INT8,)
     made = (*_rows(card, schemes), *_lifts(card), *_fused(card, schemes), *_expand(), *_rescale(), *_w8a8(card))
-    found = {}
+    found: dict[tuple[Any, ...], ShippedLaunch] = {}
     for launch, tensors in made:
         one = ShippedLaunch.of(launch, tensors)
         found.setdefault(one.kind, one)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from subprocess import SubprocessError
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,14 @@ _LOG = logging.getLogger(__name__)
 _LIBRARY = torch.library.Library("slidesparse", "FRAGMENT")
 
 
-def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | None = None, differentiable: bool = False) -> Callable:
+def define(
+    schema: str,
+    *,
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+    oracle: Callable[..., Any] | None = None,
+    differentiable: bool = False,
+) -> Callable[..., Any]:
     """Add an op, and return it as a function: ``cuda`` runs on CUDA tensors, ``oracle`` (if any) on all others, ``fake`` gives shapes.
 
     Kernels run on the device of the op's first tensor, whichever device is current. The function refuses to be recorded by autograd unless
@@ -30,7 +37,7 @@ def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | No
     if oracle is not None:
         _LIBRARY.impl(name, oracle, "CompositeExplicitAutograd")
 
-    def on_its_device(first: Tensor, *arguments: object) -> object:
+    def on_its_device(first: Tensor, *arguments: Any) -> Any:
         if first.get_device() == current_device():  # switching costs host time in every call
             return cuda(first, *arguments)
         with torch.cuda.device(first.device):
@@ -40,7 +47,7 @@ def define(schema: str, *, cuda: Callable, fake: Callable, oracle: Callable | No
     torch.library.register_fake(f"slidesparse::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.slidesparse, name).default
 
-    def call(first: Tensor, *arguments: object) -> object:
+    def call(first: Tensor, *arguments: Any) -> Any:
         if first.requires_grad and not differentiable and torch.is_grad_enabled():
             raise UnsupportedError(f"slidesparse::{name} passes no gradient: call it under torch.no_grad(), or a whole layer, which does")
         # The dispatcher costs 4 µs of host time in every call, for nothing where nobody looks.

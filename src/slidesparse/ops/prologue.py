@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,6 @@ from .fused import added_norm, norm_call, norm_inputs, rms_norm_quantize, silu_c
 from .launch import Launch, Producer, allocator
 from .library import runs_kernels
 from .quantize import can_pair, moves_nothing, padded_rows, quantize, quantize_call, quantize_lift
-
-# Type and device of `Gated` and `Normed`: those of their first tensor, the matrix that is read.
-_DTYPE = property(lambda self: self[0].dtype, doc="Type of the activations.")
-_DEVICE = property(lambda self: self[0].device, doc="Where they are.")
 
 
 class Gated(NamedTuple):
@@ -33,7 +29,15 @@ class Gated(NamedTuple):
     scale: Tensor | None = None
     channel: Tensor | None = None
 
-    dtype, device = _DTYPE, _DEVICE
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the activations."""
+        return self.gate_up.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.gate_up.device
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,10 +64,18 @@ class Normed(NamedTuple):
     scale: Tensor | None = None
     channel: Tensor | None = None
 
-    dtype, device = _DTYPE, _DEVICE
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the activations."""
+        return self.x.dtype
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.x.device
+
+    @property
+    def shape(self) -> torch.Size:
         """M and K."""
         return self.x.shape
 
@@ -77,11 +89,11 @@ class Normed(NamedTuple):
 Activations = Tensor | Gated | Normed
 
 
-def signature(x: Activations) -> tuple:
+def signature(x: Activations) -> tuple[Any, ...]:
     """Everything of an input that decides its steps: device, type, shape, strides, and what comes before quantisation."""
     if isinstance(x, Tensor):
         return x.get_device(), x.dtype, x.shape, x.stride()
-    kind = [x[0].get_device(), type(x)]
+    kind: list[Any] = [x[0].get_device(), type(x)]
     for one in x:
         kind += (one.dtype, one.shape, one.stride()) if isinstance(one, Tensor) else (one,)
     return tuple(kind)
@@ -105,7 +117,9 @@ def quantiser(
     return partial(quantized, scheme=scheme, pattern=pattern, width=width, rows=rows)
 
 
-def _with_prologue(call: Launch, device: torch.device, q: tuple, scales: tuple) -> Callable[[Activations], tuple[Tensor, Tensor]]:
+def _with_prologue(
+    call: Launch, device: torch.device, q: tuple[Any, ...], scales: tuple[Any, ...]
+) -> Callable[[Activations], tuple[Tensor, Tensor]]:
     empty = allocator(device)
 
     def quantise(x: Activations) -> tuple[Tensor, Tensor]:
@@ -120,7 +134,7 @@ def quantized(x: Activations, scheme: Scheme, pattern: Pattern | None, width: in
     """Quantise rows, and lift them if there is a pattern, by the ops: ``[M', width]`` and scales ``[M, 1]``, as `quantize_lift`."""
     if not isinstance(x, Tensor):
         channel = None if x.channel is None else x.channel.view(-1)
-        asked = {"pattern": pattern, "scale": x.scale, "channel": channel, "width": width, "rows": rows}
+        asked: dict[str, Any] = {"pattern": pattern, "scale": x.scale, "channel": channel, "width": width, "rows": rows}
         if isinstance(x, Gated):
             return silu_mul_quantize(x.gate_up, scheme, **asked)
         q, scale, total = rms_norm_quantize(x.x, x.weight, x.eps, scheme, residual=x.residual, **asked)
@@ -137,7 +151,7 @@ def launch_for(x: Activations, dtype: torch.dtype, pattern: Pattern | None, widt
     if rows.stride(1) != 1 or not runs_kernels(rows.device, dtype):
         return None
     pattern = None if pattern is None or moves_nothing(pattern, 0) else pattern
-    if rows is x:
+    if isinstance(x, Tensor):
         return quantize_call(x, pattern, dtype, 0, width)
     if pattern is not None and not can_pair(pattern, 0, width):
         return None

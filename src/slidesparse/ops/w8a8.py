@@ -144,7 +144,7 @@ def _resources(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return H200
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's hints lack it
 
 
 def _describes(device: torch.device, k: int) -> bool:

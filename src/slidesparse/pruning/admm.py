@@ -5,6 +5,8 @@ After ALPS (Meng et al., arXiv 2406.07831): min tr((W − Ŵ) H (W − Ŵ)ᵀ) o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,11 @@ def admm(
     target = (weight.float() * problem.scale).t().contiguous()
     # NaN until a solution takes its place: a row whose errors all overflow must not look like a pruned one.
     best, least = torch.full_like(target, torch.nan), target.new_full((target.shape[1],), torch.inf, dtype=torch.float64)
-    for support in (lambda: _support(target, pattern, problem.hessian, iterations), lambda: sweep(target.t(), pattern, problem).t()):
+    supports: tuple[Callable[[], Tensor], ...] = (
+        lambda: _support(target, pattern, problem.hessian, iterations),
+        lambda: sweep(target.t(), pattern, problem).t(),
+    )
+    for support in supports:
         start = support()
         # The start as well: rounding may spoil the refinement of a row where the Hessian is close to singular.
         for found in (start, refine(target, start != 0, start, problem, refinements, tolerance)):

@@ -29,7 +29,7 @@ _SUFFIXES = ("compressed", "bitmask", "shape", "row_offsets")
 class Bitmask(Layer):
     """A layer, or with ``vector`` another weight such as a norm's, in one row; what is not converted is restored."""
 
-    vector: bool = False
+    vector: bool = False  # type: ignore[misc]  # here the file tells, in other formats the class
     holds, restored = "sparse weights with a bit mask", True
 
     @property

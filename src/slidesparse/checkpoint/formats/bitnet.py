@@ -82,7 +82,7 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
     for name, suffix, info in matrices(tensors):
         own = tensors_of(name, (suffix, "weight_scale"), tensors)
         if suffix == "weight" and info.dtype_name in FLOATS:
-            layers[name] = Master(name, *info.shape, float_scheme(info), {suffix: info})
+            layers[name] = Master(name, info.shape[0], info.shape[1], float_scheme(info), {suffix: info})
         elif suffix == "weight" and info.dtype_name == "U8":
             if "weight_scale" not in own:
                 raise CheckpointError(f"{info.path}: ternary tensor {info.name} has no weight_scale")

@@ -63,7 +63,7 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
                     f"{info.path}: {info.name} is {info.dtype_name} with a scale beside it, so it was saved before it was compressed: "
                     "save it compressed, or start from the 16-bit checkpoint"
                 )
-            layers[name] = Left(name, *info.shape, float_scheme(info), {suffix: info})
+            layers[name] = Left(name, info.shape[0], info.shape[1], float_scheme(info), {suffix: info})
             continue
         n, k = info.shape[0], info.shape[1] * (2 if quantization.scheme.pair else 1)
         own = tensors_of(name, (suffix, "weight_scale", "weight_global_scale", "weight_zero_point"), tensors)

@@ -25,7 +25,7 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
     layers: dict[str, Layer] = {}
     for name, suffix, info in matrices(tensors):
         if info.dtype_name in FLOATS and suffix == "weight":
-            layers[name] = Floating(name, *info.shape, float_scheme(info), {suffix: info})
+            layers[name] = Floating(name, info.shape[0], info.shape[1], float_scheme(info), {suffix: info})
         elif f"{name}.weight_scale" in tensors or info.dtype_name.startswith("F8"):
             raise CheckpointError(f"{info.path}: tensor {info.name} is quantised, but config.json does not say how")
     return layers

@@ -13,7 +13,7 @@ from ...ops import cusparselt
 from ...ops.cusparselt_plans import bound_product
 from ...ops.prologue import Activations, quantiser
 from ...ops.quantize import moves_nothing, padded_rows
-from ..layouts import LAYOUTS, Copy
+from ..layouts import SLID, Copy
 from ..problem import Problem
 from .base import Kernel, Pipeline, epilogue, int32_overflow
 
@@ -66,8 +66,8 @@ class CuSparseLt(Kernel):
         """The algorithms that the library's search and `ops.cusparselt_search` found for this number of tokens."""
         q, _ = self._quantise(problem, x, direct=False)(x)
         q.view(torch.int8)[x.shape[0] :].zero_()  # results are compared, and what pads the rows may not be a number
-        n = LAYOUTS["slid"].padded(problem)[0]
-        return tuple(str(found) or _DEFAULT for found in cusparselt.search(q, *copy, n, _sums(problem, False)))
+        n = SLID.padded(problem)[0]
+        return tuple(str(found) or _DEFAULT for found in cusparselt.search(q, copy[0], copy[1], n, _sums(problem, False)))
 
     def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
         """`LEAVES` of the scheme; nothing for exact variants, whose sums the library does not round to bfloat16."""
@@ -79,7 +79,7 @@ class CuSparseLt(Kernel):
 
     def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
         """See `Kernel`; direct calls make the library's plan, which cannot happen while a CUDA graph is captured."""
-        m, (n, width) = x.shape[0], LAYOUTS[layout].padded(problem)
+        m, (n, width) = x.shape[0], SLID.padded(problem)
         (exact, algorithm), dynamic, rows = _read(variant), problem.scheme.dynamic, padded_rows(m, cusparselt.token_step(m))
         between, scaled = _sums(problem, exact), not exact and cusparselt.scales_rows(problem.scheme.dtype, torch.bfloat16)
         if direct and dynamic:
@@ -95,7 +95,7 @@ class CuSparseLt(Kernel):
 
     @staticmethod
     def _quantise(problem: Problem, x: Activations, direct: bool) -> Callable[[Activations], tuple[Tensor, Tensor | None]]:
-        width, rows = LAYOUTS["slid"].padded(problem)[1], cusparselt.token_step(x.shape[0])
+        width, rows = SLID.padded(problem)[1], cusparselt.token_step(x.shape[0])
         if problem.scheme.dynamic:
             return quantiser(x, problem.scheme, problem.pattern, width, rows, direct)
         return partial(_lifted, problem=problem, width=width, rows=rows)

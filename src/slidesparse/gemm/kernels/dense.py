@@ -47,7 +47,7 @@ class DenseKernel(Kernel):
     whole: Whole | None = None
     sums: Callable[[Problem, Tensor, Tensor], Tensor] | None = None
     unscaled: Callable[[Problem, Tensor, Tensor, Scale], Tensor] | None = None
-    bound: Callable[..., Callable] | None = None
+    bound: Callable[..., Callable[..., Tensor]] | None = None
     rounds: int = 1
     rows: int = 1
     worth_timing: bool = True

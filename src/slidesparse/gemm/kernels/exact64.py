@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import reference
 from ...ops.prologue import Activations
 from ...quantization import dequantize_nvfp4
-from ..layouts import LAYOUTS, Copy
+from ..layouts import PACKED, Copy
 from ..problem import Problem
 from .base import LEAVES, Kernel, Pipeline
 
@@ -32,13 +32,13 @@ class Exact64(Kernel):
 
 
 def _unscaled(problem: Problem, q: Tensor, x_scale: Tensor, copy: Copy, scale: Tensor, bias: None) -> Tensor:
-    weight = reference.restore(LAYOUTS["packed"].stored(problem, copy))
+    weight = reference.restore(PACKED.stored(problem, copy))
     exact = q.to(torch.float64) @ weight.to(torch.float64).t()
     return (exact if "channel" in LEAVES[problem.scheme.name] else exact * scale.view(1, -1)).to(torch.bfloat16)
 
 
 def _whole(problem: Problem, q: Tensor, x_scale: Tensor | None, copy: Copy, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    weight = reference.restore(LAYOUTS["packed"].stored(problem, copy))
+    weight = reference.restore(PACKED.stored(problem, copy))
     if problem.scheme.pair:
         weight = dequantize_nvfp4(weight, copy[2], copy[3])
     q = q if problem.scheme.dynamic else q.to(torch.float64)

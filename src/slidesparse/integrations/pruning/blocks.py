@@ -66,7 +66,7 @@ class Blocks:
                 best, most = name, weights
         if best is None:
             raise UnsupportedError(f"{type(model).__name__} has no repeated blocks with linear layers: prune with --method magnitude")
-        return cls(model, best, list(model.get_submodule(best)))
+        return cls(model, best, list(model.get_submodule(best).children()))
 
     def check(self, tokens: Tensor) -> None:
         """Whether every block gets what the block before it gives, and nothing else that depends on tokens; ``tokens [S, L]``.

@@ -133,7 +133,7 @@ class _Trained:
         self.weights = {task.name: solutions[task.name].weight.clone().requires_grad_() for task in tasks}
         self.masks = {task.name: solutions[task.name].weight != 0 for task in tasks}
 
-    def groups(self) -> list[dict]:
+    def groups(self) -> list[dict[str, Any]]:
         """Parameters for the optimiser, each with its own step size."""
         error = sum(solution.error for solution in self.start.values()) / len(self.start)
         sizes = ((weight, float(weight.detach().square().mean().sqrt())) for weight in self.weights.values())

@@ -96,7 +96,7 @@ def solve_layers(
     together: dict[tuple[int, Pattern], list[Task]] = {}
     for task in tasks:
         together.setdefault((id(statistics[task.name]), task.pattern), []).append(task)
-    solutions = {}
+    solutions: dict[str, Solution] = {}
     for group in together.values():
         try:
             solutions |= _solve_group(group, statistics[group[0].name], method)
@@ -112,7 +112,7 @@ def _solve_group(tasks: list[Task], statistics: Statistics, method: str) -> dict
     together = torch.cat([task.module.weight.detach().float() for task in tasks])
     weights = together.split(rows)
     pruned = prune(together, tasks[0].pattern, method, statistics=statistics).split(rows)
-    solutions = {}
+    solutions: dict[str, Solution] = {}
     for task, weight, solution in zip(tasks, weights, pruned, strict=True):
         if task.scheme.dynamic and method_named(method).corrects:
             values, scale = round_to_grid(solution, weight, statistics, task.scheme)

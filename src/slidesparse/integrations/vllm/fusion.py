@@ -40,7 +40,8 @@ class FuseQuantisation(InductorPass):
 
     def uuid(self) -> str:
         """What vLLM's and torch's compile caches know it by."""
-        return InductorPass.hash_source(*map(inspect.getsource, (sys.modules[__name__], scaled, silu_and_mul, fused_add_rms_norm)))
+        hashed = (sys.modules[__name__], scaled, silu_and_mul, fused_add_rms_norm)
+        return InductorPass.hash_source(*(inspect.getsource(one) for one in hashed))
 
 
 def fuses(config: VllmConfig | None) -> bool:
@@ -88,7 +89,7 @@ def _same(shape: torch.Size, wanted: tuple[int | torch.SymInt, ...]) -> bool:
 
 
 @cache
-@enable_fake_mode
+@enable_fake_mode  # type: ignore[untyped-decorator]  # vLLM's
 @torch.no_grad()
 def _patterns() -> Any:
     matcher = graph_patterns()
@@ -96,7 +97,7 @@ def _patterns() -> Any:
     x, residual, weight, name = *torch.empty(2, 5, 64, dtype=dtype), torch.empty(64, dtype=dtype), torch.empty(1, dtype=torch.int64)
     token, channel = (torch.empty(shape, dtype=torch.float32) for shape in ((5, 1), (1, 64)))
 
-    def add(search: Callable, replacement: Callable, *tensors: Tensor) -> None:
+    def add(search: Callable[..., Any], replacement: Callable[..., Any], *tensors: Tensor) -> None:
         names = inspect.signature(search).parameters
         check = partial(_takes, inputs=tuple(one for one in names if one not in _ANY))
         numbers = {one: _ANY[one] for one in names if one in _ANY}

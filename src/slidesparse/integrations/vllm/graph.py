@@ -9,8 +9,9 @@ docs/serving.md).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...compat.vllm import CompilationMode, VllmConfig
 from ...gemm.op import linear_unscaled
@@ -39,7 +40,7 @@ def enter_cache_key(configs: Iterable[VllmConfig | None], layer: str, how: str) 
     return True
 
 
-def open_linear(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+def open_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """``x [M, K]`` → ``[M, N]``: the layer's product, scales and bias in float32, rounded."""
     y, x_scale = linear_unscaled(x, layer.slidesparse_name, layer.slidesparse_outputs)
     return scaled(y, x_scale, layer.slidesparse_scale, bias, x.dtype)

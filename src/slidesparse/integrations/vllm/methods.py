@@ -9,7 +9,7 @@ from sys import maxsize
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import ops
 from ...compat.vllm import (
@@ -104,7 +104,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
         self.opened = False
         """Whether scales and bias stand in the graph."""
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., K]`` → ``[..., N]``."""
         if self.stock is not None:
             return self.stock(layer, x, bias)
@@ -114,7 +114,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
             return open_linear(layer, x, bias)
         return linear(x, layer.slidesparse_name, bias, layer.slidesparse_outputs)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check the loaded weights, make the copies that the plan's routes read, and let go of what was loaded.
 
         Raises:
@@ -129,9 +129,9 @@ class SlideSparseLinearMethod(LinearMethodBase):
         if torch.cuda.is_initialized():
             # vLLM loads without splitting blocks over 20 MB: one that a check or another layer let go would hold a smaller tensor whole.
             torch.cuda.empty_cache()
-        for name in ("weight", "weight_values", "weight_keep", "weight_scale"):
-            if hasattr(layer, name):
-                delattr(layer, name)
+        for loaded in ("weight", "weight_values", "weight_keep", "weight_scale"):
+            if hasattr(layer, loaded):
+                delattr(layer, loaded)
         configs, device = (self.config, get_current_vllm_config_or_none()), weights.packed.values.device
         bias = getattr(layer, "bias", None)
         if layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0):
@@ -163,7 +163,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
         if device.type == "cuda":
             warm(name, runner, settings.captured, unscaled=opened)
 
-    def _can_open(self, layer: nn.Module, problem: Problem) -> bool:
+    def _can_open(self, layer: Any, problem: Problem) -> bool:
         """Whether scales and bias may stand in the graph: it is compiled, and no sum over ranks comes in between."""
         if not self.scheme.dynamic or layer.params_dtype != torch.bfloat16 or not compiles(self.config):
             return False
@@ -176,10 +176,10 @@ class SlideSparseLinearMethod(LinearMethodBase):
             return Decision(None)
         return decided(problem, unscaled=unscaled, most=self.settings.most, swiglu=swiglu)
 
-    def _weights(self, layer: nn.Module) -> tuple[Weights, tuple[int, int]]:
+    def _weights(self, layer: Any) -> tuple[Weights, tuple[int, int]]:
         raise NotImplementedError
 
-    def _start(self, layer: nn.Module, columns: int, k: int) -> int:
+    def _start(self, layer: Any, columns: int, k: int) -> int:
         """The first of the rank's columns."""
         return layer.tp_rank * columns if columns != k else 0
 
@@ -195,7 +195,7 @@ class PackedLinearMethod(SlideSparseLinearMethod):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -218,7 +218,7 @@ class PackedLinearMethod(SlideSparseLinearMethod):
                 parameter = PackedParameter(shard=self.shard, bits=bits, data=data, weight_loader=loader)
             layer.register_parameter(spec.suffix, parameter)
 
-    def _weights(self, layer: nn.Module) -> tuple[Weights, tuple[int, int]]:
+    def _weights(self, layer: Any) -> tuple[Weights, tuple[int, int]]:
         values, keep = layer.weight_values.data, layer.weight_keep.data
         if self.settings.random:
             packed, scale = made_up(values.shape[0], self.shard, self.scheme, values.device)
@@ -238,7 +238,7 @@ class DenseLinearMethod(SlideSparseLinearMethod):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -262,7 +262,7 @@ class DenseLinearMethod(SlideSparseLinearMethod):
             data = torch.full((rows, 1), torch.nan, dtype=torch.float32)
             layer.register_parameter("weight_scale", ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader))
 
-    def _weights(self, layer: nn.Module) -> tuple[Weights, tuple[int, int]]:
+    def _weights(self, layer: Any) -> tuple[Weights, tuple[int, int]]:
         weight, scale = layer.weight.data, layer.weight_scale.data if self.scheme.dynamic else None
         if scale is not None and self.per_part:
             scale = scale.repeat_interleave(torch.tensor(self.widths, device=scale.device)).view(-1, 1)

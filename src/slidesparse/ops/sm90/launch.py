@@ -60,7 +60,7 @@ class Gemm:
         self.variant, self.types, self.device, self._lock = variant, types, device, Lock()
         binary = jit.compile(source(variant, types), name="gemm", arch="sm_90a", constants=constants(variant, types, delay=delay))
         self._library_kernel = jit.load(binary)  # keeps the function alive
-        self._maps: OrderedDict[tuple, Any] = OrderedDict()
+        self._maps: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         driver = _driver()
         (kernel,) = _checked(driver.cuKernelGetFunction(driver.CUkernel(int(self._library_kernel.handle))))
         self._kernel = kernel
@@ -168,7 +168,7 @@ def _driver() -> Any:
     return driver
 
 
-def _checked(answer: tuple) -> tuple:
+def _checked(answer: tuple[Any, ...]) -> tuple[Any, ...]:
     """What a call of the driver returned besides its status.
 
     Raises:
