@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: help setup demo test lint launches mutate clean
+.PHONY: help setup demo test compat lint launches mutate clean
 
 help:
 	@echo "make demo   prune, pack, check and measure a small language model (about six minutes on two cores)"
-	@echo "make test   style, layers and tests"
+	@echo "make test   style, layers, types and tests"
+	@echo "make compat the oldest and newest transformers and vLLM, each in an environment of its own (tens of gigabytes)"
 	@echo "make launches [TRITON=3.6.0]  compile every kernel launch for four kinds of cards, without a card (half an hour on two cores)"
 	@echo "make mutate [ARGS='pattern --sample 50']  break the code in small ways and see which ones no test notices (hours)"
 	@echo "make setup  only set up .venv for both"
@@ -26,6 +27,12 @@ lint:
 
 test: lint
 	@$(VENV)/python -m pytest -q $(ARGS)
+	@$(VENV)/python -m tests.compat -s .venv/transformers-oldest transformers-floor $(ARGS)
+
+# By hand: each environment that is named, or all, gets a row in tests/compat_runs.csv.
+compat:
+	@$(PYTHON) scripts/setup_env.py test
+	@$(VENV)/python -m tests.compat -o tests/compat_runs.csv $(ARGS)
 
 launches:
 	@$(PYTHON) scripts/setup_env.py test
@@ -39,4 +46,4 @@ mutate:
 	@$(VENV)/python -m tests.mutations $(ARGS)
 
 clean:
-	rm -rf .venv .cache demo-output dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .compat .cache demo-output dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

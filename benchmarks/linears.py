@@ -1,6 +1,6 @@
 """Whole linears of a model on this GPU: what the plan runs, and every other route, against the fastest dense one in the same run.
 
-    python benchmarks/linears.py OUT.csv COMMIT [--model Qwen2.5-7B] [--schemes int8 fp8 bf16] [--patterns 6:8] [--tokens 16 1024]
+    python benchmarks/linears.py OUT.csv COMMIT [--model Qwen2.5-7B] [--schemes int8 fp8 bf16] [--patterns 6:8] [--tokens 16 1024] [--vllm]
 
 A route that is not correct is dropped. The last table sums the model's layers.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -48,42 +49,46 @@ def rows(name: str, layer: LinearShape, cell: Cell, planned: dict[str, Route | N
         }  # fmt: skip
 
 
-def measured(model: str, layer_name: str, layer: LinearShape, ms: list[int], plan: Plan | None) -> Iterator[dict[str, object]]:
+def measured(model: str, layer_name: str, layer: LinearShape, ms: list[int], plan: Plan | None, without: list[str]) -> Iterator[dict]:
     bench = Bench(layer)
     steps = {}
     if plan:
-        without = elsewhere(plan, layer.problem)
-        steps = {memory: choice_of(plan, layer.problem, memory=memory, without=without)[1] for memory in ("fast", "lean")}
+        absent = elsewhere(plan, layer.problem)
+        steps = {memory: choice_of(plan, layer.problem, memory=memory, without=absent)[1] for memory in ("fast", "lean")}
     for m in ms:
         planned = {memory: route_at(found, m) for memory, found in steps.items()}
-        cell = bench.cell(m, also=[route for route in planned.values() if route])
+        cell = bench.cell(m, also=[route for route in planned.values() if route and route.kernel not in without], without=without)
         for row in rows(layer_name, layer, cell, planned):
             yield {"model": model} | row
         torch.cuda.empty_cache()
 
 
+KINDS = {
+    "library": lambda route: route.layout == "dense" and route.kernel not in OWN,
+    "own dense": lambda route: route.layout == "dense" and route.kernel in OWN,
+    "tiled": lambda route: route.layout == "tiled",
+    "slid": lambda route: route.layout == "slid",
+    "packed": lambda route: route.layout == "packed",
+}
+OWN = ("sm90", "triton")
+
+
 def summary(table: list[dict[str, object]]) -> None:
-    """Sums over the layers: best dense, and the ratios that a user gets."""
-    cells: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    grouped: dict[tuple, list[dict[str, object]]] = defaultdict(list)
+    """Sums over the layers, as ratios against the fastest library dense and against the fastest dense of all."""
+    grouped: dict[tuple, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in table:
-        grouped[row["scheme"], row["pattern"], row["m"], row["layer"]].append(row)
-    for (scheme, pattern, m, _), routes in grouped.items():
-        into = cells[scheme, pattern, m]
-        for kind in ("dense", "packed", "slid", "torchao"):
-            times = [float(row["us_p50"]) for row in routes if str(row["route"]).startswith(kind + ":")]
-            into[kind].append(min(times, default=float("nan")))
-        for memory in ("fast", "lean"):
-            into[memory] += [float(row["us_p50"]) for row in routes if memory in str(row["plan"]).split("+")]
-        into["library"] += [float(row["us_p50"]) for row in routes if row["route"] in ("dense:cublaslt", "dense:rowwise", "dense:native")]
-        into["sparse runs"].append(float(any("fast" in str(r["plan"]) and not str(r["route"]).startswith("dense") for r in routes)))
-    print("scheme pattern M | dense us | fast x (sparse layers) | lean x | slid x | against library dense x | torchao x")
-    for (scheme, pattern, m), times in sorted(cells.items(), key=lambda item: (item[0][0], item[0][1], item[0][2])):
-        total = {kind: sum(values) for kind, values in times.items()}
-        ratios = [total["dense"] / total[kind] for kind in ("fast", "lean", "slid")]
-        ratios += [total["library"] / total["slid"], total["dense"] / total["torchao"]]
-        print(f"{scheme:5} {pattern:5} {m:6} | {total['dense']:9.1f} | {ratios[0]:.3f} ({total['sparse runs']:.0f}) | "
-              f"{ratios[1]:.3f} | {ratios[2]:.3f} | {ratios[3]:.3f} | {ratios[4]:.3f}")  # fmt: skip
+        route, cell = Route.parse(str(row["route"])), grouped[row["scheme"], row["pattern"], row["m"]]
+        for kind in (kind for kind, takes in KINDS.items() if takes(route)):
+            cell[kind][row["layer"]] = min(float(row["us_p50"]), cell[kind].get(row["layer"], float("inf")))
+        if "fast" in str(row["plan"]).split("+"):
+            cell["plan"][row["layer"]] = float(row["us_p50"])
+    print("scheme pattern M | library us | " + " x | ".join((*list(KINDS)[1:], "plan")) + " x | against the best dense: tiled x, slid x")
+    for (scheme, pattern, m), cell in sorted(grouped.items()):
+        layers = {layer for times in cell.values() for layer in times}
+        total = {kind: sum(cell[kind].get(layer, float("nan")) for layer in layers) for kind in (*KINDS, "plan")}
+        best = sum(min(cell[kind].get(layer, float("inf")) for kind in ("library", "own dense")) for layer in layers)
+        ratios = [total["library"] / total[kind] for kind in (*list(KINDS)[1:], "plan")] + [best / total["tiled"], best / total["slid"]]
+        print(f"{scheme:5} {pattern:5} {m:6} | {total['library']:9.1f} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios))
 
 
 def main() -> None:
@@ -95,20 +100,25 @@ def main() -> None:
     parser.add_argument("--patterns", nargs="+", default=["6:8"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256, 1024, 4096, 16384])
     parser.add_argument("--plan", type=Path, help="instead of the plan in force")
+    parser.add_argument("--vllm", action="store_true", help="vLLM's CUTLASS kernels take part")
+    parser.add_argument("--without", nargs="+", default=[], help="kernels that are not timed")
     arguments = parser.parse_args()
     if arguments.plan:
         use_plan(arguments.plan)
+    if arguments.vllm:
+        from slidesparse.integrations.vllm.dense import offer_kernel
+
+        offer_kernel()
     plan = active_plan().plan
     table: list[dict[str, object]] = []
     with records(arguments.out, arguments.commit) as record:
-        for scheme in arguments.schemes:
-            for pattern in arguments.patterns:
-                for name, (n, k) in MODELS[arguments.model].items():
-                    layer = LinearShape(n, k, Pattern.parse(pattern), SCHEMES[scheme])
-                    for row in measured(arguments.model, name, layer, arguments.tokens, plan):
-                        record(row)
-                        table.append(row)
-                    torch.cuda.empty_cache()
+        for scheme, pattern in product(arguments.schemes, arguments.patterns):
+            for name, (n, k) in MODELS[arguments.model].items():
+                layer = LinearShape(n, k, Pattern.parse(pattern), SCHEMES[scheme])
+                for row in measured(arguments.model, name, layer, arguments.tokens, plan, arguments.without):
+                    record(row)
+                    table.append(row)
+                torch.cuda.empty_cache()
     summary(table)
 
 

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 MARK = VENV / ".made-by-slidesparse"
 PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+OLDEST = VENV / "transformers-oldest"
+"""The oldest transformers that pyproject.toml allows, for `make test`."""
 TORCH = "2.13.0"
 TORCH_OLDEST = (2, 11)
 EXTRAS = {"demo": "gguf,plot", "test": "dev"}
@@ -35,9 +37,12 @@ TORCH_SIZE = "about 200 MB as a CPU build, 3 GB with the CUDA libraries that Lin
 SIZES = {
     "transformers": 12, "accelerate": 1, "gguf": 1, "matplotlib": 9, "numpy": 17, "safetensors": 1, "typer": 1, "rich": 1,
     "pytest": 1, "hypothesis": 1, "ruff": 11, "import-linter": 4, "compressed-tensors": 1, "triton": 200,
+    "cuda-core": 7, "cuda-bindings": 8, "nvidia-cuda-nvrtc": 58,  # NVRTC compiles without a GPU
     "lm-eval": 130,  # with pyarrow, scipy and pandas, which it brings along
 }  # fmt: skip
 """Rough megabytes of the larger direct dependencies' downloads."""
+OLDEST_SIZE = 45
+"""Rough megabytes of the oldest transformers and what it needs, in `OLDEST`."""
 INDIRECT = 25
 """Rough megabytes of everything that those bring along."""
 
@@ -62,6 +67,9 @@ def main() -> None:
     if own_torch and target == "test":
         # Shared packages bring no commands into .venv/bin.
         pip("install", "--ignore-installed", "--no-deps", *TOOLS, what="the linters")
+    if target == "test":
+        # Beside the newest, which is installed; put in front by PYTHONPATH it brings what it needs along.
+        pip("install", "--upgrade", "--target", str(OLDEST), f"transformers=={oldest_transformers()}.*", what="the oldest transformers")
     stamp(target).write_text(fingerprint())
     print(f".venv is ready for make {target}", flush=True)
 
@@ -112,7 +120,7 @@ def announce(target: str, own_torch: str | None) -> None:
     """Say what will be downloaded, and where to, before anything is."""
     print(f"Setting up {VENV.relative_to(ROOT)} for make {target} with Python {sys.version.split()[0]}.")
     missing = [name for name in wanted_packages(target) if not (own_torch and has_package(name)) or name in TOOLS]
-    size = sum(SIZES.get(name, 1) for name in missing) + INDIRECT
+    size = sum(SIZES.get(name, 1) for name in missing) + INDIRECT + (OLDEST_SIZE if target == "test" else 0)
     if own_torch:
         print(f"torch {own_torch} is here already and will be used.")
     else:
@@ -137,6 +145,12 @@ def wanted_packages(target: str) -> list[str]:
     add(project["dependencies"])
     add([f"slidesparse[{EXTRAS[target]}]"])
     return [name for name in names if name != "torch"]
+
+
+def oldest_transformers() -> str:
+    """The floor in pyproject.toml, as ``major.minor``."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    return next(one.partition(">=")[2] for one in extras["hf"] if one.startswith("transformers>="))
 
 
 def has_package(name: str) -> bool:

@@ -131,7 +131,7 @@ def pretend_a_card(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     monkeypatch.setattr(library, "_tried", lambda: None)
     monkeypatch.setattr(base, "rescale_call", rescale_call)
     monkeypatch.setattr(dense, "bound_w8a8", bound_w8a8)
-    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(dense, "scaled_mm", scaled_mm)
     monkeypatch.setattr(cusparselt, "unavailable", lambda *_: None)
     monkeypatch.setattr(cusparselt, "compress", lambda slid: slid)
     monkeypatch.setattr(cusparselt, "sparse_mm", sparse_mm)

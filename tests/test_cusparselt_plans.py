@@ -10,11 +10,19 @@ from ctypes import c_float, c_int32, c_void_p
 import pytest
 import torch
 
+from slidesparse.compat.nvmath import Numbers
 from slidesparse.errors import UnsupportedError
 from slidesparse.ops import cusparselt_plans, cusparselt_search
 from slidesparse.ops.cusparselt import Algorithm
 from slidesparse.ops.cusparselt_plans import LibraryPlan, Multiplication, Plans
 
+TYPES = {torch.int8: 3, torch.bfloat16: 14}
+NUMBERS = Numbers(
+    TYPES, non_transpose=0, transpose=1, row_order=2, column_order=1, compute_int32=0, compute_float32=2, half_the_weights=0,
+    default_algorithm=0, alpha_vector_scaling=5, config_id=0, config_max_id=1, search_iterations=2, split_k=3, split_k_mode=4,
+    split_k_buffers=5,
+)  # fmt: skip
+"""Those of cusparseLt.h and library_types.h, version 0.8."""
 WANTED = Multiplication(0, 64, 96, 16, torch.int8, torch.bfloat16, True, "alg=3,split_k=2")
 
 
@@ -72,6 +80,7 @@ def recorder(monkeypatch) -> Recorder:
     made = Recorder()
     monkeypatch.setattr(cusparselt_plans, "library", lambda: made)
     monkeypatch.setattr(cusparselt_plans, "handle", lambda device: 1)
+    monkeypatch.setattr(cusparselt_plans, "numbers", lambda: NUMBERS)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return made
 
@@ -240,6 +249,7 @@ def test_a_search_returns_the_fastest_that_are_right_and_names_the_others(dtype,
         (cusparselt_search, "LibraryPlan", Imitation),
         (cusparselt_search, "capability", lambda device: (9, 0)),
         (cusparselt_plans, "library", lambda: Recorder),
+        (cusparselt_search, "numbers", lambda: NUMBERS),
         (torch.cuda, "Event", Event),
         (torch.cuda, "synchronize", lambda: None),
         (torch.cuda, "get_device_properties", lambda device: properties),

@@ -75,6 +75,10 @@ def test_sixteen_bit_logits_are_those_of_the_masked_model(tmp_path, name):
     convert(source, tmp_path / "masked", Recipe(SIX, "magnitude", form="dense"))
     convert(source, tmp_path / "packed", Recipe(SIX, "magnitude", "bf16"))
     masked, packed = load(tmp_path / "masked"), load(tmp_path / "packed")
+    for module in masked.modules():
+        if isinstance(module, torch.nn.Linear):
+            # Sums on a CPU depend on how their input lies in memory, and packed layers take one way only.
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
     layers = [module for module in packed.modules() if isinstance(module, SlideSparseLinear)]
     assert len(layers) >= (8 if "moe" in name else 7 if name == "phi3" else 8)
     ids = tokens()

@@ -68,7 +68,7 @@ def test_int8_sums_are_exact_at_the_extremes() -> None:
 
 def test_int8_without_integer_products_is_as_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense_kernels, "_int_mm_is_exact", lambda device: False)
-    monkeypatch.setattr(torch, "_int_mm", None)
+    monkeypatch.setattr(dense_kernels, "int_mm", None)
     # Odd products, whose sums float32 does not hold beyond 2^24.
     q, weight = torch.full((2, 3001), 127, dtype=torch.int8), torch.full((3, 3001), -127, dtype=torch.int8)
     assert torch.equal(dense_kernels.int_matmul(q, weight).double(), q.double() @ weight.double().t())
@@ -84,9 +84,9 @@ def test_saturating_integer_products_are_found_out(monkeypatch: pytest.MonkeyPat
         pairs = ((q.int() + 128).unsqueeze(-1) * weight.int().unsqueeze(0)).unflatten(1, (-1, 2)).sum(2)
         return pairs.clamp(-32768, 32767).sum(1) - 128 * weight.int().sum(0)
 
-    monkeypatch.setattr(torch, "_int_mm", saturating)
+    monkeypatch.setattr(dense_kernels, "int_mm", saturating)
     assert not dense_kernels._int_mm_is_exact.__wrapped__("cpu")
-    monkeypatch.setattr(torch, "_int_mm", lambda q, weight: q.int() @ weight.int())
+    monkeypatch.setattr(dense_kernels, "int_mm", lambda q, weight: q.int() @ weight.int())
     assert dense_kernels._int_mm_is_exact.__wrapped__("cpu")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+
 from slidesparse.ops import launch
 from slidesparse.ops.launch import Launch, Producer
 

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slidesparse import doctor
+from slidesparse.compat.torch import watched
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Problem, Route
 from slidesparse.gemm.kernels import refusal, unmeasured
@@ -41,24 +42,24 @@ def bystanders():
 
 
 def test_modes_tracers_and_transforms_watch_and_nobody_else_does() -> None:
-    assert not launch._watched()
+    assert not watched()
     for watcher in watchers():
         with watcher:
-            assert launch._watched()
+            assert watched()
             with torch.device("cpu"):
-                assert launch._watched()
+                assert watched()
     for bystander in bystanders():
         with bystander:
-            assert not launch._watched()
+            assert not watched()
     torch.set_default_device("cpu")
     try:
-        assert not launch._watched()
+        assert not watched()
     finally:
         torch.set_default_device(None)
     seen = []
-    torch.func.vmap(lambda x: (seen.append(launch._watched()), x)[1])(torch.ones(2))
-    torch.jit.trace(lambda x: (seen.append(launch._watched()), x + 1)[1], torch.ones(2), check_trace=False)
-    assert seen == [True, True] and not launch._watched()
+    torch.func.vmap(lambda x: (seen.append(watched()), x)[1])(torch.ones(2))
+    torch.jit.trace(lambda x: (seen.append(watched()), x + 1)[1], torch.ones(2), check_trace=False)
+    assert seen == [True, True] and not watched()
 
 
 class OnCard:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from slidesparse import reference
+from slidesparse.compat.versions import check_vllm
 from slidesparse.errors import CheckpointError, PatternError, UnsupportedError, WeightError
 from slidesparse.format import SCHEMES, Packed
-from slidesparse.integrations.engine.claims import Claims, check_version, part_names
+from slidesparse.integrations.engine.claims import Claims, part_names
 from slidesparse.integrations.engine.rank_weights import blank, check_loaded, cut, made_up, pack
 from slidesparse.packing import Shard, check_packed, restore
 from slidesparse.packing import pack as pack_rows
@@ -159,6 +160,6 @@ def test_markers_are_read_or_refused() -> None:
 def test_old_vllms_are_refused() -> None:
     for version in ("0.25.1", "0.9"):
         with pytest.raises(UnsupportedError, match=f"0.26 or newer, this is {version}"):
-            check_version(version)
+            check_vllm(version)
     for version in ("0.26.0", "0.33.0", "1.0", "0.0.0.dev1", "dev"):
-        check_version(version)
+        check_vllm(version)

@@ -9,9 +9,12 @@ from importlib import metadata
 import torch
 
 from . import __version__
+from .compat.versions import untested
+from .errors import UnsupportedError
 from .format import scheme_named
 from .gemm import Problem, active_plan
 from .gemm.kernels import kernels
+from .jit import toolchain
 from .ops import capability, triton_fault
 from .pattern import Pattern
 
@@ -19,6 +22,7 @@ _OPTIONAL = (
     ("triton", "run our kernels on a GPU", "pip install triton"),
     ("nvmath-python", "run 2:4 sparse GEMMs on a GPU", "pip install 'slidesparse[cuda]'"),
     ("transformers", "load, generate and eval", "pip install 'slidesparse[hf]'"),
+    ("vllm", "serve models", "pip install 'slidesparse[vllm]'"),
     ("gguf", "import GGUF files", "pip install 'slidesparse[gguf]'"),
     ("compressed-tensors", "run dense W8A8 twins in transformers", "pip install compressed-tensors"),
     ("matplotlib", "pictures", "pip install 'slidesparse[plot]'"),
@@ -40,10 +44,10 @@ def diagnose() -> list[Finding]:
     findings = [
         Finding("slidesparse", True, __version__, "convert, inspect and verify run here"),
         Finding("python", True, f"{platform.python_version()} on {platform.machine()}", ""),
-        Finding("torch", True, torch.__version__, f"{torch.get_num_threads()} CPU threads"),
+        _library("torch", torch.__version__, f"{torch.get_num_threads()} CPU threads"),
         _gpu(),
     ]
-    return findings + _packages() + _kernels() + _plans()
+    return [*findings, *_packages(), _compiler(), *_kernels(), *_plans()]
 
 
 def _packages() -> list[Finding]:
@@ -56,9 +60,26 @@ def _packages() -> list[Finding]:
             findings.append(Finding(package, False, "not installed", f"needed to {purpose}: {remedy}"))
             continue
         findings.append(
-            Finding(package, fault is None, found, purpose if fault is None else f"{fault}: kernels of torch run instead of ours")
+            _library(package, found, purpose)
+            if fault is None
+            else Finding(package, False, found, f"{fault}: kernels of torch run instead of ours")
         )
     return findings
+
+
+def _library(name: str, version: str, means: str) -> Finding:
+    """A library that is there; a version newer than every tested one is told as such."""
+    new = untested(name, version)
+    return Finding(name, new is None, version, new or means)
+
+
+def _compiler() -> Finding:
+    """What compiles CUDA C++ at first use; needs no GPU."""
+    purpose = "compile CUDA kernels at first use"
+    try:
+        return Finding("nvrtc", True, toolchain().version, purpose)
+    except UnsupportedError as error:
+        return Finding("nvrtc", False, "cannot be used", f"needed to {purpose}: {error}")
 
 
 def _kernels() -> list[Finding]:

@@ -12,7 +12,7 @@ def debug() -> bool:
 
 
 def cache_folder() -> Path:
-    """Where measured plans are kept: ``SLIDESPARSE_CACHE``, or ``slidesparse`` in the user's cache folder."""
+    """Where measured plans and compiled kernels are kept: ``SLIDESPARSE_CACHE``, or ``slidesparse`` in the user's cache folder."""
     chosen = os.environ.get("SLIDESPARSE_CACHE", "")
     if chosen:
         return Path(chosen)

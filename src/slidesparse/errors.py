@@ -43,3 +43,7 @@ class UnsupportedError(SlideSparseError):
 
 class EvaluationError(SlideSparseError):
     """Tasks, a text or a reference that an evaluation cannot go on with."""
+
+
+class CompileError(SlideSparseError):
+    """The source of a kernel does not compile, or not to what was asked for."""

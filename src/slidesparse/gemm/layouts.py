@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from .. import ops, reference
 from ..format import Packed, packed_tensors
-from ..ops import cusparselt
+from ..ops import cusparselt, sm90
 from ..ops.library import ones
 from ..ops.quantize import moves_nothing
 from ..quantization import expand_nvfp4
@@ -120,4 +120,28 @@ class SlidLayout:
         return sums[: problem.k, : problem.n].t().to(problem.compute_dtype).contiguous()
 
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PackedLayout(), DenseLayout(), SlidLayout())}
+class TiledLayout:
+    """Weights slid to 2:4 in the order in which the kernel reads them: uint8 ``[tiles down, across, 10240]``."""
+
+    name = "tiled"
+
+    def nbytes(self, problem: Problem) -> int:
+        """Half the slid values and two bits for each, in whole tiles."""
+        return sm90.tiled_bytes(problem.n, problem.pattern.slid_k(problem.k))
+
+    def prepare(self, problem: Problem, weights: Weights) -> Copy:
+        """Slide and put into tiles."""
+        return (sm90.tile(ops.slide(weights.packed)),)
+
+    def dense(self, problem: Problem, copy: Copy) -> Tensor:
+        """Out of the tiles, each slid weight to the column that was lifted there."""
+        slid = sm90.untile(copy[0], problem.n, problem.pattern.slid_k(problem.k), problem.scheme.dtype)
+        columns = torch.arange(1, problem.k + 1, dtype=torch.float32, device=slid.device).view(1, -1)
+        source = reference.lift(columns, problem.pattern)[0].long() - 1
+        row, column = slid.view(torch.uint8).nonzero(as_tuple=True)
+        dense = torch.zeros(problem.n, problem.k, dtype=torch.uint8, device=slid.device)
+        dense[row, source[column]] = slid.view(torch.uint8)[row, column]
+        return dense.view(problem.scheme.dtype)
+
+
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PackedLayout(), DenseLayout(), SlidLayout(), TiledLayout())}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import measure, ops, reference
+from ..compat.torch import scaled_mm
 from ..errors import CheckpointError, UnsupportedError
 from ..format import Scheme
 from ..measure import Timing
@@ -192,13 +193,13 @@ class Bench:
         """What a plan calls the layer."""
         return key_of(self.problem)
 
-    def cell(self, m: int, *, rounds: int | None = None, also: Sequence[Route] = ()) -> Cell:
-        """Check and time ``m`` tokens: the variants that the kernels' searches find worth timing, and the routes in ``also``."""
+    def cell(self, m: int, *, rounds: int | None = None, also: Sequence[Route] = (), without: Collection[str] = ()) -> Cell:
+        """Check and time ``m`` tokens: what the kernels' searches find worth timing and ``also`` these routes, ``without`` some kernels."""
         count = self._count(m)
         inputs = [torch.randn(m, self.problem.k, device="cuda", dtype=self.problem.dtype) for _ in range(count)]
         expected = cache(lambda draw: self._expected(inputs[draw]))
         calls, dropped = {}, {}
-        for route in dict.fromkeys([*self._worth(inputs[0], count, dropped), *also]):
+        for route in dict.fromkeys([*self._worth(inputs[0], count, dropped, without), *also]):
             found = [self.call(route, x, copy) for x, copy in zip(inputs, self.copies(route.layout, count), strict=False)]
             reason = self._fault(found, m, expected, roundings=kernels()[route.kernel].roundings(route.variant))
             if reason is None:
@@ -213,10 +214,12 @@ class Bench:
             unscaled = self._timed(self._unscaled(whole, inputs, dropped), dropped, rounds, UNSCALED)
         return Cell(m, whole, unscaled, dropped, kernel_versions())
 
-    def _worth(self, x: Tensor, count: int, dropped: dict[str, str]) -> list[Route]:
+    def _worth(self, x: Tensor, count: int, dropped: dict[str, str], without: Collection[str]) -> list[Route]:
         """The routes worth timing; kernels that cannot run are dropped."""
         found = []
         for name, kernel in kernels().items():
+            if name in without:
+                continue
             reason = kernel.refuses(self.problem)
             if reason is not None or not kernel.worth_timing:
                 dropped |= {} if reason is None else {name: reason}
@@ -295,7 +298,7 @@ class Bench:
             y = y * w_scale.double().view(1, -1) * x_scale.double()
         if scheme.name == "fp8" and refusal(Route("dense", "rowwise"), self.problem) is None:
             # The library's own row-wise product is what fp8 users get.
-            plain = torch._scaled_mm(q, self.dense.t(), x_scale, w_scale.view(1, -1), out_dtype=self.problem.dtype, use_fast_accum=True)
+            plain = scaled_mm(q, self.dense.t(), x_scale, w_scale.view(1, -1), out_dtype=self.problem.dtype, use_fast_accum=True)
             return y, plain
         return y, y.to(self.problem.dtype)
 

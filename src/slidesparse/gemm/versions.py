@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 from functools import cache
 from importlib import resources
 
@@ -19,9 +20,11 @@ def kernel_versions() -> dict[str, str]:
 def _version(number: int, code: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for module in sorted(code):
-        *folders, name = module.split(".")
-        file = resources.files(".".join(("slidesparse", *folders))) / f"{name}.py"
-        digest.update(stripped(file.read_text(encoding="utf-8")).encode())
+        cuda = module.endswith(".cu")
+        *folders, name = module.removesuffix(".cu").split(".")
+        file = resources.files(".".join(("slidesparse", *folders))) / f"{name}{'.cu' if cuda else '.py'}"
+        text = file.read_text(encoding="utf-8")
+        digest.update((_cuda_stripped(text) if cuda else stripped(text)).encode())
     return f"{number}-{digest.hexdigest()[:10]}"
 
 
@@ -33,6 +36,11 @@ def stripped(source: str) -> str:
         if isinstance(body, list):
             node.body = [one for one in body if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))]
     return _text(tree)
+
+
+def _cuda_stripped(source: str) -> str:
+    """CUDA C++ without comments and layout."""
+    return " ".join(re.sub(r"//[^\n]*", "", source).split())
 
 
 def _text(node: object) -> str:

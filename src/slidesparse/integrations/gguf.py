@@ -133,19 +133,21 @@ def _understood(file: GgufFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 
 def _named(file: GgufFile, config: PreTrainedConfig) -> tuple[PreTrainedModel, _Names]:
     from transformers import AutoModelForCausalLM
-    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map, load_gguf_checkpoint
 
-    read = {*GGUF_CONFIG_MAPPING.get(file.architecture.replace("-", "_"), GGUF_CONFIG_MAPPING.get(file.architecture, {})), "vocab_size"}
+    from ..compat.transformers import gguf_tables
+
+    tables = gguf_tables()
+    keys = tables.GGUF_CONFIG_MAPPING
+    read = {*keys.get(file.architecture.replace("-", "_"), keys.get(file.architecture, {})), "vocab_size"}
     if left := [key for key in file.own_keys if key not in read and not key.startswith("rope.scaling.")]:
         _LOG.warning("%s: transformers does not read these keys of the model: %s", file.path, ", ".join(left))
     if any(name.endswith(".attn_q.bias") for name in file.tensors) and getattr(config, "attention_bias", None) is False:
         config.attention_bias = True
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    parsed = load_gguf_checkpoint(str(file.path)) | {"tensors": {}}
-    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=parsed["config"])
-    return model, _Names(get_gguf_hf_weights_map(model, processor), processor, parsed)
+    parsed = tables.load_gguf_checkpoint(str(file.path)) | {"tensors": {}}
+    processor = tables.TENSOR_PROCESSORS.get(file.architecture, tables.TensorProcessor)(config=parsed["config"])
+    return model, _Names(tables.get_gguf_hf_weights_map(model, processor), processor, parsed)
 
 
 def _write_tensors(file: GgufFile, model: PreTrainedModel, names: _Names, dtype: torch.dtype | None, folder: Path) -> None:
@@ -156,7 +158,9 @@ def _write_tensors(file: GgufFile, model: PreTrainedModel, names: _Names, dtype:
     """
     missing, shards = set(model.state_dict()), _Shards(folder)
     if model.config.tie_word_embeddings:
-        missing -= set(model.all_tied_weights_keys)
+        from ..compat.transformers import tied_weights
+
+        missing -= set(tied_weights(model))
     for name, tensor in names.tensors(file, dtype):
         missing.discard(name)
         shards.add(name, tensor)

@@ -20,6 +20,7 @@ def find_reader(config: dict[str, Any], tensors: list[str]) -> Reader | None:
     model = _empty(config) if find_spec("transformers") is not None else None
     if model is None:
         return None
+    from ..compat.transformers import tied_weights
     from .transformers_files import names_in_model
 
     target_of, layers, merged = names_in_model(model), {}, set()
@@ -34,7 +35,7 @@ def find_reader(config: dict[str, Any], tensors: list[str]) -> Reader | None:
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     if not linear & layers.keys():
         return None  # the files are of another class
-    tied = {name.removesuffix(".weight") for pair in getattr(model, "all_tied_weights_keys", {}).items() for name in pair}
+    tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
     fixed = {layer for name, layer in layers.items() if name in tied or name not in linear} - merged
     return Reader({name: layers.get(name, name) for name in modules if name in linear}, _matching(), frozenset(fixed))
 

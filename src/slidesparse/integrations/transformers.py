@@ -15,12 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, register_quantizer
-from transformers.utils import logging
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint
+from ..compat.transformers import INITIALISED, HfQuantizer, QuantizationConfigMixin, logging, register_method, tied_weights
 from ..errors import CheckpointError, WeightError
 from ..format import BLOCK, QUANT_METHOD, PackedConfig, Scheme
 from ..gemm import Problem
@@ -67,8 +64,8 @@ class SlideSparseQuantizer(HfQuantizer):
                 continue
             packed = _empty_layer(config, layer, linear)
             packed.name = layer
-            packed._is_hf_initialized = True  # its tensors come from the checkpoint; it has no weight to initialise
-            packed.weight_marks["_is_hf_initialized"] = True  # nor have the modules around it
+            setattr(packed, INITIALISED, True)  # its tensors come from the checkpoint; it has no weight to initialise
+            packed.weight_marks[INITIALISED] = True  # nor have the modules around it
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, packed)
             if stored is not None:
@@ -84,7 +81,7 @@ class SlideSparseQuantizer(HfQuantizer):
             if ignored:
                 raise CheckpointError(f"{stored.where}: layer {layer} is packed, but config.json lists it under ignore")
             return False
-        if ignored or f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
+        if ignored or f"{name}.weight" in tied_weights(model):
             return True
         # A head that the checkpoint never had, as in a classifier on a language model's body.
         new = not stored.strict and f"{name}.weight" not in stored.tensors
@@ -126,9 +123,7 @@ class SlideSparseQuantizer(HfQuantizer):
 
 def register() -> None:
     """Register with transformers; does nothing the second time."""
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(SlideSparseConfig)
-        register_quantizer(QUANT_METHOD)(SlideSparseQuantizer)
+    register_method(QUANT_METHOD, SlideSparseConfig, SlideSparseQuantizer)
 
 
 register()

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..checkpoint.tensorfile import DTYPE_NAMES
+from ..compat.transformers import ignored_keys, names_when_loading, tied_weights
 from ..errors import CheckpointError
 from ..format import PackedConfig, packed_tensors
 from ..nn import SlideSparseLinear
@@ -74,18 +73,7 @@ def names_in_model(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             known |= {f"{name}.{suffix}": True for suffix in _SUFFIXES}
-    transforms = get_model_conversion_mapping(model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-
-    def target_of(key: str) -> tuple[str, bool]:
-        # The very steps that transformers takes when it loads.
-        target, merged = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
-        if target not in known and key in known:
-            target, merged = rename_source_key(key, [], [], model.base_model_prefix, known)
-        return target, merged is not None
-
-    return target_of
+    return names_when_loading(model, known)
 
 
 def check_layer(stored: StoredTensors, config: PackedConfig, name: str, layer: SlideSparseLinear) -> None:
@@ -114,7 +102,7 @@ def check_rest(stored: StoredTensors, model: nn.Module) -> None:
         CheckpointError: names the tensor.
     """
     expected = model.state_dict()
-    tied = getattr(model, "all_tied_weights_keys", {})
+    tied = tied_weights(model)
     partners = {**tied, **{source: target for target, source in tied.items()}}
     for name, tensor in expected.items():
         found = stored.tensors.get(name)
@@ -135,7 +123,7 @@ def check_parameters(stored: StoredTensors, model: nn.Module, prefix: str) -> No
     Raises:
         CheckpointError: names the tensor.
     """
-    tied = getattr(model, "all_tied_weights_keys", {})
+    tied = tied_weights(model)
     for name, _ in model.named_parameters():
         if name.startswith(prefix) and name not in stored.tensors and name not in tied and not _listed(name, model, "missing"):
             raise CheckpointError(f"{stored.where}: tensor {name} is missing")
@@ -159,7 +147,7 @@ def restore_scales(model: nn.Module, files: list[str]) -> None:
 
 def _listed(name: str, model: nn.Module, kind: str) -> bool:
     """Whether the model's author says that such a tensor may be missing or left over."""
-    return any(re.search(pattern, name) for pattern in getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ())
+    return any(re.search(pattern, name) for pattern in ignored_keys(model, kind))
 
 
 def _header(file: str) -> list[StoredTensor]:

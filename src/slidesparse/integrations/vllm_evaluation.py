@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat.versions import check_vllm
 from ..errors import EvaluationError, UnsupportedError
 from ..evaluate.windows import check_windows, windows
-from .engine.claims import check_version
 
 try:
     import vllm
@@ -27,13 +27,13 @@ REQUESTS = 64
 
 def open_engine(path: Path, *, context: int) -> Any:
     """An engine for texts in windows of ``context`` tokens."""
-    check_version(vllm.__version__)
+    check_vllm(vllm.__version__)
     return vllm.LLM(model=str(path), max_model_len=context + 1, **ENGINE)
 
 
 def open_runner(path: Path) -> Any:
     """lm-eval's model object; its engine is under ``model``."""
-    check_version(vllm.__version__)
+    check_vllm(vllm.__version__)
     from lm_eval.models.vllm_causallms import VLLM
 
     return VLLM(pretrained=str(path), batch_size="auto", **ENGINE)

@@ -11,13 +11,13 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from ..compat.torch import tracing_state
 from ..errors import UnsupportedError, WeightError
 from ..format import BLOCK, Packed, Scheme, packed_tensors, scheme_named
 from ..gemm import MEMORY, Route, Runner, Weights, refuse_capture
 from ..gemm.gradient import wanted
 from ..gemm.kernels.base import LEAVES
 from ..gemm.op import handle, linear, linear_unscaled
-from ..ops.launch import tracing_state
 from ..packing import check_packed, pack, restore
 from ..packing.checks import check_scale
 from ..pattern import Pattern

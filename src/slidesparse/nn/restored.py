@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from ..compat.torch import without_subclasses
 from ..errors import UnsupportedError
 
 _WRITES = ("__set__", "__delete__", "requires_grad_")
@@ -38,8 +38,8 @@ class RestoredWeight(torch.Tensor):
             UnsupportedError: it did; names the layer.
         """
         kwargs, untried = kwargs or {}, getattr(func, "__name__", "") in _WRITES
-        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, RestoredWeight)]
-        with torch._C.DisableTorchFunctionSubclass():
+        given = [one for one in _leaves((args, kwargs)) if isinstance(one, RestoredWeight)]
+        with without_subclasses():
             before = [one._version for one in given]
             result = None if untried else func(*args, **kwargs)
             changed = [one for one, version in zip(given, before, strict=True) if untried or one._version != version]
@@ -53,3 +53,14 @@ class RestoredWeight(torch.Tensor):
             memory = result.untyped_storage().data_ptr()
             label = next((one.label for one in given if one.untyped_storage().data_ptr() == memory), None)
             return result.as_subclass(Tensor) if label is None else RestoredWeight.of(result, label)
+
+
+def _leaves(given: object) -> Iterator[object]:
+    """What stands in tuples, lists and dictionaries, however deep."""
+    if isinstance(given, (tuple, list)):
+        for one in given:
+            yield from _leaves(one)
+    elif isinstance(given, dict):
+        yield from _leaves(list(given.values()))
+    else:
+        yield given

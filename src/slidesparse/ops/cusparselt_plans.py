@@ -22,20 +22,13 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
+from ..compat.nvmath import numbers
 from ..errors import UnsupportedError
 from .launch import allocate, allocator, current_stream
 
 BUILD_UNDER_CAPTURE = False
 """Whether a plan may be made while a CUDA graph is captured. The library's documents do not promise that it then leaves streams alone."""
 
-# cudaDataType, cusparseOperation_t, cusparseOrder_t and cusparseComputeType; nvmath has enums of them, but plans are made by number.
-_TYPES = {torch.float32: 0, torch.float16: 2, torch.int8: 3, torch.int32: 10, torch.bfloat16: 14, torch.float8_e4m3fn: 28}
-_NON_TRANSPOSE, _TRANSPOSE = 0, 1
-_COLUMN_ORDER, _ROW_ORDER = 1, 2
-_COMPUTE_INT32, _COMPUTE_FLOAT32 = 0, 2
-_HALF_THE_WEIGHTS, _DEFAULT_ALGORITHM = 0, 0
-_ALPHA_VECTOR_SCALING = 5
-_CONFIG_ID, CONFIG_MAX_ID, SEARCH_ITERATIONS, _SPLIT_K, _SPLIT_K_MODE, _SPLIT_K_BUFFERS = range(6)
 _ALIGNMENT = 16
 
 # Host scalars that the library reads during every call.
@@ -134,9 +127,9 @@ class Sparse:
     """Descriptor of a 2:4 matrix ``[N, K']`` in row order, and the sizes of its compressed form and of the scratch that making it takes."""
 
     def __init__(self, device: int, n: int, k: int, dtype: torch.dtype) -> None:
-        bindings, self.handle = library(), handle(device)
+        bindings, numbered, self.handle = library(), numbers(), handle(device)
         with refusals(f"a 2:4 matrix [{n}, {k}] of {dtype}"):
-            arguments = (n, k, k, _ALIGNMENT, _TYPES[dtype], _ROW_ORDER, _HALF_THE_WEIGHTS)
+            arguments = (n, k, k, _ALIGNMENT, numbered.types[dtype], numbered.row_order, numbered.half_the_weights)
             self.descriptor = bindings.structured_descriptor_init(self.handle, *arguments)
             finalize(self, bindings.mat_descriptor_destroy, self.descriptor).atexit = False
             self.compressed_bytes, self.scratch_bytes = bindings.sp_mma_compressed_size2(self.handle, self.descriptor)
@@ -147,7 +140,7 @@ class Sparse:
         stream = torch.cuda.current_stream(slid.device).cuda_stream
         pointers = (slid.data_ptr(), compressed.data_ptr(), scratch.data_ptr(), stream)
         with refusals(f"compressing {list(slid.shape)} of {slid.dtype}"):
-            library().sp_mma_compress2(self.handle, self.descriptor, 1, _NON_TRANSPOSE, *pointers)
+            library().sp_mma_compress2(self.handle, self.descriptor, 1, numbers().non_transpose, *pointers)
 
 
 class LibraryPlan:
@@ -163,20 +156,20 @@ class LibraryPlan:
 
     def __init__(self, wanted: Multiplication) -> None:
         self._wanted, self._bindings, self.handle = wanted, library(), handle(wanted.device)
-        bindings = self._bindings
+        bindings, numbered = self._bindings, numbers()
         self._multiply = bindings.matmul
         with refusals(str(wanted)), ExitStack() as made:
             # The stack undoes in the opposite order, which is the one the library wants.
             description, self.compressed_bytes = _describe(made, self.handle, wanted)
-            self._selection = bindings.matmul_alg_selection_init(self.handle, description, _DEFAULT_ALGORITHM)
+            self._selection = bindings.matmul_alg_selection_init(self.handle, description, numbered.default_algorithm)
             made.callback(bindings.matmul_alg_selection_destroy, self._selection)
             algorithm = Algorithm.parse(wanted.algorithm)
             if algorithm.config_id is not None:
-                self.set(_CONFIG_ID, algorithm.config_id)
+                self.set(numbered.config_id, algorithm.config_id)
             for attribute, value in (
-                (_SPLIT_K, algorithm.split_k),
-                (_SPLIT_K_MODE, algorithm.split_k_mode),
-                (_SPLIT_K_BUFFERS, algorithm.split_k_buffers),
+                (numbered.split_k, algorithm.split_k),
+                (numbered.split_k_mode, algorithm.split_k_mode),
+                (numbered.split_k_buffers, algorithm.split_k_buffers),
             ):
                 if value:
                     self.set(attribute, value)
@@ -200,7 +193,9 @@ class LibraryPlan:
     @property
     def algorithm(self) -> Algorithm:
         """The algorithm selected now."""
-        return Algorithm(*(self.get(attribute) for attribute in (_CONFIG_ID, _SPLIT_K, _SPLIT_K_MODE, _SPLIT_K_BUFFERS)))
+        numbered = numbers()
+        settings = (numbered.config_id, numbered.split_k, numbered.split_k_mode, numbered.split_k_buffers)
+        return Algorithm(*(self.get(attribute) for attribute in settings))
 
     def run(self, q: Tensor, compressed: Tensor, alpha: Tensor | None, y: Tensor, *, search_bytes: int | None = None) -> None:
         """Multiply into ``y [M, N]`` on the current stream. What it is given must be what the plan was made for.
@@ -288,7 +283,7 @@ def refusals(what: str) -> Iterator[None]:
 
 def _describe(made: ExitStack, handle: int, wanted: Multiplication) -> tuple[int, int]:
     """The multiplication's descriptor, and the bytes of its compressed weights."""
-    bindings = library()
+    bindings, numbered = library(), numbers()
 
     def matrix(init: Callable, *arguments: int) -> int:
         descriptor = init(handle, *arguments)
@@ -296,15 +291,15 @@ def _describe(made: ExitStack, handle: int, wanted: Multiplication) -> tuple[int
         return descriptor
 
     _, n, k, m, dtype, out_dtype, vector_alpha, _ = wanted
-    kind, out_kind = _TYPES[dtype], _TYPES[out_dtype]
-    weights = matrix(bindings.structured_descriptor_init, n, k, k, _ALIGNMENT, kind, _ROW_ORDER, _HALF_THE_WEIGHTS)
-    tokens = matrix(bindings.dense_descriptor_init, m, k, k, _ALIGNMENT, kind, _ROW_ORDER)
-    out = matrix(bindings.dense_descriptor_init, n, m, n, _ALIGNMENT, out_kind, _COLUMN_ORDER)
-    compute = _COMPUTE_INT32 if dtype == torch.int8 else _COMPUTE_FLOAT32
-    operands = (_NON_TRANSPOSE, _TRANSPOSE, weights, tokens, out, out, compute)
+    kind, out_kind, row_order = numbered.types[dtype], numbered.types[out_dtype], numbered.row_order
+    weights = matrix(bindings.structured_descriptor_init, n, k, k, _ALIGNMENT, kind, row_order, numbered.half_the_weights)
+    tokens = matrix(bindings.dense_descriptor_init, m, k, k, _ALIGNMENT, kind, row_order)
+    out = matrix(bindings.dense_descriptor_init, n, m, n, _ALIGNMENT, out_kind, numbered.column_order)
+    compute = numbered.compute_int32 if dtype == torch.int8 else numbered.compute_float32
+    operands = (numbered.non_transpose, numbered.transpose, weights, tokens, out, out, compute)
     description = bindings.matmul_descriptor_init(handle, *operands)
     made.callback(bindings.matmul_descriptor_destroy, description)
     if vector_alpha:
         yes = c_int32(1)
-        bindings.matmul_desc_set_attribute(handle, description, _ALPHA_VECTOR_SCALING, addressof(yes), sizeof(yes))
+        bindings.matmul_desc_set_attribute(handle, description, numbered.alpha_vector_scaling, addressof(yes), sizeof(yes))
     return description, bindings.sp_mma_compressed_size2(handle, weights)[0]

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..compat.nvmath import numbers
 from ..errors import UnsupportedError
-from .cusparselt_plans import CONFIG_MAX_ID, SEARCH_ITERATIONS, Algorithm, LibraryPlan, Multiplication, refusals
+from .cusparselt_plans import Algorithm, LibraryPlan, Multiplication, refusals
 from .library import capability
 
 _LOG = logging.getLogger(__name__)
@@ -94,10 +95,10 @@ class _Trial:
     def by_library(self) -> tuple[list[Algorithm], int]:
         """What the library's own search selects, if it works, and its highest configuration number."""
         plan = LibraryPlan(self._wanted)
-        highest = plan.get(CONFIG_MAX_ID)
+        highest = plan.get(numbers().config_max_id)
         try:
             with refusals(f"to search for {self._wanted}"):
-                plan.set(SEARCH_ITERATIONS, _RUNS)
+                plan.set(numbers().search_iterations, _RUNS)
                 plan.run(*self._operands, self._y, search_bytes=_SEARCH_WORKSPACE)
                 picked = plan.algorithm
         except UnsupportedError as error:

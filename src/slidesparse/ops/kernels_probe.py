@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.errors import TritonError
+
+from ..compat.triton import TritonError
 
 __all__ = ["TritonError", "probe_kernel"]
 

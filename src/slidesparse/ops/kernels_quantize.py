@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..compat.triton import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Launching Triton kernels with little host time, and the private names of torch that this needs.
+"""Launching Triton kernels with little host time.
 
 ``kernel[grid](...)`` binds and specialises every argument anew, 45 µs a call on a server's CPU. A `Launch` holds all of a launch but its
 tensors: from the second call on, it calls the compiled kernel with their addresses. Launches that differ in nothing that Triton compiles
@@ -7,13 +7,17 @@ for share a compiled kernel, so that a new number of tokens costs little.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
+
+from ..compat.torch import current_device, current_stream, empty_on_cuda, tracing_state, watched
+
+__all__ = [
+    "CALLS", "Launch", "Producer", "allocate", "allocator", "can_bypass_dispatcher", "current_device", "current_stream", "tracing_state",
+]  # fmt: skip
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -23,29 +27,7 @@ CALLS = 1 << 14
 
 def can_bypass_dispatcher(x: Tensor) -> bool:
     """Whether kernels may be launched on a tensor past the dispatcher: it is on CUDA, and no compiler, mode or tracer looks."""
-    return x.is_cuda and type(x) in _PLAIN and not torch.compiler.is_compiling() and not _watched()
-
-
-def _watched() -> bool:
-    """Whether a mode, a function transform or a tracer must see ops.
-
-    A default device asks nothing of tensors that are there, and profilers see kernels, which are to be those that run without them.
-    """
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None or tracing_state() is not None:
-        return True
-    return bool(torch._C._len_torch_function_stack()) and any(
-        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
-    )
-
-
-tracing_state: Callable[[], object | None] = torch._C._get_tracing_state
-"""What ``torch.jit.trace`` has recorded; None where it records nothing: what ``torch.jit.is_tracing`` asks, in half its host time."""
-
-current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-"""The current CUDA device's index, once CUDA is initialised: what ``torch.cuda.current_device`` gives, in a tenth of its host time."""
-
-current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", torch.cuda.current_stream)
-"""The current stream of a CUDA device as a number: what ``torch.cuda.current_stream`` gives, in a tenth of its host time."""
+    return x.is_cuda and type(x) in _PLAIN and not torch.compiler.is_compiling() and not watched()
 
 
 def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
@@ -53,9 +35,8 @@ def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...
 
     On CUDA it is the function that torch's compiled code calls, where torch has it: half the host time of ``torch.empty``.
     """
-    compilers = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-    if device.type == "cuda" and compilers is not None:
-        return compilers
+    if device.type == "cuda" and empty_on_cuda is not None:
+        return empty_on_cuda
     return lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype, device=device)
 
 
@@ -112,9 +93,12 @@ class Launch:
         compiled = known or self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
         if compiled is None:  # the interpreter compiles nothing
             return
-        # No metadata for hooks, and no hooks around the launch.
-        before = (compiled.function, compiled.packed_metadata, None, None, None)
-        self._compiled[key] = compiled.run, before, self._after(len(tensors))
+        from ..compat.triton import direct
+
+        launch = direct(self._kernel, compiled)
+        if launch is None:  # Triton binds and launches in every call
+            return
+        self._compiled[key] = launch.run, launch.before, self._after(launch.parameters[len(tensors) :])
         if known is not None:
             self(*tensors)
         elif kind is None:
@@ -122,10 +106,9 @@ class Launch:
         else:
             _COMPILED[kind] = compiled
 
-    def _after(self, tensors: int) -> tuple:
-        """The arguments behind so many tensors."""
-        names = self._kernel.arg_names[tensors + len(self._numbers) :]
-        return (*self._numbers, *(self._constants[name] for name in names))
+    def _after(self, parameters: Sequence[str]) -> tuple:
+        """The arguments behind the tensors, for the parameters there."""
+        return (*self._numbers, *(self._constants[name] for name in parameters[len(self._numbers) :]))
 
     def _kind(self, key: int, tensors: tuple) -> tuple | None:
         """Everything that Triton compiles for; None where this is not known, as with descriptors."""

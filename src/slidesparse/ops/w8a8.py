@@ -209,7 +209,7 @@ def bound_w8a8(
 
 
 def _descriptors(q: Tensor, weight: Tensor, tile: Tile) -> tuple[object, object]:
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    from ..compat.triton import TensorDescriptor
 
     return TensorDescriptor.from_tensor(q, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
 

@@ -13,12 +13,13 @@ from .base import Kernel, Pipeline
 from .cusparselt import CuSparseLt
 from .dense import DENSE_KERNELS, FEW_TOKENS
 from .exact64 import Exact64
+from .sm90 import Sm90
 
 __all__ = ["FEW_TOKENS", "Kernel", "Pipeline", "chosen", "kernels", "refusal", "register", "unmeasured"]
 
 _LOG = logging.getLogger(__name__)
 
-_KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (*DENSE_KERNELS, CuSparseLt(), Exact64())}
+_KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (*DENSE_KERNELS, Sm90(), CuSparseLt(), Exact64())}
 _OWN = tuple(_KERNELS)
 """The package's own kernels, the preferred ones of a layout first; others run only where a plan or the caller chose them."""
 

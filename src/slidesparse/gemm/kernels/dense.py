@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
+from ...compat.torch import HAS_INT_MM, int_mm, scaled_mm
+from ...compat.versions import lacks
 from ...ops.library import ones
 from ...ops.prologue import Activations, quantiser
 from ...ops.w8a8 import bound_w8a8
@@ -111,13 +113,13 @@ def _not_native(problem: Problem) -> str | None:
 
 
 def _rowwise(problem: Problem, q: Tensor, x_scale: Scale, weight: Tensor, scale: Scale, bias: Scale) -> Tensor:
-    return torch._scaled_mm(q, weight.t(), x_scale, scale.view(1, -1), bias, out_dtype=problem.dtype, use_fast_accum=True)
+    return scaled_mm(q, weight.t(), x_scale, scale.view(1, -1), bias, out_dtype=problem.dtype, use_fast_accum=True)
 
 
 def _rowwise_unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
     # Another kernel than without row scales, and the quicker one for many tokens.
     rows, columns = ones(q.device, q.shape[0]).view(-1, 1), ones(q.device, weight.shape[0]).view(1, -1)
-    return torch._scaled_mm(q, weight.t(), rows, columns, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return scaled_mm(q, weight.t(), rows, columns, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def _not_rowwise(problem: Problem) -> str | None:
@@ -141,7 +143,7 @@ def _tensorwise_unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Sca
 
 def _plain_scaled_mm(q: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     unit = _unit(q.device)
-    return torch._scaled_mm(q, weight.t(), unit, unit, out_dtype=dtype, use_fast_accum=True)
+    return scaled_mm(q, weight.t(), unit, unit, out_dtype=dtype, use_fast_accum=True)
 
 
 @cache
@@ -178,12 +180,14 @@ def _not_triton(problem: Problem) -> str | None:
 
 
 def _cublaslt(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
-    return torch._int_mm(q, weight.t())
+    return int_mm(q, weight.t())
 
 
 def _not_cublaslt(problem: Problem) -> str | None:
     if problem.scheme.name != "int8" or not problem.cuda:
         return "multiplies int8 on CUDA"
+    if not HAS_INT_MM:
+        return lacks("torch", "_int_mm")
     if problem.n % 8 or problem.k % 8:
         return f"N = {problem.n} and K = {problem.k} must be multiples of 8"
     return int32_overflow(problem)
@@ -218,14 +222,14 @@ def products(q: Tensor, dense: Tensor) -> Tensor:
 def int_matmul(q: Tensor, weight: Tensor) -> Tensor:
     """Exact int8 product ``[M, K]`` · ``[N, K]``ᵀ → int32 ``[M, N]``; K at most `slidesparse.ops.w8a8.WIDEST_K`.
 
-    torch._int_mm wherever it is exact and takes the shape: on a CPU with int8 dot products it was 3 to 5 times as fast as float32
+    `int_mm` wherever it is there, exact and takes the shape: on a CPU with int8 dot products it was 3 to 5 times as fast as float32
     (4096 × 4096, 2 cores: 0.3 against 1.3 ms at M = 1, 8 against 32 ms at M = 128, 27 against 59 ms at M = 512), needs no float copy
     of the weights, and takes every shape but K = 1, where it is wrong (torch 2.13). Elsewhere float32 in chunks of K short enough to
     be exact.
     """
     usable = _int_mm_takes(q, weight) if q.device.type == "cuda" else q.shape[1] > 1 and _int_mm_is_exact(q.device.type)
     if usable:
-        return torch._int_mm(q, weight.t())
+        return int_mm(q, weight.t())
     total = torch.zeros(q.shape[0], weight.shape[0], dtype=torch.int32, device=q.device)
     for start in range(0, q.shape[1], _CHUNK):
         columns = slice(start, start + _CHUNK)
@@ -235,7 +239,7 @@ def int_matmul(q: Tensor, weight: Tensor) -> Tensor:
 
 def _int_mm_takes(q: Tensor, weight: Tensor) -> bool:
     """cuBLASLt's limits: more than 16 rows, K and N multiples of 8."""
-    return q.shape[0] > 16 and q.shape[1] % 8 == 0 and weight.shape[0] % 8 == 0
+    return HAS_INT_MM and q.shape[0] > 16 and q.shape[1] % 8 == 0 and weight.shape[0] % 8 == 0
 
 
 @cache
@@ -245,7 +249,7 @@ def _int_mm_is_exact(device: str) -> bool:
         q = torch.full((17, 256), left, dtype=torch.int8, device=device)
         weight = torch.full((32, 256), right, dtype=torch.int8, device=device)
         try:
-            product = torch._int_mm(q, weight.t())
+            product = int_mm(q, weight.t())
         except (RuntimeError, NotImplementedError):
             return False
         if not bool((product == 256 * left * right).all()):

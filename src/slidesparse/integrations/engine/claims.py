@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ...errors import CheckpointError, UnsupportedError
+from ...errors import CheckpointError
 from ...format import PackedConfig
 from ...pattern import KNOWN, Pattern, tightest_first
 from ...select import DEFAULT_IGNORE, matches
-
-OLDEST_VLLM = (0, 26)
-
-
-def check_version(version: str) -> None:
-    """Refuse a vLLM whose interfaces differ from those that are used here.
-
-    Raises:
-        UnsupportedError: the version is older than `OLDEST_VLLM`.
-    """
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers and (0, 0) < tuple(map(int, numbers.groups())) < OLDEST_VLLM:
-        oldest = ".".join(map(str, OLDEST_VLLM))
-        raise UnsupportedError(f"slidesparse serves models with vLLM {oldest} or newer, this is {version}: pip install 'slidesparse[vllm]'")
 
 
 def part_names(layer: str, merged: Mapping[str, Sequence[str]]) -> tuple[str, ...]:

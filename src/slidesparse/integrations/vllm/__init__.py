@@ -7,22 +7,13 @@ activations. Expert layers, embeddings and heads run as vLLM has them, and so do
 
 from __future__ import annotations
 
-import vllm
-
+from ...compat.vllm import register_method
 from ...format import QUANT_METHOD
-from ..engine.claims import check_version
-
-check_version(vllm.__version__)
-
-# Only now: of an older vLLM, these could fail with a less helpful message.
-from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config  # noqa: E402
-
-from .configs import SlideSparseConfig  # noqa: E402
-from .dense import offer_kernel  # noqa: E402
+from .configs import SlideSparseConfig
+from .dense import offer_kernel
 
 
 def register() -> None:
     """Make the method known to vLLM, and vLLM's dense kernels to plans; does nothing the second time."""
-    if QUANT_METHOD not in QUANTIZATION_METHODS:
-        register_quantization_config(QUANT_METHOD)(SlideSparseConfig)
+    if register_method(QUANT_METHOD, SlideSparseConfig):
         offer_kernel()

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from ...compat.vllm import (
+    CompressedTensorsConfig,
+    LinearBase,
+    ParallelLMHead,
+    QuantizationConfig,
+    QuantizeMethodBase,
+    RoutedExperts,
+    UnquantizedLinearMethod,
+)
 from ...errors import UnsupportedError
 from ...format import MARKER, QUANT_METHOD, PackedConfig, Scheme, scheme_named
 from ..engine.claims import Claims, part_names

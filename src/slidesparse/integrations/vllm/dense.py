@@ -11,11 +11,16 @@ from collections.abc import Callable
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
-from vllm import _custom_ops
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8, CompressedTensorsW8A8Int8
 
 from ... import ops
+from ...compat.vllm import (
+    CompressedTensorsW8A8Fp8,
+    CompressedTensorsW8A8Int8,
+    UnquantizedLinearMethod,
+    cutlass_scaled_mm,
+    cutlass_scaled_mm_into,
+    has_cutlass,
+)
 from ...format import Scheme
 from ...gemm import Problem, active_plan, register
 from ...gemm.kernels.base import LEAVES, int32_overflow
@@ -86,7 +91,7 @@ def _refuses(problem: Problem) -> str | None:
         return "needs a 16-bit output and a bias of its type"
     if problem.n % 16 or problem.k % 16:
         return f"N = {problem.n} and K = {problem.k} must be multiples of 16"
-    if not hasattr(torch.ops._C, "cutlass_scaled_mm"):
+    if not has_cutlass():
         return "this vLLM was built without its CUTLASS kernels"
     if not _multiplies(problem.scheme):
         return f"vLLM's {problem.scheme.name} kernels do not run on compute capability {'.'.join(map(str, ops.capability()))}"
@@ -94,11 +99,10 @@ def _refuses(problem: Problem) -> str | None:
 
 
 def _run(problem: Problem, q: Tensor, x_scale: Scale, weight: Tensor, scale: Scale, bias: Scale) -> Tensor:
-    return _custom_ops.cutlass_scaled_mm(q, weight.t(), x_scale, scale, problem.dtype, bias)
+    return cutlass_scaled_mm(q, weight.t(), x_scale, scale, problem.dtype, bias)
 
 
 def _unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
     unit, y = ones(q.device, 1), allocate(q, q.shape[0], weight.shape[0], torch.bfloat16)
-    # Not by vLLM's wrapper, whose checks cost host time in every call.
-    torch.ops._C.cutlass_scaled_mm(y, q, weight.t(), unit, unit if "channel" in LEAVES[problem.scheme.name] else scale, None)
+    cutlass_scaled_mm_into(y, q, weight.t(), unit, unit if "channel" in LEAVES[problem.scheme.name] else scale)
     return y

@@ -9,24 +9,23 @@ written nor read. What it does not find runs as it stands.
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.pattern_matcher import Match, PatternMatcherPass, fwd_only, register_replacement
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from vllm import ir
-from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
-from vllm.config import VllmConfig
-from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.platforms import current_platform
 
+from ...compat.torch import graph_patterns
+from ...compat.vllm import InductorPass, VllmConfig, add_pass, enable_fake_mode, fused_add_rms_norm, silu_and_mul
+from ...errors import UnsupportedError
 from ...gemm.op import add_rms_norm_linear_unscaled, linear_unscaled, silu_mul_linear_unscaled
 from ...reference import scaled
 from ..engine.shapes import follows_swiglu
 
+_LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
 _ANY = {"n": 17, "eps": 0.17}
 """Stand for the number of outputs and the norm's epsilon where the patterns are traced; no other number there may be equal to them."""
 
@@ -40,7 +39,7 @@ class FuseQuantisation(InductorPass):
 
     def uuid(self) -> str:
         """What vLLM's and torch's compile caches know it by."""
-        return InductorPass.hash_source(*map(inspect.getsource, (sys.modules[__name__], scaled)))
+        return InductorPass.hash_source(*map(inspect.getsource, (sys.modules[__name__], scaled, silu_and_mul, fused_add_rms_norm)))
 
 
 def fuses(config: VllmConfig | None) -> bool:
@@ -48,10 +47,18 @@ def fuses(config: VllmConfig | None) -> bool:
 
     False where the user has put a pass of another kind into the one place that there is.
     """
-    if config is None:
+    return config is not None and _can_match() and isinstance(add_pass(config, FuseQuantisation()), FuseQuantisation)
+
+
+@cache
+def _can_match() -> bool:
+    """Whether torch has its matcher of graphs; says once what does not."""
+    try:
+        graph_patterns()
+    except UnsupportedError as error:
+        _LOG.warning("slidesparse: norms and activations are not fused with quantisation: %s", error)
         return False
-    passes = config.compilation_config.inductor_compile_config
-    return isinstance(passes.setdefault(current_platform.pass_key, FuseQuantisation()), FuseQuantisation)
+    return True
 
 
 def behind_swiglu(config: VllmConfig, layer: str) -> bool:
@@ -62,7 +69,7 @@ def behind_swiglu(config: VllmConfig, layer: str) -> bool:
     return not custom and settings.backend in ("", "inductor") and follows_swiglu(layer, getattr(text, "hidden_act", None))
 
 
-def _takes(match: Match, inputs: tuple[str, ...]) -> bool:
+def _takes(match: Any, inputs: tuple[str, ...]) -> bool:
     """Whether the kernels take what was found: x and the residual [M, K] and its weight [K] in bfloat16, scales [M, 1] and [1, K]."""
     nodes = {name: match.kwargs.get(name) for name in inputs}  # numbers are there as such, and None is not
     found = {name: node.meta.get("val") for name, node in nodes.items() if isinstance(node, fx.Node)}
@@ -75,14 +82,16 @@ def _takes(match: Match, inputs: tuple[str, ...]) -> bool:
 
 
 def _same(shape: torch.Size, wanted: tuple[int | torch.SymInt, ...]) -> bool:
-    return len(shape) == len(wanted) and all(statically_known_true(a == b) for a, b in zip(shape, wanted, strict=True))
+    known_true = graph_patterns().statically_known_true
+    return len(shape) == len(wanted) and all(known_true(a == b) for a, b in zip(shape, wanted, strict=True))
 
 
 @cache
 @enable_fake_mode
 @torch.no_grad()
-def _patterns() -> PatternMatcherPass:
-    found, dtype = PatternMatcherPass(pass_name="slidesparse"), torch.bfloat16
+def _patterns() -> Any:
+    matcher = graph_patterns()
+    found, dtype = matcher.PatternMatcherPass(pass_name="slidesparse"), torch.bfloat16
     x, residual, weight, name = *torch.empty(2, 5, 64, dtype=dtype), torch.empty(64, dtype=dtype), torch.empty(1, dtype=torch.int64)
     token, channel = (torch.empty(shape, dtype=torch.float32) for shape in ((5, 1), (1, 64)))
 
@@ -90,25 +99,25 @@ def _patterns() -> PatternMatcherPass:
         names = inspect.signature(search).parameters
         check = partial(_takes, inputs=tuple(one for one in names if one not in _ANY))
         numbers = {one: _ANY[one] for one in names if one in _ANY}
-        register_replacement(search, replacement, tensors, fwd_only, found, check, scalar_workaround=numbers)
+        matcher.register_replacement(search, replacement, tensors, matcher.fwd_only, found, check, scalar_workaround=numbers)
 
     def norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, name: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        normed, total = ir.ops.fused_add_rms_norm.torch_op(x, residual, weight, eps, None)
+        normed, total = fused_add_rms_norm(x, residual, weight, eps)
         return *linear_unscaled(normed, name, n), total
 
     # The first that matches counts: those that take most come first.
     add(
-        lambda x, scale, channel, name, n: linear_unscaled(SiluAndMul.forward_native(scaled(x, scale, channel, None, dtype)), name, n),
+        lambda x, scale, channel, name, n: linear_unscaled(silu_and_mul(scaled(x, scale, channel, None, dtype)), name, n),
         silu_mul_linear_unscaled,
         x, token, channel, name,
     )  # fmt: skip
     add(
-        lambda x, scale, name, n: linear_unscaled(SiluAndMul.forward_native(scaled(x, scale, None, None, dtype)), name, n),
+        lambda x, scale, name, n: linear_unscaled(silu_and_mul(scaled(x, scale, None, None, dtype)), name, n),
         lambda x, scale, name, n: silu_mul_linear_unscaled(x, scale, None, name, n),
         x, token, name,
     )  # fmt: skip
     add(
-        lambda x, name, n: linear_unscaled(SiluAndMul.forward_native(x), name, n),
+        lambda x, name, n: linear_unscaled(silu_and_mul(x), name, n),
         lambda x, name, n: silu_mul_linear_unscaled(x, None, None, name, n),
         x, name,
     )  # fmt: skip

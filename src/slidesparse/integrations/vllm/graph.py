@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor, nn
-from vllm.config import CompilationMode, VllmConfig
 
 from ... import __version__
+from ...compat.vllm import CompilationMode, VllmConfig
 from ...gemm.op import linear_unscaled
 from ...gemm.versions import kernel_versions
 from ...reference import scaled

@@ -10,11 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import CUDAGraphMode, get_current_vllm_config_or_none
-from vllm.model_executor.layers.linear import LinearMethodBase, RowParallelLinear, register_weight_loader_v2_supported_method
-from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
 
 from ... import ops
+from ...compat.vllm import (
+    ChannelQuantScaleParameter,
+    CUDAGraphMode,
+    LinearMethodBase,
+    ModelWeightParameter,
+    PerTensorScaleParameter,
+    RowParallelLinear,
+    get_current_vllm_config_or_none,
+    load_data,
+    register_weight_loader_v2_supported_method,
+)
 from ...errors import PatternError, UnsupportedError, WeightError
 from ...format import QUANT_METHOD, Packed, Scheme, packed_tensors, scheme_of_dtype
 from ...gemm import Problem, Runner, Weights
@@ -78,7 +86,7 @@ class PackedParameter(ModelWeightParameter):
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
         """Load the rank's part of every row."""
-        self._assert_and_load(self._part(loaded_weight))
+        load_data(self, self._part(loaded_weight))
 
 
 class SlideSparseLinearMethod(LinearMethodBase):

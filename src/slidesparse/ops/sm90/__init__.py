@@ -1,0 +1,20 @@
+"""An 8-bit product for compute capability 9.0 with both scales and the bias inside, written in CUDA C++ and compiled at first use."""
+
+from .launch import Gemm, loaded, unavailable
+from .layout import tile, tiled_bytes, untile
+from .variants import VARIANTS, Types, Variant, constants, predicted_clocks, source
+
+__all__ = [
+    "VARIANTS",
+    "Gemm",
+    "Types",
+    "Variant",
+    "constants",
+    "loaded",
+    "predicted_clocks",
+    "source",
+    "tile",
+    "tiled_bytes",
+    "unavailable",
+    "untile",
+]

@@ -1,0 +1,347 @@
+// Y[m, n] = X[m, k'] · W[n, k']ᵀ with both scales and a bias inside, for compute capability 9.0.
+//
+// Features are the rows of the product (operand A of wgmma, which alone can be 2:4 sparse), tokens are its columns. The grid is persistent:
+// every cluster of CLUSTER_FEATURES × CLUSTER_TOKENS blocks takes one tile after the other from a table. One thread of a block brings stages
+// of 128 bytes of k' by bulk copies; two warpgroups multiply 64 features each. Blocks of a cluster share what they bring by multicast.
+// A finished tile waits, rounded to 16 bits, in registers, and is written while the next one is multiplied.
+//
+// Constants: TYPE 0 int8, 1 e4m3; SPARSE 0, 1; TOKENS a tile; CLUSTER_FEATURES, CLUSTER_TOKENS; STAGES; OUT 0 bfloat16, 1 float16;
+// BIAS 0 none, 1 bfloat16, 2 float16, 3 float32; DELAY 1 lets every role wait at random, to find races. `multiply` comes from the generated
+// text in front of this one.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(64) TensorMap { u64 words[16]; };
+
+constexpr int WARPGROUPS = 2, FEATURES = 64 * WARPGROUPS, CLUSTER = CLUSTER_FEATURES * CLUSTER_TOKENS;
+constexpr int DEPTH = 128;                                   // bytes of k' a stage
+constexpr int VALUES = SPARSE ? 64 * DEPTH / 2 : 64 * DEPTH;  // bytes of values of 64 features a stage
+constexpr int BLOCK = SPARSE ? VALUES + 1024 : VALUES;        // and of their metadata, one word a thread and instruction
+constexpr int X_BYTES = TOKENS * DEPTH, W_BYTES = WARPGROUPS * BLOCK, STAGE = X_BYTES + W_BYTES;
+constexpr int CHUNK = 32, CHUNKS = TOKENS / CHUNK;            // tokens written at once
+constexpr int BUFFERS = SPARSE ? 4 : 2;                       // chunks of a warpgroup in shared memory
+constexpr int CHUNK_BYTES = CHUNK * 128, OUT_BYTES = WARPGROUPS * BUFFERS * CHUNK_BYTES;
+constexpr int INSTRUCTIONS = SPARSE ? 2 : 4;                  // a stage
+constexpr int THREADS = 128 * (WARPGROUPS + 1);
+constexpr u64 KEEP_FIRST_OUT = 0x12F0000000000000ull;         // cache hint: evict first
+
+#if TYPE == 0
+typedef int Sum;
+#else
+typedef float Sum;
+#endif
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// In another block of the cluster. A scope qualifier would make ptxas add a fence of the whole device.
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
+  asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [r];}" ::"r"(barrier), "r"(rank)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
+  asm volatile(
+      "{\n.reg .pred p;\nL%=:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra D%=;\nbra L%=;\nD%=:\n}" ::"r"(barrier), "r"(phase)
+      : "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void warpgroup_sync(int warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); }
+
+// A matrix of rows of 128 bytes by a tensor copy, or a run of bytes, into this block or into all of `mask`.
+__device__ __forceinline__ void copy_rows(u32 to, const TensorMap* map, int column, int row, u32 barrier, u16 mask) {
+  if (mask == 0)
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+                 "l"(map), "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+  else
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
+            to),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(mask)
+        : "memory");
+}
+__device__ __forceinline__ void copy_bytes(u32 to, const u8* from, u32 bytes, u32 barrier, u16 mask) {
+  if (mask == 0)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
+                 "r"(barrier)
+                 : "memory");
+  else
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "h"(mask)
+                 : "memory");
+}
+
+__device__ __forceinline__ u32 load_shared(u32 address) {
+  u32 value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+// Matrix descriptors of wgmma: 8 rows `stride` bytes apart, swizzled in 128 bytes (1) or 64 (2).
+__device__ __forceinline__ u64 descriptor(u32 address, u32 stride, u32 swizzle) {
+  return (u64)((address & 0x3ffff) >> 4) | ((u64)1 << 16) | ((u64)(stride >> 4) << 32) | ((u64)swizzle << 62);
+}
+// Without this the compiler may read sums that are still being added to.
+__device__ __forceinline__ void settle(Sum (&sums)[TOKENS / 2]) {
+#pragma unroll
+  for (int i = 0; i < TOKENS / 2; i++) {
+#if TYPE == 0
+    asm volatile("" : "+r"(sums[i])::"memory");
+#else
+    asm volatile("" : "+f"(sums[i])::"memory");
+#endif
+  }
+}
+__device__ __forceinline__ void delay() {
+#if DELAY
+  __nanosleep((clock() * 2654435761u >> 20) & 2047);
+#endif
+}
+template <int LEFT> __device__ __forceinline__ void multiply_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+__device__ __forceinline__ float scaled(Sum sum, float w_scale, float x_scale, float bias) {
+  float y = __fmul_rn(__fmul_rn((float)sum, w_scale), x_scale);  // the order of slidesparse.reference.scaled
+  return BIAS ? __fadd_rn(y, bias) : y;
+}
+__device__ __forceinline__ u32 rounded(float low, float high) {
+  u32 pair;
+#if OUT == 0
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+  return pair;
+}
+__device__ __forceinline__ float bias_at(const void* bias, int row, int n) {
+  if (!BIAS || row >= n) return 0.f;
+  if (BIAS == 3) return __ldg((const float*)bias + row);
+  u16 bits = __ldg((const u16*)bias + row);
+  float value;
+  if (BIAS == 1) return __uint_as_float((u32)bits << 16);
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+template <int N> struct At { static constexpr int value = N; };
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap y_map,
+     const u8* weights, const float* x_scale, const float* w_scale, const void* bias, const u32* tiles, int tile_count, int steps, int m,
+     int n) {
+  extern __shared__ u8 raw[];
+  const u32 stages = (shared_address(raw) + 1023) & ~1023u, out = stages + STAGES * STAGE, scales = out + OUT_BYTES;
+  const u32 full = scales + WARPGROUPS * TOKENS * 4, empty = full + STAGES * 8;
+  u32 rank = 0, cluster = blockIdx.x, clusters = gridDim.x;
+  if (CLUSTER > 1) {
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(cluster));
+    asm("mov.u32 %0, %%nclusterid.x;" : "=r"(clusters));
+  }
+  const int feature_rank = rank % CLUSTER_FEATURES, token_rank = rank / CLUSTER_FEATURES, thread = threadIdx.x;
+  if (thread == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(full + s * 8, 1);
+      barrier_init(empty + s * 8, WARPGROUPS * CLUSTER);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  if (CLUSTER > 1) cluster_sync(); else __syncthreads();
+  const int warpgroup = __shfl_sync(~0u, thread >> 7, 0);  // uniform in a warp, so that setmaxnreg is honoured
+
+  if (warpgroup == WARPGROUPS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (thread == WARPGROUPS * 128) {
+      u16 same_features = 0;
+      for (int t = 0; t < CLUSTER_TOKENS; t++) same_features |= 1 << (feature_rank + CLUSTER_FEATURES * t);
+      const u16 same_tokens = ((1 << CLUSTER_FEATURES) - 1) << (CLUSTER_FEATURES * token_rank);
+      const u16 x_mask = CLUSTER_FEATURES > 1 ? same_tokens : 0, w_mask = CLUSTER_TOKENS > 1 ? same_features : 0;
+      constexpr int X_PART = X_BYTES / CLUSTER_FEATURES, W_PART = W_BYTES / CLUSTER_TOKENS;
+      const int last_tile = (n - 1) / FEATURES;  // a cluster may reach beyond: it brings this one again, and nothing of it is written
+      int slot = 0;
+      u32 phase = 1;
+      for (int t = cluster; t < tile_count; t += clusters) {
+        const u32 tile = __ldg(tiles + t);
+        const int feature_tile = min((int)(tile >> 16) * CLUSTER_FEATURES + feature_rank, last_tile);
+        const int token_tile = (tile & 0xffff) * CLUSTER_TOKENS + token_rank, token = token_tile * TOKENS + feature_rank * (TOKENS / CLUSTER_FEATURES);
+        const u8* from = weights + (size_t)feature_tile * steps * W_BYTES + token_rank * W_PART;
+        for (int step = 0; step < steps; step++) {
+          barrier_wait(empty + slot * 8, phase);
+          delay();
+          const u32 arrived = full + slot * 8, to = stages + slot * STAGE;
+          barrier_expect(arrived, STAGE);
+          copy_rows(to + feature_rank * X_PART, &x_map, step * DEPTH, token, arrived, x_mask);
+          if (SPARSE) {
+            copy_bytes(to + X_BYTES + token_rank * W_PART, from, W_PART, arrived, w_mask);
+            from += W_BYTES;
+          } else {
+            copy_rows(to + X_BYTES + token_rank * W_PART, &w_map, step * DEPTH, feature_tile * FEATURES + token_rank * (FEATURES / CLUSTER_TOKENS),
+                      arrived, w_mask);
+          }
+          if (++slot == STAGES) {
+            slot = 0;
+            phase ^= 1;
+          }
+        }
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int inside = thread & 127, lane = thread & 31, warp = inside >> 5;
+    const u32 metadata_at = X_BYTES + warpgroup * BLOCK + VALUES + inside * 4, my_scales = scales + warpgroup * TOKENS * 4;
+    const int row_in_chunk = (lane & 7) + ((lane >> 4) << 3), column16 = 2 * warp + ((lane >> 3) & 1);
+    Sum sums[TOKENS / 2];
+    u32 metadata[2][2];  // of two stages: an instruction in flight still reads its own
+    u32 held[TOKENS / 4];
+    int held_row = -1, held_token = 0, slot = 0;
+    u32 phase = 0;
+
+    auto load_metadata = [&](auto parity) {
+      if constexpr (SPARSE) {
+        metadata[parity.value][0] = load_shared(stages + slot * STAGE + metadata_at);
+        metadata[parity.value][1] = load_shared(stages + slot * STAGE + metadata_at + 512);
+      }
+    };
+    auto multiply_stage = [&](auto parity, int add) {
+      const u32 x = stages + slot * STAGE, w = x + X_BYTES + warpgroup * BLOCK;
+      const u64 x_at = descriptor(x, 1024, 1), w_at = SPARSE ? descriptor(w, 512, 2) : descriptor(w, 1024, 1);
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int i = 0; i < INSTRUCTIONS; i++)
+        multiply(sums, w_at + i * 2, x_at + i * (SPARSE ? 4 : 2), metadata[parity.value][SPARSE ? i : 0], i == 0 ? add : 1);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    };
+    auto release_previous = [&] {
+      const u32 barrier = empty + (slot == 0 ? STAGES - 1 : slot - 1) * 8;
+      if (CLUSTER == 1) {
+        if (inside == 0) barrier_arrive(barrier);
+      } else if (inside < CLUSTER) {
+        barrier_arrive_at(barrier, inside);
+      }
+    };
+    auto next_stage = [&] {
+      if (++slot == STAGES) {
+        slot = 0;
+        phase ^= 1;
+      }
+    };
+    // A chunk of the held tile goes to shared memory, and from there to Y.
+    auto put = [&](auto chunk) {
+      const u32 buffer = out + (warpgroup * BUFFERS + chunk.value % BUFFERS) * CHUNK_BYTES;
+#pragma unroll
+      for (int j = 0; j < CHUNK / 16; j++) {
+        const int row = j * 16 + row_in_chunk, o = (chunk.value * (CHUNK / 16) + j) * 4;
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(buffer + row * 128 +
+                                                                                                 ((column16 ^ (row & 7)) << 4)),
+                     "r"(held[o]), "r"(held[o + 1]), "r"(held[o + 2]), "r"(held[o + 3])
+                     : "memory");
+      }
+    };
+    auto send = [&](auto chunk) {
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      if (inside == 0) asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(BUFFERS - 2) : "memory");  // the next chunk's buffer is free
+      warpgroup_sync(warpgroup);
+      if (inside == 0) {
+        const u32 buffer = out + (warpgroup * BUFFERS + chunk.value % BUFFERS) * CHUNK_BYTES;
+        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], %4;" ::"l"(&y_map),
+                     "r"(held_row), "r"(held_token + chunk.value * CHUNK), "r"(buffer), "l"(KEEP_FIRST_OUT)
+                     : "memory");
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+      }
+    };
+    auto each_chunk = [&](auto self, auto chunk, auto&& body) -> void {
+      if constexpr (chunk.value < CHUNKS) {
+        body(chunk);
+        self(self, At<chunk.value + 1>(), body);
+      }
+    };
+    // Two stages, and between their instructions a chunk of the held tile, or none (-1).
+    auto two_stages = [&](int step, int token, auto chunk) {
+      delay();
+      multiply_stage(At<0>(), step != 0);
+      if constexpr (chunk.value >= 0)
+        if (held_row >= 0) put(chunk);
+      if (step) {
+        multiply_wait<1>();
+        release_previous();
+      } else {
+        for (int i = inside; i < TOKENS; i += 128) {
+          const float scale = token + i < m ? __ldg(x_scale + token + i) : 0.f;
+          asm volatile("st.shared.f32 [%0], %1;" ::"r"(my_scales + i * 4), "f"(scale) : "memory");
+        }
+      }
+      next_stage();
+      barrier_wait(full + slot * 8, phase);
+      load_metadata(At<1>());
+      multiply_stage(At<1>(), 1);
+      if constexpr (chunk.value >= 0)
+        if (held_row >= 0) send(chunk);
+      multiply_wait<1>();
+      release_previous();
+      next_stage();
+      if (step + 2 < steps) {
+        barrier_wait(full + slot * 8, phase);
+        load_metadata(At<0>());
+      }
+    };
+
+    for (int t = cluster; t < tile_count; t += clusters) {
+      const u32 tile = __ldg(tiles + t);
+      const int row = ((tile >> 16) * CLUSTER_FEATURES + feature_rank) * FEATURES + warpgroup * 64;
+      const int token = ((tile & 0xffff) * CLUSTER_TOKENS + token_rank) * TOKENS;
+      barrier_wait(full + slot * 8, phase);
+      load_metadata(At<0>());
+      each_chunk(each_chunk, At<0>(), [&](auto chunk) {
+        if (2 * chunk.value < steps) {
+          two_stages(2 * chunk.value, token, chunk);
+        } else if (held_row >= 0) {
+          put(chunk);
+          send(chunk);
+        }
+      });
+      for (int step = 2 * CHUNKS; step < steps; step += 2) two_stages(step, token, At<-1>());
+      const int feature = row + warp * 16 + (lane >> 2);
+      const float w0 = feature < n ? __ldg(w_scale + feature) : 0.f, w1 = feature + 8 < n ? __ldg(w_scale + feature + 8) : 0.f;
+      multiply_wait<0>();
+      settle(sums);
+      release_previous();
+      warpgroup_sync(warpgroup);  // the token scales lie there
+      const float b0 = bias_at(bias, feature, n), b1 = bias_at(bias, feature + 8, n);
+#pragma unroll
+      for (int j = 0; j < TOKENS / 8; j++) {
+        float x0, x1;
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x0), "=f"(x1) : "r"(my_scales + j * 32 + (lane & 3) * 8));
+        held[2 * j] = rounded(scaled(sums[4 * j], w0, x0, b0), scaled(sums[4 * j + 1], w0, x1, b0));
+        held[2 * j + 1] = rounded(scaled(sums[4 * j + 2], w1, x0, b1), scaled(sums[4 * j + 3], w1, x1, b1));
+        if (BIAS && j % 4 == 3) __syncwarp();  // or ptxas reads all scales ahead, and has a register too few
+      }
+      held_row = row;
+      held_token = token;
+      warpgroup_sync(warpgroup);  // all have read the scales before the next tile's take their place
+    }
+    if (held_row >= 0)
+      each_chunk(each_chunk, At<0>(), [&](auto chunk) {
+        put(chunk);
+        send(chunk);
+      });
+    if (inside == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  }
+  if (CLUSTER > 1) {  // no block leaves while another may still write to it or arrive at its barriers
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  }
+}
