@@ -172,13 +172,14 @@ def listed(capability: tuple[int, int]) -> list[ShippedLaunch]:
 
 
 def sample(count: int, chance: random.Random) -> list[tuple[int, tuple[int, int]]]:
-    """So many launches for every card, every kernel among them."""
+    """So many launches for every card, and each kernel at least once."""
     found = []
     for capability in CARDS:
         launches = listed(capability)
         order = chance.sample(range(len(launches)), len(launches))
         first = {launches[number].name: number for number in order}
-        found += [(number, capability) for number in [*first.values(), *(n for n in order if n not in first.values())][:count]]
+        rest = [number for number in order if number not in first.values()][: max(0, count - len(first))]
+        found += [(number, capability) for number in (*first.values(), *rest)]
     return found
 
 
