@@ -37,14 +37,9 @@ KERNELS = (*launches.ROWS, *launches.SUMS, "lift_kernel", "restore_kernel", "sli
 @cache
 def code_of(name: str, capability: tuple[int, int], **wanted: object) -> tuple[ShippedLaunch, launches.Code]:
     """The first launch of a kernel with these constants, and its code."""
-    launch = next(
-        one for one in shipped_launches(capability) if one.name == name and wanted.items() <= one.constants.items() and not one_spills(one)
-    )
+    fitting = (one for one in shipped_launches(capability) if one.name == name and wanted.items() <= one.constants.items())
+    launch = next(one for one in fitting if not launches.known_spills(one))
     return launch, launches.compiled(launch, capability)
-
-
-def one_spills(launch: ShippedLaunch) -> bool:
-    return launch.constants.get("CHUNKS", 0) > 8
 
 
 BREAKS = [
