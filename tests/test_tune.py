@@ -296,7 +296,8 @@ class Coarse(DenseKernel):
                 y[-1] *= 1.5
             else:
                 largest = float(torch.cat([(y.double() - exact)[:32], (y.double() - exact)[-32:]]).abs().max())
-                y[0, exact[0].abs().argmin()] = exact[0].abs().min() + 2.8 * largest
+                place = exact[0].abs().argmin()
+                y[0, place] = exact[0, place] + 2.8 * largest
             return y
 
         return steps._replace(epilogue=spoilt)
