@@ -109,6 +109,12 @@ def test_a_kernel_keeps_its_resources_in_the_cache(builds: list[str]) -> None:
     assert first == second and builds == ["spilling"]
 
 
+def test_without_a_report_there_are_no_resources_and_the_kernel_is_kept_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_resources", lambda log, real=compiler._resources: real(""))
+    first, second = fill(3), fill(3)
+    assert first.resources is None and second == first and first.cubin
+
+
 def test_another_process_compiles_the_same_bytes(folder: Path) -> None:
     here = fill()
     for path in entries(folder):

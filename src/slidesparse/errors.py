@@ -45,5 +45,5 @@ class EvaluationError(SlideSparseError):
     """Tasks, a text or a reference that an evaluation cannot go on with."""
 
 
-class CompileError(SlideSparseError):
+class CompileError(UnsupportedError):
     """The source of a kernel does not compile, or not to what was asked for."""

@@ -19,6 +19,8 @@ from .nvrtc import toolchain
 _LOG = logging.getLogger(__name__)
 _LAYOUT = 1
 """Raised whenever an entry of the cache, or what it is made from, changes its meaning."""
+_CACHES = (12, 9)
+"""The NVRTC from which on its option against its own cache is known."""
 _ERROR = re.compile(r"\berror\b|\bfatal\b")
 
 
@@ -39,12 +41,15 @@ class Resources:
 
 @dataclass(frozen=True)
 class Binary:
-    """A compiled kernel: its name, the architecture that alone runs it, the cubin, and its resources."""
+    """A compiled kernel: its name, the architecture that alone runs it, the cubin, and its resources.
+
+    These are None where ptxas reported none, as when NVRTC takes the result from a cache of its own.
+    """
 
     name: str
     arch: str
     cubin: bytes
-    resources: Resources
+    resources: Resources | None
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ def _options(job: Job) -> object:
         std="c++17",
         device_as_default_execution_space=True,  # or NVRTC 13.0 takes generic lambdas for host functions
         no_source_include=True,
+        no_cache=toolchain().release >= _CACHES,  # a result from NVRTC's own cache has no report of resources
         ptxas_options="-v",
         define_macro=macros or None,
     )
@@ -122,25 +128,30 @@ def _build(job: Job) -> Binary:
             raise CompileError(f"kernel {job.name!r} does not compile for {job.arch}: {first}") from error
         raise
     _LOG.debug("%s for %s: %s", job.name, job.arch, log.getvalue())
-    return Binary(job.name, job.arch, cubin, _resources(job, log.getvalue()))
+    _check_name(job, cubin)
+    return Binary(job.name, job.arch, cubin, _resources(log.getvalue()))
 
 
-def _resources(job: Job, log: str) -> Resources:
+def _resources(log: str) -> Resources | None:
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.findall(r"Used (\d+) registers", log)
-    kernels = re.findall(r"Compiling entry function '([^']+)'", log)
-    if job.name not in kernels:
-        raise CompileError(f'the source has no kernel {job.name!r}, but {", ".join(sorted(kernels)) or "none"}: is it extern "C"?')
     if not frames or not registers:
-        raise CompileError(f"kernel {job.name!r}: NVRTC {toolchain().version} reports no resources that can be read: {log.strip()!r}")
+        return None
     spills = sum(int(stores) + int(loads) for _, stores, loads in frames)
     return Resources(max(map(int, registers)), max(int(frame) for frame, _, _ in frames), spills)
 
 
+def _check_name(job: Job, cubin: bytes) -> None:
+    kernels = sorted({name.decode() for name in re.findall(rb"\.text\.(\w+)\0", cubin)})
+    if job.name not in kernels:
+        raise CompileError(f'the source has no kernel {job.name!r}, but {", ".join(kernels) or "none"}: is it extern "C"?')
+
+
 def _to_bytes(binary: Binary) -> bytes:
-    return json.dumps(asdict(binary.resources)).encode() + b"\n" + binary.cubin
+    return json.dumps(binary.resources and asdict(binary.resources)).encode() + b"\n" + binary.cubin
 
 
 def _from_bytes(job: Job, data: bytes) -> Binary:
     head, _, cubin = data.partition(b"\n")
-    return Binary(job.name, job.arch, cubin, Resources(**json.loads(head)))
+    resources = json.loads(head)
+    return Binary(job.name, job.arch, cubin, resources and Resources(**resources))

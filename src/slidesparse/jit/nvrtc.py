@@ -26,6 +26,12 @@ class Toolchain:
     version: str
     identity: str
 
+    @property
+    def release(self) -> tuple[int, int]:
+        """Such as (13, 0)."""
+        major, minor = self.version.split(".")
+        return int(major), int(minor)
+
 
 @cache
 def toolchain() -> Toolchain:
