@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 import models
 from slidesparse import packing, reference
-from slidesparse.checkpoint import Recipe, convert, verify
+from slidesparse.checkpoint import Recipe, convert, layers, verify
 from slidesparse.errors import PatternError, UnsupportedError
 from slidesparse.format import SCHEMES, Packed, PackedConfig
 from slidesparse.pattern import KNOWN, Pattern
@@ -234,6 +235,17 @@ def test_random_pruning_is_reproducible_and_differs_by_seed(tmp_path):
     a, b, c = (models.read(tmp_path / name)[f"{LAYER}.weight"] for name in "abc")
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert packing.find_violation(a, SIX) is None and int((a == 0).sum()) == 64 * 24
+
+
+def test_random_pruning_draws_anew_in_every_layer_and_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "_WEIGHTS", 16 * 64)
+    same = torch.randn(16, 64).bfloat16().repeat(4, 1)
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]
+    source = models.write(tmp_path / "dense", models.llama_tensors() | {name: same.clone() for name in names})
+    convert(source, tmp_path / "out", Recipe(SIX, "random", form="dense"))
+    found = models.read(tmp_path / "out")
+    kept = [block != 0 for name in names for block in found[name].split(16)]
+    assert len(kept) == 8 and not any(torch.equal(one, other) for one, other in itertools.combinations(kept, 2))
 
 
 def test_selection_keeps_heads_experts_and_routers(tmp_path):

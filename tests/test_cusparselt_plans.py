@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
-from ctypes import c_float, c_int32, c_void_p
+from ctypes import c_char, c_float, c_int32, c_void_p
 
 import pytest
 import torch
@@ -27,7 +27,10 @@ WANTED = Multiplication(0, 64, 96, 16, torch.int8, torch.bfloat16, True, "alg=3,
 
 
 class Recorder:
-    """Stands in for nvmath's bindings: hands out numbers, records calls, and holds destruction to the library's order."""
+    """Stands in for nvmath's bindings: multiplies what its descriptions say lies where, and holds destruction to the library's order.
+
+    It compresses nothing: the weights are read as they would be slid.
+    """
 
     class cuSPARSELtError(Exception):
         pass
@@ -36,15 +39,17 @@ class Recorder:
         # Far above enumeration values, which stand among the arguments too.
         self.failing, self.numbers = "", itertools.count(1000)
         self.needs: dict[int, tuple[int, ...]] = {}
-        self.calls: list[tuple] = []
+        self.made: dict[int, tuple] = {}
+        self.set: dict[int, dict[int, int]] = {}
+        self.streams: list[int] = []
 
     def make(self, name: str, *arguments: int) -> int:
-        self.calls.append((name, *arguments))
         if name == self.failing:
             raise self.cuSPARSELtError("NOT_SUPPORTED")
-        made = next(self.numbers)
-        self.needs[made] = tuple(number for number in arguments[1:] if number in self.needs)
-        return made
+        number = next(self.numbers)
+        self.needs[number] = tuple(one for one in arguments[1:] if one in self.needs)
+        self.made[number], self.set[number] = arguments[1:], {}
+        return number
 
     def __getattr__(self, name: str):
         if name.endswith("_init"):
@@ -59,7 +64,7 @@ class Recorder:
 
     def set_attribute(self, handle: int, target: int, attribute: int, at: int, size: int) -> None:
         assert size == 4
-        self.calls.append(("set", attribute, c_int32.from_address(at).value))
+        self.set[target][attribute] = c_int32.from_address(at).value
 
     matmul_desc_set_attribute = matmul_alg_set_attribute = set_attribute
 
@@ -69,10 +74,25 @@ class Recorder:
     def sp_mma_compressed_size2(self, handle: int, descriptor: int) -> tuple[int, int]:
         return 3840, 0
 
+    def matrix(self, descriptor: int, address: int) -> torch.Tensor:
+        """The described matrix that begins at an address, as a view of the memory there."""
+        rows, columns, leading, _, kind, order, *_ = self.made[descriptor]
+        dtype = next(dtype for dtype, number in TYPES.items() if number == kind)
+        lines = columns if order == NUMBERS.column_order else rows
+        flat = torch.frombuffer((c_char * (lines * leading * dtype.itemsize)).from_address(address), dtype=dtype).view(lines, leading)
+        return flat[:, :rows].t() if order == NUMBERS.column_order else flat[:, :columns]
+
     def matmul(self, handle, plan, alpha, a, b, beta, c, d, workspace, streams, count) -> None:
-        assert plan in self.needs and c == d and workspace and count == 1
-        numbers = (c_float.from_address(beta).value, c_void_p.from_address(streams).value)
-        self.calls.append(("matmul", alpha, a, b, d, *numbers))
+        description, _ = self.made[plan]
+        of_a, of_b, *descriptors, sums = self.made[description]
+        left, right, addend, out = map(self.matrix, descriptors, (a, b, c, d))
+        left, right = (one.t() if kind == NUMBERS.transpose else one for one, kind in ((left, of_a), (right, of_b)))
+        assert plan in self.needs and workspace and count == 1 and sums == NUMBERS.compute_int32
+        rows = out.shape[0] if self.set[description].get(NUMBERS.alpha_vector_scaling) else 1
+        factors = torch.tensor([c_float.from_address(alpha + 4 * row).value for row in range(rows)]).view(-1, 1)
+        times = c_float.from_address(beta).value
+        out.copy_((left.int() @ right.int()).float() * factors + (times * addend.float() if times else 0))
+        self.streams.append(c_void_p.from_address(streams).value)
 
 
 @pytest.fixture
@@ -85,23 +105,29 @@ def recorder(monkeypatch) -> Recorder:
     return made
 
 
-def test_a_plan_describes_the_transposed_product_and_sets_its_algorithm(recorder):
-    plan = LibraryPlan(WANTED)
-    assert recorder.calls == [
-        ("structured_descriptor_init", 1, 64, 96, 96, 16, 3, 2, 0),
-        ("dense_descriptor_init", 1, 16, 96, 96, 16, 3, 2),
-        ("dense_descriptor_init", 1, 64, 16, 64, 16, 14, 1),
-        ("matmul_descriptor_init", 1, 0, 1, 1000, 1001, 1002, 1002, 0),
-        ("set", 5, 1),
-        ("matmul_alg_selection_init", 1, 1003, 0),
-        ("set", 0, 3),
-        ("set", 3, 2),
-        ("matmul_plan_init", 1, 1003, 1004),
-    ]
-    assert (plan.workspace, plan.compressed_bytes) == (128, 3840)
+@pytest.mark.parametrize("vector", [True, False])
+def test_a_plan_multiplies_and_a_call_takes_the_current_stream(recorder, monkeypatch, vector):
+    monkeypatch.setattr(cusparselt_plans, "current_stream", lambda device: 77)
+    plan = LibraryPlan(WANTED._replace(vector_alpha=vector))
+    q, weight = (torch.randint(-128, 128, (rows, 96), dtype=torch.int8) for rows in (16, 64))
+    alpha, y = torch.rand(64) + 0.5 if vector else None, torch.full((16, 64), torch.nan, dtype=torch.bfloat16)
+    plan.run(q, weight, alpha, y)
+    sums = (q.int() @ weight.int().t()).float()
+    assert torch.equal(y, (sums * alpha if vector else sums).bfloat16())
+    assert recorder.streams == [77] and (plan.workspace, plan.compressed_bytes) == (128, 3840)
     del plan
     gc.collect()
     assert not recorder.needs
+
+
+def test_a_plan_has_the_algorithm_asked_for(recorder):
+    for text in ("alg=3,split_k=2", "alg=7,split_k=-1,mode=2"):
+        plan, algorithm = LibraryPlan(WANTED._replace(algorithm=text)), Algorithm.parse(text)
+        wanted = {NUMBERS.config_id: algorithm.config_id, NUMBERS.split_k: algorithm.split_k, NUMBERS.split_k_mode: algorithm.split_k_mode}
+        chosen = [found for number, found in recorder.set.items() if number in recorder.needs and NUMBERS.alpha_vector_scaling not in found]
+        assert {name: value for name, value in wanted.items() if value} in chosen
+        del plan
+        gc.collect()
 
 
 @pytest.mark.parametrize("failing", ["dense_descriptor_init", "matmul_descriptor_init", "matmul_alg_selection_init", "matmul_plan_init"])
@@ -142,17 +168,6 @@ def test_no_plan_is_made_under_capture(recorder, monkeypatch):
         plans.make(tuple(WANTED._replace(m=32)))
     monkeypatch.setattr(cusparselt_plans, "BUILD_UNDER_CAPTURE", True)
     assert plans.make(tuple(WANTED._replace(m=32)))
-
-
-def test_a_call_passes_pointers_and_the_current_stream(recorder, monkeypatch):
-    monkeypatch.setattr(cusparselt_plans, "current_stream", lambda device: 77)
-    q, compressed, alpha = torch.zeros(16, 96, dtype=torch.int8), torch.zeros(3840, dtype=torch.uint8), torch.ones(64)
-    y = torch.empty(16, 64, dtype=torch.bfloat16)
-    for plan, vector in ((LibraryPlan(WANTED), alpha), (LibraryPlan(WANTED), None)):
-        plan.run(q, compressed, vector, y)
-        name, at, *rest = recorder.calls[-1]
-        assert (name, *rest) == ("matmul", compressed.data_ptr(), q.data_ptr(), y.data_ptr(), 0.0, 77)
-        assert at == alpha.data_ptr() if vector is not None else c_float.from_address(at).value == 1.0
 
 
 @pytest.mark.parametrize("algorithm", [Algorithm(), Algorithm(0), Algorithm(3, -1), Algorithm(12, 2, 1, 1), Algorithm(7, 0, 6)], ids=repr)

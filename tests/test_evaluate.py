@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import slidesparse.evaluate.windows as scoring
-from slidesparse.errors import EvaluationError
+from slidesparse.errors import CheckpointError, EvaluationError
 from slidesparse.evaluate import divergence, perplexity
+from slidesparse.evaluate.generation import check_fits
 from slidesparse.evaluate.report import Report, as_json, as_markdown
 from slidesparse.evaluate.scores import TaskScore, compare, items_of_mean
 
@@ -30,6 +31,15 @@ def bigram(table: torch.Tensor, seen: list[torch.Tensor] | None = None):
         return SimpleNamespace(logits=table[ids])
 
     return model
+
+
+def test_what_does_not_fit_the_model_is_refused_by_number() -> None:
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=16, vocab_size=VOCABULARY))
+    check_fits(model, torch.tensor([0, VOCABULARY - 1]), 16)
+    check_fits(model, torch.tensor([], dtype=torch.long), 1)
+    for ids, length, message in (([VOCABULARY], 16, "token 11, the model knows 11"), ([1], 17, "17 tokens at a time .* 16 positions")):
+        with pytest.raises(CheckpointError, match=message):
+            check_fits(model, torch.tensor(ids), length)
 
 
 @pytest.mark.parametrize(("length", "context", "stride"), [(20, 20, 20), (20, 8, 4), (21, 8, 3), (2, 64, 32), (50, 2, 1), (9, 4, 3)])

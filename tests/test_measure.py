@@ -78,3 +78,8 @@ def test_one_short_call_keeps_all_in_turn(device: Device) -> None:
 def test_a_variant_without_calls_is_refused(device: Device) -> None:
     with pytest.raises(ValueError, match="at least one call"):
         measure.timed({"nothing": []})
+
+
+def test_a_call_is_timed_whatever_the_graph_repeats(device: Device) -> None:
+    found = measure.timed({"hungry": [Named("hungry", 20.0)] * 3}, rounds=3, repeat=4)
+    assert found["hungry"] == measure.Timing(20.0, 20.0, 20.0)

@@ -273,9 +273,12 @@ def test_pack_model_leaves_alone_what_it_would_break() -> None:
     model.special = Special(32, 8).to(torch.bfloat16)
     model.hooked, model.again = masked_linear(32, 8), model.up
     model.hooked.register_forward_hook(lambda *a: None)
-    pack_model(model, ignore=())
+    model.watched, model.left = masked_linear(32, 8), masked_linear(32, 8)
+    model.watched.register_forward_pre_hook(lambda *a: None)
+    pack_model(model, ignore=("le*",))
     dense = packing_report(model).dense
     assert "Special" in dense["special"] and "hooks" in dense["hooked"] and "shares" in dense["lm_head"]
+    assert "hooks" in dense["watched"] and dense["left"] == "ignored" and type(model.left) is type(model.watched) is nn.Linear
     assert model.again is model.up and isinstance(model.up, SlideSparseLinear), "one layer under two names stays one"
     with pytest.raises(ValueError, match="from_dense"):
         pack_model(masked_linear(32, 8))

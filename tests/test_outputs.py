@@ -10,6 +10,7 @@ import torch
 
 import models
 from slidesparse.checkpoint import Recipe, convert, verify
+from slidesparse.checkpoint.norms import write_norms
 from slidesparse.errors import CheckpointError, OutputExistsError, PatternError
 from slidesparse.pattern import Pattern
 
@@ -171,3 +172,27 @@ def test_transposed_weights_are_found_where_the_top_does_not_say_so(tmp_path, pl
     tensors = {"h.0.attn.c_attn.weight": torch.randn(16, 48), "h.0.attn.c_attn.bias": torch.randn(48)}
     with pytest.raises(CheckpointError, match="transposed"):
         convert(models.write(tmp_path / "dense", tensors, config), tmp_path / "out", RECIPE)
+
+
+def test_nothing_takes_its_name_before_the_disk_has_it(tmp_path, monkeypatch) -> None:
+    """A file that is renamed first may be empty after a power cut."""
+    synced, renamed, sync, replace = set(), [], os.fsync, os.replace
+
+    def fsync(file) -> None:
+        sync(file)
+        state = os.fstat(file)
+        synced.add((state.st_ino, state.st_size))
+
+    def rename(source, target) -> None:
+        state = os.stat(source)
+        if Path(source).is_file():
+            renamed.append((Path(target).name, (state.st_ino, state.st_size) in synced))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    convert(models.write(tmp_path / "dense"), tmp_path / "packed", Recipe(Pattern.parse("6:8"), "magnitude", "int8"))
+    write_norms(tmp_path / "norms.npz", {"layer": torch.ones(3)})
+    names = {name for name, _ in renamed}
+    assert {"config.json", "norms.npz"} < names and any(name.endswith(".safetensors") for name in names)
+    assert not [name for name, whole in renamed if not whole]

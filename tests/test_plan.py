@@ -254,3 +254,12 @@ def test_a_layer_is_the_same_problem_wherever_its_plan_is_shown(scheme: str) -> 
     shape = LinearShape(24, 64, Pattern(6, 8), SCHEMES[scheme])
     problem = problem_of((24, 64, "6:8", scheme))
     assert key_of(shape.problem) == key_of(problem) and shape.problem.compute_dtype == problem.compute_dtype
+
+
+def test_a_users_plan_is_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA X 1")
+    for name in ("SLIDESPARSE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, folder in (("HOME", ".cache/slidesparse"), ("XDG_CACHE_HOME", "xdg/slidesparse"), ("SLIDESPARSE_CACHE", "own")):
+        monkeypatch.setenv(name, str(tmp_path if name == "HOME" else tmp_path / folder.partition("/")[0]))
+        assert plans.user_plan_path() == tmp_path / folder / "plan-nvidia-x-1.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -90,3 +91,32 @@ def test_documents_link_to_files_that_are_there() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_names_in_the_architecture_are_there() -> None:
+    """Dotted names are resolved, but for adapters of packages that are not installed, which are looked for in their file."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names = sorted(set(re.findall(r"\bslidesparse(?:\.\w+)+", text)))
+    assert len(names) > 30
+    for name in names:
+        assert _there(name), f"docs/architecture.md names {name}"
+    paths = re.findall(r"`((?:src|tests|docs|benchmarks)/[\w/.]+)`", text)
+    assert len(paths) > 10 and not [path for path in paths if not (ROOT / path).exists()]
+    rooms = {path.stem for path in (ROOT / "src" / "slidesparse").iterdir() if not path.name.startswith("_")}
+    drawn = text.partition("## The rooms")[2].partition("## ")[0]
+    assert not [room for room in rooms if not re.search(rf"\b{room}\b", drawn)], "every room is drawn"
+
+
+def _there(name: str) -> bool:
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        base = ROOT / "src" / Path(*parts[:end])
+        if not (base.is_dir() or base.with_suffix(".py").is_file()):
+            continue
+        if end == len(parts):
+            return True
+        found = importlib.import_module(".".join(parts[:end]))
+        for part in parts[end:]:
+            found = getattr(found, part, None)
+        return found is not None
+    return False

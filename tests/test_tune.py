@@ -275,6 +275,44 @@ def test_a_wrong_or_failing_route_is_dropped_and_named(bench, tmp_path: Path) ->
     assert Plan.load(tmp_path / "plan.json").cells[64, 128, "6:8", "int8"][7].dropped == cell.dropped
 
 
+@dataclasses.dataclass(frozen=True)
+class Coarse(DenseKernel):
+    """Has one error that only two roundings could make, or spoils the last row: by the variant."""
+
+    def refuses(self, problem: Problem, variant: str = "") -> str | None:
+        return None
+
+    def search(self, problem: Problem, x: torch.Tensor, copy: tuple) -> tuple[str, ...]:
+        return ("", "last")
+
+    def bind(self, problem: Problem, layout: str, variant: str, x: torch.Tensor, *, unscaled: bool, direct: bool) -> Pipeline:
+        steps = super().bind(problem, layout, "", x, unscaled=unscaled, direct=direct)
+        if unscaled:
+            return steps
+
+        def spoilt(sums: torch.Tensor, x_scale: torch.Tensor, scale: torch.Tensor, bias: None) -> torch.Tensor:
+            y, exact = steps.epilogue(sums, x_scale, scale, bias), sums.double() * scale.double().view(1, -1) * x_scale.double()
+            if variant == "last":
+                y[-1] *= 1.5
+            else:
+                largest = float(torch.cat([(y.double() - exact)[:32], (y.double() - exact)[-32:]]).abs().max())
+                place = exact[0].abs().argmin()
+                y[0, place] = exact[0, place] + 2.8 * largest
+            return y
+
+        return steps._replace(epilogue=spoilt)
+
+
+def test_a_kernel_that_says_so_may_round_twice_and_the_last_rows_are_looked_at(bench, tmp_path: Path) -> None:
+    values = {field.name: getattr(EXACT, field.name) for field in dataclasses.fields(EXACT)} | {"worth_timing": True}
+    for name, rounds in (("once", 1), ("twice", 2)):
+        register(Coarse(**values | {"name": name, "rounds": rounds}))
+    (shape,) = shapes("6:8 int8")
+    cell = cell_of(tune.tune([shape], tmp_path / "plan.json", ms=(200,)), shape, 200)
+    assert names(cell.whole) == {"dense:twice", "packed:twice"}
+    assert all("max error" in cell.dropped[f"dense:{name}"] for name in ("once", "once:last", "twice:last"))
+
+
 def test_of_what_is_not_dense_only_the_quickest_whole_linears_are_timed_without_scales(bench, tmp_path: Path) -> None:
     for number in range(4):
         register(dataclasses.replace(EXACT, name=f"own{number}", worth_timing=True))

@@ -63,7 +63,7 @@ def test_one_graph_and_one_op_whatever_the_number_of_tokens(compiled: None) -> N
     assert calls == ["slidesparse.linear_unscaled.default"]
 
 
-def test_vllms_compile_cache_tells_graphs_apart(tmp_path: Path, rank: Callable) -> None:
+def test_vllms_compile_cache_tells_graphs_apart(tmp_path: Path, rank: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     config = model_config(tmp_path)
     users = config.additional_config = {"slidesparse": {"memory": "fast"}}
     inner = dataclasses.replace(config)
@@ -74,6 +74,11 @@ def test_vllms_compile_cache_tells_graphs_apart(tmp_path: Path, rank: Callable) 
     assert len(hashes) == len({outer for outer, _ in hashes}) == len({own for _, own in hashes}) == 4
     assert users == {"slidesparse": {"memory": "fast"}}
     assert graph.enter_cache_key((config, None), "m.up_proj", "unscaled") and (config.compute_hash(), inner.compute_hash()) in hashes
+    for name in ("kernel_versions", "__version__"):  # after an update
+        monkeypatch.setattr(graph, name, "0.2" if name == "__version__" else lambda: {"triton": "2-0"})
+        assert graph.enter_cache_key((inner, config), "m.up_proj", "unscaled")
+        assert config.compute_hash() not in {outer for outer, _ in hashes}
+        hashes.add((config.compute_hash(), inner.compute_hash()))
     config.additional_config = type("Own", (), {"compute_hash": lambda self: "own"})()
     assert not graph.enter_cache_key((config,), "m.up_proj", "unscaled") and graph.enter_cache_key((None,), "m.up_proj", "unscaled")
 

@@ -20,6 +20,7 @@ from .launch import Launch
 from .library import Card
 from .quantize import _gather_call, _groups_call, _lift_call
 from .rescale import _OUTPUTS, _SUMS, rescale_call
+from .sm90.layout import _tile_call as _tile_layout_call
 from .w8a8 import Tile, _sum_call, _tile_call, tile_for
 
 BF16, FP32, INT8, E4M3 = torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn
@@ -68,8 +69,9 @@ class ShippedLaunch(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the kernel."""
-        return self.kernel.__name__
+        """Of the kernel, behind that of the folder in this one that it stands in."""
+        *folders, _ = self.kernel.fn.__module__.partition(".ops.")[2].split(".")
+        return "_".join((*folders, self.kernel.__name__))
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -86,7 +88,7 @@ def shipped_launches(capability: tuple[int, int] = (9, 0)) -> list[ShippedLaunch
     """What may be launched on a card of this compute capability, one of `CARDS`, each once; needs Triton, but no card."""
     card = Card(capability)
     schemes = (INT8, E4M3) if capability >= (8, 9) else (INT8,)
-    made = (*_rows(card, schemes), *_lifts(card), *_fused(card, schemes), *_expand(), *_rescale(), *_w8a8(card))
+    made = (*_rows(card, schemes), *_lifts(card), *_fused(card, schemes), *_expand(), *_rescale(), *_w8a8(card), *_tiles(card))
     found: dict[tuple[Any, ...], ShippedLaunch] = {}
     for launch, tensors in made:
         one = ShippedLaunch.of(launch, tensors)
@@ -171,6 +173,12 @@ def _w8a8(card: Card) -> Made:
             yield from _tiled(m, n, k, y, bias, tile, way)
     for m in tokens:
         yield from _tiled(m, 515, 1000, BF16, BF16, tile_for(m, 515, 1000, *CARDS[card.capability]), False)
+
+
+def _tiles(card: Card) -> Made:
+    """Slid weights into the tiles of the product for 9.0."""
+    for slid, (n, k) in product((INT8, E4M3) if card.capability == (9, 0) else (), (*LAYERS, (520, 1000))):
+        yield _tile_layout_call(n, SIX.slid_k(k), slid), (torch.int32, torch.uint8)
 
 
 def _tiled(m: int, n: int, k: int, y: torch.dtype, bias: torch.dtype | None, tile: Tile, descriptors: bool) -> Made:

@@ -31,12 +31,11 @@ _ANY = {"n": 17, "eps": 0.17}
 
 
 class FuseQuantisation(InductorPass):
-    """The pass; ``found`` is how many ops it has put into the product behind them."""
-
-    found = 0
+    """The pass."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        FuseQuantisation.found += _patterns().apply(graph)
+        """Put what stands in front of products into their ops, in place."""
+        _patterns().apply(graph)
 
     def uuid(self) -> str:
         """What vLLM's and torch's compile caches know it by."""

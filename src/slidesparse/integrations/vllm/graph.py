@@ -13,11 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
+from ... import __version__
 from ...compat.vllm import CompilationMode, VllmConfig
 from ...gemm.op import linear_unscaled
+from ...gemm.versions import kernel_versions
 from ...reference import scaled
 
 _CACHE_KEY = "slidesparse_layers"
+_PACKAGE = "package"
+"""No layer's name: those begin with the model's."""
 
 
 def compiles(config: VllmConfig | None) -> bool:
@@ -26,16 +30,17 @@ def compiles(config: VllmConfig | None) -> bool:
 
 
 def enter_cache_key(configs: Iterable[VllmConfig | None], layer: str, how: str) -> bool:
-    """Let vLLM's compile cache tell graphs apart: how a layer stands in them depends on plans, which it does not see.
+    """Let vLLM's compile cache tell graphs apart: how a layer stands in them depends on plans, which it does not see, and on this package.
 
-    Its key covers ``additional_config``. A model inside another is built with a configuration of its own: both are told. False where
-    settings are of a kind that cannot be added to.
+    What ops leave to the graph is the package's affair, so its version and those of its kernels are told, too. The cache's key covers
+    ``additional_config``. A model inside another is built with a configuration of its own: both are told. False where settings are of a
+    kind that cannot be added to.
     """
     told = {id(config): config for config in configs if config is not None}.values()
     if not all(isinstance(config.additional_config, dict) for config in told):
         return False
     for config in told:
-        entered = config.additional_config.get(_CACHE_KEY, {}) | {layer: how}
+        entered = config.additional_config.get(_CACHE_KEY, {}) | {layer: how, _PACKAGE: [__version__, *sorted(kernel_versions().items())]}
         config.additional_config = config.additional_config | {_CACHE_KEY: entered}
     return True
 
