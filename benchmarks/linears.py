@@ -63,6 +63,7 @@ def measured(model: str, layer_name: str, layer: LinearShape, ms: list[int], pla
         torch.cuda.empty_cache()
 
 
+OWN = ("sm90", "triton")
 KINDS = {
     "library": lambda route: route.layout == "dense" and route.kernel not in OWN,
     "own dense": lambda route: route.layout == "dense" and route.kernel in OWN,
@@ -70,7 +71,6 @@ KINDS = {
     "slid": lambda route: route.layout == "slid",
     "packed": lambda route: route.layout == "packed",
 }
-OWN = ("sm90", "triton")
 
 
 def summary(table: list[dict[str, object]]) -> None:

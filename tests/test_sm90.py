@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from slidesparse.gemm.layouts import LAYOUTS
 from slidesparse.gemm.problem import Problem, Weights
 from slidesparse.gemm.runner import run
 from slidesparse.ops import sm90
-from slidesparse.ops.sm90 import variants
+from slidesparse.ops.sm90 import launch, variants
 from slidesparse.pattern import KNOWN, Pattern
 from slidesparse.tolerance import check_bitwise
 
@@ -42,6 +43,21 @@ def test_weights_come_back_from_tiles(pattern: str, n: int, k: int, scheme: str)
 def test_a_window_of_three_is_refused() -> None:
     with pytest.raises(ValueError, match="more than two"):
         sm90.tile(torch.ones(4, 8, dtype=torch.int8))
+
+
+def test_a_descriptor_that_the_cache_drops_lives_as_long_as_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call asks for up to three, and the last may push the first one out."""
+
+    class Described:
+        def __init__(self, matrix: torch.Tensor, columns: int, rows: int, size: int) -> None:
+            self.shape = matrix.shape
+
+    monkeypatch.setattr(launch, "_TensorMap", Described)
+    monkeypatch.setattr(launch, "_MAPS", 1)
+    gemm = object.__new__(launch.Gemm)
+    gemm._maps = OrderedDict()
+    first, second = (gemm._map(torch.empty(rows, 16, dtype=torch.int8), 128, 64, 1) for rows in (3, 5))
+    assert (first.shape, second.shape) == ((3, 16), (5, 16)) and list(gemm._maps.values()) == [second]
 
 
 def test_the_fastest_variant_is_among_the_three_that_a_search_times() -> None:

@@ -14,12 +14,11 @@ from torch import Tensor
 from ... import jit
 from ...errors import UnsupportedError
 from .layout import COLUMNS, ROWS, tiles
-from .variants import THREADS, Types, Variant, constants, shared_bytes, source
+from .variants import CHUNK, THREADS, Types, Variant, constants, shared_bytes, source
 
 _GROUP = 8
 """Token tiles that follow each other before the features advance: what they share stays in the second-level cache."""
 _MAPS = 4096
-_CUTOUT = 32  # tokens written at once, as in gemm.cu
 
 
 @lru_cache(maxsize=1024)
@@ -60,7 +59,7 @@ class Gemm:
         self.variant, self.types, self.device, self._lock = variant, types, device, Lock()
         binary = jit.compile(source(variant, types), name="gemm", arch="sm_90a", constants=constants(variant, types, delay=delay))
         self._library_kernel = jit.load(binary)  # keeps the function alive
-        self._maps: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._maps: OrderedDict[tuple[Any, ...], _TensorMap] = OrderedDict()
         driver = _driver()
         (kernel,) = _checked(driver.cuKernelGetFunction(driver.CUkernel(int(self._library_kernel.handle))))
         self._kernel = kernel
@@ -103,11 +102,11 @@ class Gemm:
         sparse, driver = self.types.sparse, _driver()
         x_map = self._map(q, COLUMNS, self.variant.tokens // self.variant.features, 1)
         w_map = x_map if sparse else self._map(weights, COLUMNS, ROWS // self.variant.along, 1)
-        y_map = self._map(y, 64, _CUTOUT, 2)
+        y_map = self._map(y, 64, CHUNK, 2)
         steps = tiles(n, q.shape[1])[1]
         with self._lock:
-            for place, value in zip(self._aligned, (x_map, w_map, y_map), strict=True):
-                ctypes.memmove(place, value, 128)
+            for place, one in zip(self._aligned, (x_map, w_map, y_map), strict=True):
+                ctypes.memmove(place, one.address, 128)
             for pointer, tensor in zip(self._pointers, (weights, x_scale, w_scale, bias, order), strict=True):
                 pointer.value = None if tensor is None else tensor.data_ptr()
             for number, value in zip(self._numbers, (order.numel(), steps, m, n), strict=True):
@@ -116,15 +115,15 @@ class Gemm:
             self._config.hStream = stream
             _checked(driver.cuLaunchKernelEx(self._config, self._kernel, ctypes.addressof(self._arguments), 0))
 
-    def _map(self, matrix: Tensor, columns: int, rows: int, size: int) -> int:
-        """Address of the descriptor of a row-major matrix of which boxes of 128 bytes by some rows are copied, swizzled in 128 bytes."""
+    def _map(self, matrix: Tensor, columns: int, rows: int, size: int) -> _TensorMap:
+        """The descriptor of a row-major matrix of which boxes of 128 bytes by some rows are copied, swizzled in 128 bytes."""
         key = (matrix.data_ptr(), matrix.shape, matrix.stride(0), matrix.dtype, rows)
         found = self._maps.get(key)
         if found is None:
             found = self._maps[key] = _TensorMap(matrix, columns, rows, size)
             if len(self._maps) > _MAPS:
                 self._maps.popitem(last=False)
-        return found.address
+        return found
 
 
 class _TensorMap:

@@ -11,7 +11,8 @@ from .layout import COLUMNS, ROWS, TILE_BYTES
 SHARED_BYTES = 232448
 """Shared memory that a block may have on compute capability 9.0."""
 THREADS = 384
-_CHUNK = 32
+CHUNK = 32
+"""Tokens of a tile that are written at once, as in gemm.cu."""
 
 
 class Variant(NamedTuple):
@@ -65,7 +66,7 @@ class Types(NamedTuple):
 
 def _fixed_bytes(variant: Variant, types: Types) -> int:
     buffers = 4 if types.sparse else 2
-    return 1024 + 2 * buffers * _CHUNK * 128 + 2 * variant.tokens * 4 + 128
+    return 1024 + 2 * buffers * CHUNK * 128 + 2 * variant.tokens * 4 + 128
 
 
 def stages(variant: Variant, types: Types) -> int:
