@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -24,20 +25,68 @@ from slidesparse.pattern import KNOWN, Pattern
 from slidesparse.tolerance import check_bitwise
 
 HOPPER = (9, 0)
+BITS = {1: torch.uint8, 2: torch.int16}
 SHAPES = [("2:4", 128, 128), ("4:6", 130, 300), ("6:8", 5, 40), ("6:8", 384, 1024), ("8:10", 257, 190), ("14:16", 64, 640)]
 hopper_only = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != HOPPER, reason="needs compute capability 9.0"
 )
 
 
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def posed(n: int, k: int, scheme: str, pattern: str, bias: torch.dtype | None = None) -> Problem:
+    """With activations as kernels take them."""
+    kind = SCHEMES[scheme]
+    return Problem(n, k, Pattern.parse(pattern), kind, HOPPER, torch.bfloat16 if kind.dynamic else kind.dtype, bias)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "bf16", "fp16"])
 @pytest.mark.parametrize(("pattern", "n", "k"), SHAPES)
 def test_weights_come_back_from_tiles(pattern: str, n: int, k: int, scheme: str) -> None:
     weights, dense = made(n, k, scheme, pattern, "cpu")
-    layout, problem = LAYOUTS["tiled"], Problem(n, k, Pattern.parse(pattern), SCHEMES[scheme], HOPPER, torch.bfloat16)
+    layout, problem = LAYOUTS["tiled"], posed(n, k, scheme, pattern)
     copy = layout.prepare(problem, weights)
     assert copy[0].numel() == layout.nbytes(problem)
     check_bitwise(layout.dense(problem, copy), dense)
+
+
+def interpreted() -> None:
+    """The kernel that fills tiles; runs in a process of its own, which Triton reads the choice to interpret from at import."""
+    torch.manual_seed(int(sys.argv[1]))
+    for scheme in ("int8", "fp8", "bf16", "fp16"):
+        for pattern, n, k in SHAPES:
+            slid = ops.slide(made(n, k, scheme, pattern)[0].packed)
+            slid = torch.nn.functional.pad(slid.view(BITS[slid.itemsize]), (0, -slid.shape[1] % 4)).view(slid.dtype)
+            wanted = sm90.tile(slid)
+            out = torch.zeros_like(wanted)
+            sm90.layout._tile_call(*slid.shape, slid.dtype)(slid.view({1: torch.int32, 2: torch.int64}[slid.itemsize]), out)
+            check_bitwise(out, wanted)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_kernel_that_fills_tiles_is_the_oracle_under_the_interpreter() -> None:
+    """The fixture runs `interpreted` above and fails with what it says."""
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_metadata_lie_where_threads_look_for_them(dtype: torch.dtype) -> None:
+    """By the instruction's own description: which thread, which word, which half of it names the places of a row's values."""
+    size = dtype.itemsize
+    slid = torch.zeros(128, 256 // size, dtype=dtype)
+    draw = random.Random(0)
+    places = [[sorted(draw.sample(range(4), 2)) for _ in range(slid.shape[1] // 4)] for _ in range(128)]
+    for row, windows in enumerate(places):
+        for window, pair in enumerate(windows):
+            slid[row, [4 * window + at for at in pair]] = 1
+    found = sm90.tile(slid)
+    for row, windows in enumerate(places):
+        half, warp, high, group = row // 64, row % 64 // 16, row % 16 // 8, row % 8
+        for window, (first, second) in enumerate(windows):
+            tile, inside = divmod(window, 32 // size)
+            words = found[0, tile].view(2, -1)[half, 4096:].view(torch.int32)
+            if size == 1:  # m64nNk64: thread 4 g + t has row g + 8 (t mod 2), windows 8 (t / 2) and on; a word an instruction
+                word, nibble = (inside // 16) * 128 + warp * 32 + 4 * group + 2 * (inside % 16 // 8) + high, inside % 8
+            else:  # m64nNk32, selector i: threads 4 g + 2 i and the next one, rows g and g + 8 in the halves of their words
+                word, nibble = warp * 32 + 4 * group + 2 * (inside // 8) + inside % 8 // 4, inside % 4 + 4 * high
+            assert int(words[word]) >> 4 * nibble & 15 == first | second << 2, (row, window)
 
 
 def test_a_window_of_three_is_refused() -> None:
@@ -49,14 +98,14 @@ def test_a_descriptor_that_the_cache_drops_lives_as_long_as_its_call(monkeypatch
     """A call asks for up to three, and the last may push the first one out."""
 
     class Described:
-        def __init__(self, matrix: torch.Tensor, columns: int, rows: int, size: int) -> None:
+        def __init__(self, matrix: torch.Tensor, rows: int, written: bool) -> None:
             self.shape = matrix.shape
 
     monkeypatch.setattr(launch, "_TensorMap", Described)
     monkeypatch.setattr(launch, "_MAPS", 1)
     gemm = object.__new__(launch.Gemm)
     gemm._maps = OrderedDict()
-    first, second = (gemm._map(torch.empty(rows, 16, dtype=torch.int8), 128, 64, 1) for rows in (3, 5))
+    first, second = (gemm._map(torch.empty(rows, 16, dtype=torch.int8), 64) for rows in (3, 5))
     assert (first.shape, second.shape) == ((3, 16), (5, 16)) and list(gemm._maps.values()) == [second]
 
 
@@ -83,22 +132,18 @@ def test_every_variant_compiles_without_local_memory() -> None:
         jit.toolchain()
     except UnsupportedError as error:
         pytest.skip(str(error))
-    kinds = [
-        variants.Types(values, sparse, "bfloat16", bias)
-        for values, bias in (("int8", ""), ("float8_e4m3fn", "float32"))
-        for sparse in (True, False)
-    ]
+    shapes = (("int8", "bfloat16", ""), ("float8_e4m3fn", "bfloat16", "float32"), ("bfloat16", "bfloat16", "bfloat16"), ("float16",) * 3)
+    kinds = [variants.Types(values, sparse, out, bias) for values, out, bias in shapes for sparse in (True, False)]
     jobs = [jit.Job(variants.source(one, kind), "gemm", "sm_90a", variants.constants(one, kind)) for one in sm90.VARIANTS for kind in kinds]
     for job, binary in zip(jobs, jit.compile_all(jobs), strict=True):
         assert (binary.resources.local, binary.resources.spills) == (0, 0), dict(job.constants)
 
 
 def call(weights, dense, n, k, pattern, scheme, layout, variant, x, bias):
-    kernel, dtype = Sm90(), x.dtype
-    problem = Problem(n, k, Pattern.parse(pattern), SCHEMES[scheme], HOPPER, dtype, None if bias is None else bias.dtype)
+    problem = posed(n, k, scheme, pattern, None if bias is None else bias.dtype)
     copy = LAYOUTS["tiled"].prepare(problem, weights) if layout == "tiled" else (dense.cuda(),)
-    scale = weights.channel_scale.contiguous().cuda()
-    return kernel.bind(problem, layout, variant, x, unscaled=False, direct=True), copy, scale
+    scale = None if weights.channel_scale is None else weights.channel_scale.contiguous().cuda()
+    return Sm90().bind(problem, layout, variant, x, unscaled=False, direct=True), copy, scale
 
 
 CASES = [
@@ -113,14 +158,14 @@ CASES = [
 
 @pytest.mark.needs_gpu
 @hopper_only
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "bf16", "fp16"])
 @pytest.mark.parametrize("variant", list(map(str, sm90.VARIANTS)))
 @pytest.mark.parametrize(("pattern", "n", "k", "m"), CASES)
 def test_products_are_the_oracles(pattern: str, n: int, k: int, m: int, variant: str, scheme: str) -> None:
     weights, dense = made(n, k, scheme, pattern, "cuda")
-    x = tokens(m, k).cuda()
+    x = tokens(m, k, torch.float16 if scheme == "fp16" else torch.bfloat16).cuda()
     for layout in ("tiled", "dense"):
-        for bias in (None, torch.randn(n, device="cuda").bfloat16()):
+        for bias in (None, torch.randn(n, device="cuda").to(x.dtype)):
             pipeline, copy, scale = call(weights, dense, n, k, pattern, scheme, layout, variant, x, bias)
             y = run(pipeline, x, copy, scale, bias)[0].cpu()
             wanted = oracle(x, weights, dense, bias, x.dtype)

@@ -1,13 +1,19 @@
-"""8-bit products for compute capability 9.0, scales and bias inside: slid weights on sparse tensor cores, dense ones on the others."""
+"""Products for compute capability 9.0, scales and bias inside: slid weights on sparse tensor cores, dense ones on the others."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ... import ops
 from ...ops import sm90
 from ...ops.launch import allocator, current_stream
 from ...ops.prologue import Activations, quantiser
+from ...ops.quantize import moves_nothing
+from ...pattern import Pattern
 from ..layouts import Copy
 from ..problem import Problem
 from .base import Kernel, Pipeline, int32_overflow
@@ -16,7 +22,7 @@ _OUTPUTS = (torch.bfloat16, torch.float16)
 
 
 class Sm90(Kernel):
-    """Quantises (and lifts), then one kernel multiplies, scales, adds the bias and rounds once.
+    """Quantises (and lifts), then one kernel multiplies, scales, adds the bias and rounds once; 16-bit weights have no scales.
 
     A variant names the tile's tokens and the cluster, as ``256 2x1``.
     """
@@ -29,18 +35,21 @@ class Sm90(Kernel):
     )  # fmt: skip
 
     def refuses(self, problem: Problem, variant: str = "") -> str | None:
-        """Needs compute capability 9.0, an 8-bit scheme, 16-bit activations, and 2:4 windows of single weights."""
+        """Needs compute capability 9.0, 16-bit activations, weights of 8 bits or of their type, and 2:4 windows of single weights."""
         if problem.capability != (9, 0):
             return "runs on GPUs of compute capability 9.0"
-        if not problem.scheme.dynamic:
-            return f"multiplies int8 and fp8, not {problem.scheme.name}"
+        if problem.scheme.pair:
+            return f"multiplies int8, fp8, bf16 and fp16, not {problem.scheme.name}"
         if problem.dtype not in _OUTPUTS:
             return f"gives bfloat16 and float16, not {problem.dtype}"
+        if not problem.scheme.dynamic and not problem.native:
+            return "weights, activations and bias are not of one 16-bit type"
         pattern = problem.pattern
         if (pattern.n, pattern.l, pattern.unit) != (2, 4, 1):
             return f"pattern {pattern} is not one of 2:4 hardware and single weights"
-        if problem.n % 8 or problem.k % 16:
-            return f"copies rows of 16 bytes: N must be a multiple of 8 and K of 16, not {problem.n} and {problem.k}"
+        step = _step(problem)
+        if problem.n % 8 or problem.k % step:
+            return f"copies rows of 16 bytes: N must be a multiple of 8 and K of {step}, not {problem.n} and {problem.k}"
         if variant:
             try:
                 sm90.Variant.parse(variant)
@@ -57,8 +66,8 @@ class Sm90(Kernel):
         return self._by_time(problem, x.shape[0], sparse=copy[0].dim() == 3)[:3]
 
     def _by_time(self, problem: Problem, m: int, *, sparse: bool) -> tuple[str, ...]:
-        width = problem.pattern.slid_k(problem.k) if sparse else problem.k
-        found = sorted(sm90.VARIANTS, key=lambda variant: sm90.predicted_clocks(variant, problem.n, width, m, sparse=sparse))
+        width, size = problem.pattern.slid_k(problem.k) if sparse else problem.k, problem.scheme.dtype.itemsize
+        found = sorted(sm90.VARIANTS, key=lambda variant: sm90.predicted_clocks(variant, problem.n, width, m, sparse=sparse, size=size))
         return tuple(map(str, found))
 
     def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
@@ -68,15 +77,37 @@ class Sm90(Kernel):
     def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
         """See `Kernel`."""
         m, n, sparse, index = x.shape[0], problem.n, layout == "tiled", x.device.index or 0
-        width = -(-problem.pattern.slid_k(problem.k) // 16) * 16 if sparse else problem.k
+        width = -(-problem.pattern.slid_k(problem.k) // _step(problem)) * _step(problem) if sparse else problem.k
         bias = "" if problem.bias is None else str(problem.bias).removeprefix("torch.")
         values, out = (str(dtype).removeprefix("torch.") for dtype in (problem.scheme.dtype, problem.dtype))
         gemm = sm90.loaded(sm90.Variant.parse(variant), sm90.Types(values, sparse, out, bias), index)
         order, empty = gemm.order(m, n), allocator(x.device)
 
-        def multiply(q: Tensor, x_scale: Tensor, copy: Copy, scale: Tensor, added: Tensor | None) -> Tensor:
+        def multiply(q: Tensor, x_scale: Tensor | None, copy: Copy, scale: Tensor | None, added: Tensor | None) -> Tensor:
             y = empty((m, n), (n, 1), problem.dtype)
             gemm(q, x_scale, copy[0], scale, added, order, y, current_stream(index))
             return y
 
-        return Pipeline(layout, quantiser(x, problem.scheme, problem.pattern if sparse else None, width, 1, direct), multiply, None, True)
+        pattern = problem.pattern if sparse else None
+        quantise: Callable[..., tuple[Tensor, Tensor | None]] = (
+            quantiser(x, problem.scheme, pattern, width, 1, direct)
+            if problem.scheme.dynamic
+            else partial(_rows, pattern=None if pattern is None or moves_nothing(pattern, 0) else pattern, width=width)
+        )
+        return Pipeline(layout, quantise, multiply, None, True)
+
+
+def _step(problem: Problem) -> int:
+    """Values in 16 bytes."""
+    return 16 // problem.scheme.dtype.itemsize
+
+
+def _rows(x: Tensor, pattern: Pattern | None, width: int) -> tuple[Tensor, None]:
+    """16-bit activations, lifted if there is a pattern, in rows that bulk copies take: as they lie wherever that does."""
+    if pattern is not None:
+        return ops.lift(x, pattern, width=width), None
+    m, k = x.shape
+    spaced = m == 1 or (x.stride(0) >= k and x.stride(0) % 8 == 0)
+    if x.stride(1) == 1 and spaced and x.data_ptr() % 16 == 0:
+        return x, None
+    return x.clone(memory_format=torch.contiguous_format), None

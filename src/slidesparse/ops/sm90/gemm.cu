@@ -1,13 +1,13 @@
-// Y[m, n] = X[m, k'] · W[n, k']ᵀ with both scales and a bias inside, for compute capability 9.0.
+// Y[m, n] = X[m, k'] · W[n, k']ᵀ with scales and a bias inside, for compute capability 9.0.
 //
 // Features are the rows of the product (operand A of wgmma, which alone can be 2:4 sparse), tokens are its columns. The grid is persistent:
 // every cluster of CLUSTER_FEATURES × CLUSTER_TOKENS blocks takes one tile after the other from a table. One thread of a block brings stages
 // of 128 bytes of k' by bulk copies; two warpgroups multiply 64 features each. Blocks of a cluster share what they bring by multicast.
 // A finished tile waits, rounded to 16 bits, in registers, and is written while the next one is multiplied.
 //
-// Constants: TYPE 0 int8, 1 e4m3; SPARSE 0, 1; TOKENS a tile; CLUSTER_FEATURES, CLUSTER_TOKENS; STAGES; OUT 0 bfloat16, 1 float16;
-// BIAS 0 none, 1 bfloat16, 2 float16, 3 float32; DELAY 1 lets every role wait at random, to find races. `multiply` comes from the generated
-// text in front of this one.
+// Constants: TYPE 0 int8, 1 e4m3 (with scales of tokens and features), 2 bfloat16, 3 float16 (without); SPARSE 0, 1; TOKENS a tile;
+// CLUSTER_FEATURES, CLUSTER_TOKENS; STAGES; OUT 0 bfloat16, 1 float16; BIAS 0 none, 1 bfloat16, 2 float16, 3 float32; DELAY 1 lets every role
+// wait at random, to find races. `multiply` comes from the generated text in front of this one.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -17,9 +17,12 @@ typedef unsigned long long u64;
 struct alignas(64) TensorMap { u64 words[16]; };
 
 constexpr int WARPGROUPS = 2, FEATURES = 64 * WARPGROUPS, CLUSTER = CLUSTER_FEATURES * CLUSTER_TOKENS;
-constexpr int DEPTH = 128;                                   // bytes of k' a stage
+constexpr int SIZE = TYPE < 2 ? 1 : 2;                        // bytes of a value
+constexpr bool SCALED = TYPE < 2;
+constexpr int DEPTH = 128, COLUMNS = DEPTH / SIZE;            // bytes of k' a stage
 constexpr int VALUES = SPARSE ? 64 * DEPTH / 2 : 64 * DEPTH;  // bytes of values of 64 features a stage
-constexpr int BLOCK = SPARSE ? VALUES + 1024 : VALUES;        // and of their metadata, one word a thread and instruction
+constexpr int WORDS = 2 / SIZE;                               // of metadata, a thread and stage; one of 16-bit values is for two instructions
+constexpr int BLOCK = SPARSE ? VALUES + 512 * WORDS : VALUES;
 constexpr int X_BYTES = TOKENS * DEPTH, W_BYTES = WARPGROUPS * BLOCK, STAGE = X_BYTES + W_BYTES;
 constexpr int CHUNK = 32, CHUNKS = TOKENS / CHUNK;            // tokens written at once
 constexpr int BUFFERS = SPARSE ? 4 : 2;                       // chunks of a warpgroup in shared memory
@@ -115,7 +118,8 @@ template <int LEFT> __device__ __forceinline__ void multiply_wait() {
 }
 
 __device__ __forceinline__ float scaled(Sum sum, float w_scale, float x_scale, float bias) {
-  float y = __fmul_rn(__fmul_rn((float)sum, w_scale), x_scale);  // the order of slidesparse.reference.scaled
+  float y = (float)sum;
+  if (SCALED) y = __fmul_rn(__fmul_rn(y, w_scale), x_scale);  // the order of slidesparse.reference.scaled
   return BIAS ? __fadd_rn(y, bias) : y;
 }
 __device__ __forceinline__ u32 rounded(float low, float high) {
@@ -184,12 +188,12 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           delay();
           const u32 arrived = full + slot * 8, to = stages + slot * STAGE;
           barrier_expect(arrived, STAGE);
-          copy_rows(to + feature_rank * X_PART, &x_map, step * DEPTH, token, arrived, x_mask);
+          copy_rows(to + feature_rank * X_PART, &x_map, step * COLUMNS, token, arrived, x_mask);
           if (SPARSE) {
             copy_bytes(to + X_BYTES + token_rank * W_PART, from, W_PART, arrived, w_mask);
             from += W_BYTES;
           } else {
-            copy_rows(to + X_BYTES + token_rank * W_PART, &w_map, step * DEPTH, feature_tile * FEATURES + token_rank * (FEATURES / CLUSTER_TOKENS),
+            copy_rows(to + X_BYTES + token_rank * W_PART, &w_map, step * COLUMNS, feature_tile * FEATURES + token_rank * (FEATURES / CLUSTER_TOKENS),
                       arrived, w_mask);
           }
           if (++slot == STAGES) {
@@ -205,15 +209,15 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     const u32 metadata_at = X_BYTES + warpgroup * BLOCK + VALUES + inside * 4, my_scales = scales + warpgroup * TOKENS * 4;
     const int row_in_chunk = (lane & 7) + ((lane >> 4) << 3), column16 = 2 * warp + ((lane >> 3) & 1);
     Sum sums[TOKENS / 2];
-    u32 metadata[2][2];  // of two stages: an instruction in flight still reads its own
+    u32 metadata[2][WORDS];  // of two stages: an instruction in flight still reads its own
     u32 held[TOKENS / 4];
     int held_row = -1, held_token = 0, slot = 0;
     u32 phase = 0;
 
     auto load_metadata = [&](auto parity) {
       if constexpr (SPARSE) {
-        metadata[parity.value][0] = load_shared(stages + slot * STAGE + metadata_at);
-        metadata[parity.value][1] = load_shared(stages + slot * STAGE + metadata_at + 512);
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) metadata[parity.value][i] = load_shared(stages + slot * STAGE + metadata_at + 512 * i);
       }
     };
     auto multiply_stage = [&](auto parity, int add) {
@@ -221,8 +225,12 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       const u64 x_at = descriptor(x, 1024, 1), w_at = SPARSE ? descriptor(w, 512, 2) : descriptor(w, 1024, 1);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-      for (int i = 0; i < INSTRUCTIONS; i++)
-        multiply(sums, w_at + i * 2, x_at + i * (SPARSE ? 4 : 2), metadata[parity.value][SPARSE ? i : 0], i == 0 ? add : 1);
+      for (int i = 0; i < INSTRUCTIONS; i++) {
+        const u64 a = w_at + i * 2, b = x_at + i * (SPARSE ? 4 : 2);
+        const u32 word = metadata[parity.value][SPARSE && WORDS == 2 ? i : 0];
+        if (SPARSE && WORDS == 1 && i == 1) multiply<1>(sums, a, b, word, 1);  // the odd pairs of threads hold its metadata
+        else multiply<0>(sums, a, b, word, i == 0 ? add : 1);
+      }
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     };
     auto release_previous = [&] {
@@ -278,7 +286,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       if (step) {
         multiply_wait<1>();
         release_previous();
-      } else {
+      } else if (SCALED) {
         for (int i = inside; i < TOKENS; i += 128) {
           const float scale = token + i < m ? __ldg(x_scale + token + i) : 0.f;
           asm volatile("st.shared.f32 [%0], %1;" ::"r"(my_scales + i * 4), "f"(scale) : "memory");
@@ -315,23 +323,28 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       });
       for (int step = 2 * CHUNKS; step < steps; step += 2) two_stages(step, token, At<-1>());
       const int feature = row + warp * 16 + (lane >> 2);
-      const float w0 = feature < n ? __ldg(w_scale + feature) : 0.f, w1 = feature + 8 < n ? __ldg(w_scale + feature + 8) : 0.f;
+      float w0 = 0.f, w1 = 0.f;
+      if (SCALED) {
+        if (feature < n) w0 = __ldg(w_scale + feature);
+        if (feature + 8 < n) w1 = __ldg(w_scale + feature + 8);
+      }
       multiply_wait<0>();
       settle(sums);
       release_previous();
-      warpgroup_sync(warpgroup);  // the token scales lie there
+      if (SCALED) warpgroup_sync(warpgroup);  // the token scales lie there
       const float b0 = bias_at(bias, feature, n), b1 = bias_at(bias, feature + 8, n);
 #pragma unroll
       for (int j = 0; j < TOKENS / 8; j++) {
-        float x0, x1;
-        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x0), "=f"(x1) : "r"(my_scales + j * 32 + (lane & 3) * 8));
+        float x0 = 0.f, x1 = 0.f;
+        if (SCALED)
+          asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x0), "=f"(x1) : "r"(my_scales + j * 32 + (lane & 3) * 8));
         held[2 * j] = rounded(scaled(sums[4 * j], w0, x0, b0), scaled(sums[4 * j + 1], w0, x1, b0));
         held[2 * j + 1] = rounded(scaled(sums[4 * j + 2], w1, x0, b1), scaled(sums[4 * j + 3], w1, x1, b1));
         if (BIAS && j % 4 == 3) __syncwarp();  // or ptxas reads all scales ahead, and has a register too few
       }
       held_row = row;
       held_token = token;
-      warpgroup_sync(warpgroup);  // all have read the scales before the next tile's take their place
+      if (SCALED) warpgroup_sync(warpgroup);  // all have read the scales before the next tile's take their place
     }
     if (held_row >= 0)
       each_chunk(each_chunk, At<0>(), [&](auto chunk) {

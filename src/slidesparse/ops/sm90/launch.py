@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import jit
 from ...errors import UnsupportedError
-from .layout import COLUMNS, ROWS, tiles
+from .layout import DEPTH, ROWS, tiles
 from .variants import CHUNK, THREADS, Types, Variant, constants, shared_bytes, source
 
 _GROUP = 8
@@ -21,11 +21,12 @@ _GROUP = 8
 _MAPS = 4096
 
 
-@lru_cache(maxsize=1024)
+@cache
 def tile_order(down: int, across: int, group: int, device: int) -> Tensor:
     """Tiles in the order in which clusters take them, features · 2¹⁶ + tokens, int32; both count clusters.
 
-    All features come before the next ``group`` tiles of tokens.
+    All features come before the next ``group`` tiles of tokens. No table is freed: a CUDA graph reads it for as long as it lives, and
+    nobody knows how long that is. Many numbers of tokens share one.
     """
     order = [
         row << 16 | column
@@ -53,7 +54,7 @@ def loaded(variant: Variant, types: Types, device: int) -> Gemm:
 
 
 class Gemm:
-    """One variant of the kernel on one device: ``y [M, N]`` from 8-bit ``q [M, K']``, weights, scales and bias."""
+    """One variant of the kernel on one device: ``y [M, N]`` from ``q [M, K']``, weights, bias, and scales where values have 8 bits."""
 
     def __init__(self, variant: Variant, types: Types, device: int, *, delay: bool = False) -> None:
         self.variant, self.types, self.device, self._lock = variant, types, device, Lock()
@@ -93,17 +94,18 @@ class Gemm:
         return tile_order(down, across, max(1, _GROUP // self.variant.along), self.device)
 
     def __call__(
-        self, q: Tensor, x_scale: Tensor, weights: Tensor, w_scale: Tensor, bias: Tensor | None, order: Tensor, y: Tensor, stream: int
-    ) -> None:
+        self, q: Tensor, x_scale: Tensor | None, weights: Tensor, w_scale: Tensor | None, bias: Tensor | None, order: Tensor, y: Tensor,
+        stream: int,
+    ) -> None:  # fmt: skip
         """Launch; the number of tokens is that of ``y``, and ``weights`` are tiles, or ``[N, K]`` where they are dense."""
         m, n = y.shape
         if m == 0:
             return
         sparse, driver = self.types.sparse, _driver()
-        x_map = self._map(q, COLUMNS, self.variant.tokens // self.variant.features, 1)
-        w_map = x_map if sparse else self._map(weights, COLUMNS, ROWS // self.variant.along, 1)
-        y_map = self._map(y, 64, CHUNK, 2)
-        steps = tiles(n, q.shape[1])[1]
+        x_map = self._map(q, self.variant.tokens // self.variant.features)
+        w_map = x_map if sparse else self._map(weights, ROWS // self.variant.along)
+        y_map = self._map(y, CHUNK, written=True)
+        steps = tiles(n, q.shape[1], self.types.size)[1]
         with self._lock:
             for place, one in zip(self._aligned, (x_map, w_map, y_map), strict=True):
                 ctypes.memmove(place, one.address, 128)
@@ -115,12 +117,12 @@ class Gemm:
             self._config.hStream = stream
             _checked(driver.cuLaunchKernelEx(self._config, self._kernel, ctypes.addressof(self._arguments), 0))
 
-    def _map(self, matrix: Tensor, columns: int, rows: int, size: int) -> _TensorMap:
+    def _map(self, matrix: Tensor, rows: int, *, written: bool = False) -> _TensorMap:
         """The descriptor of a row-major matrix of which boxes of 128 bytes by some rows are copied, swizzled in 128 bytes."""
-        key = (matrix.data_ptr(), matrix.shape, matrix.stride(0), matrix.dtype, rows)
+        key = (matrix.data_ptr(), matrix.shape, matrix.stride(0), matrix.dtype, rows, written)
         found = self._maps.get(key)
         if found is None:
-            found = self._maps[key] = _TensorMap(matrix, columns, rows, size)
+            found = self._maps[key] = _TensorMap(matrix, rows, written)
             if len(self._maps) > _MAPS:
                 self._maps.popitem(last=False)
         return found
@@ -129,9 +131,10 @@ class Gemm:
 class _TensorMap:
     """The driver's description of a row-major matrix: 128 bytes at a multiple of 64, which its Python binding does not keep."""
 
-    def __init__(self, matrix: Tensor, columns: int, rows: int, size: int) -> None:
-        driver = _driver()
+    def __init__(self, matrix: Tensor, rows: int, written: bool) -> None:
+        driver, size = _driver(), matrix.element_size()
         kind, promotion = driver.CUtensorMapDataType, driver.CUtensorMapL2promotion
+        row_stride = matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]  # that of a single row may be anything
         self._memory = (ctypes.c_ubyte * 192)()
         self.address = -(-ctypes.addressof(self._memory) // 64) * 64
         status = _library().cuTensorMapEncodeTiled(
@@ -140,18 +143,18 @@ class _TensorMap:
             ctypes.c_uint32(2),
             ctypes.c_void_p(matrix.data_ptr()),
             (ctypes.c_uint64 * 2)(matrix.shape[1], matrix.shape[0]),
-            (ctypes.c_uint64 * 1)(matrix.stride(0) * size),
-            (ctypes.c_uint32 * 2)(columns, rows),
+            (ctypes.c_uint64 * 1)(row_stride * size),
+            (ctypes.c_uint32 * 2)(DEPTH // size, rows),
             (ctypes.c_uint32 * 2)(1, 1),
             int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
             int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B),
-            int(promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B if size == 1 else promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE),
+            int(promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE if written else promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B),
             int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
         )
         if status:
-            shape, stride = list(matrix.shape), matrix.stride(0)
+            shape = list(matrix.shape)
             raise UnsupportedError(
-                f"the CUDA driver cannot describe a matrix {shape} of row stride {stride} at {matrix.data_ptr():#x}: error {status}"
+                f"the CUDA driver cannot describe a matrix {shape} of row stride {row_stride} at {matrix.data_ptr():#x}: error {status}"
             )
 
 

@@ -6,7 +6,7 @@ from functools import cache
 from importlib import resources
 from typing import NamedTuple
 
-from .layout import COLUMNS, ROWS, TILE_BYTES
+from .layout import DEPTH, ROWS, tile_bytes
 
 SHARED_BYTES = 232448
 """Shared memory that a block may have on compute capability 9.0."""
@@ -59,9 +59,19 @@ class Types(NamedTuple):
     bias: str
 
     @property
+    def size(self) -> int:
+        """Bytes of a value."""
+        return 1 if self.scaled else 2
+
+    @property
+    def scaled(self) -> bool:
+        """Whether tokens and features have scales."""
+        return self.values in ("int8", "float8_e4m3fn")
+
+    @property
     def stage_bytes(self) -> int:
         """Of 128 rows of weights; activations come on top."""
-        return TILE_BYTES if self.sparse else ROWS * COLUMNS
+        return tile_bytes(self.size) if self.sparse else ROWS * DEPTH
 
 
 def _fixed_bytes(variant: Variant, types: Types) -> int:
@@ -71,16 +81,16 @@ def _fixed_bytes(variant: Variant, types: Types) -> int:
 
 def stages(variant: Variant, types: Types) -> int:
     """As many steps ahead as fit, at most 8."""
-    return min(8, (SHARED_BYTES - _fixed_bytes(variant, types)) // (types.stage_bytes + variant.tokens * COLUMNS))
+    return min(8, (SHARED_BYTES - _fixed_bytes(variant, types)) // (types.stage_bytes + variant.tokens * DEPTH))
 
 
 def shared_bytes(variant: Variant, types: Types) -> int:
     """Shared memory of a block."""
-    return _fixed_bytes(variant, types) + stages(variant, types) * (types.stage_bytes + variant.tokens * COLUMNS)
+    return _fixed_bytes(variant, types) + stages(variant, types) * (types.stage_bytes + variant.tokens * DEPTH)
 
 
-def predicted_clocks(variant: Variant, n: int, k: int, m: int, *, sparse: bool, multiprocessors: int = 132) -> float:
-    """Clocks of ``[M, K']`` by ``[N, K']``: waves of clusters, in each the stages, bound by tensor cores or by copies, and a tile's ends.
+def predicted_clocks(variant: Variant, n: int, k: int, m: int, *, sparse: bool, size: int = 1, multiprocessors: int = 132) -> float:
+    """Clocks of ``[M, K']`` by ``[N, K']``, values of ``size`` bytes: waves of clusters, in each the stages, bound by tensor cores or by copies, and a tile's ends.
 
     The constants follow products measured on an H200 (benchmarks/results/h200_sm90_variants.csv). They put variants in order and predict no
     time: at one clock, 1.9 GHz, they are 13 % off (root mean square).
@@ -89,15 +99,15 @@ def predicted_clocks(variant: Variant, n: int, k: int, m: int, *, sparse: bool, 
     # Of clusters of eight, 15 fit the 132 multiprocessors of an H200.
     clusters = multiprocessors // variant.cluster if variant.cluster < 4 else multiprocessors * 10 // 11 // variant.cluster
     multiply = variant.tokens * (2.4 if sparse else 4.2) + (150 if sparse else 60)
-    weights = TILE_BYTES if sparse else ROWS * COLUMNS
-    bring = (weights / variant.along + variant.tokens * COLUMNS / variant.features) / 50
-    return -(-tiles // clusters) * (-(-k // COLUMNS) * max(multiply, bring) + 1000 + 12 * variant.tokens)
+    weights = tile_bytes(size) if sparse else ROWS * DEPTH
+    bring = (weights / variant.along + variant.tokens * DEPTH / variant.features) / 50
+    return -(-tiles // clusters) * (-(-k * size // DEPTH) * max(multiply, bring) + 1000 + 12 * variant.tokens)
 
 
 def constants(variant: Variant, types: Types, *, delay: bool = False) -> dict[str, int]:
     """The constants that gemm.cu asks for; with ``delay`` every role waits at random, which shows races."""
     return {
-        "TYPE": ("int8", "float8_e4m3fn").index(types.values),
+        "TYPE": tuple(_INSTRUCTIONS).index(types.values),
         "SPARSE": int(types.sparse),
         "TOKENS": variant.tokens,
         "CLUSTER_FEATURES": variant.features,
@@ -111,7 +121,7 @@ def constants(variant: Variant, types: Types, *, delay: bool = False) -> dict[st
 
 def source(variant: Variant, types: Types) -> str:
     """CUDA C++: the instruction that multiplies, written for this number of tokens, and gemm.cu."""
-    return _multiply(types.values, variant.tokens, types.sparse) + _text()
+    return _multiply(types, variant.tokens) + _text()
 
 
 @cache
@@ -119,18 +129,26 @@ def _text() -> str:
     return (resources.files(__package__) / "gemm.cu").read_text(encoding="utf-8")
 
 
-def _multiply(values: str, tokens: int, sparse: bool) -> str:
+_INSTRUCTIONS = {
+    "int8": ("s32.s8.s8", "p"),
+    "float8_e4m3fn": ("f32.e4m3.e4m3", "p, 1, 1"),
+    "bfloat16": ("f32.bf16.bf16", "p, 1, 1, 0, 0"),
+    "float16": ("f32.f16.f16", "p, 1, 1, 0, 0"),
+}
+"""What wgmma calls types, and its last operands: whether it adds, signs, and that both matrices lie along k."""
+
+
+def _multiply(types: Types, tokens: int) -> str:
     """``multiply``: sums[i] (+)= one wgmma of 64 features, ``tokens`` tokens and 32 bytes of weights' values."""
-    count, whole = tokens // 2, values == "int8"
-    types = "s32.s8.s8" if whole else "f32.e4m3.e4m3"
+    count, whole, (names, last) = tokens // 2, types.values == "int8", _INSTRUCTIONS[types.values]
     sums = ", ".join(f'"{"+r" if whole else "+f"}"(d[{i}])' for i in range(count))
-    sizes = f"wgmma.mma_async{'.sp' if sparse else ''}.sync.aligned.m64n{tokens}k{64 if sparse else 32}.{types}"
+    depth = (64 if types.sparse else 32) // types.size
     words = f"{{{', '.join(f'%{i}' for i in range(count))}}}, %{count}, %{count + 1}"
-    words += f", %{count + 2}, 0" if sparse else ""
-    words += ", p" if whole else ", p, 1, 1"
+    words += f", %{count + 2}, %{count + 4}" if types.sparse else ""
     return (
-        f"__device__ __forceinline__ void multiply({'int' if whole else 'float'} (&d)[{count}], unsigned long long a, "
-        "unsigned long long b, unsigned metadata, int add) {\n"
-        f'  asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 3}, 0; {sizes} {words};}}"\n'
-        f'               : {sums}\n               : "l"(a), "l"(b), "r"(metadata), "r"(add));\n}}\n'
+        f"template <int SELECTOR> __device__ __forceinline__ void multiply({'int' if whole else 'float'} (&d)[{count}], "
+        "unsigned long long a, unsigned long long b, unsigned metadata, int add) {\n"
+        f'  asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 3}, 0; wgmma.mma_async{".sp" if types.sparse else ""}.sync.aligned.'
+        f'm64n{tokens}k{depth}.{names} {words}, {last};}}"\n'
+        f'               : {sums}\n               : "l"(a), "l"(b), "r"(metadata), "r"(add), "n"(SELECTOR));\n}}\n'
     )
