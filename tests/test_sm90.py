@@ -176,15 +176,49 @@ def test_products_are_the_oracles(pattern: str, n: int, k: int, m: int, variant:
                 assert error < 3e-3, (layout, bias is None, float(error))
 
 
-def poisoned(gemm: sm90.Gemm, q: torch.Tensor, x_scale: torch.Tensor, copy: torch.Tensor, weights, bias, out: torch.dtype) -> torch.Tensor:
+def poisoned(gemm: sm90.Gemm, q: torch.Tensor, x_scale: torch.Tensor | None, copy: torch.Tensor, weights, bias, out: torch.dtype):
     """The kernel's output, written over NaN."""
     y = torch.full((q.shape[0], weights.packed.n), float("nan"), dtype=out, device="cuda")
-    scale = weights.channel_scale.contiguous()
+    scale = None if weights.channel_scale is None else weights.channel_scale.contiguous()
     gemm(q, x_scale, copy, scale, bias, gemm.order(*y.shape), y, torch.cuda.current_stream().cuda_stream)
     return y
 
 
-KINDS = [("bfloat16", None), ("bfloat16", torch.bfloat16), ("bfloat16", torch.float32), ("float16", torch.float16)]
+KINDS = {
+    "int8": [("bfloat16", ""), ("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float16", "float16")],
+    "bf16": [("bfloat16", ""), ("bfloat16", "bfloat16")],
+    "fp16": [("float16", ""), ("float16", "float16")],
+}
+KINDS["fp8"] = KINDS["int8"]
+
+
+def random_case(draw: random.Random, schemes=tuple(KINDS), variants=sm90.VARIANTS, layouts=("tiled", "tiled", "dense")) -> tuple | None:
+    """One product of random shape, pattern, types and variant over NaN; what it was if an output is wrong."""
+    n, k, m = 8 * draw.randint(1, 120), 16 * draw.randint(1, 120), draw.choice((1, 7, draw.randint(1, 64), draw.randint(1, 700)))
+    pattern, scheme, variant, sparse = draw.choice(KNOWN), SCHEMES[draw.choice(schemes)], draw.choice(variants), draw.choice(layouts) == "tiled"
+    out, kind = draw.choice(KINDS[scheme.name])
+    values, scale = quantize_weight(prune(torch.randn(n, k, device="cuda"), pattern), scheme)
+    weights = Weights(pack(values, pattern), scheme, scale)
+    x = (torch.randn(m, k, device="cuda") * torch.logspace(-2, 1, m, device="cuda").view(-1, 1)).to(getattr(torch, out))
+    added = torch.randn(n, device="cuda").to(getattr(torch, kind)) if kind else None
+    q, x_scale = ops.quantize(x, scheme) if scheme.dynamic else (x, None)
+    types = sm90.Types(str(scheme.dtype)[6:], sparse, out, kind)
+    given, copy, width = q, values, -(-pattern.slid_k(k) // 16) * 16
+    if sparse:
+        given = ops.quantize_lift(x, pattern, scheme, width=width)[0] if scheme.dynamic else ops.lift(x, pattern, width=width)
+        copy = LAYOUTS["tiled"].prepare(posed(n, k, scheme.name, str(pattern)), weights)[0]
+    y = poisoned(sm90.loaded(variant, types, 0), given, x_scale, copy, weights, added, getattr(torch, out))
+    sums = q.double() @ values.double().t()
+    wanted, size = sums.float(), q.double().abs() @ values.double().abs().t()
+    if scheme.dynamic:
+        wanted, size = wanted * scale.view(1, -1) * x_scale, size * scale.view(1, -1) * x_scale
+    wanted = (wanted if added is None else wanted + added.float()).to(y.dtype)
+    if scheme.name == "int8":
+        right = torch.equal(y.view(torch.int16), wanted.view(torch.int16))
+    else:
+        # One rounding, and sums of which the tensor cores keep 13 bits and more.
+        right = bool(((y.double() - wanted.double()).abs() <= 2**-8 * wanted.double().abs() + 2**-12 * size).all())
+    return None if right else (n, k, m, str(pattern), scheme.name, str(variant), out, kind, sparse)
 
 
 @pytest.mark.needs_gpu
@@ -193,30 +227,8 @@ KINDS = [("bfloat16", None), ("bfloat16", torch.bfloat16), ("bfloat16", torch.fl
 def test_500_random_cases(part: int) -> None:
     draw = random.Random(torch.initial_seed() + part)
     for _ in range(500):
-        n, k, m = 8 * draw.randint(1, 120), 16 * draw.randint(1, 120), draw.choice((1, 7, draw.randint(1, 64), draw.randint(1, 700)))
-        pattern, scheme, variant = draw.choice(KNOWN), SCHEMES[draw.choice(("int8", "fp8"))], draw.choice(sm90.VARIANTS)
-        (out, bias), sparse = draw.choice(KINDS), draw.random() < 0.7
-        values, scale = quantize_weight(prune(torch.randn(n, k, device="cuda"), pattern), scheme)
-        weights = Weights(pack(values, pattern), scheme, scale)
-        x = (torch.randn(m, k, device="cuda") * torch.logspace(-2, 1, m, device="cuda").view(-1, 1)).bfloat16()
-        added = None if bias is None else torch.randn(n, device="cuda").to(bias)
-        q, x_scale = ops.quantize(x, scheme)
-        types = sm90.Types(str(scheme.dtype)[6:], sparse, out, "" if bias is None else str(bias)[6:])
-        given, copy = q, values
-        if sparse:
-            given = ops.quantize_lift(x, pattern, scheme, width=-(-pattern.slid_k(k) // 16) * 16)[0]
-            copy = LAYOUTS["tiled"].prepare(Problem(n, k, pattern, scheme, HOPPER, torch.bfloat16), weights)[0]
-        y = poisoned(sm90.loaded(variant, types, 0), given, x_scale, copy, weights, added, getattr(torch, out))
-        sums = q.double() @ values.double().t()
-        wanted = sums.float() * scale.view(1, -1) * x_scale
-        wanted = (wanted if added is None else wanted + added.float()).to(y.dtype)
-        case = (n, k, m, str(pattern), scheme.name, str(variant), out, bias, sparse)
-        if scheme.name == "int8":
-            assert torch.equal(y.view(torch.int16), wanted.view(torch.int16)), case
-        else:
-            # One rounding, and sums of which the tensor cores keep 13 bits and more.
-            size = (q.double().abs() @ values.double().abs().t()) * scale.view(1, -1) * x_scale
-            assert ((y.double() - wanted.double()).abs() <= 2**-8 * wanted.double().abs() + 2**-12 * size).all(), case
+        wrong = random_case(draw)
+        assert wrong is None, wrong
 
 
 @pytest.mark.needs_gpu
