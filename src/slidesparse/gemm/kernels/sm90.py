@@ -24,14 +24,14 @@ _OUTPUTS = (torch.bfloat16, torch.float16)
 class Sm90(Kernel):
     """Quantises (and lifts), then one kernel multiplies, scales, adds the bias and rounds once; 16-bit weights have no scales.
 
-    A variant names the tile's tokens and the cluster, as ``256 2x1``.
+    A variant names the tile's tokens and the cluster, as ``256 2x1``, and whether steps are divided evenly: ``256 2x1 split``.
     """
 
     name = "sm90"
     layouts = ("tiled", "dense")
     code = (
         "gemm.kernels.base", "gemm.kernels.sm90", "gemm.layouts", "ops.sm90.gemm.cu", "ops.sm90.launch", "ops.sm90.layout",
-        "ops.sm90.variants", "ops.prologue", "ops.quantize", "ops.kernels_quantize", "ops.row_config",
+        "ops.sm90.schedule", "ops.sm90.variants", "ops.prologue", "ops.quantize", "ops.kernels_quantize", "ops.row_config",
     )  # fmt: skip
 
     def refuses(self, problem: Problem, variant: str = "") -> str | None:
@@ -52,23 +52,31 @@ class Sm90(Kernel):
             return f"copies rows of 16 bytes: N must be a multiple of 8 and K of {step}, not {problem.n} and {problem.k}"
         if variant:
             try:
-                sm90.Variant.parse(variant)
+                parsed = sm90.Variant.parse(variant)
             except ValueError as error:
                 return str(error)
+            if not sm90.fits(parsed, problem.scheme.name, problem.bias is not None):
+                return f"variant {variant} of int8 products with a bias takes more registers than there are"
         return int32_overflow(problem) or sm90.unavailable()
 
     def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
-        """By predicted time on slid weights."""
-        return self._by_time(problem, m, sparse=True)
+        """By predicted time on slid weights; split ones, of which no time was measured, last."""
+        found = self._by_time(problem, m, sparse=True)
+        return tuple(map(str, sorted(found, key=lambda variant: variant.split)))
 
     def search(self, problem: Problem, x: Tensor, copy: Copy) -> tuple[str, ...]:
-        """The three of the least predicted time: the best of them was within 3 % of the fastest for each of 128 products measured."""
-        return self._by_time(problem, x.shape[0], sparse=copy[0].dim() == 3)[:3]
+        """Of the least predicted time: three, of 128 measured products the best was within 3 % of the fastest for each, and two split ones."""
+        found = self._by_time(problem, x.shape[0], sparse=copy[0].dim() == 3)
+        divided = [variant for variant in found if variant.split]
+        return tuple(map(str, [*[variant for variant in found if not variant.split][:3], *divided[:2]]))
 
-    def _by_time(self, problem: Problem, m: int, *, sparse: bool) -> tuple[str, ...]:
-        width, size = problem.pattern.slid_k(problem.k) if sparse else problem.k, problem.scheme.dtype.itemsize
-        found = sorted(sm90.VARIANTS, key=lambda variant: sm90.predicted_clocks(variant, problem.n, width, m, sparse=sparse, size=size))
-        return tuple(map(str, found))
+    def _by_time(self, problem: Problem, m: int, *, sparse: bool) -> list[sm90.Variant]:
+        width, scheme = problem.pattern.slid_k(problem.k) if sparse else problem.k, problem.scheme
+
+        def clocks(variant: sm90.Variant) -> float:
+            return sm90.predicted_clocks(variant, problem.n, width, m, sparse=sparse, size=scheme.dtype.itemsize)
+
+        return sorted((one for one in sm90.VARIANTS if sm90.fits(one, scheme.name, problem.bias is not None)), key=clocks)
 
     def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
         """Nothing: all scales are inside."""
@@ -81,11 +89,11 @@ class Sm90(Kernel):
         bias = "" if problem.bias is None else str(problem.bias).removeprefix("torch.")
         values, out = (str(dtype).removeprefix("torch.") for dtype in (problem.scheme.dtype, problem.dtype))
         gemm = sm90.loaded(sm90.Variant.parse(variant), sm90.Types(values, sparse, out, bias), index)
-        order, empty = gemm.order(m, n), allocator(x.device)
+        work, empty = gemm.table(m, n, width), allocator(x.device)
 
         def multiply(q: Tensor, x_scale: Tensor | None, copy: Copy, scale: Tensor | None, added: Tensor | None) -> Tensor:
             y = empty((m, n), (n, 1), problem.dtype)
-            gemm(q, x_scale, copy[0], scale, added, order, y, current_stream(index))
+            gemm(q, x_scale, copy[0], scale, added, work, y, current_stream(index))
             return y
 
         pattern = problem.pattern if sparse else None

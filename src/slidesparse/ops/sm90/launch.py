@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 import ctypes
+import secrets
 from collections import OrderedDict
 from functools import cache, lru_cache
+from itertools import count, zip_longest
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import jit
 from ...errors import UnsupportedError
+from ..launch import allocator
 from .layout import DEPTH, ROWS, tiles
-from .variants import CHUNK, THREADS, Types, Variant, constants, shared_bytes, source
+from .schedule import Item, split, tile_order, whole
+from .variants import CHUNK, THREADS, Types, Variant, constants, part_bytes, shared_bytes, source
 
 _GROUP = 8
 """Token tiles that follow each other before the features advance: what they share stays in the second-level cache."""
 _MAPS = 4096
+_LAUNCHES = count(secrets.randbits(62))
+"""Numbers of launches, unlike what memory may hold by chance."""
+
+
+class Table(NamedTuple):
+    """What clusters work on, int32 ``[items, 4]``, a cluster's ``clusters`` apart, and whether some leave sums to others."""
+
+    items: Tensor
+    clusters: int
+    shared: bool
 
 
 @cache
-def tile_order(down: int, across: int, group: int, device: int) -> Tensor:
-    """Tiles in the order in which clusters take them, features · 2¹⁶ + tokens, int32; both count clusters.
+def table(down: int, across: int, group: int, steps: int, clusters: int, divided: bool, device: int) -> Table:
+    """The items of every cluster, empty ones behind the last.
 
-    All features come before the next ``group`` tiles of tokens. No table is freed: a CUDA graph reads it for as long as it lives, and
-    nobody knows how long that is. Many numbers of tokens share one.
+    No table is freed: a CUDA graph reads it for as long as it lives, and nobody knows how long that is. Many numbers of tokens share one.
     """
-    order = [
-        row << 16 | column
-        for first in range(0, across, group)
-        for row in range(down)
-        for column in range(first, min(first + group, across))
-    ]
-    return torch.tensor(order, dtype=torch.int32, device=torch.device("cuda", device))
+    lists = (split if divided else whole)(tile_order(down, across, group), steps, clusters)
+    found = [item for row in zip_longest(*lists, fillvalue=Item(0, 0, 0)) for item in row]
+    while not found[-1].count:
+        del found[-1]
+    items = torch.tensor(found, dtype=torch.int32, device=torch.device("cuda", device))
+    return Table(items, len(lists), any(item.parts for item in found))
 
 
 @cache
@@ -81,39 +93,44 @@ class Gemm:
             raise UnsupportedError(f"no cluster of {variant.cluster} blocks with {shared} bytes of shared memory fits this GPU")
         self.clusters = min(fitting, multiprocessors // variant.cluster)
         self._values = [(ctypes.c_ubyte * 192)() for _ in range(3)]
-        self._pointers = [ctypes.c_void_p() for _ in range(5)]
+        self._pointers = [ctypes.c_void_p() for _ in range(6)]
+        self._launch = ctypes.c_uint64()
         self._numbers = [ctypes.c_int() for _ in range(4)]
         # Tensor maps lie at multiples of 64 bytes.
         self._aligned = [-(-ctypes.addressof(value) // 64) * 64 for value in self._values]
-        places = [*self._aligned, *(ctypes.addressof(one) for one in (*self._pointers, *self._numbers))]
+        places = [*self._aligned, *(ctypes.addressof(one) for one in (*self._pointers, self._launch, *self._numbers))]
         self._arguments = (ctypes.c_void_p * len(places))(*places)
 
-    def order(self, m: int, n: int) -> Tensor:
-        """The tiles of a product ``[M, N]``; see `tile_order`."""
-        down, across = -(-n // (ROWS * self.variant.features)), -(-m // (self.variant.tokens * self.variant.along))
-        return tile_order(down, across, max(1, _GROUP // self.variant.along), self.device)
+    def table(self, m: int, n: int, k: int) -> Table:
+        """What clusters work on in a product ``[M, N]`` of K' columns; see `table`."""
+        variant = self.variant
+        down, across = -(-n // (ROWS * variant.features)), -(-m // (variant.tokens * variant.along))
+        steps = tiles(n, k, self.types.size)[1]
+        return table(down, across, max(1, _GROUP // variant.along), steps, self.clusters, variant.split, self.device)
 
     def __call__(
-        self, q: Tensor, x_scale: Tensor | None, weights: Tensor, w_scale: Tensor | None, bias: Tensor | None, order: Tensor, y: Tensor,
+        self, q: Tensor, x_scale: Tensor | None, weights: Tensor, w_scale: Tensor | None, bias: Tensor | None, work: Table, y: Tensor,
         stream: int,
     ) -> None:  # fmt: skip
         """Launch; the number of tokens is that of ``y``, and ``weights`` are tiles, or ``[N, K]`` where they are dense."""
         m, n = y.shape
         if m == 0:
             return
-        sparse, driver = self.types.sparse, _driver()
-        x_map = self._map(q, self.variant.tokens // self.variant.features)
-        w_map = x_map if sparse else self._map(weights, ROWS // self.variant.along)
+        sparse, driver, variant = self.types.sparse, _driver(), self.variant
+        x_map = self._map(q, variant.tokens // variant.features)
+        w_map = x_map if sparse else self._map(weights, ROWS // variant.along)
         y_map = self._map(y, CHUNK, written=True)
-        steps = tiles(n, q.shape[1], self.types.size)[1]
+        steps, blocks = tiles(n, q.shape[1], self.types.size)[1], work.clusters * variant.cluster
+        sums = allocator(y.device)((blocks * part_bytes(variant),), (1,), torch.uint8) if work.shared else None
         with self._lock:
             for place, one in zip(self._aligned, (x_map, w_map, y_map), strict=True):
                 ctypes.memmove(place, one.address, 128)
-            for pointer, tensor in zip(self._pointers, (weights, x_scale, w_scale, bias, order), strict=True):
+            for pointer, tensor in zip(self._pointers, (weights, x_scale, w_scale, bias, work.items, sums), strict=True):
                 pointer.value = None if tensor is None else tensor.data_ptr()
-            for number, value in zip(self._numbers, (order.numel(), steps, m, n), strict=True):
+            self._launch.value = next(_LAUNCHES)
+            for number, value in zip(self._numbers, (work.items.numel() // 4, steps, m, n), strict=True):
                 number.value = value
-            self._config.gridDimX = min(self.clusters, order.numel()) * self.variant.cluster
+            self._config.gridDimX = blocks
             self._config.hStream = stream
             _checked(driver.cuLaunchKernelEx(self._config, self._kernel, ctypes.addressof(self._arguments), 0))
 

@@ -1,9 +1,9 @@
 """Slid weights in the order in which the kernel for compute capability 9.0 reads them.
 
-A tile is 128 rows by 128 bytes of the slid matrix: 128 columns of 8-bit values, 64 of 16-bit ones. For each half of 64 rows it has the kept
-values, 64 bytes a row in the 64-byte swizzle of shared memory (4,096), then metadata for each of 128 threads: two words (1,024), of 16-bit
-values one (512). Tiles of the same rows follow each other, so that one bulk copy brings what a step of the kernel multiplies. An even number
-of steps, the last ones perhaps of zeros.
+A tile is 128 rows by 128 bytes of the slid matrix: 128 columns of 8-bit values, 64 of 16-bit ones. For each half of 64 rows it has the
+kept values, 64 bytes a row in the 64-byte swizzle of shared memory (4,096), then metadata for each of 128 threads: two words (1,024), of
+16-bit values one (512). Tiles of the same rows follow each other, so that one bulk copy brings what a step of the kernel multiplies. An
+even number of steps, the last ones perhaps of zeros.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def tiled_bytes(n: int, k: int, size: int) -> int:
 
 
 def tile(slid: Tensor) -> Tensor:
-    """``slid [N, K']`` int8, float8_e4m3fn or a 16-bit float, at most two non-zeros in each window of four → uint8 ``[down, across, bytes]``.
+    """``slid [N, K']`` int8, float8_e4m3fn or a 16-bit float → uint8 ``[down, across, bytes]``; rows and columns beyond are zeros.
 
-    Rows and columns beyond are zeros.
+    A window of four has at most two non-zeros.
 
     Raises:
         ValueError: a window of more than two non-zeros, on a CPU; the kernel trusts `slide`.

@@ -16,14 +16,18 @@ CHUNK = 32
 
 
 class Variant(NamedTuple):
-    """Tokens of a tile (its features are 128), and the cluster that shares what its blocks bring, in tiles: features × tokens."""
+    """Tokens of a tile (its features are 128), and the cluster that shares what its blocks bring, in tiles: features × tokens.
+
+    With ``split`` the steps of the last tiles are divided evenly among clusters, see `schedule`.
+    """
 
     tokens: int
     features: int
     along: int
+    split: bool = False
 
     def __str__(self) -> str:
-        return f"{self.tokens} {self.features}x{self.along}"
+        return f"{self.tokens} {self.features}x{self.along}{' split' if self.split else ''}"
 
     @classmethod
     def parse(cls, text: str) -> Variant:
@@ -43,11 +47,26 @@ class Variant(NamedTuple):
         return self.features * self.along
 
 
-VARIANTS = tuple(
-    Variant(tokens, features, along)
-    for tokens, features, along in ((256, 2, 1), (256, 4, 2), (256, 1, 1), (128, 2, 1), (128, 1, 2), (128, 1, 1), (64, 1, 2), (64, 1, 1))
+VARIANTS = (
+    *(Variant(256, features, along) for features, along in ((2, 1), (4, 2), (1, 1))),
+    *(Variant(128, features, along) for features, along in ((2, 1), (1, 2), (1, 1))),
+    *(Variant(64, 1, along) for along in (2, 1)),
+    *(
+        Variant(tokens, features, along, True)
+        for tokens, features, along in ((256, 2, 1), (128, 2, 1), (128, 1, 2), (128, 1, 1), (64, 1, 1))
+    ),
 )
-"""The likely fastest for many tokens first."""
+"""The likely fastest for many tokens first, then the same ones split."""
+
+
+def fits(variant: Variant, values: str, bias: bool) -> bool:
+    """Whether ptxas finds registers enough: it has one too few for split tiles of 256 tokens with the bias of int8 products."""
+    return not (variant.split and variant.tokens == 256 and values == "int8" and bias)
+
+
+def part_bytes(variant: Variant) -> int:
+    """Bytes of the sums that a block may leave to another, and of the flags that say so."""
+    return ROWS * variant.tokens * 4 + 16
 
 
 class Types(NamedTuple):
@@ -90,18 +109,30 @@ def shared_bytes(variant: Variant, types: Types) -> int:
 
 
 def predicted_clocks(variant: Variant, n: int, k: int, m: int, *, sparse: bool, size: int = 1, multiprocessors: int = 132) -> float:
-    """Clocks of ``[M, K']`` by ``[N, K']``, values of ``size`` bytes: waves of clusters, in each the stages, bound by tensor cores or by copies, and a tile's ends.
+    """Clocks of ``[M, K']`` by ``[N, K']``, values of ``size`` bytes.
 
-    The constants follow products measured on an H200 (benchmarks/results/h200_sm90_variants.csv). They put variants in order and predict no
-    time: at one clock, 1.9 GHz, they are 13 % off (root mean square).
+    Waves of clusters, in each the steps, bound by tensor cores or by copies, and a tile's ends. The constants follow products measured on
+    an H200 (benchmarks/results/h200_sm90_variants.csv). They put variants in order and predict no time: at one clock, 1.9 GHz, they are
+    13 % off (root mean square). What a split costs and saves was not measured: steps are divided evenly, and sums go through the
+    second-level cache.
     """
     tiles = -(-n // (ROWS * variant.features)) * -(-m // (variant.tokens * variant.along))
     # Of clusters of eight, 15 fit the 132 multiprocessors of an H200.
     clusters = multiprocessors // variant.cluster if variant.cluster < 4 else multiprocessors * 10 // 11 // variant.cluster
     multiply = variant.tokens * (2.4 if sparse else 4.2) + (150 if sparse else 60)
     weights = tile_bytes(size) if sparse else ROWS * DEPTH
-    bring = (weights / variant.along + variant.tokens * DEPTH / variant.features) / 50
-    return -(-tiles // clusters) * (-(-k * size // DEPTH) * max(multiply, bring) + 1000 + 12 * variant.tokens)
+    bring = (weights / variant.along + variant.tokens * DEPTH / variant.features) / _BYTES_A_CLOCK
+    steps, step, ends = -(-k * size // DEPTH), max(multiply, bring), 1000 + 12 * variant.tokens
+    waves = -(-tiles // clusters)
+    if not variant.split or tiles % clusters == 0:
+        return waves * (steps * step + ends)
+    # One cluster leaves sums and finishes a tile of others, of as many as it takes to share a tile.
+    moved = (1 + max(1, -(-clusters // tiles))) * part_bytes(variant) / _BYTES_A_CLOCK
+    return tiles / clusters * steps * step + waves * ends + moved
+
+
+_BYTES_A_CLOCK = 50
+"""From the second-level cache to a multiprocessor."""
 
 
 def constants(variant: Variant, types: Types, *, delay: bool = False) -> dict[str, int]:
@@ -116,6 +147,7 @@ def constants(variant: Variant, types: Types, *, delay: bool = False) -> dict[st
         "OUT": ("bfloat16", "float16").index(types.out),
         "BIAS": ("", "bfloat16", "float16", "float32").index(types.bias),
         "DELAY": int(delay),
+        "SPLIT": int(variant.split),
     }
 
 
