@@ -65,7 +65,7 @@ class Sm90(Kernel):
         return tuple(map(str, sorted(found, key=lambda variant: variant.split)))
 
     def search(self, problem: Problem, x: Tensor, copy: Copy) -> tuple[str, ...]:
-        """Of the least predicted time: three, of 128 measured products the best was within 3 % of the fastest for each, and two split ones."""
+        """Those of least predicted time: three, the best within 3 % of the fastest for 128 products measured, and two split ones."""
         found = self._by_time(problem, x.shape[0], sparse=copy[0].dim() == 3)
         divided = [variant for variant in found if variant.split]
         return tuple(map(str, [*[variant for variant in found if not variant.split][:3], *divided[:2]]))

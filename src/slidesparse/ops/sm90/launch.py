@@ -43,7 +43,7 @@ def table(down: int, across: int, group: int, steps: int, clusters: int, divided
     """
     lists = (split if divided else whole)(tile_order(down, across, group), steps, clusters)
     found = [item for row in zip_longest(*lists, fillvalue=Item(0, 0, 0)) for item in row]
-    while not found[-1].count:
+    while not found[-1].steps:
         del found[-1]
     items = torch.tensor(found, dtype=torch.int32, device=torch.device("cuda", device))
     return Table(items, len(lists), any(item.parts for item in found))

@@ -52,13 +52,13 @@ def tile(slid: Tensor) -> Tensor:
     Raises:
         ValueError: a window of more than two non-zeros, on a CPU; the kernel trusts `slide`.
     """
-    size = slid.element_size()
-    down, across = tiles(*slid.shape, size)
-    if slid.is_cuda and has_triton() and slid.shape[1] % 4 == 0:
+    (n, k), size = slid.shape, slid.element_size()
+    down, across = tiles(n, k, size)
+    if slid.is_cuda and has_triton() and k % 4 == 0:
         out = torch.empty(down, across, tile_bytes(size), dtype=torch.uint8, device=slid.device)
-        _tile_call(*slid.shape, slid.dtype)(slid.contiguous().view(_WINDOWS[size]), out)
+        _tile_call(n, k, slid.dtype)(slid.contiguous().view(_WINDOWS[size]), out)
         return out
-    bits = F.pad(slid.view(_BITS[size]), (0, across * DEPTH // size - slid.shape[1], 0, down * ROWS - slid.shape[0]))
+    bits = F.pad(slid.view(_BITS[size]), (0, across * DEPTH // size - k, 0, down * ROWS - n))
     windows = bits.unflatten(1, (-1, 4))
     mask = ((windows & _magnitude(slid.dtype)) != 0).long() @ torch.tensor([1, 2, 4, 8], device=bits.device)
     if bool(torch.tensor([found.bit_count() > 2 for found in range(16)], device=bits.device)[mask].any()):

@@ -15,14 +15,14 @@ _NEAR = 2
 
 
 class Item(NamedTuple):
-    """Steps ``first`` to ``first + count`` of a tile, features · 2¹⁶ + tokens, both in clusters.
+    """Steps ``first`` to ``first + steps`` of a tile, features · 2¹⁶ + tokens, both in clusters.
 
     What ends with the tile adds the sums of the ``parts`` clusters before its own. What ends before that leaves its own: -1.
     """
 
     tile: int
     first: int
-    count: int
+    steps: int
     parts: int = 0
 
 
@@ -54,7 +54,9 @@ def split(order: list[int], steps: int, clusters: int) -> list[list[Item]]:
     found = []
     for cluster in range(used):
         begin, end = ends[cluster], ends[cluster + 1]
-        left, inside, last = [], [], []
+        left: list[Item] = []
+        inside: list[Item] = []
+        last: list[Item] = []
         for at in range(begin // pairs, -(-end // pairs)):
             first, behind = max(begin - at * pairs, 0), min(end - at * pairs, pairs)
             parts = sum(at * pairs < other <= begin for other in ends[: cluster + 1]) if behind == pairs else -1
