@@ -230,6 +230,7 @@ def random_case(draw: random.Random, schemes=tuple(KINDS), variants=sm90.VARIANT
     (out, kind), variant = draw.choice(KINDS[scheme.name]), draw.choice(variants)
     if not sm90.fits(variant, scheme.name, bool(kind)):
         return None
+    k *= 4 if variant.split else 1  # rows of 2 kB and more are divided
     values, scale = quantize_weight(prune(torch.randn(n, k, device="cuda"), pattern), scheme)
     weights = Weights(pack(values, pattern), scheme, scale)
     x = (torch.randn(m, k, device="cuda") * torch.logspace(-2, 1, m, device="cuda").view(-1, 1)).to(getattr(torch, out))
