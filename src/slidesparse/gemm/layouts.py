@@ -121,13 +121,13 @@ class SlidLayout:
 
 
 class TiledLayout:
-    """Weights slid to 2:4 in the order in which the kernel reads them: uint8 ``[tiles down, across, 10240]``."""
+    """Weights slid to 2:4 in the order in which the kernel reads them: uint8 ``[tiles down, across, bytes]``."""
 
     name = "tiled"
 
     def nbytes(self, problem: Problem) -> int:
         """Half the slid values and two bits for each, in whole tiles."""
-        return sm90.tiled_bytes(problem.n, problem.pattern.slid_k(problem.k))
+        return sm90.tiled_bytes(problem.n, problem.pattern.slid_k(problem.k), problem.scheme.dtype.itemsize)
 
     def prepare(self, problem: Problem, weights: Weights) -> Copy:
         """Slide and put into tiles."""
@@ -138,9 +138,10 @@ class TiledLayout:
         slid = sm90.untile(copy[0], problem.n, problem.pattern.slid_k(problem.k), problem.scheme.dtype)
         columns = torch.arange(1, problem.k + 1, dtype=torch.float32, device=slid.device).view(1, -1)
         source = reference.lift(columns, problem.pattern)[0].long() - 1
-        row, column = slid.view(torch.uint8).nonzero(as_tuple=True)
-        dense = torch.zeros(problem.n, problem.k, dtype=torch.uint8, device=slid.device)
-        dense[row, source[column]] = slid.view(torch.uint8)[row, column]
+        bits = slid.view(torch.uint8 if slid.element_size() == 1 else torch.int16)
+        row, column = bits.nonzero(as_tuple=True)
+        dense = torch.zeros(problem.n, problem.k, dtype=bits.dtype, device=slid.device)
+        dense[row, source[column]] = bits[row, column]
         return dense.view(problem.scheme.dtype)
 
 

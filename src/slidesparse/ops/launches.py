@@ -177,8 +177,8 @@ def _w8a8(card: Card) -> Made:
 
 def _tiles(card: Card) -> Made:
     """Slid weights into the tiles of the product for 9.0."""
-    for slid, (n, k) in product((INT8, E4M3) if card.capability == (9, 0) else (), (*LAYERS, (520, 1000))):
-        yield _tile_layout_call(n, SIX.slid_k(k), slid), (torch.int32, torch.uint8)
+    for slid, (n, k) in product((INT8, E4M3, BF16) if card.capability == (9, 0) else (), (*LAYERS, (520, 1000))):
+        yield _tile_layout_call(n, SIX.slid_k(k), slid), (torch.int32 if slid.itemsize == 1 else torch.int64, torch.uint8)
 
 
 def _tiled(m: int, n: int, k: int, y: torch.dtype, bias: torch.dtype | None, tile: Tile, descriptors: bool) -> Made:

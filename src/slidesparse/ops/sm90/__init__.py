@@ -1,8 +1,8 @@
-"""An 8-bit product for compute capability 9.0 with both scales and the bias inside, written in CUDA C++ and compiled at first use."""
+"""A product for compute capability 9.0 with scales and the bias inside, written in CUDA C++ and compiled at first use."""
 
 from .launch import Gemm, loaded, unavailable
 from .layout import tile, tiled_bytes, untile
-from .variants import VARIANTS, Types, Variant, constants, predicted_clocks, source
+from .variants import VARIANTS, Types, Variant, constants, fits, predicted_clocks, source
 
 __all__ = [
     "VARIANTS",
@@ -10,6 +10,7 @@ __all__ = [
     "Types",
     "Variant",
     "constants",
+    "fits",
     "loaded",
     "predicted_clocks",
     "source",

@@ -1,13 +1,17 @@
-// Y[m, n] = X[m, k'] · W[n, k']ᵀ with both scales and a bias inside, for compute capability 9.0.
+// Y[m, n] = X[m, k'] · W[n, k']ᵀ with scales and a bias inside, for compute capability 9.0.
 //
 // Features are the rows of the product (operand A of wgmma, which alone can be 2:4 sparse), tokens are its columns. The grid is persistent:
 // every cluster of CLUSTER_FEATURES × CLUSTER_TOKENS blocks takes one tile after the other from a table. One thread of a block brings stages
 // of 128 bytes of k' by bulk copies; two warpgroups multiply 64 features each. Blocks of a cluster share what they bring by multicast.
 // A finished tile waits, rounded to 16 bits, in registers, and is written while the next one is multiplied.
 //
-// Constants: TYPE 0 int8, 1 e4m3; SPARSE 0, 1; TOKENS a tile; CLUSTER_FEATURES, CLUSTER_TOKENS; STAGES; OUT 0 bfloat16, 1 float16;
-// BIAS 0 none, 1 bfloat16, 2 float16, 3 float32; DELAY 1 lets every role wait at random, to find races. `multiply` comes from the generated
-// text in front of this one.
+// With SPLIT the table may divide the steps of a tile among clusters that follow each other. The last of them finishes the tile. The others
+// leave their sums in `partials`, which needs no value before: a flag is this launch's number, and who reads it takes it away. A cluster leaves
+// its sums first and finishes its tile last, and waits only for clusters that start before it: all come to an end, however many run at once.
+//
+// Constants: TYPE 0 int8, 1 e4m3 (with scales of tokens and features), 2 bfloat16, 3 float16 (without); SPARSE 0, 1; TOKENS a tile;
+// CLUSTER_FEATURES, CLUSTER_TOKENS; STAGES; OUT 0 bfloat16, 1 float16; BIAS 0 none, 1 bfloat16, 2 float16, 3 float32; DELAY 1 lets every role
+// wait at random, to find races; SPLIT 0, 1. `multiply` comes from the generated text in front of this one.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -15,23 +19,31 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 struct alignas(64) TensorMap { u64 words[16]; };
+// Steps of a tile, features << 16 | tokens; how many clusters have left sums of it, or -1: this one leaves its own.
+struct alignas(16) Item { u32 tile; int first, count, parts; };
 
 constexpr int WARPGROUPS = 2, FEATURES = 64 * WARPGROUPS, CLUSTER = CLUSTER_FEATURES * CLUSTER_TOKENS;
-constexpr int DEPTH = 128;                                   // bytes of k' a stage
+constexpr int SIZE = TYPE < 2 ? 1 : 2;                        // bytes of a value
+constexpr bool SCALED = TYPE < 2;
+constexpr int DEPTH = 128, COLUMNS = DEPTH / SIZE;            // bytes of k' a stage
 constexpr int VALUES = SPARSE ? 64 * DEPTH / 2 : 64 * DEPTH;  // bytes of values of 64 features a stage
-constexpr int BLOCK = SPARSE ? VALUES + 1024 : VALUES;        // and of their metadata, one word a thread and instruction
+constexpr int WORDS = 2 / SIZE;                               // of metadata, a thread and stage; one of 16-bit values is for two instructions
+constexpr int BLOCK = SPARSE ? VALUES + 512 * WORDS : VALUES;
 constexpr int X_BYTES = TOKENS * DEPTH, W_BYTES = WARPGROUPS * BLOCK, STAGE = X_BYTES + W_BYTES;
 constexpr int CHUNK = 32, CHUNKS = TOKENS / CHUNK;            // tokens written at once
 constexpr int BUFFERS = SPARSE ? 4 : 2;                       // chunks of a warpgroup in shared memory
 constexpr int CHUNK_BYTES = CHUNK * 128, OUT_BYTES = WARPGROUPS * BUFFERS * CHUNK_BYTES;
 constexpr int INSTRUCTIONS = SPARSE ? 2 : 4;                  // a stage
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
+constexpr int PART = 128 * TOKENS / 2 * 4;                    // bytes of the sums of a warpgroup
 constexpr u64 KEEP_FIRST_OUT = 0x12F0000000000000ull;         // cache hint: evict first
 
 #if TYPE == 0
 typedef int Sum;
+#define SUM "r"
 #else
 typedef float Sum;
+#define SUM "f"
 #endif
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -57,6 +69,12 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
 }
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ u32 this_cluster() {  // read again where it is wanted: kept, it would take a register of the sums
+  u32 found;
+  if (CLUSTER > 1) asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(found));
+  else asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(found));
+  return found;
 }
 __device__ __forceinline__ void warpgroup_sync(int warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); }
 
@@ -97,13 +115,42 @@ __device__ __forceinline__ u64 descriptor(u32 address, u32 stride, u32 swizzle) 
 // Without this the compiler may read sums that are still being added to.
 __device__ __forceinline__ void settle(Sum (&sums)[TOKENS / 2]) {
 #pragma unroll
-  for (int i = 0; i < TOKENS / 2; i++) {
-#if TYPE == 0
-    asm volatile("" : "+r"(sums[i])::"memory");
-#else
-    asm volatile("" : "+f"(sums[i])::"memory");
-#endif
+  for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+" SUM(sums[i])::"memory");
+}
+// Sums of a part of a tile, 16 bytes of each thread side by side.
+__device__ __forceinline__ void leave(const Sum (&sums)[TOKENS / 2], u8* to) {
+#pragma unroll
+  for (int j = 0; j < TOKENS / 8; j++)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to + j * 2048), SUM(sums[4 * j]), SUM(sums[4 * j + 1]), SUM(sums[4 * j + 2]),
+                 SUM(sums[4 * j + 3])
+                 : "memory");
+}
+__device__ __forceinline__ void add(Sum (&sums)[TOKENS / 2], const u8* from) {
+#pragma unroll
+  for (int j = 0; j < TOKENS / 8; j++) {
+    Sum a, b, c, d;
+    asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];" : "=" SUM(a), "=" SUM(b), "=" SUM(c), "=" SUM(d) : "l"(from + j * 2048) : "memory");
+    sums[4 * j] += a;
+    sums[4 * j + 1] += b;
+    sums[4 * j + 2] += c;
+    sums[4 * j + 3] += d;
+    if (j % 8 == 7) __syncwarp();  // or ptxas loads more ahead than it has registers for
   }
+}
+__device__ __forceinline__ void raise(u8* flag, u64 launch) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(launch) : "memory");
+}
+__device__ __forceinline__ void take(u8* flag, u64 launch) {
+  u64 found;
+  do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(flag) : "memory");
+  while (found != launch);
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(0ull) : "memory");
+}
+// Two such loads are not merged: what the first gave need not be kept in registers.
+__device__ __forceinline__ Item item_at(const Item* at) {
+  Item found;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(found.tile), "=r"(found.first), "=r"(found.count), "=r"(found.parts) : "l"(at));
+  return found;
 }
 __device__ __forceinline__ void delay() {
 #if DELAY
@@ -115,7 +162,8 @@ template <int LEFT> __device__ __forceinline__ void multiply_wait() {
 }
 
 __device__ __forceinline__ float scaled(Sum sum, float w_scale, float x_scale, float bias) {
-  float y = __fmul_rn(__fmul_rn((float)sum, w_scale), x_scale);  // the order of slidesparse.reference.scaled
+  float y = (float)sum;
+  if (SCALED) y = __fmul_rn(__fmul_rn(y, w_scale), x_scale);  // the order of slidesparse.reference.scaled
   return BIAS ? __fadd_rn(y, bias) : y;
 }
 __device__ __forceinline__ u32 rounded(float low, float high) {
@@ -141,8 +189,8 @@ template <int N> struct At { static constexpr int value = N; };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap y_map,
-     const u8* weights, const float* x_scale, const float* w_scale, const void* bias, const u32* tiles, int tile_count, int steps, int m,
-     int n) {
+     const u8* weights, const float* x_scale, const float* w_scale, const void* bias, const Item* items, u8* partials, u64 launch,
+     int item_count, int steps, int m, int n) {
   extern __shared__ u8 raw[];
   const u32 stages = (shared_address(raw) + 1023) & ~1023u, out = stages + STAGES * STAGE, scales = out + OUT_BYTES;
   const u32 full = scales + WARPGROUPS * TOKENS * 4, empty = full + STAGES * 8;
@@ -174,22 +222,24 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       const int last_tile = (n - 1) / FEATURES;  // a cluster may reach beyond: it brings this one again, and nothing of it is written
       int slot = 0;
       u32 phase = 1;
-      for (int t = cluster; t < tile_count; t += clusters) {
-        const u32 tile = __ldg(tiles + t);
+      for (int t = cluster; t < item_count; t += clusters) {
+        const u32 tile = __ldg(&items[t].tile);
         const int feature_tile = min((int)(tile >> 16) * CLUSTER_FEATURES + feature_rank, last_tile);
         const int token_tile = (tile & 0xffff) * CLUSTER_TOKENS + token_rank, token = token_tile * TOKENS + feature_rank * (TOKENS / CLUSTER_FEATURES);
         const u8* from = weights + (size_t)feature_tile * steps * W_BYTES + token_rank * W_PART;
-        for (int step = 0; step < steps; step++) {
+        const int first = SPLIT ? __ldg(&items[t].first) : 0, end = SPLIT ? first + __ldg(&items[t].count) : steps;
+        from += (size_t)first * W_BYTES;
+        for (int step = first; step < end; step++) {
           barrier_wait(empty + slot * 8, phase);
           delay();
           const u32 arrived = full + slot * 8, to = stages + slot * STAGE;
           barrier_expect(arrived, STAGE);
-          copy_rows(to + feature_rank * X_PART, &x_map, step * DEPTH, token, arrived, x_mask);
+          copy_rows(to + feature_rank * X_PART, &x_map, step * COLUMNS, token, arrived, x_mask);
           if (SPARSE) {
             copy_bytes(to + X_BYTES + token_rank * W_PART, from, W_PART, arrived, w_mask);
             from += W_BYTES;
           } else {
-            copy_rows(to + X_BYTES + token_rank * W_PART, &w_map, step * DEPTH, feature_tile * FEATURES + token_rank * (FEATURES / CLUSTER_TOKENS),
+            copy_rows(to + X_BYTES + token_rank * W_PART, &w_map, step * COLUMNS, feature_tile * FEATURES + token_rank * (FEATURES / CLUSTER_TOKENS),
                       arrived, w_mask);
           }
           if (++slot == STAGES) {
@@ -205,15 +255,15 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     const u32 metadata_at = X_BYTES + warpgroup * BLOCK + VALUES + inside * 4, my_scales = scales + warpgroup * TOKENS * 4;
     const int row_in_chunk = (lane & 7) + ((lane >> 4) << 3), column16 = 2 * warp + ((lane >> 3) & 1);
     Sum sums[TOKENS / 2];
-    u32 metadata[2][2];  // of two stages: an instruction in flight still reads its own
+    u32 metadata[2][WORDS];  // of two stages: an instruction in flight still reads its own
     u32 held[TOKENS / 4];
     int held_row = -1, held_token = 0, slot = 0;
     u32 phase = 0;
 
     auto load_metadata = [&](auto parity) {
       if constexpr (SPARSE) {
-        metadata[parity.value][0] = load_shared(stages + slot * STAGE + metadata_at);
-        metadata[parity.value][1] = load_shared(stages + slot * STAGE + metadata_at + 512);
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) metadata[parity.value][i] = load_shared(stages + slot * STAGE + metadata_at + 512 * i);
       }
     };
     auto multiply_stage = [&](auto parity, int add) {
@@ -221,8 +271,12 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       const u64 x_at = descriptor(x, 1024, 1), w_at = SPARSE ? descriptor(w, 512, 2) : descriptor(w, 1024, 1);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-      for (int i = 0; i < INSTRUCTIONS; i++)
-        multiply(sums, w_at + i * 2, x_at + i * (SPARSE ? 4 : 2), metadata[parity.value][SPARSE ? i : 0], i == 0 ? add : 1);
+      for (int i = 0; i < INSTRUCTIONS; i++) {
+        const u64 a = w_at + i * 2, b = x_at + i * (SPARSE ? 4 : 2);
+        const u32 word = metadata[parity.value][SPARSE && WORDS == 2 ? i : 0];
+        if (SPARSE && WORDS == 1 && i == 1) multiply<1>(sums, a, b, word, 1);  // the odd pairs of threads hold its metadata
+        else multiply<0>(sums, a, b, word, i == 0 ? add : 1);
+      }
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     };
     auto release_previous = [&] {
@@ -270,7 +324,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       }
     };
     // Two stages, and between their instructions a chunk of the held tile, or none (-1).
-    auto two_stages = [&](int step, int token, auto chunk) {
+    auto two_stages = [&](int step, int count, int token, auto chunk) {
       delay();
       multiply_stage(At<0>(), step != 0);
       if constexpr (chunk.value >= 0)
@@ -278,7 +332,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       if (step) {
         multiply_wait<1>();
         release_previous();
-      } else {
+      } else if (SCALED) {
         for (int i = inside; i < TOKENS; i += 128) {
           const float scale = token + i < m ? __ldg(x_scale + token + i) : 0.f;
           asm volatile("st.shared.f32 [%0], %1;" ::"r"(my_scales + i * 4), "f"(scale) : "memory");
@@ -293,45 +347,75 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       multiply_wait<1>();
       release_previous();
       next_stage();
-      if (step + 2 < steps) {
+      if (step + 2 < count) {
         barrier_wait(full + slot * 8, phase);
         load_metadata(At<0>());
       }
     };
 
-    for (int t = cluster; t < tile_count; t += clusters) {
-      const u32 tile = __ldg(tiles + t);
-      const int row = ((tile >> 16) * CLUSTER_FEATURES + feature_rank) * FEATURES + warpgroup * 64;
+    auto part_at = [&](u32 of) { return partials + ((size_t)(of * CLUSTER + rank) * WARPGROUPS + warpgroup) * PART + inside * 16; };
+    auto flag_at = [&](u32 of) { return partials + (size_t)gridDim.x * WARPGROUPS * PART + ((of * CLUSTER + rank) * WARPGROUPS + warpgroup) * 8; };
+
+    for (int t = SPLIT ? this_cluster() : cluster; t < item_count; t += clusters) {
+      const Item item = SPLIT ? item_at(items + t) : Item{__ldg(&items[t].tile), 0, steps, 0};
+      const u32 tile = item.tile;
+      const int count = SPLIT ? item.count : steps;
+      if (SPLIT && count == 0) break;
       const int token = ((tile & 0xffff) * CLUSTER_TOKENS + token_rank) * TOKENS;
       barrier_wait(full + slot * 8, phase);
       load_metadata(At<0>());
       each_chunk(each_chunk, At<0>(), [&](auto chunk) {
-        if (2 * chunk.value < steps) {
-          two_stages(2 * chunk.value, token, chunk);
+        if (2 * chunk.value < count) {
+          two_stages(2 * chunk.value, count, token, chunk);
         } else if (held_row >= 0) {
           put(chunk);
           send(chunk);
         }
       });
-      for (int step = 2 * CHUNKS; step < steps; step += 2) two_stages(step, token, At<-1>());
+      for (int step = 2 * CHUNKS; step < count; step += 2) two_stages(step, count, token, At<-1>());
+      const Item done = SPLIT ? item_at(items + t) : item;  // again: it would take registers of the loop
+      const int row = ((done.tile >> 16) * CLUSTER_FEATURES + feature_rank) * FEATURES + warpgroup * 64;
       const int feature = row + warp * 16 + (lane >> 2);
-      const float w0 = feature < n ? __ldg(w_scale + feature) : 0.f, w1 = feature + 8 < n ? __ldg(w_scale + feature + 8) : 0.f;
+      float w0 = 0.f, w1 = 0.f;
+      if (SCALED) {
+        if (feature < n) w0 = __ldg(w_scale + feature);
+        if (feature + 8 < n) w1 = __ldg(w_scale + feature + 8);
+      }
       multiply_wait<0>();
       settle(sums);
       release_previous();
-      warpgroup_sync(warpgroup);  // the token scales lie there
+      if (SPLIT && done.parts < 0) {
+        leave(sums, part_at(this_cluster()));
+        warpgroup_sync(warpgroup);  // all have left theirs
+        if (inside == 0) raise(flag_at(this_cluster()), launch);
+        held_row = -1;
+        continue;
+      }
+      for (int i = 1; SPLIT && i <= done.parts; i++) {
+        if (inside == 0) take(flag_at(this_cluster() - i), launch);
+        warpgroup_sync(warpgroup);
+        add(sums, part_at(this_cluster() - i));
+      }
+      if (SCALED) warpgroup_sync(warpgroup);  // the token scales lie there
       const float b0 = bias_at(bias, feature, n), b1 = bias_at(bias, feature + 8, n);
 #pragma unroll
       for (int j = 0; j < TOKENS / 8; j++) {
-        float x0, x1;
-        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x0), "=f"(x1) : "r"(my_scales + j * 32 + (lane & 3) * 8));
+        float x0 = 0.f, x1 = 0.f;
+        if (SCALED)
+          asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x0), "=f"(x1) : "r"(my_scales + j * 32 + (lane & 3) * 8));
         held[2 * j] = rounded(scaled(sums[4 * j], w0, x0, b0), scaled(sums[4 * j + 1], w0, x1, b0));
         held[2 * j + 1] = rounded(scaled(sums[4 * j + 2], w1, x0, b1), scaled(sums[4 * j + 3], w1, x1, b1));
+        if (SPLIT && SCALED && j % (TYPE ? 4 : 2) == (TYPE ? 3 : 1)) {
+          // Nothing is changed, m being positive, but the next sums wait for these: ptxas would scale all of them into other registers.
+          const u32 nothing = (u32)m >> 31 & held[2 * j + 1];
+          w0 = __uint_as_float(__float_as_uint(w0) ^ nothing);
+          w1 = __uint_as_float(__float_as_uint(w1) ^ nothing);
+        }
         if (BIAS && j % 4 == 3) __syncwarp();  // or ptxas reads all scales ahead, and has a register too few
       }
       held_row = row;
-      held_token = token;
-      warpgroup_sync(warpgroup);  // all have read the scales before the next tile's take their place
+      held_token = SPLIT ? ((done.tile & 0xffff) * CLUSTER_TOKENS + token_rank) * TOKENS : token;
+      if (SCALED) warpgroup_sync(warpgroup);  // all have read the scales before the next tile's take their place
     }
     if (held_row >= 0)
       each_chunk(each_chunk, At<0>(), [&](auto chunk) {

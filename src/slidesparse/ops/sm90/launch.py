@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 import ctypes
+import secrets
 from collections import OrderedDict
 from functools import cache, lru_cache
+from itertools import count, zip_longest
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import jit
 from ...errors import UnsupportedError
-from .layout import COLUMNS, ROWS, tiles
-from .variants import CHUNK, THREADS, Types, Variant, constants, shared_bytes, source
+from ..launch import allocator
+from .layout import DEPTH, ROWS, tiles
+from .schedule import Item, split, tile_order, whole
+from .variants import CHUNK, THREADS, Types, Variant, constants, part_bytes, shared_bytes, source
 
 _GROUP = 8
 """Token tiles that follow each other before the features advance: what they share stays in the second-level cache."""
 _MAPS = 4096
+_LAUNCHES = count(secrets.randbits(62))
+"""Numbers of launches, unlike what memory may hold by chance."""
 
 
-@lru_cache(maxsize=1024)
-def tile_order(down: int, across: int, group: int, device: int) -> Tensor:
-    """Tiles in the order in which clusters take them, features · 2¹⁶ + tokens, int32; both count clusters.
+class Table(NamedTuple):
+    """What clusters work on, int32 ``[items, 4]``, a cluster's ``clusters`` apart, and whether some leave sums to others."""
 
-    All features come before the next ``group`` tiles of tokens.
+    items: Tensor
+    clusters: int
+    shared: bool
+
+
+@cache
+def table(down: int, across: int, group: int, steps: int, clusters: int, divided: bool, device: int) -> Table:
+    """The items of every cluster, empty ones behind the last.
+
+    No table is freed: a CUDA graph reads it for as long as it lives, and nobody knows how long that is. Many numbers of tokens share one.
     """
-    order = [
-        row << 16 | column
-        for first in range(0, across, group)
-        for row in range(down)
-        for column in range(first, min(first + group, across))
-    ]
-    return torch.tensor(order, dtype=torch.int32, device=torch.device("cuda", device))
+    lists = (split if divided else whole)(tile_order(down, across, group), steps, clusters)
+    found = [item for row in zip_longest(*lists, fillvalue=Item(0, 0, 0)) for item in row]
+    while not found[-1].steps:
+        del found[-1]
+    items = torch.tensor(found, dtype=torch.int32, device=torch.device("cuda", device))
+    return Table(items, len(lists), any(item.parts for item in found))
 
 
 @cache
@@ -53,7 +66,7 @@ def loaded(variant: Variant, types: Types, device: int) -> Gemm:
 
 
 class Gemm:
-    """One variant of the kernel on one device: ``y [M, N]`` from 8-bit ``q [M, K']``, weights, scales and bias."""
+    """One variant of the kernel on one device: ``y [M, N]`` from ``q [M, K']``, weights, bias, and scales where values have 8 bits."""
 
     def __init__(self, variant: Variant, types: Types, device: int, *, delay: bool = False) -> None:
         self.variant, self.types, self.device, self._lock = variant, types, device, Lock()
@@ -80,47 +93,53 @@ class Gemm:
             raise UnsupportedError(f"no cluster of {variant.cluster} blocks with {shared} bytes of shared memory fits this GPU")
         self.clusters = min(fitting, multiprocessors // variant.cluster)
         self._values = [(ctypes.c_ubyte * 192)() for _ in range(3)]
-        self._pointers = [ctypes.c_void_p() for _ in range(5)]
+        self._pointers = [ctypes.c_void_p() for _ in range(6)]
+        self._launch = ctypes.c_uint64()
         self._numbers = [ctypes.c_int() for _ in range(4)]
         # Tensor maps lie at multiples of 64 bytes.
         self._aligned = [-(-ctypes.addressof(value) // 64) * 64 for value in self._values]
-        places = [*self._aligned, *(ctypes.addressof(one) for one in (*self._pointers, *self._numbers))]
+        places = [*self._aligned, *(ctypes.addressof(one) for one in (*self._pointers, self._launch, *self._numbers))]
         self._arguments = (ctypes.c_void_p * len(places))(*places)
 
-    def order(self, m: int, n: int) -> Tensor:
-        """The tiles of a product ``[M, N]``; see `tile_order`."""
-        down, across = -(-n // (ROWS * self.variant.features)), -(-m // (self.variant.tokens * self.variant.along))
-        return tile_order(down, across, max(1, _GROUP // self.variant.along), self.device)
+    def table(self, m: int, n: int, k: int) -> Table:
+        """What clusters work on in a product ``[M, N]`` of K' columns; see `table`."""
+        variant = self.variant
+        down, across = -(-n // (ROWS * variant.features)), -(-m // (variant.tokens * variant.along))
+        steps = tiles(n, k, self.types.size)[1]
+        return table(down, across, max(1, _GROUP // variant.along), steps, self.clusters, variant.split, self.device)
 
     def __call__(
-        self, q: Tensor, x_scale: Tensor, weights: Tensor, w_scale: Tensor, bias: Tensor | None, order: Tensor, y: Tensor, stream: int
-    ) -> None:
+        self, q: Tensor, x_scale: Tensor | None, weights: Tensor, w_scale: Tensor | None, bias: Tensor | None, work: Table, y: Tensor,
+        stream: int,
+    ) -> None:  # fmt: skip
         """Launch; the number of tokens is that of ``y``, and ``weights`` are tiles, or ``[N, K]`` where they are dense."""
         m, n = y.shape
         if m == 0:
             return
-        sparse, driver = self.types.sparse, _driver()
-        x_map = self._map(q, COLUMNS, self.variant.tokens // self.variant.features, 1)
-        w_map = x_map if sparse else self._map(weights, COLUMNS, ROWS // self.variant.along, 1)
-        y_map = self._map(y, 64, CHUNK, 2)
-        steps = tiles(n, q.shape[1])[1]
+        sparse, driver, variant = self.types.sparse, _driver(), self.variant
+        x_map = self._map(q, variant.tokens // variant.features)
+        w_map = x_map if sparse else self._map(weights, ROWS // variant.along)
+        y_map = self._map(y, CHUNK, written=True)
+        steps, blocks = tiles(n, q.shape[1], self.types.size)[1], work.clusters * variant.cluster
+        sums = allocator(y.device)((blocks * part_bytes(variant),), (1,), torch.uint8) if work.shared else None
         with self._lock:
             for place, one in zip(self._aligned, (x_map, w_map, y_map), strict=True):
                 ctypes.memmove(place, one.address, 128)
-            for pointer, tensor in zip(self._pointers, (weights, x_scale, w_scale, bias, order), strict=True):
+            for pointer, tensor in zip(self._pointers, (weights, x_scale, w_scale, bias, work.items, sums), strict=True):
                 pointer.value = None if tensor is None else tensor.data_ptr()
-            for number, value in zip(self._numbers, (order.numel(), steps, m, n), strict=True):
+            self._launch.value = next(_LAUNCHES)
+            for number, value in zip(self._numbers, (work.items.numel() // 4, steps, m, n), strict=True):
                 number.value = value
-            self._config.gridDimX = min(self.clusters, order.numel()) * self.variant.cluster
+            self._config.gridDimX = blocks
             self._config.hStream = stream
             _checked(driver.cuLaunchKernelEx(self._config, self._kernel, ctypes.addressof(self._arguments), 0))
 
-    def _map(self, matrix: Tensor, columns: int, rows: int, size: int) -> _TensorMap:
+    def _map(self, matrix: Tensor, rows: int, *, written: bool = False) -> _TensorMap:
         """The descriptor of a row-major matrix of which boxes of 128 bytes by some rows are copied, swizzled in 128 bytes."""
-        key = (matrix.data_ptr(), matrix.shape, matrix.stride(0), matrix.dtype, rows)
+        key = (matrix.data_ptr(), matrix.shape, matrix.stride(0), matrix.dtype, rows, written)
         found = self._maps.get(key)
         if found is None:
-            found = self._maps[key] = _TensorMap(matrix, columns, rows, size)
+            found = self._maps[key] = _TensorMap(matrix, rows, written)
             if len(self._maps) > _MAPS:
                 self._maps.popitem(last=False)
         return found
@@ -129,9 +148,10 @@ class Gemm:
 class _TensorMap:
     """The driver's description of a row-major matrix: 128 bytes at a multiple of 64, which its Python binding does not keep."""
 
-    def __init__(self, matrix: Tensor, columns: int, rows: int, size: int) -> None:
-        driver = _driver()
+    def __init__(self, matrix: Tensor, rows: int, written: bool) -> None:
+        driver, size = _driver(), matrix.element_size()
         kind, promotion = driver.CUtensorMapDataType, driver.CUtensorMapL2promotion
+        row_stride = matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]  # that of a single row may be anything
         self._memory = (ctypes.c_ubyte * 192)()
         self.address = -(-ctypes.addressof(self._memory) // 64) * 64
         status = _library().cuTensorMapEncodeTiled(
@@ -140,18 +160,18 @@ class _TensorMap:
             ctypes.c_uint32(2),
             ctypes.c_void_p(matrix.data_ptr()),
             (ctypes.c_uint64 * 2)(matrix.shape[1], matrix.shape[0]),
-            (ctypes.c_uint64 * 1)(matrix.stride(0) * size),
-            (ctypes.c_uint32 * 2)(columns, rows),
+            (ctypes.c_uint64 * 1)(row_stride * size),
+            (ctypes.c_uint32 * 2)(DEPTH // size, rows),
             (ctypes.c_uint32 * 2)(1, 1),
             int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
             int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B),
-            int(promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B if size == 1 else promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE),
+            int(promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE if written else promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B),
             int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
         )
         if status:
-            shape, stride = list(matrix.shape), matrix.stride(0)
+            shape = list(matrix.shape)
             raise UnsupportedError(
-                f"the CUDA driver cannot describe a matrix {shape} of row stride {stride} at {matrix.data_ptr():#x}: error {status}"
+                f"the CUDA driver cannot describe a matrix {shape} of row stride {row_stride} at {matrix.data_ptr():#x}: error {status}"
             )
 
 

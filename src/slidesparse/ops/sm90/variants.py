@@ -6,7 +6,7 @@ from functools import cache
 from importlib import resources
 from typing import NamedTuple
 
-from .layout import COLUMNS, ROWS, TILE_BYTES
+from .layout import DEPTH, ROWS, tile_bytes
 
 SHARED_BYTES = 232448
 """Shared memory that a block may have on compute capability 9.0."""
@@ -16,14 +16,18 @@ CHUNK = 32
 
 
 class Variant(NamedTuple):
-    """Tokens of a tile (its features are 128), and the cluster that shares what its blocks bring, in tiles: features × tokens."""
+    """Tokens of a tile (its features are 128), and the cluster that shares what its blocks bring, in tiles: features × tokens.
+
+    With ``split`` the steps of the last tiles are divided evenly among clusters, see `schedule`.
+    """
 
     tokens: int
     features: int
     along: int
+    split: bool = False
 
     def __str__(self) -> str:
-        return f"{self.tokens} {self.features}x{self.along}"
+        return f"{self.tokens} {self.features}x{self.along}{' split' if self.split else ''}"
 
     @classmethod
     def parse(cls, text: str) -> Variant:
@@ -43,11 +47,26 @@ class Variant(NamedTuple):
         return self.features * self.along
 
 
-VARIANTS = tuple(
-    Variant(tokens, features, along)
-    for tokens, features, along in ((256, 2, 1), (256, 4, 2), (256, 1, 1), (128, 2, 1), (128, 1, 2), (128, 1, 1), (64, 1, 2), (64, 1, 1))
+VARIANTS = (
+    *(Variant(256, features, along) for features, along in ((2, 1), (4, 2), (1, 1))),
+    *(Variant(128, features, along) for features, along in ((2, 1), (1, 2), (1, 1))),
+    *(Variant(64, 1, along) for along in (2, 1)),
+    *(
+        Variant(tokens, features, along, True)
+        for tokens, features, along in ((256, 2, 1), (128, 2, 1), (128, 1, 2), (128, 1, 1), (64, 1, 1))
+    ),
 )
-"""The likely fastest for many tokens first."""
+"""The likely fastest for many tokens first, then the same ones split."""
+
+
+def fits(variant: Variant, values: str, bias: bool) -> bool:
+    """Whether ptxas finds registers enough: it has one too few for split tiles of 256 tokens with the bias of int8 products."""
+    return not (variant.split and variant.tokens == 256 and values == "int8" and bias)
+
+
+def part_bytes(variant: Variant) -> int:
+    """Bytes of the sums that a block may leave to another, and of the flags that say so."""
+    return ROWS * variant.tokens * 4 + 16
 
 
 class Types(NamedTuple):
@@ -59,9 +78,19 @@ class Types(NamedTuple):
     bias: str
 
     @property
+    def size(self) -> int:
+        """Bytes of a value."""
+        return 1 if self.scaled else 2
+
+    @property
+    def scaled(self) -> bool:
+        """Whether tokens and features have scales."""
+        return self.values in ("int8", "float8_e4m3fn")
+
+    @property
     def stage_bytes(self) -> int:
         """Of 128 rows of weights; activations come on top."""
-        return TILE_BYTES if self.sparse else ROWS * COLUMNS
+        return tile_bytes(self.size) if self.sparse else ROWS * DEPTH
 
 
 def _fixed_bytes(variant: Variant, types: Types) -> int:
@@ -71,33 +100,45 @@ def _fixed_bytes(variant: Variant, types: Types) -> int:
 
 def stages(variant: Variant, types: Types) -> int:
     """As many steps ahead as fit, at most 8."""
-    return min(8, (SHARED_BYTES - _fixed_bytes(variant, types)) // (types.stage_bytes + variant.tokens * COLUMNS))
+    return min(8, (SHARED_BYTES - _fixed_bytes(variant, types)) // (types.stage_bytes + variant.tokens * DEPTH))
 
 
 def shared_bytes(variant: Variant, types: Types) -> int:
     """Shared memory of a block."""
-    return _fixed_bytes(variant, types) + stages(variant, types) * (types.stage_bytes + variant.tokens * COLUMNS)
+    return _fixed_bytes(variant, types) + stages(variant, types) * (types.stage_bytes + variant.tokens * DEPTH)
 
 
-def predicted_clocks(variant: Variant, n: int, k: int, m: int, *, sparse: bool, multiprocessors: int = 132) -> float:
-    """Clocks of ``[M, K']`` by ``[N, K']``: waves of clusters, in each the stages, bound by tensor cores or by copies, and a tile's ends.
+def predicted_clocks(variant: Variant, n: int, k: int, m: int, *, sparse: bool, size: int = 1, multiprocessors: int = 132) -> float:
+    """Clocks of ``[M, K']`` by ``[N, K']``, values of ``size`` bytes.
 
-    The constants follow products measured on an H200 (benchmarks/results/h200_sm90_variants.csv). They put variants in order and predict no
-    time: at one clock, 1.9 GHz, they are 13 % off (root mean square).
+    Waves of clusters, in each the steps, bound by tensor cores or by copies, and a tile's ends. The constants follow products measured on
+    an H200 (benchmarks/results/h200_sm90_variants.csv). They put variants in order and predict no time: at one clock, 1.9 GHz, they are
+    13 % off (root mean square). What a split costs and saves was not measured: steps are divided evenly, and sums go through the
+    second-level cache.
     """
     tiles = -(-n // (ROWS * variant.features)) * -(-m // (variant.tokens * variant.along))
     # Of clusters of eight, 15 fit the 132 multiprocessors of an H200.
     clusters = multiprocessors // variant.cluster if variant.cluster < 4 else multiprocessors * 10 // 11 // variant.cluster
     multiply = variant.tokens * (2.4 if sparse else 4.2) + (150 if sparse else 60)
-    weights = TILE_BYTES if sparse else ROWS * COLUMNS
-    bring = (weights / variant.along + variant.tokens * COLUMNS / variant.features) / 50
-    return -(-tiles // clusters) * (-(-k // COLUMNS) * max(multiply, bring) + 1000 + 12 * variant.tokens)
+    weights = tile_bytes(size) if sparse else ROWS * DEPTH
+    bring = (weights / variant.along + variant.tokens * DEPTH / variant.features) / _BYTES_A_CLOCK
+    steps, step, ends = -(-k * size // DEPTH), max(multiply, bring), 1000 + 12 * variant.tokens
+    waves = -(-tiles // clusters)
+    if not variant.split or tiles % clusters == 0:
+        return waves * (steps * step + ends)
+    # One cluster leaves sums and finishes a tile of others, of as many as it takes to share a tile.
+    moved = (1 + max(1, -(-clusters // tiles))) * part_bytes(variant) / _BYTES_A_CLOCK
+    return tiles / clusters * steps * step + waves * ends + moved
+
+
+_BYTES_A_CLOCK = 50
+"""From the second-level cache to a multiprocessor."""
 
 
 def constants(variant: Variant, types: Types, *, delay: bool = False) -> dict[str, int]:
     """The constants that gemm.cu asks for; with ``delay`` every role waits at random, which shows races."""
     return {
-        "TYPE": ("int8", "float8_e4m3fn").index(types.values),
+        "TYPE": tuple(_INSTRUCTIONS).index(types.values),
         "SPARSE": int(types.sparse),
         "TOKENS": variant.tokens,
         "CLUSTER_FEATURES": variant.features,
@@ -106,12 +147,13 @@ def constants(variant: Variant, types: Types, *, delay: bool = False) -> dict[st
         "OUT": ("bfloat16", "float16").index(types.out),
         "BIAS": ("", "bfloat16", "float16", "float32").index(types.bias),
         "DELAY": int(delay),
+        "SPLIT": int(variant.split),
     }
 
 
 def source(variant: Variant, types: Types) -> str:
     """CUDA C++: the instruction that multiplies, written for this number of tokens, and gemm.cu."""
-    return _multiply(types.values, variant.tokens, types.sparse) + _text()
+    return _multiply(types, variant.tokens) + _text()
 
 
 @cache
@@ -119,18 +161,26 @@ def _text() -> str:
     return (resources.files(__package__) / "gemm.cu").read_text(encoding="utf-8")
 
 
-def _multiply(values: str, tokens: int, sparse: bool) -> str:
+_INSTRUCTIONS = {
+    "int8": ("s32.s8.s8", "p"),
+    "float8_e4m3fn": ("f32.e4m3.e4m3", "p, 1, 1"),
+    "bfloat16": ("f32.bf16.bf16", "p, 1, 1, 0, 0"),
+    "float16": ("f32.f16.f16", "p, 1, 1, 0, 0"),
+}
+"""What wgmma calls types, and its last operands: whether it adds, signs, and that both matrices lie along k."""
+
+
+def _multiply(types: Types, tokens: int) -> str:
     """``multiply``: sums[i] (+)= one wgmma of 64 features, ``tokens`` tokens and 32 bytes of weights' values."""
-    count, whole = tokens // 2, values == "int8"
-    types = "s32.s8.s8" if whole else "f32.e4m3.e4m3"
+    count, whole, (names, last) = tokens // 2, types.values == "int8", _INSTRUCTIONS[types.values]
     sums = ", ".join(f'"{"+r" if whole else "+f"}"(d[{i}])' for i in range(count))
-    sizes = f"wgmma.mma_async{'.sp' if sparse else ''}.sync.aligned.m64n{tokens}k{64 if sparse else 32}.{types}"
+    depth = (64 if types.sparse else 32) // types.size
     words = f"{{{', '.join(f'%{i}' for i in range(count))}}}, %{count}, %{count + 1}"
-    words += f", %{count + 2}, 0" if sparse else ""
-    words += ", p" if whole else ", p, 1, 1"
+    words += f", %{count + 2}, %{count + 4}" if types.sparse else ""
     return (
-        f"__device__ __forceinline__ void multiply({'int' if whole else 'float'} (&d)[{count}], unsigned long long a, "
-        "unsigned long long b, unsigned metadata, int add) {\n"
-        f'  asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 3}, 0; {sizes} {words};}}"\n'
-        f'               : {sums}\n               : "l"(a), "l"(b), "r"(metadata), "r"(add));\n}}\n'
+        f"template <int SELECTOR> __device__ __forceinline__ void multiply({'int' if whole else 'float'} (&d)[{count}], "
+        "unsigned long long a, unsigned long long b, unsigned metadata, int add) {\n"
+        f'  asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 3}, 0; wgmma.mma_async{".sp" if types.sparse else ""}.sync.aligned.'
+        f'm64n{tokens}k{depth}.{names} {words}, {last};}}"\n'
+        f'               : {sums}\n               : "l"(a), "l"(b), "r"(metadata), "r"(add), "n"(SELECTOR));\n}}\n'
     )
