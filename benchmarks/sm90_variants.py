@@ -27,7 +27,7 @@ from slidesparse.pattern import Pattern
 
 def rows(bench: Bench, m: int, library: str) -> Iterator[dict[str, object]]:
     """A layer's times for ``m`` tokens."""
-    inputs = [torch.randn(m, bench.layer.k, device="cuda", dtype=torch.bfloat16) for _ in range(bench._count(m))]
+    inputs = [torch.randn(m, bench.layer.k, device="cuda", dtype=torch.bfloat16) for _ in range(len(bench.inputs(m)))]
     routes = [Route("dense", library), *(Route(layout, "sm90", str(one)) for layout in ("tiled", "dense") for one in sm90.VARIANTS)]
     scale, expected = bench.weights.channel_scale, None
     whole, products = {}, {}
