@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from linears import MODELS
+from slidesparse.bench.models import MODELS
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Plan, Route
 from slidesparse.gemm.choose import choice_of, fastest, route_at
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--model", choices=MODELS, default="Qwen2.5-7B")
     arguments = parser.parse_args()
-    plan, shapes = Plan.load(arguments.plan), list(MODELS[arguments.model].values())
+    plan, shapes = Plan.load(arguments.plan), list(MODELS[arguments.model].linears.values())
     print(*("scheme", "pattern", "M"), *NAMES, sep="\t")
     for scheme, pattern in sorted({(key[3], key[2]) for key in plan.cells}):
         keys = [(n, k, pattern, scheme) for n, k in shapes]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from linears import MODELS
 from records import records
 from slidesparse import measure
+from slidesparse.bench.models import MODELS
 from slidesparse.format import SCHEMES
 from slidesparse.gemm.kernels import kernels
 from slidesparse.gemm.route import Route
@@ -60,7 +60,7 @@ def main() -> None:
     with records(arguments.out, arguments.commit) as record:
         for scheme, library in (("fp8", "rowwise"), ("int8", "triton")):
             for pattern in ("6:8", "2:4"):
-                for name, (n, k) in MODELS[arguments.model].items():
+                for name, (n, k) in MODELS[arguments.model].linears.items():
                     bench = Bench(LinearShape(n, k, Pattern.parse(pattern), SCHEMES[scheme]))
                     for m in arguments.tokens:
                         head = {"model": arguments.model, "layer": name, "m": m, "n": n, "k": k, "pattern": pattern, "scheme": scheme}

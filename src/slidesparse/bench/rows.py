@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -163,6 +163,18 @@ def read_folder(folder: Path) -> list[Row]:
     return rows
 
 
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """Of rows of one card, layer, pattern and number of tokens those of the last run alone: times of two runs are not compared."""
+    last: dict[tuple[object, ...], tuple[str, str]] = {}
+    for row in rows:
+        last[_place(row)] = row.commit, row.driver
+    return [row for row in rows if last[_place(row)] == (row.commit, row.driver)]
+
+
+def _place(row: Row) -> tuple[object, ...]:
+    return row.bench, row.what, row.model, row.m, row.n, row.k, row.scheme, row.pattern, row.card
+
+
 def _header(file: Path) -> tuple[str, ...]:
     with file.open(encoding="utf-8", newline="") as lines:
         return tuple(next(csv.reader(lines), ()))
@@ -186,7 +198,7 @@ def _text(value: object) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def machines(rows: list[Row]) -> Iterator[str]:
+def machines(rows: Sequence[Row]) -> Iterator[str]:
     """Each machine of the rows in one line."""
     for card, driver, torch_, triton, library, commit in dict.fromkeys(
         (row.card, row.driver, row.torch, row.triton, row.cusparselt, row.commit) for row in rows

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from .. import __version__, env
 from ..errors import SlideSparseError
-from . import advising, evaluating, examine, produce, run, tuning
+from . import advising, benching, evaluating, examine, produce, run, tuning
 from .screen import UsageError
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ app.command()(examine.inspect)
 app.command()(examine.verify)
 app.command()(tuning.tune)
 app.command()(advising.advise)
+app.add_typer(benching.app)
 app.command()(run.generate)
 app.command(name="eval")(evaluating.eval_)
 app.command()(examine.doctor)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -194,14 +194,14 @@ class Bench:
         """What a plan calls the layer."""
         return key_of(self.problem)
 
-    def cell(self, m: int, *, rounds: int | None = None, also: Sequence[Route] = (), without: Collection[str] = ()) -> Cell:
-        """Check and time ``m`` tokens: what the kernels' searches find worth timing and ``also`` these routes, ``without`` some kernels."""
+    def cell(self, m: int, *, rounds: int | None = None, also: Sequence[Route] = (), only: Collection[Route] = ()) -> Cell:
+        """Check and time ``m`` tokens: what the kernels' searches find worth timing and ``also`` these routes, or ``only`` some."""
         count, inputs = self._count(m), self.inputs(m)
         expected = cache(lambda draw: self._expected(inputs[draw]))
         calls: dict[Route, list[Callable[[], Tensor]]] = {}
         dropped: dict[str, str] = {}
         errors: dict[Route, float] = {}
-        for route in dict.fromkeys([*self._worth(inputs[0], count, dropped, without), *also]):
+        for route in dict.fromkeys([*(only or self._worth(inputs[0], count, dropped)), *also]):
             found = [self.call(route, x, copy) for x, copy in zip(inputs, self.copies(route.layout, count), strict=False)]
             checked = self._checked(found, m, expected, roundings=kernels()[route.kernel].roundings(route.variant))
             if isinstance(checked, str):
@@ -220,12 +220,10 @@ class Bench:
         """Random activations ``[M, K]``, as many as keep the L2 cache cold."""
         return [torch.randn(m, self.problem.k, device=self.device, dtype=self.problem.dtype) for _ in range(self._count(m))]
 
-    def _worth(self, x: Tensor, count: int, dropped: dict[str, str], without: Collection[str]) -> list[Route]:
+    def _worth(self, x: Tensor, count: int, dropped: dict[str, str]) -> list[Route]:
         """The routes worth timing; kernels that cannot run are dropped."""
         found = []
         for name, kernel in kernels().items():
-            if name in without:
-                continue
             reason = kernel.refuses(self.problem)
             if reason is not None or not kernel.worth_timing:
                 dropped |= {} if reason is None else {name: reason}
@@ -264,6 +262,18 @@ class Bench:
         except torch.OutOfMemoryError as error:
             dropped |= dict.fromkeys((f"{prefix}{route}" for route in calls), str(error).splitlines()[0])
             return {}
+
+    def products(self, routes: Iterable[Route], m: int) -> dict[Route, list[Callable[[], Tensor]]]:
+        """Calls of the product alone, on activations that are quantised already; scales are in it where the product applies them."""
+        inputs, scale = self.inputs(m), self.weights.channel_scale
+        calls: dict[Route, list[Callable[[], Tensor]]] = {}
+        for route in routes:
+            direct = can_bypass_dispatcher(inputs[0]) and self.problem.scheme.dynamic
+            steps = kernels()[route.kernel].bind(self.problem, route.layout, route.variant, inputs[0], unscaled=False, direct=direct)
+            for x, copy in zip(inputs, self.copies(route.layout, len(inputs)), strict=True):
+                q, x_scale = (x, None) if steps.quantise is None else steps.quantise(x)
+                calls.setdefault(route, []).append(partial(steps.multiply, q, x_scale, copy, scale, None))
+        return calls
 
     def _unscaled(
         self, whole: Mapping[Route, Timing], inputs: Sequence[Tensor], dropped: dict[str, str]
