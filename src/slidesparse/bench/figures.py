@@ -62,10 +62,11 @@ def figures(rows: Sequence[Row], study: Sequence[Loss] | None = None) -> Iterato
         name, shapes = _model(own)
         found = [curve for curve in curves(own, shapes) if curve.pattern in SHOWN]
         slug = "-".join("".join(char if char.isalnum() else " " for char in card.lower()).split())
-        yield from _speedups(found, card, name, slug)
-        yield from _roofline(own, found, shapes, card, name, slug)
-        yield from _decode(own, card, slug)
-        yield from _trade(own, found, _study() if study is None else study, card, name, slug)
+        short = card.removeprefix("NVIDIA ")
+        yield from _speedups(found, short, name, slug)
+        yield from _roofline(own, found, shapes, short, name, slug)
+        yield from _decode(own, short, slug)
+        yield from _trade(own, found, _study() if study is None else study, short, name, slug)
 
 
 def _study() -> list[Loss]:
@@ -143,16 +144,20 @@ def _decode(rows: Sequence[Row], card: str, slug: str) -> Iterator[Figure]:
     model = max(models, key=lambda name: sum(row.model == name for row in own))
     panels = []
     for scheme in dict.fromkeys(row.scheme for row in own if row.model == model):
-        kinds: dict[str, dict[int, float]] = {}
-        for row in own:
-            name = DENSE if row.route == "vLLM" else row.pattern
-            if row.model == model and row.scheme == scheme and row.us and name in (*SHOWN, DENSE):
-                table = kinds.setdefault(name, {})
-                table[row.m] = max(table.get(row.m, 0.0), row.m / row.us * 1e6)
-        order = [name for name in (DENSE, *SHOWN) if name in kinds]
-        lines = [Line(name, sorted(kinds[name].items())) for name in order]
-        panels.append(Panel(scheme, "requests in a batch", "tokens a second", lines[:6], log_y=True))
-    yield Figure(f"decode-{slug}", f"{model} served by vLLM on {card}: decoding, dense and packed", panels)
+        found = [row for row in own if row.model == model and row.scheme == scheme]
+        base = {row.m: row.m / row.us * 1e6 for row in found if row.route == "vLLM" and row.us}
+        lines = [Line(DENSE, [(m, 1.0) for m in sorted(base)], labels=[_short(base[m]) for m in sorted(base)])]
+        for pattern in SHOWN[:5]:
+            # Of several settings the plain one, whose name is the shortest.
+            tried = sorted((row for row in found if row.pattern == pattern and row.route != "vLLM"), key=lambda row: -len(row.route))
+            lines.append(Line(pattern, sorted({row.m: row.ratio for row in tried if row.ratio}.items())))
+        lines = [line for line in lines if line.points]
+        panels.append(Panel(scheme, "requests in a batch", "tokens a second, of dense's (numbers)", lines))
+    yield Figure(f"decode-{slug}", f"{model} served by vLLM on {card}: decoding, packed against dense", panels)
+
+
+def _short(rate: float) -> str:
+    return f"{rate:.0f}" if rate < 1000 else f"{rate / 1000:.{1 if rate < 10_000 else 0}f}k"
 
 
 def _trade(rows: Sequence[Row], found: Sequence[Curve], study: Sequence[Loss], card: str, name: str, slug: str) -> Iterator[Figure]:
@@ -174,13 +179,13 @@ def _trade(rows: Sequence[Row], found: Sequence[Curve], study: Sequence[Loss], c
         Line(model, [(_bytes(p), cost[p]) for p in order if p in cost], labels=[p for p in order if p in cost])
         for model, cost in costs.items()
     ]  # fmt: skip
-    loss = "WikiText-2 perplexity above dense, %"
+    height = "WikiText-2 perplexity above dense, %"
     panels = [
-        Panel("against speed", f"times as fast as dense, {what}", loss, [line for line in speed if line.points][:6], False, True, 1.0),
-        Panel("against bytes", "bytes of packed 8-bit weights, of dense 8-bit ones", loss, size[:6], False, True),
+        Panel("against speed", f"times as fast as dense, {what}", height, [line for line in speed if line.points][:6], False, True, 1.0),
+        Panel("against bytes", "bytes of packed 8-bit weights, of dense 8-bit ones", height, size[:6], False, True),
     ]
-    models = " and ".join(costs)
-    yield Figure(f"trade-{slug}", f"what a pattern costs and gains: accuracy of {models}, speed of {_speed_of(rows, name)} on {card}", panels)
+    title = f"what a pattern costs and gains: accuracy of {' and '.join(costs)}, speed of {_served(rows) or name} on {card}"
+    yield Figure(f"trade-{slug}", title, panels)
 
 
 def _gains(rows: Sequence[Row], found: Sequence[Curve], name: str) -> tuple[dict[str, dict[str, float]], str]:
@@ -205,10 +210,6 @@ def _gains(rows: Sequence[Row], found: Sequence[Curve], name: str) -> tuple[dict
 def _served(rows: Sequence[Row]) -> str:
     models = [row.model for row in rows if row.what == "prefill"]
     return max(dict.fromkeys(models), key=models.count, default="")
-
-
-def _speed_of(rows: Sequence[Row], name: str) -> str:
-    return _served(rows) or name
 
 
 def _bytes(pattern: str) -> float:

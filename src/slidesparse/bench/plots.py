@@ -16,7 +16,7 @@ THEMES = {
 }
 _COLOURS = {"2:4": "#D55E00", "8:10": "#009E73", "14:16": "#CC79A7", CONTROL: "#8c959f"}
 _MARKERS = {"2:4": "s", "4:6": "^", "6:8": "o", "8:10": "D", "14:16": "v", CONTROL: "x", DENSE: "P"}
-_OTHERS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^"), ("#E69F00", "v"), ("#56B4E9", "P"))
+_OTHERS = (("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^"), ("#E69F00", "v"), ("#8c959f", "P"))
 """Of Okabe and Ito, told apart by colour-blind eyes; markers tell lines apart, too."""
 FORMATS = ("svg", "png")
 
@@ -40,7 +40,7 @@ def draw(figure: Figure, folder: Path, themes: Sequence[str] = tuple(THEMES)) ->
         settings |= {"xtick.color": colours["ink"], "ytick.color": colours["ink"], "axes.edgecolor": colours["grid"]}
         with matplotlib.rc_context(settings):
             canvas = Canvas(figsize=(4.6 * max(2, len(figure.panels)), 4.4), layout="constrained", facecolor=colours["page"])
-            axes = canvas.subplots(1, len(figure.panels), squeeze=False)[0]
+            axes = canvas.subplots(1, len(figure.panels), squeeze=False, sharey=True)[0]
             for axis, panel in zip(axes, figure.panels, strict=True):
                 _panel(axis, panel, colours)
             canvas.suptitle(figure.title, fontsize=11, wrap=True)
@@ -52,23 +52,27 @@ def draw(figure: Figure, folder: Path, themes: Sequence[str] = tuple(THEMES)) ->
 
 
 def _panel(axis: Any, panel: Panel, colours: dict[str, str]) -> None:
+    from matplotlib.ticker import LogLocator
+
     axis.set_facecolor(colours["page"])
     axis.grid(color=colours["grid"], alpha=0.5, linewidth=0.6)
     axis.set_axisbelow(True)
-    for roof in panel.roofs:
-        axis.plot(*zip(*roof.points, strict=True), color=colours["ink"], linewidth=1, linestyle="--", label=roof.name)
-    if panel.level is not None:
+    for roof, dashes in zip(panel.roofs, ("--", "-."), strict=False):
+        axis.plot(*zip(*roof.points, strict=True), color=colours["ink"], linewidth=1, linestyle=dashes, label=roof.name)
+    if panel.level is not None and all(line.name != DENSE for line in panel.lines):
         # Speed stands upright where it is the height, and across where it is the width.
         (axis.axhline if panel.log_x else axis.axvline)(panel.level, color=colours["ink"], linewidth=1.2, label="dense")
     for number, line in enumerate(panel.lines):
-        _line(axis, line, _style(line.name, number, colours))
+        _line(axis, line, _style(line.name, number, colours), left=number % 2 == 1)
     if panel.log_x:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if panel.log_y:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_minor_formatter(lambda value, _: "")
+    axis.margins(0.1)
     axis.set_xlabel(panel.x)
     axis.set_ylabel(panel.y)
     axis.set_title(panel.title, fontsize=10, color=colours["ink"])
@@ -80,14 +84,16 @@ def _style(name: str, number: int, colours: dict[str, str]) -> tuple[str, str]:
         return colours["ink"], _MARKERS[DENSE]
     if name in _MARKERS:
         return _COLOURS.get(name) or colours[name], _MARKERS[name]
-    return _OTHERS[number % len(_OTHERS)]
+    return (colours["6:8"], "o") if number == 0 else _OTHERS[(number - 1) % len(_OTHERS)]
 
 
-def _line(axis: Any, line: Line, style: tuple[str, str]) -> None:
+def _line(axis: Any, line: Line, style: tuple[str, str], left: bool) -> None:
+    """Labels stand to the right of points, of every other line to the ``left``: points of two lines may have one height."""
     colour, marker = style
     name = "control, γ = 2" if line.name == CONTROL else line.name
     axis.plot(*zip(*line.points, strict=True), color=colour, marker=marker, markersize=5, linewidth=1.6, label=name)
     if line.bound is not None:
         axis.axhline(line.bound, color=colour, linewidth=1, linestyle=":", alpha=0.8)
     for (x, y), label in zip(line.points, line.labels, strict=False):
-        axis.annotate(label, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=9, color=colour)
+        place, side = ((0, 6), "center") if line.name == DENSE else ((-6, -12), "right") if left else ((5, 5), "left")
+        axis.annotate(label, (x, y), xytext=place, textcoords="offset points", ha=side, fontsize=9, color=colour)
