@@ -164,7 +164,10 @@ def read_folder(folder: Path) -> list[Row]:
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """Of rows of one card, layer, pattern and number of tokens those of the last run alone: times of two runs are not compared."""
+    """Of rows of one card, layer, pattern and number of tokens those of the last run alone: times of two runs are not compared.
+
+    Engines are compared within a run when it is made: of each the last ratio counts.
+    """
     last: dict[tuple[object, ...], tuple[str, str]] = {}
     for row in rows:
         last[_place(row)] = row.commit, row.driver
@@ -172,7 +175,8 @@ def newest(rows: Sequence[Row]) -> list[Row]:
 
 
 def _place(row: Row) -> tuple[object, ...]:
-    return row.bench, row.what, row.model, row.m, row.n, row.k, row.scheme, row.pattern, row.card
+    engine = row.route if row.bench == "serve" else ""
+    return row.bench, row.what, row.model, row.m, row.n, row.k, row.scheme, row.pattern, row.card, engine
 
 
 def _header(file: Path) -> tuple[str, ...]:
