@@ -147,5 +147,5 @@ def test_the_commands_write_pictures_and_a_page_beside_the_rows(monkeypatch, cap
 
 def test_the_repositorys_rows_fill_every_picture() -> None:
     names = {figure.name for figure in figures(read_folder(RESULTS))}
-    kinds, cards = ("speedup", "roofline", "decode", "trade"), ("nvidia-h200", "nvidia-h100-80gb-hbm3")
+    kinds, cards = ("speedup", "roofline", "decode", "prefill", "trade"), ("nvidia-h200", "nvidia-h100-80gb-hbm3")
     assert names == {f"{kind}-{card}" for kind in kinds for card in cards}

@@ -65,7 +65,8 @@ def figures(rows: Sequence[Row], study: Sequence[Loss] | None = None) -> Iterato
         short = card.removeprefix("NVIDIA ")
         yield from _speedups(found, short, name, slug)
         yield from _roofline(own, found, shapes, short, name, slug)
-        yield from _decode(own, short, slug)
+        for phase, x in (("decode", "requests in a batch"), ("prefill", "tokens in a step")):
+            yield from _engines(own, phase, x, short, slug)
         yield from _trade(own, found, _study() if study is None else study, short, name, slug)
 
 
@@ -136,8 +137,8 @@ def _point(m: int, us: float, shapes: Sequence[Shape], scheme: str, pattern: str
     return operations / moved, operations / us / 1e6
 
 
-def _decode(rows: Sequence[Row], card: str, slug: str) -> Iterator[Figure]:
-    own = [row for row in rows if row.bench == "serve" and row.what == "decode" and row.status == OK and row.us]
+def _engines(rows: Sequence[Row], phase: str, x: str, card: str, slug: str) -> Iterator[Figure]:
+    own = [row for row in rows if row.bench == "serve" and row.what == phase and row.status == OK and row.us]
     models = list(dict.fromkeys(row.model for row in own))
     if not models:
         return
@@ -152,8 +153,8 @@ def _decode(rows: Sequence[Row], card: str, slug: str) -> Iterator[Figure]:
             tried = sorted((row for row in found if row.pattern == pattern and row.route != "vLLM"), key=lambda row: -len(row.route))
             lines.append(Line(pattern, sorted({row.m: row.ratio for row in tried if row.ratio}.items())))
         lines = [line for line in lines if line.points]
-        panels.append(Panel(scheme, "requests in a batch", "tokens a second, of dense's (numbers)", lines))
-    yield Figure(f"decode-{slug}", f"{model} served by vLLM on {card}: decoding, packed against dense", panels)
+        panels.append(Panel(scheme, x, "tokens a second, of dense's (numbers)", lines))
+    yield Figure(f"{phase}-{slug}", f"{model} served by vLLM on {card}: {phase}, packed against dense", panels)
 
 
 def _short(rate: float) -> str:

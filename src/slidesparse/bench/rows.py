@@ -76,7 +76,9 @@ class Row:
     @property
     def cell(self) -> tuple[object, ...]:
         """What a run measures at once, on which machine: a cell whose rows are there is not measured again."""
-        return self.bench, self.model, self.m, self.n, self.k, self.scheme, self.pattern, self.card, self.driver, self.torch, self.commit
+        phase = self.what if self.bench == "serve" else ""
+        size = self.m, self.n, self.k
+        return self.bench, phase, self.model, *size, self.scheme, self.pattern, self.card, self.driver, self.torch, self.commit
 
     @property
     def speedup(self) -> float | None:

@@ -1,8 +1,9 @@
-"""bench kernel, lift, audit: benchmarks that write rows of one schema."""
+"""bench kernel, lift, audit, serve: benchmarks that write rows of one schema."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,10 +19,17 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="bench",
-    help="Measure kernels, passes and plans on this machine. Each writes rows of one schema to a CSV file, and goes on where it stopped.",
+    help="Measure kernels, passes, plans and engines on this machine. Rows of one schema go to a CSV file; a stopped run goes on.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
+class Engine(StrEnum):
+    """Who runs models."""
+
+    vllm = "vllm"
+    transformers = "transformers"
+
+
 Commit = Annotated[str | None, typer.Option(help="What the rows call this code.", show_default="the checkout's commit, or the version")]
 Shapes = Annotated[list[str] | None, typer.Option("--shape", help="NxK of one more layer; may be repeated.", show_default=False)]
 Models = Annotated[
@@ -30,6 +38,7 @@ Models = Annotated[
 ]
 Vllm = Annotated[bool, typer.Option("--rivals/--no-rivals", help="Time kernels of vLLM, torchao and torch where they can be imported.")]
 _FOLDER = Path("slidesparse-bench")
+_AS_PLANNED = "as the plan has it={}"
 _TITLES = {
     "linear": "whole linears: times as fast as the fastest dense one of the scheme, layers summed",
     "product": "products alone, with scales where the product applies them",
@@ -157,6 +166,76 @@ def audit(
         _told(table, made, rows)
     if lost:
         raise typer.Exit(3)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL|DIR", help="A model of the list, with random weights, or a folder of dense ones.")],
+    work: Annotated[Path, typer.Argument(metavar="WORKDIR", help="Where checkpoints and logs go; what is there is used.")],
+    engine: Annotated[Engine, typer.Option(help="Who runs the model.")] = Engine.vllm,
+    out: Annotated[Path, typer.Option(help="Rows to write or to continue.")] = _FOLDER / "serve.csv",
+    schemes: Annotated[str, typer.Option(help="Schemes.")] = "fp8",
+    patterns: Annotated[str, typer.Option(help="Patterns.")] = "6:8",
+    prefill: Annotated[str, typer.Option(help="Tokens of prompts in one step.")] = "512,1024,2048,4096,8192,16384,32768",
+    decode: Annotated[str, typer.Option(help="Requests of a decoding batch.")] = "1,16,64,128,256,512",
+    packed: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=JSON", help="A packed engine with these settings; may be repeated.", show_default=_AS_PLANNED),
+    ] = None,
+    graphs: Annotated[str | None, typer.Option(help="Numbers of tokens of vLLM's CUDA graphs.", show_default="its own")] = None,
+    eager: Annotated[bool, typer.Option("--eager", help="Without compilation and CUDA graphs.")] = False,
+    commit: Commit = None,
+    json: Json = False,
+) -> None:
+    """A packed model against its dense one in vLLM or transformers: prefill and decoding, kernels' time, memory, energy a token.
+
+    In vLLM both hold the same masked weights and take turns on one GPU; in transformers dense is bfloat16.
+    """
+    from ..bench import serve as bench
+
+    names, kinds = _listed(schemes, ("int8", "fp8", "bf16", "fp16")), _listed(patterns, None)
+    asked = bench.Asked(
+        engine.value, _served_model(model), work, names, kinds, _tokens(prefill), _tokens(decode), _settings(packed),
+        _tokens(graphs) if graphs else (), eager,
+    )  # fmt: skip
+    table, here = _opened(out, commit)
+    with screen.progress("measuring", count=True) as progress:
+        made = bench.run(asked, table, here, progress)
+    rows = [row for row in table.rows if row.bench == "serve"]
+    if json:
+        screen.print_json({"out": out, "rows": [vars(row) for row in rows]})
+        return
+    numbers_of = (">ms", ">kernels ms", ">tokens/s", ">× dense", ">GB", ">J a token")
+    shown = _table("model", "scheme", "pattern", "phase", ">tokens", "who", *numbers_of)
+    for row in rows:
+        if row.us is not None:
+            numbers = (row.us / 1e3, None if row.kernels_us is None else row.kernels_us / 1e3, row.m / row.us * 1e6)
+            cells = ["-" if value is None else f"{value:,.2f}" for value in (*numbers, row.ratio, row.gigabytes, row.joules)]
+            shown.add_row(row.model, row.scheme, row.pattern, row.what, str(row.m), row.route, *cells)
+    screen.out.print(shown)
+    _told(table, made, rows)
+
+
+def _served_model(model: str) -> str:
+    """A model that can be served: of the list, or a folder."""
+    from ..bench.serve import SERVED
+
+    if model not in SERVED and not (Path(model) / "config.json").is_file():
+        raise typer.BadParameter(f"{model!r} is no folder with config.json, and none of {', '.join(SERVED)}")
+    return model
+
+
+def _settings(packed: Sequence[str] | None) -> dict[str, dict[str, object]]:
+    import json
+
+    found: dict[str, dict[str, object]] = {}
+    for text in packed or [_AS_PLANNED]:
+        name, _, settings = text.partition("=")
+        try:
+            found[name] = dict(json.loads(settings))
+        except (ValueError, TypeError) as error:
+            raise typer.BadParameter(f"--packed {text!r}: write NAME=JSON, for example lean={{\"memory\": \"lean\"}}") from error
+    return found
 
 
 def _opened(out: Path, commit: str | None) -> tuple[Rows, Row]:
