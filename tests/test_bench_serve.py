@@ -91,7 +91,8 @@ def test_without_vllm_the_row_says_so(dense: Path, tmp_path: Path) -> None:
 
 def test_transformers_runs_a_model_here(dense: Path, tmp_path: Path, one_thread: None, monkeypatch, capsys) -> None:
     out = tmp_path / "serve.csv"
-    words = ["bench", "serve", dense, tmp_path / "work", "--engine", "transformers", "--schemes", "int8", "--prefill", "16", "--decode", "2"]
+    words = ["bench", "serve", dense, tmp_path / "work", "--engine", "transformers", "--schemes", "int8"]
+    words += ["--prefill", "16", "--decode", "2"]
     monkeypatch.setattr(sys, "argv", ["slidesparse", *map(str, words), "--packed", 'lean={"memory": "lean"}', "--out", str(out)])
     monkeypatch.setattr(serve, "TURNS", 1)
     with pytest.raises(SystemExit) as stopped:

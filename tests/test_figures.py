@@ -71,6 +71,10 @@ def test_decoding_is_shown_against_dense_of_the_same_run_and_the_trade_by_patter
     assert [(line.name, line.points, line.labels) for line in panel.lines] == [(DENSE, [(64, 1.0)], ["64k"]), ("6:8", [(64, 1.25)], [])]
     speed, size = found["trade"].panels
     assert [(line.name, line.labels) for line in speed.lines] == [("fp8", ["6:8"])] and speed.lines[0].points == [(1.5, pytest.approx(10))]
+    base = replace(serve_rows()[2], m=8, ratio=1.1)
+    more = [replace(base, m=m, route="packed: as the plan has it, CUDA graphs to 2048") for m in (8, 16, 32)]
+    (panel,) = by_kind([*serve_rows(), *more])["decode"].panels
+    assert [m for m, _ in panel.lines[1].points] == [8, 16, 32, 64], "one line is of one setting, that of the most points"
     assert size.lines[0].labels == ["2:4", "6:8"] and size.lines[0].points[1] == (0.875, pytest.approx(10))
     (alone, _) = by_kind(kernel_rows())["trade"].panels
     assert alone.lines[0].points == [(pytest.approx(2.0), pytest.approx(100)), (pytest.approx(1.25), pytest.approx(10))]

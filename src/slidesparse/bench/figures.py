@@ -149,9 +149,11 @@ def _engines(rows: Sequence[Row], phase: str, x: str, card: str, slug: str) -> I
         base = {row.m: row.m / row.us * 1e6 for row in found if row.route == "vLLM" and row.us}
         lines = [Line(DENSE, [(m, 1.0) for m in sorted(base)], labels=[_short(base[m]) for m in sorted(base)])]
         for pattern in SHOWN[:5]:
-            # Of several settings the plain one, whose name is the shortest.
-            tried = sorted((row for row in found if row.pattern == pattern and row.route != "vLLM"), key=lambda row: -len(row.route))
-            lines.append(Line(pattern, sorted({row.m: row.ratio for row in tried if row.ratio}.items())))
+            tried = [row for row in found if row.pattern == pattern and row.route != "vLLM" and row.ratio]
+            routes = [row.route for row in tried]
+            # Of several settings the one with the most points, or else the plain one, whose name is the shortest.
+            route = min(routes, key=lambda name: (-routes.count(name), len(name)), default="")
+            lines.append(Line(pattern, sorted((row.m, row.ratio) for row in tried if row.route == route and row.ratio)))
         lines = [line for line in lines if line.points]
         panels.append(Panel(scheme, x, "tokens a second, of dense's (numbers)", lines))
     yield Figure(f"{phase}-{slug}", f"{model} served by vLLM on {card}: {phase}, packed against dense", panels)

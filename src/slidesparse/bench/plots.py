@@ -95,5 +95,5 @@ def _line(axis: Any, line: Line, style: tuple[str, str], left: bool) -> None:
     if line.bound is not None:
         axis.axhline(line.bound, color=colour, linewidth=1, linestyle=":", alpha=0.8)
     for (x, y), label in zip(line.points, line.labels, strict=False):
-        place, side = ((0, 6), "center") if line.name == DENSE else ((-6, -12), "right") if left else ((5, 5), "left")
+        place, side = ((0, -15), "center") if line.name == DENSE else ((-6, -12), "right") if left else ((5, 5), "left")
         axis.annotate(label, (x, y), xytext=place, textcoords="offset points", ha=side, fontsize=9, color=colour)
