@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -63,6 +65,7 @@ def test_the_roofline_has_measured_roofs() -> None:
     compute, memory = panel.roofs
     assert [y for _, y in compute.points] == [pytest.approx(2.0)] * 2
     assert [y / x for x, y in memory.points] == [pytest.approx(4.0)] * 2, "4 GB in a millisecond are 4 TB/s"
+    assert memory.points[0] < memory.points[1] == (pytest.approx(0.5), pytest.approx(2.0)), "it rises, and ends where products bind"
 
 
 def test_decoding_is_shown_against_dense_of_the_same_run_and_the_trade_by_pattern() -> None:
@@ -133,6 +136,26 @@ def test_the_page_holds_everything_and_is_whole() -> None:
     assert not page.open and page.links and all(link.startswith("data:") for link in page.links)
     assert not re.search(r"<(link|script)[^>]*(src|href)", text) and "a &amp; b" in text and "&lt;out of memory&gt; &amp; more" in text
     assert page.rows > len(kernel_rows()) and "CARD 1" in text.partition("</ul>")[0] and "efficiency = " in text
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+_SORTED = """<script>
+const body = document.querySelector("table").tBodies[0], head = document.querySelectorAll("th")[3];
+const numbers = () => [...body.rows].map(row => +row.cells[3].dataset.n);
+head.click(); const up = numbers(); head.click(); const down = numbers();
+const rising = up.every((each, at) => !at || up[at - 1] <= each), falling = down.every((each, at) => !at || down[at - 1] >= each);
+document.title = `${rising} ${falling} ${up.length > 1} ${[...document.images].every(each => each.naturalWidth > 100)}`;
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
+def test_a_browser_shows_the_pictures_and_sorts_by_a_click(tmp_path: Path) -> None:
+    rows = [row for row in kernel_rows() if row.pattern != "10:12"]
+    (tmp_path / "page.html").write_text(report.page(rows, "title").replace("</body>", _SORTED))
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    words.append(f"file://{tmp_path}/page.html")
+    shown = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "<title>true true true true</title>" in shown
 
 
 def test_the_commands_write_pictures_and_a_page_beside_the_rows(monkeypatch, capsys, tmp_path: Path) -> None:

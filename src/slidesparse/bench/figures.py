@@ -116,10 +116,10 @@ def _roofline(rows: Sequence[Row], found: Sequence[Curve], shapes: Sequence[Shap
         ]
         across = [x for line in lines for x, _ in line.points]
         peak = max(y for line in lines[:1] for _, y in line.points)
-        left, right = min(across) / 1.5, max(across) * 1.5
+        edge = min(across) if rate is None else peak * 1e6 / rate
+        left, right = min(*across, edge) / 1.5, max(*across, edge) * 1.5
         roofs = [Line("fastest dense measured", [(left, peak), (right, peak)])]
         if rate is not None:
-            edge = min(right, peak * 1e6 / rate)
             roofs.append(Line("memory, measured", [(left, left * rate / 1e6), (edge, edge * rate / 1e6)]))
         panels.append(
             Panel(scheme, "operations a byte, dense counted", "effective tera-operations a second", lines[:6], log_y=True, roofs=roofs)
