@@ -219,6 +219,22 @@ def test_rivals_that_are_not_here_are_rows(monkeypatch: pytest.MonkeyPatch) -> N
     assert "torch-cslt" in kernels.kernels() and found[-1].speedup is None, "what others report is no measurement"
 
 
+def breaks(*_: object) -> None:
+    raise RuntimeError("not permitted when stream is capturing")
+
+
+def test_a_cell_that_a_rival_breaks_is_measured_without_rivals(stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "_given_up", [])
+    monkeypatch.setattr(rivals.TorchCslt, "refuses", lambda self, problem, variant="": "left out" if rivals._given_up else None)
+    monkeypatch.setattr(rivals.TorchLayout, "prepare", lambda *_: (None,))
+    monkeypatch.setattr(rivals.TorchCslt, "search", breaks)
+    rivals.offer(rows.here("abc"))
+    found = measured(Rows(tmp_path / "rows.csv"), "6:8 int8", "2:4 int8")
+    assert {row.pattern for row in found if row.status == OK} == {"6:8", "2:4"} and not [row for row in found if row.status == FAILED]
+    assert rivals._given_up == ["not permitted when stream is capturing"]
+    assert [row.why for row in found if row.route == "torch-cslt"] == ["left out"]
+
+
 def test_a_rivals_own_error_is_a_reason() -> None:
     def broken() -> Tensor:
         raise RuntimeError("cuSPARSELt: not supported\nsee above")

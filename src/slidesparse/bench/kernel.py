@@ -18,6 +18,7 @@ from ..measure import Timing
 from ..ops import capability
 from ..pattern import Pattern
 from .models import Shape
+from .rivals import give_up
 from .rows import FAILED, OK, REFUSED, WRONG, Row, Rows
 
 CONTROL = "control"
@@ -101,11 +102,24 @@ def _rows(work: Work, held: _Held, here: Row, device: str, every: bool) -> Itera
         yield replace(row, status=REFUSED, why=refused)
         return
     try:
-        found = _control(work, held, row, device) if work.pattern == CONTROL else _cell(work, held, row, device, every)
+        try:
+            found = _measured(work, held, row, device, every)
+        except (RuntimeError, UnsupportedError) as error:
+            if not give_up(_first_line(error)):
+                raise
+            found = _measured(work, held, row, device, every)
         yield from found
     except (RuntimeError, UnsupportedError) as error:
         # Memory, a library, the card itself: the next cell may do better.
-        yield replace(row, status=FAILED, why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        yield replace(row, status=FAILED, why=f"{type(error).__name__}: {_first_line(error)}")
+
+
+def _measured(work: Work, held: _Held, row: Row, device: str, every: bool) -> list[Row]:
+    return _control(work, held, row, device) if work.pattern == CONTROL else _cell(work, held, row, device, every)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def cannot(scheme: str, device: str) -> str | None:

@@ -15,7 +15,7 @@ from ..compat import torch as private
 from ..compat import torchao
 from ..errors import UnsupportedError
 from ..gemm import Problem, Weights, register
-from ..gemm.kernels import Kernel, Pipeline
+from ..gemm.kernels import Kernel, Pipeline, kernels
 from ..gemm.layouts import Copy
 from ..ops.cusparselt import alignment, token_step
 from ..ops.prologue import Activations, quantiser
@@ -25,6 +25,18 @@ HUMMING = (
     "humming-kernels, W6A8 and W7A8: 1.10 times vLLM's CUTLASS W8A8 at 1 token on an H100, as its authors report; it has no road for N:M "
     "weights and is not run here"
 )
+
+
+_given_up: list[str] = []
+"""Why rivals are timed no more in this process: one whose call cannot be captured would cost every cell its rows."""
+
+
+def give_up(why: str) -> bool:
+    """Time other libraries' sparse kernels no more; whether they were until now."""
+    if _given_up or "torch-cslt" not in kernels():
+        return False
+    _given_up.append(why)
+    return True
 
 
 class SlidCopy:
@@ -64,6 +76,8 @@ class Torchao(Kernel):
 
     def refuses(self, problem: Problem, variant: str = "") -> str | None:
         """See `Kernel`."""
+        if _given_up:
+            return f"left out, since a cell failed with it or beside it: {_given_up[0]}"
         if problem.scheme.name != "fp8" or problem.dtype != torch.bfloat16 or not problem.cuda:
             return "torchao multiplies fp8 to bfloat16 on CUDA"
         return None if problem.capability[0] == 9 else "torchao's 2:4 kernel runs on compute capability 9.x"
@@ -111,6 +125,8 @@ class TorchCslt(Kernel):
 
     def refuses(self, problem: Problem, variant: str = "") -> str | None:
         """See `Kernel`."""
+        if _given_up:
+            return f"left out, since a cell failed with it or beside it: {_given_up[0]}"
         if not problem.scheme.dynamic or not problem.cuda:
             return "torch's road to cuSPARSELt is timed with int8 and fp8 on CUDA"
         return None if private.cslt_sparse_mm is not None else "this torch has no _cslt_sparse_mm"
