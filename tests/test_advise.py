@@ -115,6 +115,14 @@ def test_the_recommendation_is_one_sentence(monkeypatch, p2: float, p6: float, s
     assert text.startswith(starts) and says in text and text.endswith(".") and ". " not in text
 
 
+def test_times_older_than_a_kernel_say_so() -> None:
+    plan = plan_with(p2=2.0, p6=1.25)
+    told = "These times are older than kernel sm90, which may be faster: run the command on the card itself."
+    assert told in advise("some", {(64, 64): 1}, plan, "here").notes
+    plan.cells[64, 64, "6:8", "int8"][16].dropped["sm90"] = "runs on GPUs of compute capability 9.0"
+    assert not [note for note in advise("some", {(64, 64): 1}, plan, "here").notes if "older" in note]
+
+
 def test_nothing_known_is_said_to_be_so() -> None:
     found = advise("some", {(64, 64): 1}, Plan(HERE), "here")
     assert found.recommendation == recommendation([], []) and "run the command on the card itself" in found.recommendation

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 from ..format import SCHEMES, packed_tensors
 from ..gemm.choose import GUARD
+from ..gemm.kernels import kernels
 from ..gemm.plan import Plan
+from ..gemm.tune import UNSCALED
 from ..pattern import Pattern
 from .accuracy import Loss, losses, rounded
-from .estimate import DENSE, MEASURED, MODEL, Estimate, Estimates
+from .estimate import DENSE, MEASURED, MODEL, SPARSE, Estimate, Estimates
 from .models import Shape
 
 TOKENS = (1, 16, 64, 1024, 4096)
@@ -92,7 +94,8 @@ def advise(target: str, shapes: Mapping[Shape, int], plan: Plan, origin: str, *,
     ]
     dense, options = ([each for each in found if each.speeds] for found in (dense, options))
     layers = {f"{n} × {k}": count for (n, k), count in shapes.items()}
-    return Advice(target, plan.machine.gpu, origin, layers, dense, options, recommendation(dense, options), _notes([*dense, *options]))
+    sentence, notes = recommendation(dense, options), _notes(plan, [*dense, *options])
+    return Advice(target, plan.machine.gpu, origin, layers, dense, options, sentence, notes)
 
 
 def _totals(times: Estimates, shapes: Mapping[Shape, int], scheme: str, pattern: str, tokens: Sequence[int]) -> dict[int, Estimate]:
@@ -194,12 +197,22 @@ def _loss(option: Option) -> str:
     return f"; in our study, not of your model, perplexity went from {rounded(worst.dense_perplexity)} to {rounded(worst.perplexity)}"
 
 
-def _notes(options: Sequence[Option]) -> list[str]:
+def _not_timed(plan: Plan) -> list[str]:
+    """Kernels for sparse tensor cores that no cell of the plan has met: they came after it."""
+    cells = [cell for table in plan.cells.values() for cell in table.values()]
+    met = {route.kernel for cell in cells for route in cell.whole}
+    met |= {name.split(":")[1] if ":" in name else name for cell in cells for name in cell.dropped if not name.startswith(UNSCALED)}
+    return [name for name, kernel in kernels().items() if kernel.worth_timing and set(kernel.layouts) & set(SPARSE) and name not in met]
+
+
+def _notes(plan: Plan, options: Sequence[Option]) -> list[str]:
     notes = ["Speeds are those of the linear layers alone: attention, norms and the head take the same time in all rows."]
     speeds = [speed for option in options for speed in option.speeds]
     if any(speed.source == MODEL for speed in speeds):
         notes.append("~ is a model of bytes and rates, fitted to measured layers: held against others, mostly within 10 %, up to 50 % off.")
     moved = sorted({(speed.m, speed.at) for speed in speeds if speed.at != speed.m and speed.source == MEASURED})
     notes += [f"Where {m} {'token was' if m == 1 else 'tokens were'} not measured, {at} stand for it." for m, at in moved]
+    if later := _not_timed(plan):
+        notes.append(f"These times are older than kernel {' and '.join(later)}, which may be faster: run the command on the card itself.")
     notes.append("Where sparse is slower than dense, dense runs: only memory and accuracy change then.")
     return notes

@@ -25,7 +25,7 @@ DENSE = "dense"
 FEW = 16
 """So many tokens take hardly longer than one."""
 _ENDS = ("2:4", "6:8")
-_SPARSE = tuple(name for name in LAYOUTS if name not in ("dense", "packed"))
+SPARSE = tuple(name for name in LAYOUTS if name not in ("dense", "packed"))
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Estimates:
     def _measured(self, n: int, k: int, scheme: str, pattern: str, m: int) -> Estimate | None:
         """Dense weights were timed beside every pattern: the quickest counts, of those measured closest to ``m``."""
         patterns = self._patterns if pattern == DENSE else (pattern,)
-        layouts = ("dense",) if pattern == DENSE else _SPARSE
+        layouts = ("dense",) if pattern == DENSE else SPARSE
         found: list[tuple[int, float]] = []
         for each in patterns:
             # More than twice as many tokens take other times.

@@ -74,7 +74,8 @@ def _panel(axis: Any, panel: Panel, colours: dict[str, str]) -> None:
         axis.yaxis.set_minor_formatter(lambda value, _: "")
     axis.margins(0.1)
     axis.set_xlabel(panel.x)
-    axis.set_ylabel(panel.y)
+    if axis.get_subplotspec().is_first_col():  # the others share it
+        axis.set_ylabel(panel.y)
     axis.set_title(panel.title, fontsize=10, color=colours["ink"])
     axis.legend(fontsize=8, facecolor=colours["page"], edgecolor=colours["grid"], labelcolor=colours["ink"])
 
