@@ -19,8 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import slidesparse
-from engines import checkpoint, in_a_process
+from engines import in_a_process
 from records import records
+from slidesparse.bench.serve import checkpoint
 
 PROMPTS = [
     "def quicksort(values):\n",

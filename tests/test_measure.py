@@ -83,3 +83,24 @@ def test_a_variant_without_calls_is_refused(device: Device) -> None:
 def test_a_call_is_timed_whatever_the_graph_repeats(device: Device) -> None:
     found = measure.timed({"hungry": [Named("hungry", 20.0)] * 3}, rounds=3, repeat=4)
     assert found["hungry"] == measure.Timing(20.0, 20.0, 20.0)
+
+
+def test_on_a_cpu_the_hosts_clock_tells_each_call_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = [0.0], []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+
+    def call(name: str, seconds: float):
+        def run() -> None:
+            order.append(name)
+            clock[0] += seconds
+
+        return run
+
+    found = measure.timed_by_clock({"a": [call("a", 0.001)] * 2, "b": [call("b", 0.002)]}, rounds=3)
+    assert found["a"].p50 == pytest.approx(1000) and found["b"].p50 == pytest.approx(2000) and not found["a"].sustained
+    assert order == ["a", "b", *["a", "a", "b"] * 3], "each is called once before it counts"
+    order.clear()
+    measure.timed_by_clock({"slow": [call("slow", 5.0)]}, rounds=9)
+    assert len(order) == 3, "two rounds of what takes longer than a second"
+    with pytest.raises(ValueError, match="at least one call"):
+        measure.timed_by_clock({"none": []})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -17,3 +18,8 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slidesparse"
+
+
+def for_child(more: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that is started, these variables added; this process keeps its own."""
+    return {**os.environ, **more}

@@ -1,0 +1,215 @@
+"""bench serve: a model's dense checkpoint and its packed one in an engine, point by point, in turns on one GPU."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import Recipe, convert
+from ..errors import UnsupportedError
+from ..pattern import Pattern
+from .engines import Engine, TransformersEngine, VllmEngine, joules
+from .kernel import Progress
+from .models import MODELS
+from .rows import FAILED, OK, Row, Rows
+from .vllm_engine import OUTPUTS, PROMPT
+
+PREFILL = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+DECODE = (1, 16, 64, 128, 256, 512)
+TURNS = 4
+"""Each engine goes first as often."""
+PLAIN = "as the plan has it"
+SERVED = tuple(name for name, shape in MODELS.items() if shape.model_type != "bitnet")
+"""Models of the list that transformers makes with random weights and gated feed-forward layers as they are."""
+Point = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be compared.
+
+    Attributes:
+        engine: ``vllm`` or ``transformers``.
+        model: a name of `SERVED`, for random weights of its shape, or a folder with dense weights.
+        work: where checkpoints and logs lie; what is there is used.
+        packed: packed engines by name: vLLM's ``additional_config.slidesparse``; in transformers ``{"memory": "lean"}``.
+        graphs: numbers of tokens to capture CUDA graphs for, in vLLM; its own if there are none.
+        eager: without compilation and CUDA graphs.
+    """
+
+    engine: str
+    model: str
+    work: Path
+    schemes: Sequence[str] = ("fp8",)
+    patterns: Sequence[str] = ("6:8",)
+    prefill: Sequence[int] = PREFILL
+    decode: Sequence[int] = DECODE
+    packed: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {PLAIN: {}})
+    graphs: Sequence[int] = ()
+    eager: bool = False
+
+    @property
+    def points(self) -> list[Point]:
+        """Phases with their numbers of tokens."""
+        return [*(("prefill", m) for m in self.prefill), *(("decode", m) for m in self.decode)]
+
+    @property
+    def routes(self) -> list[str]:
+        """What the engines' rows are called, the dense one first."""
+        graphs = f", CUDA graphs to {max(self.graphs)}" if self.graphs else ""
+        return ["vLLM" if self.engine == "vllm" else "transformers, bf16", *(f"packed: {name}{graphs}" for name in self.packed)]
+
+
+def run(asked: Asked, table: Rows, here: Row, progress: Progress | None = None) -> list[Row]:
+    """Measure the points that the table lacks, and return the new rows; a scheme whose engine fails has a row that says why."""
+    source, made = _source(asked), []
+    for scheme in asked.schemes:
+        for pattern in asked.patterns:
+            base = replace(here, bench="serve", model=Path(asked.model).name, scheme=scheme, pattern=pattern, timer="wall")
+            points = [point for point in asked.points if not _there(table, replace(base, what=point[0], m=point[1]), asked.routes)]
+            if not points:
+                continue
+            with ExitStack() as closing:
+                try:
+                    engines = _engines(asked, source, scheme, pattern, closing)
+                    found = _compared(asked, engines, base, points, table, progress)
+                except (UnsupportedError, RuntimeError) as error:
+                    why = (str(error).splitlines() or [type(error).__name__])[0]
+                    found = [replace(base, what=points[0][0], m=points[0][1], status=FAILED, why=why)]
+                    table.add(found[0])
+            made += found
+    return made
+
+
+def _there(table: Rows, row: Row, routes: Sequence[str]) -> bool:
+    """Whether every engine has its row of this point."""
+    return {each.route for each in table.rows if each.cell == row.cell and each.status == OK} >= set(routes)
+
+
+def _source(asked: Asked) -> Path:
+    """The dense model: a folder, or random weights of a shape, written unless they are there."""
+    if asked.model not in SERVED or Path(asked.model).is_dir():
+        return Path(asked.model)
+    folder = asked.work / "source"
+    if not folder.exists():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        shape = MODELS[asked.model]
+        config = AutoConfig.for_model(
+            shape.model_type, max_position_embeddings=32768, hidden_size=shape.hidden, intermediate_size=shape.inner,
+            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
+            vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
+        )  # fmt: skip
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder, max_shard_size="4GB")
+    return folder
+
+
+def checkpoint(source: Path, folder: Path, scheme: str, pattern: str, form: str) -> Path:
+    """The model at ``source``, magnitude-pruned, packed or as its dense twin; written unless it is there."""
+    made = folder / f"{scheme}-{pattern.replace(':', '-')}-{form}"
+    if not made.exists():
+        convert(source, made, Recipe(Pattern.parse(pattern), "magnitude", scheme, form=form))
+    return made
+
+
+def _engines(asked: Asked, source: Path, scheme: str, pattern: str, closing: ExitStack) -> list[Engine]:
+    """The dense engine and the packed ones, side by side."""
+    packed = checkpoint(source, asked.work, scheme, pattern, "packed")
+    made: list[Engine] = []
+    if asked.engine == "transformers":
+        from ..integrations.transformers import load
+
+        loads: list[Callable[[], Any]] = [partial(_dense, source)]
+        loads += [partial(_packed, load, packed, options) for options in asked.packed.values()]
+        for each in loads:
+            made.append(TransformersEngine(each, linear_bytes))
+            closing.callback(made[-1].close)
+        return made
+    dense = checkpoint(source, asked.work, scheme, pattern, "dense")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    shared = {"scheme": scheme, "eager": asked.eager, "graphs": list(asked.graphs), "kv_bytes": kv_bytes(source, asked)}
+    kinds: list[tuple[Path, str, Mapping[str, Any]]] = [(dense, "dense", {}), *((packed, "packed", each) for each in asked.packed.values())]
+    for number, (place, form, settings) in enumerate(kinds):
+        made.append(VllmEngine(shared | {"checkpoint": str(place), "form": form, "settings": dict(settings)}, Path(f"{place}-{number}")))
+        closing.callback(made[-1].close)
+    return made
+
+
+def _dense(source: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).to(device).eval()
+
+
+def _packed(load: Callable[..., Any], place: Path, options: Mapping[str, Any]) -> Any:
+    return load(place, tokenizer=False, **options)[0]
+
+
+def linear_bytes(model: Any) -> int:
+    """Bytes of a model's decoder layers, copies of packed ones included."""
+    from ..nn import SlideSparseLinear
+
+    held = {id(each): each for layer in model.model.layers for each in (*layer.parameters(), *layer.buffers())}
+    inside = sum(each.numel() * each.element_size() for each in held.values() if each.device == model.device)
+    return inside + sum(module.resident_bytes for module in model.modules() if isinstance(module, SlideSparseLinear))
+
+
+def kv_bytes(source: Path, asked: Asked) -> int:
+    """What the keys and values of the largest batch take: asked for, since what is free changes while another engine starts."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    tokens = max([*asked.prefill, *((PROMPT + OUTPUTS + 16) * requests for requests in asked.decode)], default=0)
+    return int(2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * width * tokens + (1 << 30))
+
+
+def _compared(
+    asked: Asked, engines: Sequence[Engine], base: Row, points: Sequence[Point], table: Rows, progress: Progress | None
+) -> list[Row]:
+    """Rows of all points, written point by point."""
+    memory = [engine.gigabytes() for engine in engines]
+    logprobs = [engine.logprobs() for engine in engines]
+    apart = [statistics.fmean(abs(a - b) for a, b in zip(logprobs[0], each, strict=True)) if each else None for each in logprobs]
+    made = []
+    for done, (phase, m) in enumerate(points):
+        if progress:
+            progress(done, len(points), f"{base.model} {base.scheme} {base.pattern}: {phase} {m}")
+        times: list[list[float]] = [[] for _ in engines]
+        energy: list[list[float | None]] = [[] for _ in engines]
+        for turn in range(TURNS):
+            order = range(len(engines)) if turn % 2 == 0 else reversed(range(len(engines)))
+            for number in order:
+                before = joules()
+                times[number] += engines[number].turn(phase, m)
+                after = joules()
+                energy[number].append(None if before is None or after is None else after - before)
+        us = [statistics.median(each) * 1e6 for each in times]
+        for number, route in enumerate(asked.routes):
+            row = replace(base, what=phase, m=m, route=route, rival=asked.routes[0], us=us[number], ratio=us[0] / us[number], status=OK)
+            row = replace(row, gigabytes=memory[number], error=apart[number], kernels_us=engines[number].kernels(phase, m))
+            made.append(replace(row, joules=per_token(energy[number], asked.engine, phase, m)))
+            table.add(made[-1])
+    if progress:
+        progress(len(points), len(points), "")
+    return made
+
+
+def per_token(energy: Sequence[float | None], engine: str, phase: str, m: int) -> float | None:
+    """Joules of a turn over the tokens that it made or read, those of rounds that warm up and of prompts included in the energy."""
+    known = [each for each in energy if each is not None and each > 0]
+    if len(known) < len(energy) or not known or engine != "vllm":
+        return None
+    # `vllm bench latency` runs one round to warm up, then three of a prefill, or two with all outputs and two with one.
+    tokens = 4 * m if phase == "prefill" else 3 * m * (OUTPUTS + 1)
+    return statistics.median(known) / tokens

@@ -1,0 +1,140 @@
+"""Engines against each other: transformers for real on a CPU, vLLM played or absent; rows, turns, resuming, failures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from slidesparse import cli
+from slidesparse.bench import rows, serve, vllm_engine
+from slidesparse.bench.rows import FAILED, OK, Rows
+from slidesparse.bench.serve import Asked, kv_bytes, per_token
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="played on the CPU")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write(tmp_path_factory.mktemp("serve") / "dense")
+
+
+class Played:
+    """In place of vLLM: dense takes 8 ms a step, packed ones 5; every engine writes down its turns."""
+
+    turns: list[tuple[str, str, int]] = []  # noqa: RUF012
+
+    def __init__(self, asked: dict, stem: Path) -> None:
+        self.form, self.settings, self.open = asked["form"], asked["settings"], True
+        assert (Path(asked["checkpoint"]) / "config.json").is_file() and asked["kv_bytes"] > 1 << 30
+
+    def gigabytes(self) -> float:
+        return {"dense": 2.0, "packed": 1.5}[self.form]
+
+    def turn(self, phase: str, tokens: int) -> list[float]:
+        if self.settings.get("breaks") and phase == "decode":
+            raise RuntimeError("out of memory\nand more")
+        self.turns.append((self.form, phase, tokens))
+        return [0.008 if self.form == "dense" else 0.005]
+
+    def kernels(self, phase: str, tokens: int) -> float:
+        return 4000.0
+
+    def logprobs(self) -> list[float]:
+        return [-1.0, -2.0] if self.form == "dense" else [-1.5, -2.0]
+
+    def close(self) -> None:
+        self.open = False
+
+
+def asked_of(dense: Path, work: Path, **changes: object) -> Asked:
+    return Asked(**{"engine": "vllm", "model": str(dense), "work": work, "prefill": (64,), "decode": (4,)} | changes)
+
+
+def test_engines_take_turns_and_every_point_has_their_rows(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "VllmEngine", Played)
+    Played.turns.clear()
+    table, asked = Rows(tmp_path / "serve.csv"), asked_of(dense, tmp_path)
+    found = serve.run(asked, table, rows.here("abc"))
+    told = {(row.what, row.m, row.route): (row.us, row.ratio, row.gigabytes, row.error, row.kernels_us) for row in found}
+    plain = "packed: as the plan has it"
+    for point in (("prefill", 64), ("decode", 4)):
+        assert told[*point, "vLLM"] == (8000.0, 1.0, 2.0, 0.0, 4000.0)
+        assert told[*point, plain] == (5000.0, 1.6, 1.5, 0.25, 4000.0)
+    order = [form for form, phase, _ in Played.turns if phase == "prefill"]
+    assert order == ["dense", "packed", "packed", "dense"] * 2, "each goes first as often"
+    assert not serve.run(asked, Rows(table.path), rows.here("abc")), "what is there is not measured again"
+    more = serve.run(asked_of(dense, tmp_path, decode=(4, 8)), Rows(table.path), rows.here("abc"))
+    assert {(row.what, row.m) for row in more} == {("decode", 8)}
+    other = serve.run(asked_of(dense, tmp_path, packed={"lean": {}}, graphs=(1, 2048)), Rows(table.path), rows.here("abc"))
+    assert {row.route for row in other} == {"vLLM", "packed: lean, CUDA graphs to 2048"}
+
+
+def test_an_engine_that_breaks_leaves_its_points_and_a_row_that_says_why(dense: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(serve, "VllmEngine", Played)
+    table = Rows(tmp_path / "serve.csv")
+    serve.run(asked_of(dense, tmp_path, packed={"x": {"breaks": True}}), table, rows.here("abc"))
+    assert [(row.what, row.status) for row in table.rows] == [("prefill", OK), ("prefill", OK), ("prefill", FAILED)]
+    assert table.rows[-1].why == "out of memory"
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is here")
+def test_without_vllm_the_row_says_so(dense: Path, tmp_path: Path) -> None:
+    (row,) = serve.run(asked_of(dense, tmp_path, decode=()), Rows(tmp_path / "serve.csv"), rows.here("abc"))
+    assert row.status == FAILED and "the engine ended: " in row.why and "vllm" in row.why and ".log" in row.why
+
+
+def test_transformers_runs_a_model_here(dense: Path, tmp_path: Path, one_thread: None, monkeypatch, capsys) -> None:
+    out = tmp_path / "serve.csv"
+    words = ["bench", "serve", dense, tmp_path / "work", "--engine", "transformers", "--schemes", "int8"]
+    words += ["--prefill", "16", "--decode", "2"]
+    monkeypatch.setattr(sys, "argv", ["slidesparse", *map(str, words), "--packed", 'lean={"memory": "lean"}', "--out", str(out)])
+    monkeypatch.setattr(serve, "TURNS", 1)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    shown = capsys.readouterr()
+    assert not stopped.value.code, shown.err
+    found = rows.read(out)
+    assert {(row.what, row.m, row.route) for row in found} == {
+        (phase, m, route) for phase, m in (("prefill", 16), ("decode", 2)) for route in ("transformers, bf16", "packed: lean")
+    }
+    assert all(row.us and row.status == OK and row.card == "cpu" and row.error is None for row in found), [row.why for row in found]
+    sizes = {row.route: row.gigabytes for row in found}
+    assert sizes["packed: lean"] < sizes["transformers, bf16"] and "packed: lean" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["GPT-9"], "is no folder with config.json, and none of Llama-3.2-1B"), (["Qwen2.5-7B", "--packed", "x"], "write NAME=JSON")],
+)
+def test_bad_requests_are_refused_in_one_line(words: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["slidesparse", "bench", "serve", words[0], str(tmp_path), *words[1:]])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+
+
+def test_arguments_of_vllm_follow_the_form(dense: Path, tmp_path: Path) -> None:
+    asked = {"checkpoint": "x", "kv_bytes": 5, "settings": {"memory": "lean"}, "eager": False, "graphs": [1, 2], "scheme": "fp8"}
+    packed, stock = (vllm_engine.words_of(asked | {"form": form}) for form in ("packed", "dense"))
+    assert packed[-2:] == ["--quantization", "slidesparse"] and stock[-2:] == ["--quantization", "compressed-tensors"]
+    assert json.loads(packed[packed.index("--additional-config") + 1]) == {"slidesparse": {"memory": "lean"}}
+    assert packed[packed.index("--cudagraph-capture-sizes") + 1 :][:2] == ["1", "2"] and "--enforce-eager" not in packed
+    assert "--quantization" not in vllm_engine.words_of(asked | {"form": "dense", "scheme": "bf16"})
+    assert kv_bytes(dense, asked_of(dense, tmp_path, prefill=(1000,), decode=())) == 2 * 2 * 2 * 2 * 16 * 1000 + (1 << 30)
+
+
+def test_kernels_are_sorted_by_what_they_do() -> None:
+    found = {"flash_fwd": 4.0, "nvjet_tst_128": 2.0, "cutlass_gemm": 6.0, "triton_red_fused": 8.0, "quantize_kernel": 2.0}
+    assert vllm_engine.by_kind(found, 2, "int8") == {"linear": 4.0, "head": 1.0, "attention": 2.0, "other": 4.0}
+    assert vllm_engine.by_kind(found, 2, "bf16") == {"linear": 5.0, "head": 0.0, "attention": 2.0, "other": 4.0}
+
+
+def test_energy_is_told_only_where_every_turn_was_read() -> None:
+    assert per_token([40.0, 80.0, 40.0], "vllm", "prefill", 10) == 1.0
+    assert per_token([None, 80.0], "vllm", "prefill", 10) is None and per_token([8.0], "transformers", "decode", 1) is None
