@@ -1,0 +1,39 @@
+"""The pages of docs and the API reference as a site: ``python3 scripts/build_docs.py [OUT]``. A warning is a failure.
+
+Standard library only. What pyproject.toml's extra ``docs`` names goes into an environment of its own. Docstrings are read, not imported, so
+no torch is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".cache" / "docs-venv"
+
+
+def main() -> None:
+    out = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT / ".cache" / "site"
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
+    stamp, mark = VENV / "ready", hashlib.sha256("\n".join(wanted).encode()).hexdigest()
+    if not stamp.is_file() or stamp.read_text() != mark:
+        print(f"Setting up {VENV.relative_to(ROOT)}. To download: {', '.join(wanted)} (about 30 MB).", flush=True)
+        venv.create(VENV, with_pip=True, clear=True)
+        run("pip", "--quiet", "--disable-pip-version-check", "install", *wanted)
+        stamp.write_text(mark)
+    run("mkdocs", "build", "--strict", "--quiet", "--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(out))
+    print(f"The site is in {out}: open index.html")
+
+
+def run(module: str, *arguments: str) -> None:
+    if status := subprocess.run([VENV / "bin" / "python", "-m", module, *arguments]).returncode:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
