@@ -7,6 +7,7 @@ no torch is needed.
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import tomllib
@@ -31,7 +32,9 @@ def main() -> None:
 
 
 def run(module: str, *arguments: str) -> None:
-    if status := subprocess.run([VENV / "bin" / "python", "-m", module, *arguments]).returncode:
+    # Material speaks of its successor at every build otherwise.
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    if status := subprocess.run([VENV / "bin" / "python", "-m", module, *arguments], env=environment).returncode:
         sys.exit(status)
 
 

@@ -1,0 +1,121 @@
+"""The documents say what the code does: commands and options, quoted errors, the table of the README, versions, lengths."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+import slidesparse
+from slidesparse.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_page_of_commands_is_what_help_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import write_commands
+
+    assert write_commands.PAGE.read_text(encoding="utf-8") == write_commands.page(), "run .venv/bin/python scripts/write_commands.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_that_are_shown_exist(page: Path) -> None:
+    group = typer.main.get_command(app)
+    for line in re.findall(r"^(?:    |\t)(slidesparse .*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        if line.startswith("slidesparse:") or "[OPTIONS]" in line or line.startswith("slidesparse COMMAND"):
+            continue
+        _, name, *words = shlex.split(line, comments=True)
+        command = group.commands[name]
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        known = {option for each in command.params for option in each.opts}
+        assert {word for word in words if re.match(r"--?[a-z]", word)} <= known, f"{page.name}: {line}"
+
+
+def test_quoted_errors_are_those_of_the_code() -> None:
+    said = []
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(re.sub(r"%[sd]", "…", node.value))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("## It is slower")[0]
+    quoted = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    assert len(quoted) > 25
+    parts = [part.strip(" …") for error in quoted for part in error.split("…")]
+    assert [part for part in parts if len(part) > 3 and not any(part in text for text in said)] == []
+
+
+def trade() -> dict[str, list[str]]:
+    """The README's table from the data: cells by what stands in front of a row."""
+    with (RESULTS / "accuracy" / "results.csv").open(encoding="utf-8", newline="") as file:
+        study = {
+            (row["method"], row["pattern"], row["metric"]): row
+            for row in csv.DictReader(file)
+            if row["model"] == "smollm2" and row["scheme"] == "bf16" and row["stage"] in ("mean", "convert")
+        }
+    rows = {}
+    for pattern in ("8:10", "6:8", "4:6", "2:4"):
+        mean, size = study["admm", pattern, "mean_of_4"], float(study["admm", pattern, "bytes"]["value"])
+        loss = f"{-100 * float(mean['difference']):.1f} ± {100 * float(mean['difference_stderr']):.1f}"
+        rows[pattern] = [loss, f"{size / float(study['admm', pattern, 'bytes_dense']['value']):.2f}", "–", "–"]
+    with (RESULTS / "h200_serving.csv").open(encoding="utf-8", newline="") as file:
+        served = [row for row in csv.DictReader(file) if row["model"] == "Qwen2.5-7B" and row["commit"] == "d434b34"]
+    for pattern, scheme in (("6:8", "fp8"), ("6:8", "int8"), ("4:6", "int8"), ("2:4", "fp8"), ("2:4", "int8")):
+        cells = {
+            (row["served"], row["phase"], row["tokens"]): row for row in served if (row["pattern"], row["scheme"]) == (pattern, scheme)
+        }
+        parts = [(cells["packed", *step], cells["dense", *step]) for step in (("prefill", "4096"), ("decode", "64"))]
+        size = float(parts[0][0]["model_gb"]) / float(parts[0][1]["model_gb"])
+        speed = [f"{float(dense['ms']) / float(packed['ms']):.2f}×" for packed, dense in parts]
+        rows[f"{pattern} {scheme}"] = ["–", f"{size:.2f}", *speed]
+    return rows
+
+
+def test_the_trade_of_the_readme_is_that_of_the_data() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("<!-- tables: trade begin -->")[2].partition("<!-- tables: trade end -->")[0]
+    rows = re.findall(r"^\| (\d.*?) \| (.*) \|$", table, re.MULTILINE)
+    shown = {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
+    assert shown == trade()
+
+
+def test_one_version_everywhere() -> None:
+    assert f"\nversion: {slidesparse.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1] == slidesparse.__version__
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md", "docs/serving.md"])
+def test_pages_that_must_stay_short(name: str) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_every_page_can_be_reached() -> None:
+    seen, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        seen.add(page)
+        for target in re.findall(r"\]\(([^)#\s]+\.md)[^)]*\)", page.read_text(encoding="utf-8")):
+            there = (page.parent / target).resolve()
+            if "://" not in target and there not in seen and there.exists():
+                waiting.append(there)
+    assert not set(PAGES) - seen
+
+
+def test_pages_of_the_site_are_listed() -> None:
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]))
+    there = {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
+    assert there <= listed
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    homes = {name: f"slidesparse.{home}.{name}" for name, home in slidesparse._HOMES.items()}
+    assert [name for name, home in homes.items() if f"\n::: {home}\n" not in page] == []
