@@ -23,11 +23,12 @@ def main() -> None:
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
     stamp, mark = VENV / "ready", hashlib.sha256("\n".join(wanted).encode()).hexdigest()
     if not stamp.is_file() or stamp.read_text() != mark:
-        print(f"Setting up {VENV.relative_to(ROOT)}. To download: {', '.join(wanted)} (about 30 MB).", flush=True)
+        print(f"Setting up {VENV.relative_to(ROOT)}. To download: {', '.join(wanted)} (about 40 MB).", flush=True)
         venv.create(VENV, with_pip=True, clear=True)
         run("pip", "--quiet", "--disable-pip-version-check", "install", *wanted)
         stamp.write_text(mark)
-    run("mkdocs", "build", "--strict", "--quiet", "--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(out))
+    # Not quiet: what is not said is not counted as a warning.
+    run("mkdocs", "build", "--strict", "--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(out))
     print(f"The site is in {out}: open index.html")
 
 
