@@ -97,6 +97,14 @@ def test_pages_that_must_stay_short(name: str) -> None:
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 120
 
 
+def test_sentences_of_the_readme_are_short() -> None:
+    text = re.sub(r"```.*?```|<!--.*?-->|\]\([^)]*\)", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    prose = [block for block in text.split("\n\n") if not block.lstrip("\n").startswith(("    ", "|", "#", "!", "[Quickstart"))]
+    sentences = [sentence for block in prose for sentence in re.split(r"(?<=[.:])\s+", block)]
+    assert len(sentences) > 20
+    assert [sentence for sentence in sentences if len(sentence.split()) > 20] == []
+
+
 def test_every_page_can_be_reached() -> None:
     seen, waiting = set(), [ROOT / "README.md"]
     while waiting:
