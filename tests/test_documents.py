@@ -6,12 +6,15 @@ import ast
 import csv
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import typer
 
 import slidesparse
+from dist import MODEL
 from slidesparse.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +41,15 @@ def test_commands_that_are_shown_exist(page: Path) -> None:
             command = command.commands[words.pop(0)]
         known = {option for each in command.params for option in each.opts}
         assert {word for word in words if re.match(r"--?[a-z]", word)} <= known, f"{page.name}: {line}"
+
+
+def test_python_that_is_shown_runs(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/quickstart.md")]
+    blocks = [code for page in pages for code in re.findall(r"```python\n(.*?)```", page, re.S)]
+    assert len(blocks) == 2
+    done = subprocess.run([sys.executable, "-c", "\n".join([MODEL, *blocks])], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_quoted_errors_are_those_of_the_code() -> None:
