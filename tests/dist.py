@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import time
 import venv
+import zipfile
 from pathlib import Path
 
 import torch
@@ -62,7 +63,11 @@ def build(folder: Path) -> tuple[Path, Path]:
         if not (unpacked / name).exists():
             sys.exit(f"the sdist lacks {name}")
     subprocess.run([*words, "wheel"], cwd=unpacked, check=True, stdout=subprocess.DEVNULL)
-    return next(out.glob("slidesparse-*.whl")), unpacked
+    wheel = next(out.glob("slidesparse-*.whl"))
+    source = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    if missing := sorted(source - set(zipfile.ZipFile(wheel).namelist())):
+        sys.exit(f"the wheel lacks {', '.join(missing)}")
+    return wheel, unpacked
 
 
 def try_wheel(wheel: Path, folder: Path, shared: bool) -> None:
