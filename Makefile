@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: help setup demo test dist docs compat lint launches mutate clean
+.PHONY: help setup demo test dist docs tables compat lint launches mutate clean
 
 help:
 	@echo "make demo   prune, pack, check and measure a small language model (about six minutes on two cores)"
@@ -12,6 +12,7 @@ help:
 	@echo "make compat the oldest and newest transformers and vLLM, each in an environment of its own (tens of gigabytes)"
 	@echo "make launches [TRITON=3.6.0]  compile every kernel launch for four kinds of cards, without a card (half an hour on two cores)"
 	@echo "make mutate [ARGS='pattern --sample 50']  break the code in small ways and see which ones no test notices (hours)"
+	@echo "make tables write every table of the documents that stands between markers from benchmarks/results and the shipped plans"
 	@echo "make setup  only set up .venv for both"
 	@echo "make clean  remove .venv, caches and the demo's output"
 
@@ -54,6 +55,10 @@ endif
 mutate:
 	@$(PYTHON) scripts/setup_env.py test
 	@$(VENV)/python -m tests.mutations $(ARGS)
+
+tables:
+	@$(PYTHON) scripts/setup_env.py test
+	@$(VENV)/python benchmarks/document_tables.py $(ARGS)
 
 clean:
 	rm -rf .venv .compat .cache demo-output dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .mypy_cache

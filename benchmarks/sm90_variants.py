@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from linears import MODELS
 from records import records
 from slidesparse import measure
+from slidesparse.bench.models import MODELS
 from slidesparse.format import SCHEMES
 from slidesparse.gemm.kernels import kernels
 from slidesparse.gemm.route import Route
@@ -27,7 +27,7 @@ from slidesparse.pattern import Pattern
 
 def rows(bench: Bench, m: int, library: str) -> Iterator[dict[str, object]]:
     """A layer's times for ``m`` tokens."""
-    inputs = [torch.randn(m, bench.layer.k, device="cuda", dtype=torch.bfloat16) for _ in range(bench._count(m))]
+    inputs = [torch.randn(m, bench.layer.k, device="cuda", dtype=torch.bfloat16) for _ in range(len(bench.inputs(m)))]
     routes = [Route("dense", library), *(Route(layout, "sm90", str(one)) for layout in ("tiled", "dense") for one in sm90.VARIANTS)]
     scale, expected = bench.weights.channel_scale, None
     whole, products = {}, {}
@@ -60,7 +60,7 @@ def main() -> None:
     with records(arguments.out, arguments.commit) as record:
         for scheme, library in (("fp8", "rowwise"), ("int8", "triton")):
             for pattern in ("6:8", "2:4"):
-                for name, (n, k) in MODELS[arguments.model].items():
+                for name, (n, k) in MODELS[arguments.model].linears.items():
                     bench = Bench(LinearShape(n, k, Pattern.parse(pattern), SCHEMES[scheme]))
                     for m in arguments.tokens:
                         head = {"model": arguments.model, "layer": name, "m": m, "n": n, "k": k, "pattern": pattern, "scheme": scheme}

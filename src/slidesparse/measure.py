@@ -1,12 +1,13 @@
 """The timer of all benchmarks: CUDA-graph replay, buffers rotated until the L2 cache is cold, median and spread.
 
-Short calls are timed in turn, calls of 100 µs and more sustained; a `Timing` says which.
+Short calls are timed in turn, calls of 100 µs and more sustained; a `Timing` says which. Without a card the host's clock stands in.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -60,6 +61,29 @@ def timed(variants: Mapping[Name, Sequence[Call]], *, rounds: int = 15, repeat: 
     sustained = min(first[name] / calls[name] for name in graphs) >= SUSTAINED
     samples = _alone(graphs, first) if sustained else _in_turn(graphs, rounds)
     return {name: _timing([value / calls[name] for value in values], sustained) for name, values in samples.items()}
+
+
+def timed_by_clock(variants: Mapping[Name, Sequence[Call]], *, rounds: int = 15) -> dict[Name, Timing]:
+    """Time variants on a CPU by the host's clock, in turn; of so many rounds those that one second, shared by all, allows, at least two.
+
+    Raises:
+        ValueError: a variant has no calls.
+    """
+    if not all(variants.values()):
+        raise ValueError("every variant needs at least one call")
+    samples: dict[Name, list[float]] = {name: [] for name in variants}
+    for calls in variants.values():
+        calls[0]()
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= 2 and time.perf_counter() - began > 1.0:
+            break
+        for name, calls in variants.items():
+            start = time.perf_counter()
+            for call in calls:
+                call()
+            samples[name].append((time.perf_counter() - start) * 1e6 / len(calls))
+    return {name: _timing(values, False) for name, values in samples.items()}
 
 
 def _in_turn(graphs: Mapping[Name, torch.cuda.CUDAGraph], rounds: int) -> dict[Name, list[float]]:

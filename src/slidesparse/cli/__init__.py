@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from .. import __version__, env
 from ..errors import SlideSparseError
-from . import evaluating, examine, produce, run, tuning
+from . import advising, benching, evaluating, examine, picturing, produce, run, tuning
 from .screen import UsageError
 
 app = typer.Typer(
@@ -45,6 +45,10 @@ app.command(name="import")(produce.import_)
 app.command()(examine.inspect)
 app.command()(examine.verify)
 app.command()(tuning.tune)
+app.command()(advising.advise)
+app.add_typer(benching.app)
+app.command()(picturing.plot)
+app.command()(picturing.report)
 app.command()(run.generate)
 app.command(name="eval")(evaluating.eval_)
 app.command()(examine.doctor)

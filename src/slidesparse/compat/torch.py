@@ -94,6 +94,12 @@ HAS_INT_MM = int_mm is not _no_int_mm
 """Whether torch has it."""
 
 
+cslt_compress: Callable[[Tensor], Tensor] | None = found("_cslt_compress")
+"""2:4 weights ``[N, K]`` as cuSPARSELt wants them, by torch's own road, a rival in benchmarks; None where torch has it not."""
+cslt_sparse_mm: Callable[..., Tensor] | None = found("_cslt_sparse_mm")
+"""Such weights times ``[K, M]``; with ``transpose_result`` the outcome is ``[M, N]``. None where torch has it not."""
+
+
 def without_subclasses() -> Any:
     """A context in which tensor subclasses' own ``__torch_function__`` is not asked.
 

@@ -35,7 +35,7 @@ class Cell:
 
     ``whole`` are times of whole linears, ``unscaled`` of products that leave scales and bias to the consumer of their output.
     ``dropped`` names routes and kernels; ``unscaled `` in front of a name says that only the unscaled product was wrong.
-    ``versions`` are the versions of the kernels that were timed.
+    ``versions`` are the versions of the kernels that were timed. ``errors`` are largest errors against the oracle; files leave them out.
     """
 
     m: int
@@ -43,6 +43,7 @@ class Cell:
     unscaled: dict[Route, Timing] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[Route, float] = field(default_factory=dict, compare=False)
 
     def times(self, unscaled: bool) -> dict[Route, Timing]:
         """Those of unscaled products, or of whole linears."""

@@ -56,6 +56,15 @@ def active_plan() -> Active:
     return _gather(torch.cuda.current_device())
 
 
+def shipped_plan(card: str) -> Plan:
+    """The plan that comes with the package for a card of this name, its kernels of other versions than these included.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    return Plan.load(_shipped(card))
+
+
 def forget_plans() -> None:
     """Read the plans again at the next question: one was written."""
     _gather.cache_clear()

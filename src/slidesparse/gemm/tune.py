@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from ..packing import pack
 from ..pattern import Pattern
 from ..pruning import prune
 from ..quantization import quantize_weight
-from ..tolerance import deviation
+from ..tolerance import Deviation, deviation
 from .kernels import kernels, refusal
 from .kernels.base import LEAVES, Pipeline
 from .layouts import LAYOUTS, Copy
@@ -180,11 +180,12 @@ def _opened(path: Path, here: Machine | None = None) -> Plan:
 
 
 class Bench:
-    """Random weights of one layer in every layout, and the timing of all routes on them."""
+    """Random weights of one layer in every layout, on the current CUDA device or on the CPU, and the timing of all routes on them."""
 
-    def __init__(self, layer: LinearShape) -> None:
-        self.layer, self.problem = layer, layer.problem
-        self.weights = random_weights(layer)
+    def __init__(self, layer: LinearShape, device: str = "cuda") -> None:
+        self.layer, self.device = layer, device
+        self.problem = layer.problem if device == "cuda" else replace(layer.problem, capability=(0, 0))
+        self.weights = random_weights(layer, device)
         self.dense = ops.restore(self.weights.packed)
         self._copies: dict[str, list[Copy]] = {}
 
@@ -193,34 +194,36 @@ class Bench:
         """What a plan calls the layer."""
         return key_of(self.problem)
 
-    def cell(self, m: int, *, rounds: int | None = None, also: Sequence[Route] = (), without: Collection[str] = ()) -> Cell:
-        """Check and time ``m`` tokens: what the kernels' searches find worth timing and ``also`` these routes, ``without`` some kernels."""
-        count = self._count(m)
-        inputs = [torch.randn(m, self.problem.k, device="cuda", dtype=self.problem.dtype) for _ in range(count)]
+    def cell(self, m: int, *, rounds: int | None = None, also: Sequence[Route] = (), only: Collection[Route] = ()) -> Cell:
+        """Check and time ``m`` tokens: what the kernels' searches find worth timing and ``also`` these routes, or ``only`` some."""
+        count, inputs = self._count(m), self.inputs(m)
         expected = cache(lambda draw: self._expected(inputs[draw]))
         calls: dict[Route, list[Callable[[], Tensor]]] = {}
         dropped: dict[str, str] = {}
-        for route in dict.fromkeys([*self._worth(inputs[0], count, dropped, without), *also]):
+        errors: dict[Route, float] = {}
+        for route in dict.fromkeys([*(only or self._worth(inputs[0], count, dropped)), *also]):
             found = [self.call(route, x, copy) for x, copy in zip(inputs, self.copies(route.layout, count), strict=False)]
-            reason = self._fault(found, m, expected, roundings=kernels()[route.kernel].roundings(route.variant))
-            if reason is None:
-                calls[route] = found
+            checked = self._checked(found, m, expected, roundings=kernels()[route.kernel].roundings(route.variant))
+            if isinstance(checked, str):
+                dropped[str(route)] = checked
+                _LOG.warning("%s, M = %d: %s dropped: %s", self.key, m, route, checked)
             else:
-                dropped[str(route)] = reason
-                _LOG.warning("%s, M = %d: %s dropped: %s", self.key, m, route, reason)
+                calls[route], errors[route] = found, checked.largest
         rounds = rounds or _rounds(m, self.problem)
-        whole = self._timed(calls, dropped, rounds)
+        whole = self.timed(calls, dropped, rounds)
         unscaled = {}
         if self.layer.scheme.dynamic:
-            unscaled = self._timed(self._unscaled(whole, inputs, dropped), dropped, rounds, UNSCALED)
-        return Cell(m, whole, unscaled, dropped, kernel_versions())
+            unscaled = self.timed(self._unscaled(whole, inputs, dropped), dropped, rounds, UNSCALED)
+        return Cell(m, whole, unscaled, dropped, kernel_versions(), errors)
 
-    def _worth(self, x: Tensor, count: int, dropped: dict[str, str], without: Collection[str]) -> list[Route]:
+    def inputs(self, m: int) -> list[Tensor]:
+        """Random activations ``[M, K]``, as many as keep the L2 cache cold."""
+        return [torch.randn(m, self.problem.k, device=self.device, dtype=self.problem.dtype) for _ in range(self._count(m))]
+
+    def _worth(self, x: Tensor, count: int, dropped: dict[str, str]) -> list[Route]:
         """The routes worth timing; kernels that cannot run are dropped."""
         found = []
         for name, kernel in kernels().items():
-            if name in without:
-                continue
             reason = kernel.refuses(self.problem)
             if reason is not None or not kernel.worth_timing:
                 dropped |= {} if reason is None else {name: reason}
@@ -249,14 +252,28 @@ class Bench:
 
         return timed
 
-    def _timed(
+    def timed(
         self, calls: Mapping[Route, Sequence[Callable[[], object]]], dropped: dict[str, str], rounds: int, prefix: str = ""
     ) -> dict[Route, Timing]:
+        """Times by route; where memory does not suffice, none, and the routes are ``dropped`` under their names behind a prefix."""
+        timer = measure.timed if self.device == "cuda" else measure.timed_by_clock
         try:
-            return measure.timed(calls, rounds=rounds) if calls else {}
+            return timer(calls, rounds=rounds) if calls else {}
         except torch.OutOfMemoryError as error:
             dropped |= dict.fromkeys((f"{prefix}{route}" for route in calls), str(error).splitlines()[0])
             return {}
+
+    def products(self, routes: Iterable[Route], m: int) -> dict[Route, list[Callable[[], Tensor]]]:
+        """Calls of the product alone, on activations that are quantised already; scales are in it where the product applies them."""
+        inputs, scale = self.inputs(m), self.weights.channel_scale
+        calls: dict[Route, list[Callable[[], Tensor]]] = {}
+        for route in routes:
+            direct = can_bypass_dispatcher(inputs[0]) and self.problem.scheme.dynamic
+            steps = kernels()[route.kernel].bind(self.problem, route.layout, route.variant, inputs[0], unscaled=False, direct=direct)
+            for x, copy in zip(inputs, self.copies(route.layout, len(inputs)), strict=True):
+                q, x_scale = (x, None) if steps.quantise is None else steps.quantise(x)
+                calls.setdefault(route, []).append(partial(steps.multiply, q, x_scale, copy, scale, None))
+        return calls
 
     def _unscaled(
         self, whole: Mapping[Route, Timing], inputs: Sequence[Tensor], dropped: dict[str, str]
@@ -271,15 +288,17 @@ class Bench:
                 found = [
                     self.call(route, x, copy, unscaled=True) for x, copy in zip(inputs, self.copies(layout, len(inputs)), strict=False)
                 ]
-                reason = self._fault(found, len(inputs[0]), expected)
-                if reason is None:
-                    calls[route] = found
+                checked = self._checked(found, len(inputs[0]), expected)
+                if isinstance(checked, str):
+                    dropped[f"{UNSCALED}{route}"] = checked
                 else:
-                    dropped[f"{UNSCALED}{route}"] = reason
+                    calls[route] = found
         return calls
 
     def _count(self, m: int) -> int:
-        """Sets of buffers that keep the L2 cache cold."""
+        """Sets of buffers that keep the L2 cache cold; two on a CPU."""
+        if self.device != "cuda":
+            return 2
         weight = self.dense.numel() * self.dense.element_size()
         return min(_MOST_COPIES, measure.slots(weight + m * (self.layer.k + self.layer.n) * 2, least=2))
 
@@ -320,11 +339,11 @@ class Bench:
         """Exact sums in float64."""
         return torch.cat([q.double() @ part.double().t() for part in self.dense.split(_BLOCK_ROWS)], dim=1)
 
-    def _fault(
+    def _checked(
         self, calls: Sequence[Callable[[], Tensor]], m: int, expected: Callable[[int], tuple[Tensor, Tensor]], roundings: int = 1
-    ) -> str | None:
-        """Why outputs are wrong. One draw of activations may give one large error by chance, so outputs must be wrong for two draws."""
-        reason = None
+    ) -> Deviation | str:
+        """How far outputs lie from the oracle, or why they are wrong, which they must be for two draws: one may have one large error."""
+        reason = "there was nothing to check"
         for draw, call in enumerate(calls[:2]):
             try:
                 out = call()
@@ -334,16 +353,16 @@ class Bench:
                 return f"returned {list(out.shape)}"
             measured = deviation(_ends(out), *expected(draw), roundings=roundings)
             if measured.within:
-                return None
+                return measured
             reason = str(measured)
         return reason
 
 
-def random_weights(layer: LinearShape) -> Weights:
-    """Weights that obey the pattern, quantised and packed on the current CUDA device."""
+def random_weights(layer: LinearShape, device: str = "cuda") -> Weights:
+    """Weights that obey the pattern, quantised and packed on the current CUDA device, or another."""
     values, scales, keeps = [], [], []
     for start in range(0, layer.n, _BLOCK_ROWS):
-        block = torch.randn(min(_BLOCK_ROWS, layer.n - start), layer.k, device="cuda") * 0.02
+        block = torch.randn(min(_BLOCK_ROWS, layer.n - start), layer.k, device=device) * 0.02
         quantised, scale = quantize_weight(prune(block, layer.pattern), layer.scheme)
         packed = pack(quantised, layer.pattern)
         values.append(packed.values)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -47,6 +47,22 @@ def model_folder(model: str | Path) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         if found is not None:
             return found
+        raise CheckpointError(f"{model} is no folder here, and {_reason(error, name, revision)}: give a folder or another name") from error
+
+
+def config_file(model: str) -> Path:
+    """config.json of the hub's model of that name, fetched alone.
+
+    Raises:
+        CheckpointError: it is no such name; one line says what the hub answered, or that it could not be reached.
+    """
+    asked = _NAME.fullmatch(model)
+    if asked is None:
+        raise CheckpointError(f"{model} is no folder, no config.json, no shape NxK and no name on the hub (org/name)")
+    name, revision = asked.groups()
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(f"{model} is no folder here, and {_reason(error, name, revision)}: give a folder or another name") from error
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from ..checkpoint.configs import Reader, same_name
+from ..errors import UnsupportedError
+from ..select import DEFAULT_IGNORE, matches
 
 
 def find_reader(config: dict[str, Any], tensors: list[str]) -> Reader | None:
@@ -38,6 +40,23 @@ def find_reader(config: dict[str, Any], tensors: list[str]) -> Reader | None:
     tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
     fixed = {layer for name, layer in layers.items() if name in tied or name not in linear} - merged
     return Reader({name: layers.get(name, name) for name in modules if name in linear}, _matching(), frozenset(fixed))
+
+
+def linear_layers(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """N and K of the linear layers, heads aside, of the model that a configuration alone describes, by name.
+
+    Raises:
+        UnsupportedError: transformers is not installed, or cannot build the model; the message says what to give instead.
+    """
+    if find_spec("transformers") is None:
+        raise UnsupportedError("config.json alone is read by transformers: pip install 'slidesparse[hf]', or give shapes NxK")
+    model = _empty(config)
+    if model is None:
+        kind = next(iter(config.get("architectures") or ()), config.get("model_type", "unknown"))
+        raise UnsupportedError(f"transformers cannot build {kind} from config.json alone: give a folder with weights, or shapes NxK")
+    modules = model.named_modules()
+    found = {name: (module.out_features, module.in_features) for name, module in modules if isinstance(module, nn.Linear)}
+    return {name: shape for name, shape in found.items() if not matches(name, DEFAULT_IGNORE)}
 
 
 def _matching() -> Callable[[str, str], bool]:

@@ -82,8 +82,8 @@ def shared_bytes(variant: Variant, types: Types) -> int:
 def predicted_clocks(variant: Variant, n: int, k: int, m: int, *, sparse: bool, multiprocessors: int = 132) -> float:
     """Clocks of ``[M, K']`` by ``[N, K']``: waves of clusters, in each the stages, bound by tensor cores or by copies, and a tile's ends.
 
-    The constants follow products measured on an H200 (benchmarks/results/h200_sm90_variants.csv). They put variants in order and predict no
-    time: at one clock, 1.9 GHz, they are 13 % off (root mean square).
+    The constants follow products measured on an H200 (benchmarks/results/archive/h200_sm90_variants.csv). They put variants in order and
+    predict no time: at one clock, 1.9 GHz, they are 13 % off (root mean square).
     """
     tiles = -(-n // (ROWS * variant.features)) * -(-m // (variant.tokens * variant.along))
     # Of clusters of eight, 15 fit the 132 multiprocessors of an H200.

@@ -1,0 +1,182 @@
+"""Every table of the documents that stands between markers, written from data: ``make tables``; with ``--check`` nothing is written.
+
+A table stands between ``<!-- tables: NAME begin -->`` and ``<!-- tables: NAME end -->``; without a name it is the accuracy study's. Names:
+
+    trade                          what a pattern costs and gains, the README's
+    linears-CARD-6-8               a shipped plan's times of Qwen2.5-7B's layers, summed; CARD is h100 or h200
+    linears-CARD-others            other patterns and models
+    serving-CARD-prefill, -decode  packed models in vLLM against its own dense ones, kernels' time in brackets
+    kernels-CARD                   `slidesparse bench kernel`: whole linears against the fastest dense ones
+
+The summary of the study that comes with the package is written, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from accuracy.tables import markdown, read, tables_of
+from plan_tables import others, six_of_eight
+from slidesparse.bench import accuracy, rows
+from slidesparse.bench.models import MODELS
+from slidesparse.bench.rows import Row
+from slidesparse.bench.speedups import curves, efficiencies
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+STUDY = RESULTS / "accuracy" / "results.csv"
+SUMMARY = ROOT / "src" / "slidesparse" / "bench" / accuracy.FILE
+MARKED = re.compile(r"<!-- tables: (?:(?P<name>\S+) )?begin -->\n(?P<old>.*?)<!-- tables: (?:(?P<last>\S+) )?end -->", re.DOTALL)
+CARDS = {"h100": "nvidia-h100-80gb-hbm3", "h200": "nvidia-h200"}
+GRAPHS = "CUDA graphs to 2048"
+NOTHING = "–"
+SHOWN = (("prefill", 4096), ("decode", 64))
+"""Points of engines in the table of the trade."""
+
+
+def documents() -> Iterator[Path]:
+    """Those that may hold tables."""
+    yield from (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+
+
+def table_named(name: str) -> str:
+    """The table of a marker.
+
+    Raises:
+        KeyError: no table has this name.
+    """
+    makers: dict[str, Callable[[], str]] = {"": study, "trade": trade}
+    for card in CARDS:
+        makers |= {
+            f"linears-{card}-6-8": partial(six_of_eight, CARDS[card]), f"linears-{card}-others": partial(others, CARDS[card]),
+            f"serving-{card}-prefill": partial(served, card, "prefill"), f"serving-{card}-decode": partial(served, card, "decode"),
+            f"kernels-{card}": partial(measured, card),
+        }  # fmt: skip
+    return makers[name]()
+
+
+def study() -> str:
+    """Tables of the accuracy study."""
+    return tables_of(read(STUDY))
+
+
+def trade() -> str:
+    """Accuracy and bytes of a real model, bytes and speed of one shape in an engine."""
+    with STUDY.open(encoding="utf-8", newline="") as file:
+        found = [row for row in csv.DictReader(file) if (row["model"], row["method"], row["scheme"]) == ("smollm2", "admm", "bf16")]
+    value = {(row["pattern"], row["metric"]): row for row in found if row["stage"] in ("convert", "mean")}
+    lines = [["**SmolLM2-135M, real weights, bf16, ADMM, in transformers**", "", "", "", ""]]
+    for pattern in ("8:10", "6:8", "4:6", "2:4"):
+        tasks, stored, dense = (value[pattern, metric] for metric in ("mean_of_4", "bytes", "bytes_dense"))
+        loss = f"{-100 * float(tasks['difference']):.1f} ± {100 * float(tasks['difference_stderr']):.1f}"
+        lines.append([pattern, loss, f"{float(stored['value']) / float(dense['value']):.2f}", NOTHING, NOTHING])
+    lines.append(["**Qwen2.5-7B's shape, random weights, in vLLM 0.26, against its dense model of the same 8 bits**", "", "", "", ""])
+    own = [row for row in serve_rows("h200") if row.model == "Qwen2.5-7B" and row.scheme in ("fp8", "int8")]
+    for pattern in ("6:8", "4:6", "2:4"):
+        for scheme in ("fp8", "int8"):
+            mine = [row for row in own if (row.pattern, row.scheme) == (pattern, scheme) and row.route != "vLLM"]
+            mine = [row for row in mine if GRAPHS in row.route] or mine
+            if mine:
+                dense = {(row.what, row.m, row.commit): row for row in own if row.route == "vLLM" and _kind(row) == _kind(mine[0])}
+                speeds = [next((f"{over(row, dense):.2f}×" for row in mine if (row.what, row.m) == at), NOTHING) for at in SHOWN]
+                size = mine[0].gigabytes / next(iter(dense.values())).gigabytes
+                lines.append([f"{pattern} {scheme}", NOTHING, f"{size:.2f}", *speeds])
+    return markdown(["pattern", "loss on 4 tasks, points", "bytes, of dense", "prefill, 4096 tokens", "decode, 64 requests"], lines)
+
+
+def serve_rows(card: str) -> list[Row]:
+    """Every row, those that a later run has replaced left out."""
+    every = rows.read(RESULTS / f"{card}_serve.csv")
+    kept = [row for row in rows.newest(every) if row.route != "vLLM"]
+    return [*kept, *(row for row in every if row.route == "vLLM")]
+
+
+def _kind(row: Row) -> tuple[str, str, str]:
+    return row.model, row.pattern, row.scheme
+
+
+def over(row: Row, dense: Mapping[tuple[str, int, str], Row]) -> float:
+    """The dense engine's time in the same run over this one's."""
+    return dense[row.what, row.m, row.commit].us / row.us
+
+
+def served(card: str, phase: str) -> str:
+    """Throughput over vLLM's own dense model's, and in brackets the time of its kernels over ours."""
+    own, lines = serve_rows(card), []
+    tokens = sorted({row.m for row in own if row.what == phase})
+    for kind, route in dict.fromkeys((_kind(row), row.route) for row in own if row.route != "vLLM"):
+        mine = [row for row in own if _kind(row) == kind and row.route == route]
+        dense = {(row.what, row.m, row.commit): row for row in own if row.route == "vLLM" and _kind(row) == kind}
+        same = ", nothing ours" if all(row.error == 0 for row in mine) else ""
+        cells = [next((_cell(row, dense) for row in mine if (row.what, row.m) == (phase, m)), "") for m in tokens]
+        if any(cells):
+            size = [f"{mine[0].gigabytes:.2f} against {next(iter(dense.values())).gigabytes:.2f}"] if phase == "prefill" else []
+            model, pattern, scheme = kind
+            lines.append([f"{model}, {pattern} {scheme}{route.removeprefix('packed: as the plan has it')}{same}", *cells, *size])
+    heads = ["prefill" if phase == "prefill" else "decoding", *map(str, tokens)]
+    return markdown([*heads, *(["GB of weights"] if phase == "prefill" else [])], lines)
+
+
+def _cell(row: Row, dense: Mapping[tuple[str, int, str], Row]) -> str:
+    theirs = dense[row.what, row.m, row.commit].kernels_us
+    return f"{over(row, dense):.2f}×" + (f" ({theirs / row.kernels_us:.2f})" if theirs and row.kernels_us else "")
+
+
+def measured(card: str) -> str:
+    """Speed-ups of a model's layers summed, and in brackets efficiency against 2:4."""
+    own = rows.newest(rows.read(RESULTS / f"{card}_kernel.csv"))
+    lines, tokens = [], sorted({row.m for row in own if row.what == "linear"})
+    for name, model in MODELS.items():
+        found = [curve for curve in curves(own, list(model.linears.values())) if curve.speedups()]
+        shares = efficiencies(found)
+        for curve in found:
+            gains, share = curve.speedups(), shares.get((curve.scheme, curve.pattern), {})
+            cells = [f"{gains[m]:.2f}×" + (f" ({100 * share[m]:.0f} %)" if m in share else "") if m in gains else "" for m in tokens]
+            lines.append([f"{name}, {curve.pattern} {curve.scheme}", f"{curve.bound:.2f}×", *cells])
+    return markdown(["whole linears", "bound", *(f"M = {m}" for m in tokens)], lines)
+
+
+def written(text: str, where: str) -> str:
+    """The document with its tables made anew."""
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match["name"] or ""
+        if (match["last"] or "") != name:
+            sys.exit(f"{where}: table {name!r} ends as {match['last']!r}")
+        try:
+            table = table_named(name)
+        except KeyError:
+            sys.exit(f"{where}: no table is called {name!r}; benchmarks/document_tables.py says which there are")
+        label = f"{name} " if name else ""
+        return f"<!-- tables: {label}begin -->\n\n{table}\n<!-- tables: {label}end -->"
+
+    made, count = MARKED.subn(replaced, text)
+    if count != len(re.findall(r"<!-- tables: .*begin -->", text)):
+        sys.exit(f"{where}: a table begins and does not end")
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if anything would change")
+    asked = parser.parse_args()
+    stale = []
+    made = {path: written(path.read_text(encoding="utf-8"), path.name) for path in documents()} | {SUMMARY: accuracy.written(STUDY)}
+    for path, text in made.items():
+        if path.read_text(encoding="utf-8") != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if not asked.check:
+                path.write_text(text, encoding="utf-8")
+    if stale and asked.check:
+        sys.exit(f"not what the data say: {', '.join(stale)}; run make tables")
+    print(f"{len(stale)} written: {', '.join(stale)}" if stale else "every table is what the data say")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Advice: what each pattern and scheme would gain on a card for these layers, what that costs, and one sentence of recommendation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..format import SCHEMES, packed_tensors
+from ..gemm.choose import GUARD
+from ..gemm.plan import Plan
+from ..pattern import Pattern
+from .accuracy import Loss, losses, rounded
+from .estimate import DENSE, MEASURED, MODEL, Estimate, Estimates
+from .models import Shape
+
+TOKENS = (1, 16, 64, 1024, 4096)
+DECODE = 64
+"""Up to so many tokens in a step the advice calls it decoding, beyond it prefill."""
+SCHEME_NAMES = ("int8", "fp8", "bf16")
+TUNED = ("6:8", "2:4")
+"""Patterns that are measured where there is a GPU."""
+PATTERNS = ("2:4", "4:6", "6:8", "8:10", "10:12", "12:14", "14:16")
+MUCH = 0.2
+"""A pattern whose perplexity rose by more than this share in every model of the study is not recommended without training."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The layers at one number of tokens: microseconds of all, and how many times as fast as the best dense ones of 8 and of 16 bits."""
+
+    m: int
+    us: float
+    against_8_bits: float | None
+    against_16_bits: float | None
+    source: str
+    at: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the linear layers alone."""
+        return self.m / self.us * 1e6
+
+
+@dataclass(frozen=True)
+class Option:
+    """A pattern and a scheme on sparse tensor cores, or dense weights of a scheme."""
+
+    pattern: str
+    scheme: str
+    stored_bytes: int
+    resident_bytes: int
+    of_dense_16_bits: float
+    speeds: list[Speed]
+    pays_from: int | None
+    study: list[Loss] = field(default_factory=list)
+
+    @property
+    def rival_bits(self) -> int:
+        """Weights of 8 bits are held against dense ones of 8 bits, others against those of 16."""
+        return 8 if SCHEMES[self.scheme].dynamic else 16
+
+    def gains(self) -> dict[int, float]:
+        """Times as fast as the best dense weights of as many bits, by number of tokens."""
+        found = {each.m: each.against_8_bits if self.rival_bits == 8 else each.against_16_bits for each in self.speeds}
+        return {m: gain for m, gain in found.items() if gain is not None}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What is printed: the layers, where times come from, dense weights, the options, the recommendation, and what to keep in mind."""
+
+    target: str
+    card: str
+    origin: str
+    layers: dict[str, int]
+    dense: list[Option]
+    options: list[Option]
+    recommendation: str
+    notes: list[str]
+
+
+def advise(target: str, shapes: Mapping[Shape, int], plan: Plan, origin: str, *, tokens: Sequence[int] = TOKENS) -> Advice:
+    """Advice for layers of these shapes, so many of each, from the times of a plan."""
+    times = Estimates(plan)
+    totals = {scheme: _totals(times, shapes, scheme, DENSE, tokens) for scheme in SCHEME_NAMES}
+    best = {8: _best([totals["int8"], totals["fp8"]]), 16: _best([totals["bf16"]])}
+    dense = [_option(DENSE, scheme, shapes, totals[scheme], best) for scheme in SCHEME_NAMES]
+    options = [
+        _option(pattern, scheme, shapes, _totals(times, shapes, scheme, pattern, tokens), best)
+        for pattern in PATTERNS
+        for scheme in SCHEME_NAMES
+    ]
+    dense, options = ([each for each in found if each.speeds] for found in (dense, options))
+    layers = {f"{n} × {k}": count for (n, k), count in shapes.items()}
+    return Advice(target, plan.machine.gpu, origin, layers, dense, options, recommendation(dense, options), _notes([*dense, *options]))
+
+
+def _totals(times: Estimates, shapes: Mapping[Shape, int], scheme: str, pattern: str, tokens: Sequence[int]) -> dict[int, Estimate]:
+    """Sums over the layers; numbers of tokens at which one of them is not known are left out."""
+    found = {}
+    for m in tokens:
+        parts = [(times.of(n, k, scheme, pattern, m), count) for (n, k), count in shapes.items()]
+        known = [(part, count) for part, count in parts if part is not None]
+        if len(known) == len(parts):
+            source = MEASURED if all(part.source == MEASURED for part, _ in known) else MODEL
+            found[m] = Estimate(sum(part.us * count for part, count in known), source, max(part.at for part, _ in known))
+    return found
+
+
+def _best(kinds: Sequence[Mapping[int, Estimate]]) -> dict[int, float]:
+    tokens = sorted({m for kind in kinds for m in kind})
+    return {m: min(kind[m].us for kind in kinds if m in kind) for m in tokens}
+
+
+def _option(
+    pattern: str, scheme: str, shapes: Mapping[Shape, int], totals: Mapping[int, Estimate], best: Mapping[int, Mapping[int, float]]
+) -> Option:
+    speeds = []
+    for m, total in sorted(totals.items()):
+        eight, of_16 = (best[bits][m] / total.us if m in best[bits] else None for bits in (8, 16))
+        speeds.append(Speed(m, total.us, eight, of_16, total.source, total.at))
+    stored, resident = (sum(count * size(n, k, scheme, pattern) for (n, k), count in shapes.items()) for size in (_stored, _resident))
+    sixteen = sum(2 * n * k * count for (n, k), count in shapes.items())
+    found = Option(pattern, scheme, stored, resident, stored / sixteen, speeds, None, [] if pattern == DENSE else losses(pattern))
+    if pattern == DENSE:
+        return found
+    return Option(**(vars(found) | {"pays_from": pays_from(found.gains())}))
+
+
+def _stored(n: int, k: int, scheme: str, pattern: str) -> int:
+    """Bytes on disk, and in memory where the packed form alone is kept; scales, which every form needs, are not counted."""
+    if pattern == DENSE:
+        return n * k * SCHEMES[scheme].dtype.itemsize
+    return sum(spec.nbytes for spec in packed_tensors(SCHEMES[scheme], Pattern.parse(pattern), n, k)[:2])
+
+
+def _resident(n: int, k: int, scheme: str, pattern: str) -> int:
+    """Bytes in memory on sparse tensor cores: half of the slid weights, and two bits for each of these."""
+    item = SCHEMES[scheme].dtype.itemsize
+    return n * k * item if pattern == DENSE else n * Pattern.parse(pattern).slid_k(k) * (4 * item + 1) // 8
+
+
+def pays_from(gains: Mapping[int, float]) -> int | None:
+    """The number of tokens from which on, as far as is known, every gain is beyond the guard; None if there is none."""
+    found = None
+    for m in sorted(gains, reverse=True):
+        if gains[m] <= GUARD:
+            break
+        found = m
+    return found
+
+
+def recommendation(dense: Sequence[Option], options: Sequence[Option]) -> str:
+    """One sentence: which pattern and scheme, or to stay dense."""
+    if not dense or not options:
+        return "Nothing is known of these layers on this card: run the command on the card itself."
+    fastest = min(dense, key=lambda each: sum(speed.us / speed.m for speed in each.speeds) / len(each.speeds))
+    eight = [each for each in options if each.rival_bits == 8 and each.pays_from is not None]
+    kind = [each for each in eight if not _costly(each)]
+    kind = [each for each in kind if all(speed.source == MEASURED for speed in each.speeds)] or kind
+    if kind:
+        best = max(kind, key=lambda each: max(each.gains().values()))
+        return f"Prune to {best.pattern} and serve in {best.scheme}: {_gain(best)}{_loss(best)}."
+    stay = f"Stay dense in {fastest.scheme}: "
+    if not eight:
+        known = [each for each in options if each.gains() and each.rival_bits == 8]
+        if not known:
+            return f"{stay}nothing is known of pruned weights of 8 bits."
+        top = max(known, key=lambda each: max(each.gains().values()))
+        return stay + f"no pattern is faster from some number of tokens on; the best, {top.pattern} {top.scheme}, is at most {_times(top)}."
+    best = max(eight, key=lambda each: max(each.gains().values()))
+    return stay + f"only {best.pattern} gains ({best.scheme}, {_gain(best)}){_loss(best)}, so that it needs training after pruning."
+
+
+def _costly(option: Option) -> bool:
+    """Whether the study found the pattern to cost much, and in every model."""
+    return bool(option.study) and all(loss.perplexity / loss.dense_perplexity > 1 + MUCH for loss in option.study)
+
+
+def _times(option: Option) -> str:
+    return f"{max(option.gains().values()):.2f} times as fast as the best dense weights of {option.rival_bits} bits"
+
+
+def _gain(option: Option) -> str:
+    start = option.pays_from
+    return f"up to {_times(option)}, from {start} {'token' if start == 1 else 'tokens'} in a step on"
+
+
+def _loss(option: Option) -> str:
+    """What the study found, of the model that lost most."""
+    if not option.study:
+        return ""
+    worst = max(option.study, key=lambda loss: loss.perplexity / loss.dense_perplexity)
+    return f"; in our study, not of your model, perplexity went from {rounded(worst.dense_perplexity)} to {rounded(worst.perplexity)}"
+
+
+def _notes(options: Sequence[Option]) -> list[str]:
+    notes = ["Speeds are those of the linear layers alone: attention, norms and the head take the same time in all rows."]
+    speeds = [speed for option in options for speed in option.speeds]
+    if any(speed.source == MODEL for speed in speeds):
+        notes.append("~ is a model of bytes and rates, fitted to measured layers: held against others, mostly within 10 %, up to 50 % off.")
+    moved = sorted({(speed.m, speed.at) for speed in speeds if speed.at != speed.m and speed.source == MEASURED})
+    notes += [f"Where {m} {'token was' if m == 1 else 'tokens were'} not measured, {at} stand for it." for m, at in moved]
+    notes.append("Where sparse is slower than dense, dense runs: only memory and accuracy change then.")
+    return notes

@@ -1,0 +1,218 @@
+"""What pictures show, as data: panels of lines, made from rows and from the accuracy study. `plots` draws them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import geometric_mean
+
+from ..format import SCHEMES
+from ..pattern import Pattern
+from .accuracy import Loss, losses
+from .kernel import CONTROL
+from .models import MODELS, Shape
+from .rows import OK, Row, newest
+from .speedups import Curve, curves
+
+SHOWN = ("2:4", "4:6", "6:8", "8:10", "14:16", CONTROL)
+"""At most six lines a panel."""
+DENSE = "dense"
+_BITS = {"int8": 1, "fp8": 1, "bf16": 2, "fp16": 2}
+_PREFILL = 4096
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points of one pattern, or of dense weights; ``bound`` is a height that it cannot pass; ``labels`` name single points."""
+
+    name: str
+    points: list[tuple[float, float]]
+    bound: float | None = None
+    labels: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes; ``roofs`` are what the card can: pairs of a name and a line."""
+
+    title: str
+    x: str
+    y: str
+    lines: list[Line]
+    log_x: bool = True
+    log_y: bool = False
+    level: float | None = None
+    roofs: list[Line] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels side by side, under a title; the name is that of the files."""
+
+    name: str
+    title: str
+    panels: list[Panel]
+
+
+def figures(rows: Sequence[Row], study: Sequence[Loss] | None = None) -> Iterator[Figure]:
+    """Every figure that the rows can fill, card by card; a study of accuracy adds what a pattern costs."""
+    for card in dict.fromkeys(row.card for row in rows):
+        own = newest([row for row in rows if row.card == card])
+        name, shapes = _model(own)
+        found = [curve for curve in curves(own, shapes) if curve.pattern in SHOWN]
+        slug = "-".join("".join(char if char.isalnum() else " " for char in card.lower()).split())
+        short = card.removeprefix("NVIDIA ")
+        yield from _speedups(found, short, name, slug)
+        yield from _roofline(own, found, shapes, short, name, slug)
+        yield from _decode(own, short, slug)
+        yield from _trade(own, found, _study() if study is None else study, short, name, slug)
+
+
+def _study() -> list[Loss]:
+    return [loss for pattern in SHOWN if pattern != CONTROL for loss in losses(pattern)]
+
+
+def _model(rows: Sequence[Row]) -> tuple[str, list[Shape]]:
+    """The model whose layers have the most summed points, or all shapes together."""
+    every = [shape for shape in dict.fromkeys((row.n, row.k) for row in rows if row.bench == "kernel" and row.status == OK) if shape[0]]
+    kinds = {name: list(model.linears.values()) for name, model in MODELS.items()} | {"all shapes": every}
+    size = {name: sum(len(curve.speedups()) for curve in curves(rows, shapes)) for name, shapes in kinds.items() if shapes}
+    best = max(size, key=lambda name: size[name], default="all shapes")
+    return best, kinds[best]
+
+
+def _schemes(found: Sequence[Curve]) -> list[str]:
+    return list(dict.fromkeys(curve.scheme for curve in found if curve.speedups()))
+
+
+def _ordered(found: Sequence[Curve], scheme: str) -> list[Curve]:
+    return sorted((curve for curve in found if curve.scheme == scheme), key=lambda curve: SHOWN.index(curve.pattern))
+
+
+def _speedups(found: Sequence[Curve], card: str, name: str, slug: str) -> Iterator[Figure]:
+    panels = []
+    for scheme in _schemes(found):
+        lines = [
+            Line(curve.pattern, [*curve.speedups().items()], curve.bound) for curve in _ordered(found, scheme) if curve.speedups()
+        ]  # fmt: skip
+        panels.append(Panel(scheme, "tokens in a step (M)", "times as fast as the best dense", lines, level=1.0))
+    if panels:
+        yield Figure(f"speedup-{slug}", f"{name}, whole linear layers on {card}; dotted: bound of the pattern", panels)
+
+
+def _roofline(rows: Sequence[Row], found: Sequence[Curve], shapes: Sequence[Shape], card: str, name: str, slug: str) -> Iterator[Figure]:
+    rate = max((row.gigabytes * 1e9 / row.us for row in rows if row.what == "roof" and row.us and row.gigabytes), default=None)
+    panels = []
+    for scheme in _schemes(found):
+        own = _ordered(found, scheme)
+        dense = {m: us for curve in own for m, us in curve.dense.items()}
+        lines = [Line(DENSE, [_point(m, us, shapes, scheme, None) for m, us in sorted(dense.items())])]
+        lines += [
+            Line(curve.pattern, [_point(m, us, shapes, scheme, curve.pattern) for m, us in curve.sparse.items()])
+            for curve in own
+            if curve.pattern != CONTROL and curve.sparse
+        ]
+        across = [x for line in lines for x, _ in line.points]
+        peak = max(y for line in lines[:1] for _, y in line.points)
+        left, right = min(across) / 1.5, max(across) * 1.5
+        roofs = [Line("fastest dense measured", [(left, peak), (right, peak)])]
+        if rate is not None:
+            edge = min(right, peak * 1e6 / rate)
+            roofs.append(Line("memory, measured", [(left, left * rate / 1e6), (edge, edge * rate / 1e6)]))
+        panels.append(
+            Panel(scheme, "operations a byte, dense counted", "effective tera-operations a second", lines[:6], log_y=True, roofs=roofs)
+        )
+    if panels:
+        yield Figure(f"roofline-{slug}", f"{name}, whole linear layers on {card}: 2·M·N·K operations over measured time", panels)
+
+
+def _point(m: int, us: float, shapes: Sequence[Shape], scheme: str, pattern: str | None) -> tuple[float, float]:
+    """Operations of the dense product, over bytes that are moved at least, and over time in units of 10^12 a second."""
+    item = _BITS[scheme]
+    operations = sum(2.0 * m * n * k for n, k in shapes)
+    share = 1.0 if pattern is None else Pattern.parse(pattern).gamma * (4 * item + 1) / (8 * item)
+    moved = sum(share * item * n * k + 2.0 * m * (n + k) for n, k in shapes)
+    return operations / moved, operations / us / 1e6
+
+
+def _decode(rows: Sequence[Row], card: str, slug: str) -> Iterator[Figure]:
+    own = [row for row in rows if row.bench == "serve" and row.what == "decode" and row.status == OK and row.us]
+    models = list(dict.fromkeys(row.model for row in own))
+    if not models:
+        return
+    model = max(models, key=lambda name: sum(row.model == name for row in own))
+    panels = []
+    for scheme in dict.fromkeys(row.scheme for row in own if row.model == model):
+        found = [row for row in own if row.model == model and row.scheme == scheme]
+        base = {row.m: row.m / row.us * 1e6 for row in found if row.route == "vLLM" and row.us}
+        lines = [Line(DENSE, [(m, 1.0) for m in sorted(base)], labels=[_short(base[m]) for m in sorted(base)])]
+        for pattern in SHOWN[:5]:
+            # Of several settings the plain one, whose name is the shortest.
+            tried = sorted((row for row in found if row.pattern == pattern and row.route != "vLLM"), key=lambda row: -len(row.route))
+            lines.append(Line(pattern, sorted({row.m: row.ratio for row in tried if row.ratio}.items())))
+        lines = [line for line in lines if line.points]
+        panels.append(Panel(scheme, "requests in a batch", "tokens a second, of dense's (numbers)", lines))
+    yield Figure(f"decode-{slug}", f"{model} served by vLLM on {card}: decoding, packed against dense", panels)
+
+
+def _short(rate: float) -> str:
+    return f"{rate:.0f}" if rate < 1000 else f"{rate / 1000:.{1 if rate < 10_000 else 0}f}k"
+
+
+def _trade(rows: Sequence[Row], found: Sequence[Curve], study: Sequence[Loss], card: str, name: str, slug: str) -> Iterator[Figure]:
+    """What a pattern costs against what it gains: speed here, bytes anywhere."""
+    gains, what = _gains(rows, found, name)
+    if not gains or not study:
+        return
+    costs: dict[str, dict[str, float]] = {}
+    for loss in study:
+        costs.setdefault(loss.model, {})[loss.pattern] = 100 * (loss.perplexity / loss.dense_perplexity - 1)
+    speed = [
+        Line(f"{scheme}, {model}" if len(costs) > 1 else scheme, [(of[p], cost[p]) for p in sorted(of, key=SHOWN.index) if p in cost],
+             labels=[p for p in sorted(of, key=SHOWN.index) if p in cost])
+        for model, cost in costs.items()
+        for scheme, of in gains.items()
+    ]  # fmt: skip
+    order = [pattern for pattern in SHOWN if pattern != CONTROL]
+    size = [
+        Line(model, [(_bytes(p), cost[p]) for p in order if p in cost], labels=[p for p in order if p in cost])
+        for model, cost in costs.items()
+    ]  # fmt: skip
+    height = "WikiText-2 perplexity above dense, %"
+    panels = [
+        Panel("against speed", f"times as fast as dense, {what}", height, [line for line in speed if line.points][:6], False, True, 1.0),
+        Panel("against bytes", "bytes of packed 8-bit weights, of dense 8-bit ones", height, size[:6], False, True),
+    ]
+    title = f"what a pattern costs and gains: accuracy of {' and '.join(costs)}, speed of {_served(rows) or name} on {card}"
+    yield Figure(f"trade-{slug}", title, panels)
+
+
+def _gains(rows: Sequence[Row], found: Sequence[Curve], name: str) -> tuple[dict[str, dict[str, float]], str]:
+    """Speed-ups by scheme and pattern: prefill in an engine where it was measured, else whole linears."""
+    served = [row for row in rows if row.what == "prefill" and row.route != "vLLM" and row.speedup and row.m >= _PREFILL]
+    model = _served(rows)
+    if served:
+        grouped: dict[str, dict[str, list[float]]] = {}
+        for row in served:
+            if row.model == model and row.pattern in SHOWN and row.speedup:
+                grouped.setdefault(row.scheme, {}).setdefault(row.pattern, []).append(row.speedup)
+        means = {scheme: {pattern: geometric_mean(values) for pattern, values in of.items()} for scheme, of in grouped.items()}
+        return means, f"prefill of {_PREFILL} tokens and more in vLLM"
+    gains: dict[str, dict[str, float]] = {}
+    for curve in found:
+        many = [gain for m, gain in curve.speedups().items() if m >= _PREFILL]
+        if many and curve.pattern != CONTROL and not math.isnan(sum(many)):
+            gains.setdefault(curve.scheme, {})[curve.pattern] = geometric_mean(many)
+    return gains, f"whole linears, {_PREFILL} tokens and more"
+
+
+def _served(rows: Sequence[Row]) -> str:
+    models = [row.model for row in rows if row.what == "prefill"]
+    return max(dict.fromkeys(models), key=models.count, default="")
+
+
+def _bytes(pattern: str) -> float:
+    """Share of dense 8-bit weights: kept values and a bit for each weight."""
+    item = SCHEMES["int8"].dtype.itemsize
+    return Pattern.parse(pattern).density + 1 / (8 * item)

@@ -1,0 +1,162 @@
+"""advise: what pruning would gain on a card, from measurements there or on cards that come with the package."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from . import screen
+from .produce import Json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ..bench.advice import Advice, Option, Speed
+    from ..gemm import Plan
+
+
+class Card(StrEnum):
+    """Cards whose measurements come with the package."""
+
+    h100 = "h100"
+    h200 = "h200"
+
+
+_PLANS = {"h100": "nvidia-h100-80gb-hbm3", "h200": "nvidia-h200"}
+
+
+def advise(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|SHAPE",
+            help="A folder, with weights or with config.json alone; a config.json; a name on the Hugging Face hub, of which config.json is "
+            "fetched; a model of `bench`, such as Qwen2.5-7B; or one layer, NxK.",
+            show_default=False,
+        ),
+    ],
+    card: Annotated[
+        Card | None,
+        typer.Option(help="Ask about this card, measured before, instead of the one here.", show_default="the one here, else h200"),
+    ] = None,
+    vllm: Annotated[bool, typer.Option("--vllm/--no-vllm", help="vLLM's dense kernels are rivals where vLLM is installed.")] = True,
+    again: Annotated[bool, typer.Option("--again", help="Measure what your plan has already, too.")] = False,
+    json: Json = False,
+) -> None:
+    """What would pruning gain on this card? Bytes, speed, what accuracy costs, and one sentence of recommendation.
+
+    With a GPU the linear layers are measured, merged as serving engines hold them: int8, fp8 and bf16, at 2:4 and 6:8, for 1, 16, 64, 1024
+    and 4096 tokens. Your plan keeps the times. Without one, those of a card that come with the package tell. Other patterns follow by a
+    model. No pruned weights are needed, and none of the model's own.
+    """
+    import torch
+
+    from ..bench.advice import advise as api_advise
+    from ..bench.targets import shapes_of
+
+    shapes = shapes_of(target)
+    if card is None and torch.cuda.is_available():
+        if vllm and find_spec("vllm") is not None:
+            from .tuning import offer_vllm
+
+            offer_vllm()
+        plan, origin = _measured(shapes, again), "measured here"
+    else:
+        plan = _shipped(card or Card.h200)
+        origin = f"measured on {plan.date} on another machine with that card; times come with the package"
+    advice = api_advise(target, shapes, plan, origin)
+    if json:
+        screen.print_json(advice)
+    else:
+        _print(advice)
+
+
+def _measured(shapes: Iterable[tuple[int, int]], again: bool) -> Plan:
+    from ..bench.advice import SCHEME_NAMES, TOKENS, TUNED
+    from ..format import SCHEMES
+    from ..gemm.tune import LinearShape, tune
+    from ..ops import capability
+    from ..pattern import Pattern
+
+    schemes = [name for name in SCHEME_NAMES if name != "fp8" or capability() >= (8, 9)]
+    layers = [LinearShape(n, k, Pattern.parse(text), SCHEMES[name]) for n, k in shapes for name in schemes for text in TUNED]
+    with screen.progress("measuring", count=True) as progress:
+        return tune(layers, ms=TOKENS, again=again, progress=progress)
+
+
+def _shipped(card: Card) -> Plan:
+    from ..gemm.plans import shipped_plan
+
+    return shipped_plan(_PLANS[card.value])
+
+
+def _print(advice: Advice) -> None:
+    layers = ", ".join(f"{shape}{f' ({count} times)' if count > 1 else ''}" for shape, count in advice.layers.items())
+    screen.out.print(f"[bold]{escape(advice.target)}[/] on [bold]{escape(advice.card)}[/], {escape(advice.origin)}")
+    screen.say(f"linear layers, N × K: {layers}")
+    screen.out.print(f"\n[bold]{escape(advice.recommendation)}[/]\n")
+    tokens = sorted({speed.m for option in (*advice.dense, *advice.options) for speed in option.speeds})
+    _print_dense(advice.dense, tokens)
+    screen.say("\non sparse tensor cores: times as fast as the best dense weights of 8 bits / of 16 bits")
+    table = Table(box=None, header_style="bold")
+    for name in ("pattern", "scheme", "on disk", "in memory", *(_tokens(m) for m in tokens), "pays from"):
+        table.add_column(name, justify="left" if name in ("pattern", "scheme") else "right")
+    for option in advice.options:
+        speeds = {speed.m: speed for speed in option.speeds}
+        start = "never" if option.pays_from is None else str(option.pays_from)
+        sizes = (screen.size(option.stored_bytes), screen.size(option.resident_bytes))
+        table.add_row(option.pattern, option.scheme, *sizes, *(_against(speeds.get(m)) for m in tokens), start)
+    screen.out.print(table)
+    screen.say("pays from: tokens in a step from which on it is more than 2 % faster than the best dense weights of as many bits")
+    _print_study(advice.options)
+    for note in advice.notes:
+        screen.say(f"· {note}")
+
+
+def _print_dense(dense: list[Option], tokens: list[int]) -> None:
+    screen.say("dense weights: tokens a second through these layers")
+    table = Table(box=None, header_style="bold")
+    for name in ("scheme", "bytes", *(_tokens(m) for m in tokens)):
+        table.add_column(name, justify="left" if name == "scheme" else "right")
+    for option in dense:
+        speeds: Mapping[int, Speed] = {speed.m: speed for speed in option.speeds}
+        rates = [f"{_mark(speeds[m])}{speeds[m].tokens_per_second:,.0f}" if m in speeds else "-" for m in tokens]
+        table.add_row(option.scheme, screen.size(option.stored_bytes), *rates)
+    screen.out.print(table)
+
+
+def _print_study(options: list[Option]) -> None:
+    from ..bench.accuracy import rounded
+
+    losses = list(dict.fromkeys(loss for option in options for loss in option.study))
+    if not losses:
+        return
+    screen.say("\nwhat accuracy cost in our study, best method, bf16: for these models, not yours")
+    table = Table(box=None, header_style="bold")
+    for name in ("model", "pattern", "method", "perplexity", "dense", "tasks, points"):
+        table.add_column(name, justify="left" if name in ("model", "pattern", "method") else "right")
+    for loss in losses:
+        tasks = "-" if loss.tasks is None else f"{loss.tasks:+.1f} ± {loss.tasks_error:.1f}"
+        table.add_row(loss.model, loss.pattern, loss.method, rounded(loss.perplexity), rounded(loss.dense_perplexity), tasks)
+    screen.out.print(table)
+
+
+def _tokens(m: int) -> str:
+    return f"{'decode' if m <= 64 else 'prefill'} {m}"
+
+
+def _against(speed: Speed | None) -> str:
+    if speed is None:
+        return "-"
+    both = ("-" if gain is None else f"{gain:.2f}" for gain in (speed.against_8_bits, speed.against_16_bits))
+    return f"{_mark(speed)}{' / '.join(both)}"
+
+
+def _mark(speed: Speed) -> str:
+    """A tilde in front of what a model says."""
+    return "~" if speed.source == "model" else ""

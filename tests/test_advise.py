@@ -1,0 +1,201 @@
+"""Advice: sums of a plan's times, the model for what a plan lacks, the recommendation, and the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from plans import HERE, times
+from slidesparse import cli
+from slidesparse.bench import accuracy, advice
+from slidesparse.bench.accuracy import Loss
+from slidesparse.bench.advice import TOKENS, Option, advise, pays_from, recommendation
+from slidesparse.bench.estimate import DENSE, MEASURED, MODEL, Estimates
+from slidesparse.bench.models import MODELS
+from slidesparse.bench.targets import shapes_of
+from slidesparse.cli import advising
+from slidesparse.errors import CheckpointError
+from slidesparse.gemm import Cell, Plan
+from slidesparse.gemm.plans import shipped_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def plan_with(**sparse: float) -> Plan:
+    """Two layers at 16 and 1024 tokens: dense int8 takes 10 and 100 µs, bf16 twice as long, sparse 2:4 and 6:8 what is said."""
+    plan = Plan(HERE)
+    for n in (64, 128):
+        for m, dense in ((16, 10.0), (1024, 100.0)):
+            for scheme, factor in (("int8", 1.0), ("bf16", 2.0)):
+                for pattern in ("2:4", "6:8"):
+                    us = factor * dense / sparse[f"p{pattern[0]}"]
+                    plan.add((n, 64, pattern, scheme), Cell(m, times(dense_triton=factor * dense, slid=us)))
+    return plan
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["slidesparse", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def option(found: advice.Advice, pattern: str, scheme: str) -> Option:
+    return next(each for each in (*found.options, *found.dense) if (each.pattern, each.scheme) == (pattern, scheme))
+
+
+def test_times_and_bytes_are_summed_over_layers_as_often_as_they_are_there() -> None:
+    found = advise("some", {(64, 64): 2, (128, 64): 1}, plan_with(p2=2.0, p6=1.25), "here", tokens=(16, 1024))
+    dense, half, most = option(found, DENSE, "int8"), option(found, "2:4", "int8"), option(found, "6:8", "int8")
+    assert [each.us for each in dense.speeds] == [30.0, 300.0] and dense.stored_bytes == dense.resident_bytes == 64 * 64 * 4
+    assert [(each.against_8_bits, each.against_16_bits) for each in half.speeds] == [(2.0, 4.0)] * 2
+    assert half.stored_bytes == 64 * 64 * 4 * 5 // 8 and half.resident_bytes == half.stored_bytes, "no window holds a weight twice"
+    assert most.stored_bytes == 64 * 64 * 4 * 7 // 8 - 0 * 64 + 64 * 4 * (64 * 3 // 4 + 8 - 56), "values of 8 groups, and a bit each"
+    assert [each.tokens_per_second for each in dense.speeds] == [pytest.approx(16 / 30e-6), pytest.approx(1024 / 300e-6)]
+    assert {each.source for each in (*dense.speeds, *half.speeds)} == {MEASURED}
+    sixteen = option(found, "6:8", "bf16")
+    assert sixteen.gains() == {16: 1.25, 1024: 1.25} and sixteen.speeds[0].against_8_bits == pytest.approx(0.625)
+
+
+def test_other_patterns_follow_the_slid_width_between_two_measured_ones() -> None:
+    times_of = Estimates(plan_with(p2=2.0, p6=1.0))
+    found = times_of.of(64, 64, "int8", "14:16", 1024)
+    assert found is not None and found.source == MODEL
+    assert found.us == pytest.approx(50 + (100 - 50) * (1.75 - 1) / 0.5), "γ is 1, 1.5 and 1.75"
+    assert times_of.of(64, 64, "fp8", "14:16", 1024) is None and times_of.of(64, 64, "int8", "6:8", 4096) is None
+
+
+def test_more_tokens_stand_for_few_but_not_for_half_as_many() -> None:
+    times_of = Estimates(plan_with(p2=2.0, p6=1.0))
+    assert times_of.of(64, 64, "int8", "6:8", 1).at == 16 and times_of.of(64, 64, "int8", "6:8", 512).at == 1024
+    assert times_of.of(64, 64, "int8", "6:8", 511) is None
+
+
+def test_the_model_of_layers_that_were_not_measured_holds_for_those_that_were() -> None:
+    """Held against the shipped times of one layer after the other, by those of the others."""
+    plan = shipped_plan("nvidia-h200")
+    for key in [key for key in plan.cells if key[:2] == (5120, 5120)]:
+        others = Plan(plan.machine, {other: table for other, table in plan.cells.items() if other[:2] != key[:2]})
+        for m in (16, 1024, 4096):
+            told, known = (Estimates(each).of(*key[:2], key[3], key[2], m) for each in (others, plan))
+            assert told.source == MODEL and known.source == MEASURED
+            assert 0.8 < told.us / known.us < 1.3, (key, m)
+
+
+def test_it_pays_from_where_every_larger_number_gains_too() -> None:
+    assert pays_from({1: 1.5, 16: 1.0, 64: 1.1, 1024: 1.2}) == 64
+    assert pays_from({1: 1.5, 16: 1.02}) is None and pays_from({1: 1.03}) == 1 and pays_from({}) is None
+
+
+@pytest.mark.parametrize(
+    ("p2", "p6", "starts", "says"),
+    [
+        (1.5, 1.2, "Prune to 6:8 and serve in int8: up to 1.20 times", "from 16 tokens in a step on"),
+        (1.5, 0.9, "Stay dense in int8: only 2:4 gains (int8, up to 1.50 times", "perplexity went from 20.00 to 50.00"),
+        (1.01, 0.9, "Stay dense in int8: no pattern is faster", "the best, 2:4 int8, is at most 1.01 times"),
+    ],
+)
+def test_the_recommendation_is_one_sentence(monkeypatch, p2: float, p6: float, starts: str, says: str) -> None:
+    study = {"2:4": 50.0, "6:8": 22.0}
+    told = {pattern: [Loss("small", pattern, "admm", value, 20.0, None, None, 0)] for pattern, value in study.items()}
+    monkeypatch.setattr(advice, "losses", lambda pattern: told.get(pattern, []))
+    monkeypatch.setattr(advice, "PATTERNS", ("2:4", "6:8"))
+    text = advise("some", {(64, 64): 1}, plan_with(p2=p2, p6=p6), "here", tokens=(16, 1024)).recommendation
+    assert text.startswith(starts) and says in text and text.endswith(".") and ". " not in text
+
+
+def test_nothing_known_is_said_to_be_so() -> None:
+    found = advise("some", {(64, 64): 1}, Plan(HERE), "here")
+    assert found.recommendation == recommendation([], []) and "run the command on the card itself" in found.recommendation
+
+
+# ---------------------------------------------------------------------------------------------- what is asked about
+
+
+def test_shapes_come_from_weights_from_a_configuration_alone_and_by_hand(tmp_path: Path) -> None:
+    models.write(tmp_path / "whole")
+    (tmp_path / "config.json").write_text(json.dumps(models.LLAMA))
+    merged = {(128, 64): 2, (64, 64): 2, (200, 64): 2, (64, 100): 2}
+    assert shapes_of(str(tmp_path / "whole")) == merged
+    assert shapes_of(str(tmp_path)) == shapes_of(str(tmp_path / "config.json")) == merged
+    assert shapes_of("4096x14336") == {(4096, 14336): 1}
+    assert shapes_of("Qwen2.5-7B") == {(4608, 3584): 28, (3584, 3584): 28, (37888, 3584): 28, (3584, 18944): 28}
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "BitNet-2B"])
+def test_the_list_of_models_has_the_layers_that_transformers_builds(name: str, tmp_path: Path) -> None:
+    shape = MODELS[name]
+    architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[shape.model_type]
+    config = {
+        "architectures": [architecture], "model_type": shape.model_type, "hidden_size": shape.hidden, "intermediate_size": shape.inner,
+        "num_hidden_layers": 1, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim,
+        "vocab_size": 32,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert set(shapes_of(str(tmp_path))) == set(shape.linears.values())
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("0x64", "write NxK"), ("17", "no name on the hub"), ("{}", "not a config.json"), ("[1]", "does not hold a model configuration")],
+)
+def test_what_is_none_of_these_is_refused_in_one_line(tmp_path: Path, target: str, message: str) -> None:
+    file = tmp_path / "config.json"
+    if target[0] in "{[":
+        file.write_text(target[:-1] if target == "{}" else target)
+    with pytest.raises(CheckpointError, match=message):
+        shapes_of(str(file) if target[0] in "{[" else target)
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it measures where there is a GPU")
+def test_without_a_card_the_times_of_a_known_one_tell_and_are_marked(run) -> None:
+    status, out, _ = run("advise", "Qwen2.5-7B")
+    assert status == 0 and "NVIDIA H200, measured on 20" in out and "times come with the package" in out
+    assert "Stay dense" in out and "~0." in out and "for these models, not yours" in out and "linear layers alone" in out
+    status, out, _ = run("advise", "4096x14336", "--card", "h100", "--json")
+    told = json.loads(out)
+    assert status == 0 and told["card"].startswith("NVIDIA H100") and told["layers"] == {"4096 × 14336": 1}
+    assert {each["source"] for option in told["options"] for each in option["speeds"]} == {"model"}
+    status, _, err = run("advise", "17")
+    assert status == 1 and len(err.strip().splitlines()) == 1
+
+
+def test_with_a_card_the_merged_layers_are_tuned_and_the_plan_tells(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def tune(layers, **options):
+        asked.update(options, layers=layers)
+        return plan_with(p2=1.5, p6=1.2)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("slidesparse.ops.capability", lambda: (8, 0))
+    monkeypatch.setattr("slidesparse.gemm.tune.tune", tune)
+    status, out, err = run("advise", "64x64", "--no-vllm", "--again")
+    assert status == 0, err
+    assert asked["ms"] == TOKENS and asked["again"] is True
+    kinds = {(layer.n, layer.k, str(layer.pattern), layer.scheme.name) for layer in asked["layers"]}
+    assert kinds == {(64, 64, pattern, scheme) for pattern in ("2:4", "6:8") for scheme in ("int8", "bf16")}, "fp8 needs 8.9"
+    assert "measured here" in out and "Prune to 6:8 and serve in int8" in out
+
+
+def test_cards_of_the_option_have_plans() -> None:
+    assert all(shipped_plan(name).cells for name in advising._PLANS.values()) and set(advising._PLANS) == set(advising.Card)
+
+
+def test_the_summary_of_the_study_is_that_of_its_results() -> None:
+    table = ROOT / "benchmarks" / "results" / "accuracy" / "results.csv"
+    assert (ROOT / "src" / "slidesparse" / "bench" / accuracy.FILE).read_text(encoding="utf-8") == accuracy.written(table), "make tables"
