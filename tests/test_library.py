@@ -123,3 +123,18 @@ def test_where_triton_need_only_be_there_nothing_is_compiled(monkeypatch: pytest
     for spec, fault in ((object(), None), (None, "triton is not installed")):
         monkeypatch.setattr(library.importlib.util, "find_spec", lambda name, spec=spec: spec)
         assert library.triton_fault() == fault
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "writes"),
+    [((8, 0), "3.9.0", False), ((8, 9), "3.8.0", False), ((8, 9), "3.9.0", True), ((9, 0), "3.6.0", True), ((0, 0), "3.9.0", False)],
+)
+def test_a_triton_that_rounds_e4m3_twice_writes_none(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], version: str, writes: bool
+) -> None:
+    monkeypatch.setattr(library, "installed", lambda name: version)
+    monkeypatch.setattr(library, "has_triton", lambda: True)
+    library.writes_e4m3.cache_clear()
+    assert library.runs_kernels(library.Card(capability), torch.float8_e4m3fn) is writes
+    assert library.runs_kernels(library.Card(capability), torch.int8)
+    library.writes_e4m3.cache_clear()

@@ -162,16 +162,18 @@ def test_500_random_cases(part: int) -> None:
             given = ops.quantize_lift(x, pattern, scheme, width=-(-pattern.slid_k(k) // 16) * 16)[0]
             copy = LAYOUTS["tiled"].prepare(Problem(n, k, pattern, scheme, HOPPER, torch.bfloat16), weights)[0]
         y = poisoned(sm90.loaded(variant, types, 0), given, x_scale, copy, weights, added, getattr(torch, out))
-        sums = q.double() @ values.double().t()
-        wanted = sums.float() * scale.view(1, -1) * x_scale
-        wanted = (wanted if added is None else wanted + added.float()).to(y.dtype)
         case = (n, k, m, str(pattern), scheme.name, str(variant), out, bias, sparse)
         if scheme.name == "int8":
+            wanted = (q.double() @ values.double().t()).float() * scale.view(1, -1) * x_scale
+            wanted = (wanted if added is None else wanted + added.float()).to(y.dtype)
             assert torch.equal(y.view(torch.int16), wanted.view(torch.int16)), case
         else:
-            # One rounding, and sums of which the tensor cores keep 13 bits and more.
-            size = (q.double().abs() @ values.double().abs().t()) * scale.view(1, -1) * x_scale
-            assert ((y.double() - wanted.double()).abs() <= 2**-8 * wanted.double().abs() + 2**-12 * size).all(), case
+            # One rounding of the exact value, and sums of which the tensor cores keep 13 bits and more.
+            scales, kind = scale.double().view(1, -1) * x_scale.double(), torch.finfo(y.dtype)
+            exact = (q.double() @ values.double().t()) * scales + (0 if added is None else added.double())
+            size = (q.double().abs() @ values.double().abs().t()) * scales + (0 if added is None else added.double().abs())
+            allowed = kind.eps / 2 * (exact.abs() + kind.smallest_normal) + 2**-12 * size
+            assert ((y.double() - exact).abs() <= allowed).all(), case
 
 
 @pytest.mark.needs_gpu

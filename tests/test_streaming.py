@@ -224,6 +224,14 @@ def test_reconstruction_keeps_masks_and_never_makes_a_block_worse(tmp_path, sche
     assert json.loads((tmp_path / "fitted/pruning_report.json").read_text())["blocks"] == reports["fitted"].blocks
 
 
+@pytest.mark.parametrize("steps", [1, 10])
+def test_a_few_steps_are_enough(tmp_path, steps):
+    """Of ten steps, the tenth in which step sizes rise has no length."""
+    dense, ids = tiny.build(tmp_path / "dense"), tiny.token_ids(tmp_path / "ids.npy", samples=16)
+    recipe = tiny.recipe("auto", ids, samples=16, reconstruction_steps=steps)
+    assert convert(dense, tmp_path / "out", recipe).pruning.method == f"admm + {steps} steps of reconstruction"
+
+
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize("scheme", [None, "int8", "fp8"])
 def test_a_gpu_solves_what_a_cpu_solves(tmp_path, scheme):

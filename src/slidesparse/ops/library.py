@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..compat.versions import installed, numbers
 from ..errors import UnsupportedError
 from .launch import can_bypass_dispatcher, current_device
 
@@ -123,8 +124,17 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton kernels can read and write ``dtype`` on this device: e4m3 needs compute capability 8.9."""
-    return has_triton() and (dtype != torch.float8_e4m3fn or capability(device) >= (8, 9))
+    """Whether Triton kernels can read and write ``dtype`` on this device."""
+    return has_triton() and (dtype != torch.float8_e4m3fn or writes_e4m3(capability(device)))
+
+
+@cache
+def writes_e4m3(capability: tuple[int, int]) -> bool:
+    """Whether Triton's kernels round to e4m3 once: from compute capability 9.0 on, and on 8.9 by Triton 3.9 and newer.
+
+    Older ones round float32 to float16 first, towards zero.
+    """
+    return capability >= (9, 0) or (capability == (8, 9) and numbers(installed("triton")) >= (3, 9))
 
 
 def ones(device: torch.device, count: int) -> Tensor:

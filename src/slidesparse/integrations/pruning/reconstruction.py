@@ -102,9 +102,9 @@ def reconstruct(
         return Outcome(before, before, dict(solutions))
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(trained.groups(), betas=(0.9, 0.95), eps=_EPSILON, fused=device.type == "cuda")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+    total = max(steps, 11)  # OneCycleLR divides by 0 where a tenth of the steps is one
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total, pct_start=0.1, cycle_momentum=False)
     # A token's part in the loss has gradients of about its error / (its size · tokens), which float16 rounds to 0.
     half = any(task.module.weight.dtype == torch.float16 for task in tasks)
     scaler = torch.amp.GradScaler(device.type, enabled=half)
