@@ -55,7 +55,7 @@ def section(named: tuple[str, Any]) -> str:
     words = [metavar(each) if each.required else f"[{metavar(each)}]" for each in arguments]
     call = " ".join(["slidesparse", name, *words, *(["[OPTIONS]"] if options else [])])
     hints = typing.get_type_hints(inspect.unwrap(command.callback))
-    rows = [f"| {metavar(each)} | {said(each, hints)} | {default(each)} |" for each in arguments]
+    rows = [f"| {escaped(metavar(each))} | {said(each, hints)} | {default(each)} |" for each in arguments]
     rows += [f"| {', '.join(f'`{word}`' for word in ordered(each))} | {said(each, hints)} | {default(each)} |" for each in options]
     table = "\n".join(["| | | default |", "|---|---|---|", *rows]) + "\n" if rows else ""
     return f"\n## {name}\n\n    {call}\n\n{' '.join(command.help.split())}\n\n{table}"
@@ -66,15 +66,20 @@ def metavar(argument: Any) -> str:
 
 
 def ordered(option: Any) -> list[str]:
-    """The option's names, the long one in front."""
-    return sorted(option.opts, key=len, reverse=True)
+    """The option's names, the long one in front, and the one that turns it off behind."""
+    return [*sorted(option.opts, key=len, reverse=True), *option.secondary_opts]
 
 
 def said(parameter: Any, hints: dict[str, Any]) -> str:
     """The help of an argument or option, and the words that it takes where they are few."""
     kinds = [hints[parameter.name], *typing.get_args(hints[parameter.name])]
     words = [str(each.value) for kind in kinds if isinstance(kind, EnumType) for each in kind]
-    return (" ".join((parameter.help or "").split()) + (f" One of {', '.join(words)}." if words else "")).replace("|", "\\|")
+    return escaped(" ".join((parameter.help or "").split()) + (f" One of {', '.join(words)}." if words else ""))
+
+
+def escaped(text: str) -> str:
+    """The text as it may stand in a table."""
+    return text.replace("|", "\\|")
 
 
 def default(parameter: Any) -> str:
@@ -83,7 +88,7 @@ def default(parameter: Any) -> str:
         return parameter.show_default
     value = parameter.default
     untold = callable(value) or value is None or value is False or value == () or parameter.show_default is False
-    return "" if untold else str(getattr(value, "value", value))
+    return "" if untold else "on" if value is True else str(getattr(value, "value", value))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def test_commands_that_are_shown_exist(page: Path) -> None:
         command = group.commands[name]
         while hasattr(command, "commands"):
             command = command.commands[words.pop(0)]
-        known = {option for each in command.params for option in each.opts}
+        known = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
         assert {word for word in words if re.match(r"--?[a-z]", word)} <= known, f"{page.name}: {line}"
 
 
