@@ -1,6 +1,6 @@
 """A serving benchmark's picture and, printed, its tables: throughput over that of vLLM alone, losing cells included.
 
-python benchmarks/plot_serving.py benchmarks/results/archive/h100_serving.csv docs/serving-h100.png
+python benchmarks/plot_serving.py benchmarks/results/archive/h100_serving.csv docs/results/serving-h100.png
 
 Where the rows have ``gpu_ms``, what the steps' kernels take is compared, too: below in the picture, in brackets in the tables.
 """

@@ -1,9 +1,8 @@
-"""The documents say what the code does: commands and options, quoted errors, the table of the README, versions, lengths."""
+"""The documents say what the code does: commands and options, quoted errors, versions, lengths."""
 
 from __future__ import annotations
 
 import ast
-import csv
 import re
 import shlex
 import subprocess
@@ -19,7 +18,6 @@ from slidesparse.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 def test_the_page_of_commands_is_what_help_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,40 +61,6 @@ def test_quoted_errors_are_those_of_the_code() -> None:
     assert len(quoted) > 25
     parts = [part.strip(" …") for error in quoted for part in error.split("…")]
     assert [part for part in parts if len(part) > 3 and not any(part in text for text in said)] == []
-
-
-def trade() -> dict[str, list[str]]:
-    """The README's table from the data: cells by what stands in front of a row."""
-    with (RESULTS / "accuracy" / "results.csv").open(encoding="utf-8", newline="") as file:
-        study = {
-            (row["method"], row["pattern"], row["metric"]): row
-            for row in csv.DictReader(file)
-            if row["model"] == "smollm2" and row["scheme"] == "bf16" and row["stage"] in ("mean", "convert")
-        }
-    rows = {}
-    for pattern in ("8:10", "6:8", "4:6", "2:4"):
-        mean, size = study["admm", pattern, "mean_of_4"], float(study["admm", pattern, "bytes"]["value"])
-        loss = f"{-100 * float(mean['difference']):.1f} ± {100 * float(mean['difference_stderr']):.1f}"
-        rows[pattern] = [loss, f"{size / float(study['admm', pattern, 'bytes_dense']['value']):.2f}", "–", "–"]
-    with (RESULTS / "h200_serving.csv").open(encoding="utf-8", newline="") as file:
-        served = [row for row in csv.DictReader(file) if row["model"] == "Qwen2.5-7B" and row["commit"] == "d434b34"]
-    for pattern, scheme in (("6:8", "fp8"), ("6:8", "int8"), ("4:6", "int8"), ("2:4", "fp8"), ("2:4", "int8")):
-        cells = {
-            (row["served"], row["phase"], row["tokens"]): row for row in served if (row["pattern"], row["scheme"]) == (pattern, scheme)
-        }
-        parts = [(cells["packed", *step], cells["dense", *step]) for step in (("prefill", "4096"), ("decode", "64"))]
-        size = float(parts[0][0]["model_gb"]) / float(parts[0][1]["model_gb"])
-        speed = [f"{float(dense['ms']) / float(packed['ms']):.2f}×" for packed, dense in parts]
-        rows[f"{pattern} {scheme}"] = ["–", f"{size:.2f}", *speed]
-    return rows
-
-
-def test_the_trade_of_the_readme_is_that_of_the_data() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme.partition("<!-- tables: trade begin -->")[2].partition("<!-- tables: trade end -->")[0]
-    rows = re.findall(r"^\| (\d.*?) \| (.*) \|$", table, re.MULTILINE)
-    shown = {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
-    assert shown == trade()
 
 
 def test_one_version_everywhere() -> None:
