@@ -82,7 +82,7 @@ def try_wheel(wheel: Path, folder: Path, shared: bool) -> None:
         (Path(site) / "shared.pth").write_text("".join(f"{place}\n" for place in places))
         words += ["--no-deps", "--no-index", "--force-reinstall", str(wheel)]
     else:
-        words += [f"{wheel}[hf]", f"torch=={torch.__version__}"]
+        words += [f"{wheel}[hf]", f"torch=={torch.__version__.partition('+')[0]}"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     subprocess.run(words, check=True, env=clean)
     work = folder / "work"
