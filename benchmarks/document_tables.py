@@ -36,6 +36,7 @@ MARKED = re.compile(r"<!-- tables: (?:(?P<name>\S+) )?begin -->\n(?P<old>.*?)<!-
 CARDS = {"h100": "nvidia-h100-80gb-hbm3", "h200": "nvidia-h200"}
 GRAPHS = "CUDA graphs to 2048"
 NOTHING = "–"
+ORDER = ("8:10", "6:8", "4:6", "2:4")
 SHOWN = (("prefill", 4096), ("decode", 64))
 """Points of engines in the table of the trade."""
 
@@ -110,7 +111,9 @@ def served(card: str, phase: str) -> str:
     """Throughput over vLLM's own dense model's, and in brackets the time of its kernels over ours."""
     own, lines = serve_rows(card), []
     tokens = sorted({row.m for row in own if row.what == phase})
-    for kind, route in dict.fromkeys((_kind(row), row.route) for row in own if row.route != "vLLM"):
+    models = list(dict.fromkeys(row.model for row in own))
+    engines = dict.fromkeys((_kind(row), row.route) for row in own if row.route != "vLLM")
+    for kind, route in sorted(engines, key=lambda each: (models.index(each[0][0]), ORDER.index(each[0][1]), each[0][2], each[1])):
         mine = [row for row in own if _kind(row) == kind and row.route == route]
         dense = {(row.what, row.m, row.commit): row for row in own if row.route == "vLLM" and _kind(row) == kind}
         same = ", nothing ours" if all(row.error == 0 for row in mine) else ""
