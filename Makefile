@@ -2,11 +2,13 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: help setup demo test compat lint launches mutate tables clean
+.PHONY: help setup demo test dist docs tables compat lint launches mutate clean
 
 help:
 	@echo "make demo   prune, pack, check and measure a small language model (about six minutes on two cores)"
 	@echo "make test   style, layers, types and tests"
+	@echo "make dist   sdist and wheel, each tried in an environment of its own (five minutes on two cores)"
+	@echo "make docs   the pages of docs as a site in .cache/site, from an environment of its own"
 	@echo "make compat the oldest and newest transformers and vLLM, each in an environment of its own (tens of gigabytes)"
 	@echo "make launches [TRITON=3.6.0]  compile every kernel launch for four kinds of cards, without a card (half an hour on two cores)"
 	@echo "make mutate [ARGS='pattern --sample 50']  break the code in small ways and see which ones no test notices (hours)"
@@ -30,6 +32,13 @@ lint:
 test: lint
 	@$(VENV)/python -m pytest -q $(ARGS)
 	@$(VENV)/python -m tests.compat -s .venv/transformers-oldest transformers-floor -- $(ARGS)
+
+dist:
+	@$(PYTHON) scripts/setup_env.py test
+	@$(VENV)/python -m tests.dist $(ARGS)
+
+docs:
+	@$(PYTHON) scripts/build_docs.py
 
 # By hand: each environment that is named, or all, gets a row in tests/compat_runs.csv.
 compat:

@@ -180,7 +180,7 @@ def main() -> int:
         copy = Path(folder)
         for name in ("src", "tests", "examples", "docs", "benchmarks", "scripts"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
+        for name in ("pyproject.toml", "mkdocs.yml", "README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"):
             shutil.copy(ROOT / name, copy / name)
         for mutation, told in tried:
             if survives(mutation, copy):

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import typer
 
 import models
 import tiny
@@ -280,21 +279,3 @@ def test_interrupting_the_command_line(run, tmp_path, dense, ids, monkeypatch):
     code, _, err = run("prune", dense, tmp_path / "out", *options)
     assert code == 0, err
     shutil.rmtree(tmp_path / "out")
-
-
-# ---------------------------------------------------------------------------------------------- documents
-
-
-@pytest.mark.parametrize("name", ["prune", "convert"])
-def test_help_and_the_document_tell_of_every_option(run, name):
-    section = (ROOT / "docs/commands.md").read_text(encoding="utf-8").split(f"\n## {name}\n")[1].split("\n## ")[0]
-    rows = dict(re.findall(r"^\| `(--[\w-]+)`[^|]*\| (.*?) \|", section, flags=re.MULTILINE))
-    every = typer.main.get_command(cli.app).commands[name].params
-    parameters = {max(each.opts, key=len): each for each in every if each.opts[0].startswith("-")}
-    assert rows == {option: each.help for option, each in parameters.items() if option != "--help"}
-    defaults = dict(re.findall(r"^\| `(--[\w-]+)`.*\| ([^|]*) \|$", section, flags=re.MULTILINE))
-    for option, each in parameters.items():
-        if option in defaults and each.default not in (None, False):
-            assert defaults[option] == str(each.default), option
-    code, out, _ = run(name, "--help")
-    assert code == 0 and all(option in out for option in rows)

@@ -25,7 +25,7 @@ _OPTIONAL = (
     ("vllm", "serve models", "pip install 'slidesparse[vllm]'"),
     ("gguf", "import GGUF files", "pip install 'slidesparse[gguf]'"),
     ("compressed-tensors", "run dense W8A8 twins in transformers", "pip install compressed-tensors"),
-    ("matplotlib", "pictures", "pip install 'slidesparse[plot]'"),
+    ("matplotlib", "draw pictures", "pip install 'slidesparse[plot]'"),
 )
 
 

@@ -2,7 +2,7 @@
 
 This package's kernels run a layer where a kernel that reads no dense weights pays, or where the layer's input is SwiGLU's output, which one
 kernel computes, quantises and lifts in one pass. Dense kernels that are quicker than the engine's are no reason by themselves: within an
-engine, which keeps the GPU at its power limit and the host busy, they gained nothing (docs/serving.md).
+engine, which keeps the GPU at its power limit and the host busy, they gained nothing (docs/dev/notes.md).
 """
 
 from __future__ import annotations

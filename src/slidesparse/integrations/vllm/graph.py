@@ -3,7 +3,7 @@
 Sparse tensor cores give products without token scales. A pass over the output that applies the scales costs up to a fifth of the product.
 In the graph the scales join residual and norm, or the rotation of queries and keys; SwiGLU takes them into the next op (`fusion`).
 Quantisation stays in the op: in the graph, the compiler's kernels took longer than this package's and vLLM's (int8 on an H100,
-docs/serving.md).
+docs/dev/notes.md).
 """
 
 from __future__ import annotations
