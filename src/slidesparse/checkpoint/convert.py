@@ -89,7 +89,12 @@ def convert(
     """
     checkpoint = Checkpoint.open(source)
     read = find_reader(checkpoint.config, list(checkpoint.tensors)) if find_reader else None
-    plans = plan_layers(checkpoint, recipe, read.fixed if read else frozenset())
+    plans = plan_layers(checkpoint, recipe, *((read.fixed, read.heads) if read else ()))
+    if read is not None and read.split and recipe.form == "dense" and any(plan.scheme.dynamic or plan.scheme.pair for plan in plans):
+        raise UnsupportedError(
+            f"{checkpoint.path}: {read.split[0]} holds its experts in one tensor, which transformers does not read beside quantised layers: "
+            "keep the weights in 16 bits, or take --format packed"
+        )
     device = _device(device, recipe)
     progress = progress or (lambda done, total, what: None)
     if recipe.calibrated and solver is None:

@@ -24,7 +24,7 @@ except ImportError as error:
     raise UnsupportedError(not_imported("transformers", error)) from error
 
 __all__ = ["INITIALISED", "HfQuantizer", "QuantizationConfigMixin", "gguf_tables", "ignored_keys", "logging", "names_when_loading",
-           "register_method", "tied_weights"]  # fmt: skip
+           "register_method", "split_where_quantised", "tied_weights"]  # fmt: skip
 
 HOOKS = ("_process_model_before_weight_loading", "_process_model_after_weight_loading")
 """Methods of `HfQuantizer` that transformers calls around the loading of weights."""
@@ -62,6 +62,15 @@ def names_when_loading(model: nn.Module, known: Mapping[str, object]) -> Callabl
 def tied_weights(model: nn.Module) -> dict[str, str]:
     """Names of parameters that are another one's, with that one's name; empty where the model tells none."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def split_where_quantised() -> frozenset[str]:
+    """Classes of modules with merged experts that transformers replaces by single layers where compressed-tensors is to read them."""
+    try:
+        from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as replaced
+    except ImportError:
+        return frozenset()
+    return frozenset(name for name, entry in replaced.items() if "compressed-tensors" in entry["quantization_methods"])
 
 
 def ignored_keys(model: nn.Module, kind: str) -> tuple[str, ...]:

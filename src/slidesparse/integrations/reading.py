@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.configs import Reader, same_name
+from ..checkpoint.layers import WEIGHTS_IN
 
 
 def find_reader(config: dict[str, Any], tensors: list[str]) -> Reader | None:
@@ -20,13 +21,14 @@ def find_reader(config: dict[str, Any], tensors: list[str]) -> Reader | None:
     model = _empty(config) if find_spec("transformers") is not None else None
     if model is None:
         return None
-    from ..compat.transformers import tied_weights
+    from ..compat.transformers import split_where_quantised, tied_weights
+    from .linears import acts_linear, head_layers, written_layers
     from .transformers_files import names_in_model
 
     target_of, layers, merged = names_in_model(model), {}, set()
     for tensor in tensors:
         layer, _, suffix = tensor.rpartition(".")
-        if suffix in ("weight", "weight_packed", "weight_values", "compressed"):
+        if suffix in WEIGHTS_IN:
             layer = layer.removesuffix(".weight")
             target, with_others = target_of(f"{layer}.weight")
             layers[target.removesuffix(".weight")] = layer
@@ -36,8 +38,22 @@ def find_reader(config: dict[str, Any], tensors: list[str]) -> Reader | None:
     if not linear & layers.keys():
         return None  # the files are of another class
     tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
-    fixed = {layer for name, layer in layers.items() if name in tied or name not in linear} - merged
-    return Reader({name: layers.get(name, name) for name in modules if name in linear}, _matching(), frozenset(fixed))
+    written = written_layers(model)
+    fixed = {}
+    for name, layer in layers.items():
+        if name not in linear and layer not in merged:
+            fixed[layer] = "is no linear layer of this class of model"
+        elif name in tied:
+            fixed[layer] = "is tied to another"
+        elif name in written:
+            fixed[layer] = "has weights that its model writes into"
+        elif name in linear and not acts_linear(modules[name]):
+            fixed[layer] = f"is a {type(modules[name]).__name__}, which computes something else than a linear layer"
+    split = {name for name, module in modules.items() if type(module).__name__ in split_where_quantised()}
+    split &= {target_of(tensor)[0].rpartition(".")[0] for tensor in tensors} if split else set()
+    heads = frozenset(layers[name] for name in head_layers(model) & layers.keys())
+    linears = {name: layers.get(name, name) for name in modules if name in linear}
+    return Reader(linears, _matching(), fixed, heads, frozenset(merged), tuple(sorted(split)))
 
 
 def _matching() -> Callable[[str, str], bool]:
@@ -51,7 +67,8 @@ def _matching() -> Callable[[str, str], bool]:
 def _empty(config: dict[str, Any]) -> nn.Module | None:
     """The model of a configuration, on no device; None where transformers cannot build it."""
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
+
+    from .linears import FAILURES
 
     architecture = next(iter(config.get("architectures") or ()), "")
     kind, plain = getattr(transformers, str(architecture), None), {k: v for k, v in config.items() if k != "quantization_config"}
@@ -60,16 +77,5 @@ def _empty(config: dict[str, Any]) -> nn.Module | None:
     try:
         with torch.device("meta"):
             return kind(transformers.AutoConfig.for_model(**plain))
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        StrictDataclassError,
-    ):
+    except FAILURES:
         return None
