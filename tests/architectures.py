@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, and what they are fed: `python tests/architectures.py` prints a table of what becomes of them."""
+"""Tiny random models of many architectures, and what they are fed; ``python tests/architectures.py`` prints what becomes of them."""
 
 from __future__ import annotations
 

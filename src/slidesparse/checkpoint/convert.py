@@ -92,8 +92,8 @@ def convert(
     plans = plan_layers(checkpoint, recipe, *((read.fixed, read.heads) if read else ()))
     if read is not None and read.split and recipe.form == "dense" and any(plan.scheme.dynamic or plan.scheme.pair for plan in plans):
         raise UnsupportedError(
-            f"{checkpoint.path}: {read.split[0]} holds its experts in one tensor, which transformers does not read beside quantised layers: "
-            "keep the weights in 16 bits, or take --format packed"
+            f"{checkpoint.path}: {read.split[0]} holds its experts in one tensor, which transformers does not read beside quantised "
+            "layers: keep the weights in 16 bits, or take --format packed"
         )
     device = _device(device, recipe)
     progress = progress or (lambda done, total, what: None)
