@@ -14,12 +14,21 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoint import Checkpoint
-from ..compat.transformers import INITIALISED, HfQuantizer, QuantizationConfigMixin, logging, register_method, tied_weights
+from ..compat.transformers import (
+    INITIALISED,
+    HfQuantizer,
+    QuantizationConfigMixin,
+    logging,
+    names_when_saving,
+    register_method,
+    tied_weights,
+)
 from ..errors import CheckpointError, WeightError
 from ..format import BLOCK, QUANT_METHOD, PackedConfig, Scheme
 from ..gemm import Problem
 from ..gemm.layouts import LAYOUTS
-from ..nn import SlideSparseLinear, pack_model, place
+from ..nn import SlideSparseLinear, pack_model, place, restore_model
+from ..nn.describe import packed_config
 from ..pattern import Pattern
 from .calibration import TOKENIZER_FILES
 from .faults import one_line
@@ -113,10 +122,26 @@ class SlideSparseQuantizer(HfQuantizer):
         """``save_pretrained`` writes the packed form again."""
         return True
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+        """Nothing; transformers asks before it saves the configuration, which then tells what the model holds: layers may be others."""
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | SlideSparseLinear)]
+        name_of = names_when_saving(model, linears)
+        layers = {name_of[name]: module for name, module in model.named_modules() if isinstance(module, SlideSparseLinear)}
+        dense = [name_of[name] for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        self.quantization_config.packed = packed_config(layers, dense, self.quantization_config.packed)
+        model.config.quantization_config = self.quantization_config
+        return None, {}
+
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """The masked dense model, in place; see `slidesparse.restore_model`."""
+        restore_model(model, dtype=dtype)
+        self.remove_quantization_config(model)
+        return model
+
     @property
     def is_trainable(self) -> bool:
-        """Packed layers are for inference."""
-        return False
+        """Gradients reach what stands before packed layers, such as adapters; see `slidesparse.integrations.peft`."""
+        return True
 
 
 def register() -> None:
