@@ -127,6 +127,10 @@ class SlideSparseQuantizer(HfQuantizer):
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | SlideSparseLinear)]
         name_of = names_when_saving(model, linears)
         layers = {name_of[name]: module for name, module in model.named_modules() if isinstance(module, SlideSparseLinear)}
+        if not layers and hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        if not layers:
+            return None, {}
         dense = [name_of[name] for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         self.quantization_config.packed = packed_config(layers, dense, self.quantization_config.packed)
         model.config.quantization_config = self.quantization_config
