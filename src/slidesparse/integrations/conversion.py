@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from logging import getLogger
 from pathlib import Path
@@ -27,8 +28,11 @@ def convert(
     overwrite: bool = False,
     device: str = "auto",
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> ConversionReport:
     """`slidesparse.checkpoint.convert`, for every pruning method; ``auto`` means ``magnitude`` where no text can be run, which is logged.
+
+    ``trust_remote_code`` lets Python files of the model be run, to know its modules and to calibrate.
 
     Raises:
         UnsupportedError: a calibrated method without transformers, or a model that it cannot follow; see also the function named above.
@@ -41,10 +45,9 @@ def convert(
     if recipe.calibrated:
         from .pruning import solve
 
-        solver = solve
-    return checkpoint.convert(
-        source, out, recipe, overwrite=overwrite, device=device, progress=progress, solver=solver, find_reader=find_reader
-    )
+        solver = partial(solve, trust_remote_code=trust_remote_code)
+    read = partial(find_reader, code=Path(source) if trust_remote_code else None)
+    return checkpoint.convert(source, out, recipe, overwrite=overwrite, device=device, progress=progress, solver=solver, find_reader=read)
 
 
 def _possible(recipe: Recipe, source: Path) -> Recipe:
@@ -65,10 +68,16 @@ def _possible(recipe: Recipe, source: Path) -> Recipe:
 
 
 def verify(
-    path: str | Path, against: str | Path | None = None, *, pattern: Pattern | None = None, progress: Progress | None = None
+    path: str | Path,
+    against: str | Path | None = None,
+    *,
+    pattern: Pattern | None = None,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> VerifyReport:
     """`slidesparse.checkpoint.verify`, which also reads the configuration as transformers and compressed-tensors do, where they are."""
-    return checkpoint.verify(path, against, pattern=pattern, progress=progress, find_reader=find_reader)
+    read = partial(find_reader, code=Path(path) if trust_remote_code else None)
+    return checkpoint.verify(path, against, pattern=pattern, progress=progress, find_reader=read)
 
 
 def hide_progress_bars() -> None:

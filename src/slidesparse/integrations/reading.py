@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from ..checkpoint.configs import Reader, same_name
 from ..checkpoint.layers import WEIGHTS_IN
 
 
-def find_reader(config: dict[str, Any], tensors: list[str]) -> Reader | None:
+def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = None) -> Reader | None:
     """The modules of the class that config.json names; None without transformers, or where it does not know the class.
 
-    The class is built without memory for its weights. ``tensors`` are the names of the stored ones.
+    The class is built without memory for its weights. ``tensors`` are the names of the stored ones; ``code`` is the model's
+    folder, where Python files in it may be run.
     """
-    model = _empty(config) if find_spec("transformers") is not None else None
+    model = _empty(config, code) if find_spec("transformers") is not None else None
     if model is None:
         return None
     from ..compat.transformers import split_where_quantised, tied_weights
@@ -64,18 +66,22 @@ def _matching() -> Callable[[str, str], bool]:
     return match_name
 
 
-def _empty(config: dict[str, Any]) -> nn.Module | None:
+def _empty(config: dict[str, Any], code: Path | None) -> nn.Module | None:
     """The model of a configuration, on no device; None where transformers cannot build it."""
     import transformers
 
+    from .classes import auto_class, named_class
     from .linears import FAILURES
 
-    architecture = next(iter(config.get("architectures") or ()), "")
-    kind, plain = getattr(transformers, str(architecture), None), {k: v for k, v in config.items() if k != "quantization_config"}
-    if kind is None or "auto_map" in config:
+    kind, own = named_class(config), code is not None and "auto_map" in config
+    if kind is None and not own:
         return None
     try:
         with torch.device("meta"):
-            return kind(transformers.AutoConfig.for_model(**plain))
+            if own:
+                plain = transformers.AutoConfig.from_pretrained(code, trust_remote_code=True)
+                plain.__dict__.pop("quantization_config", None)
+                return auto_class(config).from_config(plain, trust_remote_code=True)
+            return kind(transformers.AutoConfig.for_model(**{key: value for key, value in config.items() if key != "quantization_config"}))
     except FAILURES:
         return None
