@@ -35,7 +35,7 @@ class Reader:
     ``modules`` are the linear ones by their names there, with their names in the files; ``match`` is how names are matched; ``fixed`` are
     layers, by their names in the files, that have to stay as they are, each with what it is; ``heads`` are those behind the body of the
     model; ``merged`` are parts of one tensor there, as experts are; ``split`` are modules that hold merged tensors in these files, and
-    single layers where weights are quantised.
+    single layers where weights are quantised; ``unplaced`` are tensors that have no place there, ``missing`` ones that are asked for.
     """
 
     modules: Mapping[str, str]
@@ -44,6 +44,8 @@ class Reader:
     heads: frozenset[str] = frozenset()
     merged: frozenset[str] = frozenset()
     split: tuple[str, ...] = ()
+    unplaced: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 FindReader = Callable[[dict[str, Any], list[str]], Reader | None]
@@ -79,7 +81,10 @@ def output_config(
             config[key] = _CONFIG_DTYPE[recipe.scheme]
     if recipe.form == "packed":
         ragged = {p.layer.name: p.layer.k for p in plans if p.layer.k % (p.pattern.group * p.pattern.unit)}
-        packed = PackedConfig(pattern, plans[0].scheme, _with_head(floating, converted), overrides, ragged)
+        # Whoever loads it must know that what has no place was no part of the packed form.
+        unplaced = [] if reader is None else [tensor.rpartition(".")[0] or tensor for tensor in reader.unplaced]
+        ignore = _with_head(list(dict.fromkeys((*floating, *unplaced))), converted)
+        packed = PackedConfig(pattern, plans[0].scheme, ignore, overrides, ragged)
         config["quantization_config"] = packed.to_dict()
         return config
     unclaimed = _with_head([name for name in checkpoint.layers if name not in converted], converted)

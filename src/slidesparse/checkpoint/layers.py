@@ -21,6 +21,12 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 WEIGHTS_IN = ("weight", "weight_packed", "weight_values", "compressed")
 """Suffixes of tensors that hold weights, in every format."""
 
+WITH_WEIGHTS = (
+    *("weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape", "weight_keep", "input_scale", "input_global_scale"),
+    *("bitmask", "shape", "row_offsets"),
+)
+"""Suffixes of tensors that say how weights are stored."""
+
 # Small enough that a block and its intermediates stay in the second-level cache; on a GPU large enough to hide a few dozen launches.
 _WEIGHTS, _GPU_WEIGHTS = 1 << 18, 1 << 24
 

@@ -303,6 +303,8 @@ def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwr
         screen.say(f"  left as they were: {', '.join(report.kept_dense[:4])}{' …' if len(report.kept_dense) > 4 else ''}")
     if report.left_out:
         screen.say(f"  weights in other files were left out: {', '.join(report.left_out[:4])}{' …' if len(report.left_out) > 4 else ''}")
+    if report.unplaced:
+        screen.say(f"  the model's class has no place for: {', '.join(report.unplaced[:4])}{' …' if len(report.unplaced) > 4 else ''}")
     if report.pruning is not None:
         _tell(report.pruning)
     if report.resumed_shards:

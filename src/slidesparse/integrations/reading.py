@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.configs import Reader, same_name
-from ..checkpoint.layers import WEIGHTS_IN
+from ..checkpoint.layers import WEIGHTS_IN, WITH_WEIGHTS
 
 
 def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = None) -> Reader | None:
@@ -25,9 +25,9 @@ def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = 
         return None
     from ..compat.transformers import split_where_quantised, tied_weights
     from .linears import acts_linear, head_layers, written_layers
-    from .transformers_files import names_in_model
+    from .transformers_files import may_be_left_over, missing_tensors, names_in_model
 
-    target_of, layers, merged = names_in_model(model), {}, set()
+    target_of, layers, merged, targets = names_in_model(model), {}, set(), {}
     for tensor in tensors:
         layer, _, suffix = tensor.rpartition(".")
         if suffix in WEIGHTS_IN:
@@ -35,6 +35,9 @@ def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = 
             target, with_others = target_of(f"{layer}.weight")
             layers[target.removesuffix(".weight")] = layer
             merged |= {layer} if with_others else set()
+            targets[target] = tensor
+        elif suffix not in WITH_WEIGHTS:
+            targets[target_of(tensor)[0]] = tensor
     modules = dict(model.named_modules())
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     if not linear & layers.keys():
@@ -51,11 +54,14 @@ def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = 
             fixed[layer] = "has weights that its model writes into"
         elif name in linear and not acts_linear(modules[name]):
             fixed[layer] = f"is a {type(modules[name]).__name__}, which computes something else than a linear layer"
+    expected = model.state_dict()
+    unplaced = tuple(tensor for name, tensor in targets.items() if name not in expected and not may_be_left_over(name, model))
     split = {name for name, module in modules.items() if type(module).__name__ in split_where_quantised()}
-    split &= {target_of(tensor)[0].rpartition(".")[0] for tensor in tensors} if split else set()
+    split &= {target.rpartition(".")[0] for target in targets}
     heads = frozenset(layers[name] for name in head_layers(model) & layers.keys())
     linears = {name: layers.get(name, name) for name in modules if name in linear}
-    return Reader(linears, _matching(), fixed, heads, frozenset(merged), tuple(sorted(split)))
+    missing = tuple(missing_tensors(model, targets))
+    return Reader(linears, _matching(), fixed, heads, frozenset(merged), tuple(sorted(split)), unplaced, missing)
 
 
 def _matching() -> Callable[[str, str], bool]:

@@ -80,7 +80,7 @@ class SlideSparseQuantizer(HfQuantizer):
             if stored is not None:
                 check_layer(stored, config, name, packed)
         if stored is not None:
-            check_rest(stored, model)
+            check_rest(stored, model, config.ignore)
 
     def _stays_dense(self, model: nn.Module, config: PackedConfig, name: str, layer: str, stored: StoredTensors | None) -> bool:
         ignored = config.ignores(layer) or config.ignores(name)
