@@ -165,10 +165,7 @@ def read_config(path: Path) -> dict[str, Any]:
         hint = "import it first: slidesparse import" if path.suffix == ".gguf" else "name the directory that holds config.json"
         raise CheckpointError(f"{path} is a file, not a model directory: {hint}")
     if not path.is_dir():
-        # What looks like the name of a model on the hub is most likely meant as one.
-        hub = not path.is_absolute() and len(path.parts) == 2 and not path.parent.is_dir()
-        fetch = f"; a model of the hub must be downloaded first, as commands do: hf download {path} --local-dir DIRECTORY" if hub else ""
-        raise CheckpointError(f"{path}: no such directory{fetch}")
+        raise CheckpointError(f"{path}: no such directory")
     file = path / "config.json"
     try:
         if file.exists() and not file.is_file():

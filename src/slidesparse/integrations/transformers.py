@@ -34,6 +34,7 @@ from ..pattern import Pattern
 from .calibration import TOKENIZER_FILES
 from .classes import auto_class, check_code, named_class
 from .faults import one_line
+from .hub import model_folder
 from .transformers_files import StoredTensors, check_layer, check_rest, restore_scales
 
 _LOG = getLogger(__name__)
@@ -167,7 +168,7 @@ def load(
     tokenizer: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """A model and its tokenizer from a directory: packed, a dense twin (packed on the way), or plain dense.
+    """A model and its tokenizer from a directory, or of a name on the hub: packed, a dense twin (packed on the way), or plain dense.
 
     The model is of the class that config.json names, or a causal language model where transformers does not have it.
 
@@ -181,7 +182,7 @@ def load(
     Raises:
         CheckpointError: not a model directory, a damaged checkpoint, an architecture transformers does not know, no tokenizer.
     """
-    path = Path(path)
+    path = model_folder(path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoint = Checkpoint.open(path)
