@@ -102,11 +102,6 @@ def test_the_kind_of_a_checkpoint_is_named(tmp_path):
     assert "dense" not in str(caught.value).removeprefix(str(tmp_path))
 
 
-def test_a_name_of_the_hub_says_how_to_fetch_it():
-    with pytest.raises(CheckpointError, match=r"no such directory; .*hf download some/model --local-dir"):
-        inspect("some/model")
-
-
 # ---------------------------------------------------------------------------------------------- the automatic choice
 
 

@@ -142,3 +142,14 @@ def test_a_folder_of_that_name_wins(hub: ThreadingHTTPServer, tmp_path: Path) ->
 def test_what_the_hub_does_not_give_is_one_clear_line(hub, tmp_path: Path, name: str, more: dict[str, str], told: str) -> None:
     answer = ask(hub, name, tmp_path, **more)
     assert answer.startswith(f"refused: {name} is no folder here, and ") and told in answer and "\n" not in answer
+
+
+def test_functions_take_names_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import slidesparse
+    from slidesparse.integrations import hub
+
+    monkeypatch.setattr(hub, "_cached", lambda name, revision: {("org/tiny", "v1"): tmp_path / "dense"}.get((name, revision)))
+    tiny.add_tokenizer(tiny.build(tmp_path / "dense"))
+    slidesparse.convert("org/tiny@v1", tmp_path / "packed", slidesparse.Recipe(tiny.SIX, "magnitude"))
+    assert type(slidesparse.load("org/tiny@v1", device="cpu")[0]).__name__ == "LlamaForCausalLM"
+    assert slidesparse.verify(tmp_path / "packed", "org/tiny@v1").ok

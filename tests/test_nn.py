@@ -356,4 +356,5 @@ def test_another_route_or_policy_counts_from_the_next_call() -> None:
 
 
 def test_public_names() -> None:
-    assert set(packed_nn.__all__) == {"PackingReport", "Placement", "SlideSparseLinear", "pack_model", "packing_report", "place"}
+    calls = {"pack_model", "packing_report", "place", "restore_model"}
+    assert set(packed_nn.__all__) == {"PackingReport", "Placement", "SlideSparseLinear"} | calls

@@ -267,7 +267,7 @@ def test_embeddings_of_any_name_and_tied_heads_stored_twice_stay_as_they_are(tmp
     source = tiny.build(tmp_path / "tied", "qwen2")
     tensors = models.read(source)
     models.edit_tensors(source, **{"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
-    with pytest.raises(UnsupportedError, match=r"lm_head is .* tied to another"):
+    with pytest.raises(UnsupportedError, match=r"lm_head is tied to another"):
         convert_with_readers(source, tmp_path / "no", Recipe(SIX, "magnitude", only=("lm_head", "*")))
     convert_with_readers(source, tmp_path / "out", Recipe(SIX, "magnitude"))
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

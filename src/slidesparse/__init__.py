@@ -25,6 +25,7 @@ _HOMES = {
     "prune": "pruning",
     "quantize_weight": "quantization",
     "restore": "packing",
+    "restore_model": "nn",
     "tune": "gemm.tune",
     "use_plan": "gemm",
     "verify": "integrations.conversion",
@@ -45,6 +46,7 @@ __all__ = [
     "prune",
     "quantize_weight",
     "restore",
+    "restore_model",
     "tune",
     "use_plan",
     "verify",
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from .gemm.tune import tune
     from .integrations.conversion import convert, verify
     from .integrations.transformers import load
-    from .nn import SlideSparseLinear, pack_model, place  # type: ignore[no-redef]  # a module has the same name
+    from .nn import SlideSparseLinear, pack_model, place, restore_model  # type: ignore[no-redef]  # a module has the same name
     from .packing import pack, restore
     from .pattern import Pattern
     from .pruning import prune

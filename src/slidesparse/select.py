@@ -9,8 +9,9 @@ from collections.abc import Iterable
 NOT_LINEAR = (
     *("*embed*", "*wte", "*wpe", "shared", "*.shared", "*relative_attention_bias*"),
     *("*norm*", "*router*", "*.gate", "*.gate.*", "*shared_expert_gate", "*.experts.*"),
+    *("*.lora_A*", "*.lora_B*", "*.lora_embedding_*"),
 )
-"""Names of matrices that are no plain linear layers: embeddings, norms, routers, and expert stacks, which loaders merge."""
+"""Names of matrices that are no plain linear layers: embeddings, norms, routers, expert stacks, which loaders merge, and adapters."""
 
 DEFAULT_IGNORE = ("lm_head", "*.lm_head", "*output_layer", *NOT_LINEAR)
 """Layers not pruned or packed by default: those above, and heads. `Recipe.only` takes a head by its exact name."""

@@ -6,13 +6,13 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..format import BLOCK, MARKER, SCHEMES, PackedConfig
 from ..pattern import Pattern
 from ..select import NOT_LINEAR, matches
-from .formats.compressed_tensors import METHOD
+from .formats.compressed_tensors import METHOD, NO_LAYER
 from .layers import FLOATS, matrices
 from .recipe import LayerPlan, Recipe
 from .source import Checkpoint
@@ -33,12 +33,19 @@ class Reader:
     """How others will read a checkpoint.
 
     ``modules`` are the linear ones by their names there, with their names in the files; ``match`` is how names are matched; ``fixed`` are
-    layers, by their names in the files, that are no linear modules there, have no place there, or share their weights with another.
+    layers, by their names in the files, that have to stay as they are, each with what it is; ``heads`` are those behind the body of the
+    model; ``merged`` are parts of one tensor there, as experts are; ``split`` are modules that hold merged tensors in these files, and
+    single layers where weights are quantised; ``unplaced`` are tensors that have no place there, ``missing`` ones that are asked for.
     """
 
     modules: Mapping[str, str]
     match: Callable[[str, str], bool] = same_name
-    fixed: frozenset[str] = frozenset()
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    heads: frozenset[str] = frozenset()
+    merged: frozenset[str] = frozenset()
+    split: tuple[str, ...] = ()
+    unplaced: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 FindReader = Callable[[dict[str, Any], list[str]], Reader | None]
@@ -74,7 +81,10 @@ def output_config(
             config[key] = _CONFIG_DTYPE[recipe.scheme]
     if recipe.form == "packed":
         ragged = {p.layer.name: p.layer.k for p in plans if p.layer.k % (p.pattern.group * p.pattern.unit)}
-        packed = PackedConfig(pattern, plans[0].scheme, _with_head(floating, converted), overrides, ragged)
+        # Whoever loads it must know that what has no place was no part of the packed form.
+        unplaced = [] if reader is None else [tensor.rpartition(".")[0] or tensor for tensor in reader.unplaced]
+        ignore = _with_head(list(dict.fromkeys((*floating, *unplaced))), converted)
+        packed = PackedConfig(pattern, plans[0].scheme, ignore, overrides, ragged)
         config["quantization_config"] = packed.to_dict()
         return config
     unclaimed = _with_head([name for name in checkpoint.layers if name not in converted], converted)
@@ -83,7 +93,8 @@ def output_config(
         # Readers match entries with the names of modules, which are not those in the files in every class of model.
         modules = [] if reader is None else [module for module, layer in reader.modules.items() if layer not in quantised]
         ignore = _with_head(list(dict.fromkeys((*floating, *modules))), quantised.keys())
-        config["quantization_config"] = _compressed_tensors(next(iter(quantised.values())), ignore)
+        merged = reader is not None and bool(reader.merged - quantised.keys())
+        config["quantization_config"] = _compressed_tensors(next(iter(quantised.values())), ignore, merged)
         if pattern is not None:
             config["quantization_config"][MARKER] = marker
     elif pattern is not None:
@@ -129,20 +140,33 @@ def _common_pattern(plans: list[LayerPlan]) -> tuple[Pattern | None, dict[str, P
     return common, {plan.layer.name: plan.pattern for plan in plans if plan.pattern != common}
 
 
-def _compressed_tensors(name: str, ignore: list[str]) -> dict[str, Any]:
-    """W8A8 or NVFP4A16 as llm-compressor writes it (compressed-tensors 0.17 and later)."""
+def _compressed_tensors(name: str, ignore: list[str], merged: bool) -> dict[str, Any]:
+    """W8A8 or NVFP4A16 as llm-compressor writes it (compressed-tensors 0.17 and later).
+
+    ``merged``: there are experts in 16 bits that readers merge. transformers takes them for quantised by the group that names experts, or
+    the first one, whatever ``ignore`` says, and passes weights without scales on as they are for fp8 only. So there is such a group.
+    """
     kind = "int" if name == "int8" else "float"
     weights = {"num_bits": 8, "type": kind, "symmetric": True, "group_size": None, "strategy": "channel", "dynamic": False}
     activations: dict[str, Any] | None = weights | {"strategy": "token", "dynamic": True}
     if name == "nvfp4":
         weights |= {"num_bits": 4, "group_size": BLOCK, "strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
         activations = None
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}}
+    if merged and name != "fp8":
+        plain = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None, "strategy": "channel", "dynamic": False}
+        groups["unquantized_experts"] = {
+            "targets": [NO_LAYER],
+            "weights": plain,
+            "input_activations": plain | {"strategy": "token", "dynamic": True},
+            "output_activations": None,
+            "format": _COMPRESSED_FORMAT["fp8"],
+        }
     return {
         "quant_method": METHOD,
         "format": _COMPRESSED_FORMAT[name],
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": groups,
         "kv_cache_scheme": None,
         "ignore": ignore,
     }

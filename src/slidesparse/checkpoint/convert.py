@@ -49,7 +49,8 @@ class ConvertedLayer:
 class ConversionReport:
     """What a conversion did; bytes are those of all tensors, ``kept_dense`` names linear-shaped layers left alone.
 
-    ``pruning`` says how a calibrated method went, ``left_out`` names files and folders of the source that hold weights and were not read.
+    ``pruning`` says how a calibrated method went, ``left_out`` names files and folders of the source that hold weights and were not read,
+    ``unplaced`` tensors that the class of model has no place for: they go along as they are.
     """
 
     out: Path
@@ -60,6 +61,7 @@ class ConversionReport:
     resumed_shards: int = 0
     pruning: PruningReport | None = None
     left_out: list[str] = field(default_factory=list)
+    unplaced: list[str] = field(default_factory=list)
 
 
 def convert(
@@ -89,7 +91,14 @@ def convert(
     """
     checkpoint = Checkpoint.open(source)
     read = find_reader(checkpoint.config, list(checkpoint.tensors)) if find_reader else None
-    plans = plan_layers(checkpoint, recipe, read.fixed if read else frozenset())
+    plans = plan_layers(checkpoint, recipe, *((read.fixed, read.heads) if read else ()))
+    if read is not None and read.missing and recipe.form == "packed":
+        raise CheckpointError(f"{checkpoint.path}: tensor {read.missing[0]} is missing, without which the model cannot be loaded packed")
+    if read is not None and read.split and recipe.form == "dense" and any(plan.scheme.dynamic or plan.scheme.pair for plan in plans):
+        raise UnsupportedError(
+            f"{checkpoint.path}: {read.split[0]} holds its experts in one tensor, which transformers does not read beside quantised "
+            "layers: keep the weights in 16 bits, or take --format packed"
+        )
     device = _device(device, recipe)
     progress = progress or (lambda done, total, what: None)
     if recipe.calibrated and solver is None:
@@ -155,7 +164,8 @@ class _Conversion:
             write_json(staging.path / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
         remove_blocks(staging.path)
         staging.commit(self._config(staging.path, read))
-        return self._report(staging.out, sum(sizes.values()), len(done), [file.name for file in left])
+        report = self._report(staging.out, sum(sizes.values()), len(done), [file.name for file in left])
+        return replace(report, unplaced=list(read.unplaced) if read else [])
 
     def _config(self, path: Path, read: Reader | None) -> dict[str, Any]:
         """config.json of the finished files; both are read back as a reader would."""

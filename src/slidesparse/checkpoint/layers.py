@@ -18,8 +18,14 @@ from .tensorfile import TensorInfo, TensorReader
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
-_WEIGHTS_IN = ("weight", "weight_packed", "weight_values")
-"""Suffixes of tensors that hold weights."""
+WEIGHTS_IN = ("weight", "weight_packed", "weight_values", "compressed")
+"""Suffixes of tensors that hold weights, in every format."""
+
+WITH_WEIGHTS = (
+    *("weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape", "weight_keep", "input_scale", "input_global_scale"),
+    *("bitmask", "shape", "row_offsets"),
+)
+"""Suffixes of tensors that say how weights are stored."""
 
 # Small enough that a block and its intermediates stay in the second-level cache; on a GPU large enough to hide a few dozen launches.
 _WEIGHTS, _GPU_WEIGHTS = 1 << 18, 1 << 24
@@ -170,7 +176,7 @@ def check_tensors(layer: Layer, specs: tuple[TensorSpec, ...], scales: tuple[str
         flat = spec.suffix == "weight_scale" and layer.scheme.dynamic and info.shape == spec.shape[:1]
         if info.shape != spec.shape and not flat:
             raise CheckpointError(f"{info.path}: {info.name} has shape {list(info.shape)}, expected {list(spec.shape)}{why}")
-        if spec.suffix in _WEIGHTS_IN and info.dtype != spec.dtype:
+        if spec.suffix in WEIGHTS_IN and info.dtype != spec.dtype:
             raise CheckpointError(f"{info.path}: {info.name} is {info.dtype_name}, config.json says {layer.scheme.name}")
         allowed = {"weight_keep": ("U8",), "weight_scale": scales}.get(spec.suffix, (info.dtype_name,))
         if info.dtype_name not in allowed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -134,15 +134,19 @@ class LayerPlan:
         return self.scheme is not self.source.read_scheme
 
 
-def plan_layers(checkpoint: Checkpoint, recipe: Recipe, fixed: frozenset[str] = frozenset()) -> list[LayerPlan]:
+def plan_layers(
+    checkpoint: Checkpoint, recipe: Recipe, fixed: Mapping[str, str] | None = None, heads: Collection[str] = ()
+) -> list[LayerPlan]:
     """The layers to convert, in tensor order; a pattern is set where the recipe or the checkpoint's marker names one.
 
-    ``fixed`` are layers that the class of model does not treat as linear layers of their own: they stay as they are.
+    ``fixed`` are layers that the class of model does not treat as linear layers of their own, each with what it is: they stay as they are.
+    ``heads`` are converted where they are named only.
 
     Raises:
         UnsupportedError: the recipe cannot be applied to this checkpoint; the message names the layer and the way out.
         CheckpointError: the recipe's statistics cannot be read.
     """
+    fixed = fixed or {}
     norms = {} if recipe.statistics is None else read_norms(recipe.statistics)
     if checkpoint.packed and (recipe.ignore or recipe.only):
         raise UnsupportedError(f"{checkpoint.path} is packed: its layers can only be converted all together, without --ignore and --only")
@@ -153,10 +157,8 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe, fixed: frozenset[str] = 
     for layer in checkpoint.layers.values():
         stays = layer.name in fixed and layer.pattern is None
         if stays and layer.name in recipe.only:
-            raise UnsupportedError(
-                f"layer {layer.name} is no linear layer of this class of model, or tied to another: leave it out of --only"
-            )
-        if stays or not _selected(layer, recipe):
+            raise UnsupportedError(f"layer {layer.name} {fixed[layer.name]}: leave it out of --only")
+        if stays or not _selected(layer, recipe, heads):
             if recipe.form not in layer.may_stay:
                 raise UnsupportedError(f"{checkpoint.path}: {_cannot_stay(layer, recipe, stays)}")
             left.append(layer.scheme)
@@ -179,7 +181,7 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe, fixed: frozenset[str] = 
     return plans
 
 
-def _selected(layer: Layer, recipe: Recipe) -> bool:
+def _selected(layer: Layer, recipe: Recipe, heads: Collection[str]) -> bool:
     if layer.pattern is not None:
         return True  # packed layers go together
     if matches(layer.name, recipe.ignore):
@@ -188,7 +190,7 @@ def _selected(layer: Layer, recipe: Recipe) -> bool:
         return True
     if recipe.only and not matches(layer.name, recipe.only):
         return False
-    return layer.by_default and not matches(layer.name, DEFAULT_IGNORE)
+    return layer.by_default and layer.name not in heads and not matches(layer.name, DEFAULT_IGNORE)
 
 
 def _cannot_stay(layer: Layer, recipe: Recipe, fixed: bool) -> str:

@@ -20,6 +20,8 @@ from .tensorfile import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
+_SETTINGS_BYTES = 1 << 17
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.safetensors")
 
 
@@ -109,6 +111,7 @@ class Checkpoint:
         """Files and folders that go along unchanged, such as tokenizer, chat templates and licence; and weights that are not read."""
         along: list[Path] = []
         left: list[Path] = []
+        named = _named_in_settings(self.path)
         for file in sorted(self.path.iterdir()):
             hidden = file.name.startswith(".") and file.is_dir()  # .git and .cache are of the tool that fetched the model
             if hidden or file.name in (*self.shards, "config.json", INDEX) or file.name.endswith(".index.json"):
@@ -117,11 +120,32 @@ class Checkpoint:
             if any(each.is_symlink() and each.is_dir() for each in inside):
                 left.append(file)  # what is behind a link to a folder may have no end
                 continue
-            weights = any(each.match(pattern) for each in inside for pattern in _OTHER_WEIGHTS)
+            weights = any(each.match(pattern) for each in inside for pattern in _OTHER_WEIGHTS) and file.name not in named
             _check_links(inside)
+            # An adapter's settings without its weights keep loaders from opening the model, and on packed layers so do both.
+            weights = weights or file.name == ADAPTER
             if weights or file.is_dir() or file.is_file():
                 (left if weights else along).append(file)
         return along, left
+
+
+def _named_in_settings(path: Path) -> set[str]:
+    """Files and folders of a model that its own settings name, as those of sentence-transformers name folders of further modules."""
+    found: set[str] = set()
+    for file in path.glob("*.json"):
+        if file.name == ADAPTER or file.name.endswith(".index.json") or not file.is_file() or file.stat().st_size > _SETTINGS_BYTES:
+            continue
+        try:
+            places: list[Any] = [json.loads(file.read_text(encoding="utf-8-sig"))]
+        except (OSError, ValueError, RecursionError):
+            continue  # a file that goes along, whatever is in it
+        while places:
+            place = places.pop()
+            if isinstance(place, str):
+                found.add(place.removeprefix("./").partition("/")[0])
+            elif isinstance(place, (dict, list)):
+                places += place.values() if isinstance(place, dict) else place
+    return found
 
 
 def _check_links(files: list[Path]) -> None:
@@ -141,17 +165,15 @@ def read_config(path: Path) -> dict[str, Any]:
         hint = "import it first: slidesparse import" if path.suffix == ".gguf" else "name the directory that holds config.json"
         raise CheckpointError(f"{path} is a file, not a model directory: {hint}")
     if not path.is_dir():
-        # What looks like the name of a model on the hub is most likely meant as one.
-        hub = not path.is_absolute() and len(path.parts) == 2 and not path.parent.is_dir()
-        fetch = f"; a model of the hub must be downloaded first, as commands do: hf download {path} --local-dir DIRECTORY" if hub else ""
-        raise CheckpointError(f"{path}: no such directory{fetch}")
+        raise CheckpointError(f"{path}: no such directory")
     file = path / "config.json"
     try:
         if file.exists() and not file.is_file():
             raise CheckpointError(f"{file} is not a regular file")
         config = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is not a model directory: it has no config.json") from error
+        adapter = ", but an adapter: merge it into its model first (peft's merge_and_unload)" if (path / ADAPTER).exists() else ""
+        raise CheckpointError(f"{path} is not a model directory: it has no config.json{adapter}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
     if not isinstance(config, dict):

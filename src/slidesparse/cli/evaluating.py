@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import screen
-from .produce import Json, Model, model_folder
+from .produce import Json, Model, Trust, model_folder
 from .run import DeviceOption, Memory, MemoryOption, checked_device
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class _Asked:
     batch: int | None
     device: str
     memory: Memory
+    trust: bool
 
     @property
     def of_tasks(self) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def eval_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it is there.")] = False,
     device: DeviceOption = "auto",
     memory: MemoryOption = Memory.fast,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Perplexity on a text, with context and stride stated, and scores on tasks; with a reference, how far from it."""
@@ -96,8 +98,9 @@ def eval_(
     with screen.stdout_on_stderr():
         _check_files(model, reference, text, runtime)
         found = _tasks(tasks, include_path)
+        place = checked_device(device)
         asked = _Asked(
-            model, reference, text, found, context, stride, max_tokens, limit, num_fewshot, batch_size, checked_device(device), memory
+            model, reference, text, found, context, stride, max_tokens, limit, num_fewshot, batch_size, place, memory, trust_remote_code
         )
         try:
             report = (_by_vllm if runtime == Runtime.vllm else _by_transformers)(asked)
@@ -170,11 +173,14 @@ def _by_transformers(asked: _Asked) -> Report:
 
 
 def _load(path: Path, asked: _Asked) -> tuple[Any, Any]:
+    from ..evaluate import check_predicts
     from ..integrations.transformers import hide_progress_bars, load
 
     hide_progress_bars()  # the status line is ours
     with screen.err.status(f"loading {escape(str(path))}"):
-        return load(path, device=asked.device, memory=asked.memory)
+        network, tokenizer = load(path, device=asked.device, memory=asked.memory, trust_remote_code=asked.trust)
+    check_predicts(network, text=asked.text is not None)
+    return network, tokenizer
 
 
 def _text(asked: _Asked, network: Any, other: Any, tokens: Tensor) -> TextScore:

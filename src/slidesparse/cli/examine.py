@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..pattern import Pattern
 from . import screen, tuning
-from .produce import Json, Model, _pattern, model_folder
+from .produce import Json, Model, Trust, _pattern, model_folder
 
 _SHOWN = 12
 
@@ -104,13 +104,14 @@ def verify(
         Pattern | None,
         typer.Option("--pattern", "-p", parser=_pattern, metavar="KEPT:GROUP", help="Ask for this one, whatever the checkpoint claims."),
     ] = None,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Every group obeys the pattern, restore and pack are inverse, W·x == slide(W)·lift(x); exit code 3 when not."""
     from ..integrations.conversion import verify as api_verify
 
     with screen.stdout_on_stderr(), screen.progress("verifying") as progress:
-        report = api_verify(model, against, pattern=pattern, progress=progress)
+        report = api_verify(model, against, pattern=pattern, progress=progress, trust_remote_code=trust_remote_code)
     if json:
         screen.print_json(dataclasses.asdict(report) | {"ok": report.ok})
     else:

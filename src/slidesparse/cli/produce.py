@@ -92,7 +92,10 @@ Ignore = Annotated[
 ]
 Only = Annotated[list[str] | None, typer.Option(help="Convert only these layers; may be repeated.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.", callback=screen.json_alone)]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python files that the model brings, where transformers has no class for it.")
+]
 MethodOption = Annotated[
     Method,
     typer.Option(
@@ -144,6 +147,7 @@ def prune(
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Zero weights until every layer obeys the pattern; writes a dense checkpoint any engine loads."""
@@ -162,7 +166,7 @@ def prune(
             reconstruction_steps=reconstruct,
             statistics=statistics,
         )
-    _run("pruning", model, out, recipe, device, overwrite, json)
+    _run("pruning", model, out, recipe, device, overwrite, trust_remote_code, json)
 
 
 def quantize(
@@ -173,6 +177,7 @@ def quantize(
     only: Only = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Quantise weights; writes a dense checkpoint (W8A8: compressed-tensors; activations dynamic per token)."""
@@ -180,7 +185,7 @@ def quantize(
 
     with screen.options_at_fault():
         recipe = Recipe(scheme=scheme.value, form="dense", ignore=tuple(ignore or ()), only=tuple(only or ()), obey=False)
-    _run("quantising", model, out, recipe, device, overwrite, json)
+    _run("quantising", model, out, recipe, device, overwrite, trust_remote_code, json)
 
 
 def pack(
@@ -195,6 +200,7 @@ def pack(
     only: Only = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Pack weights that obey a pattern already; refuses, naming the first group, when they do not."""
@@ -202,7 +208,7 @@ def pack(
 
     with screen.options_at_fault():
         recipe = Recipe(pattern, form=format.value, ignore=tuple(ignore or ()), only=tuple(only or ()), overrides=_read(overrides))
-    _run("packing", model, out, recipe, device, overwrite, json)
+    _run("packing", model, out, recipe, device, overwrite, trust_remote_code, json)
 
 
 def convert(
@@ -223,6 +229,7 @@ def convert(
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Prune, quantise and pack in one go."""
@@ -242,7 +249,7 @@ def convert(
             reconstruction_steps=reconstruct,
             statistics=statistics,
         )
-    _run("converting", model, out, recipe, device, overwrite, json)
+    _run("converting", model, out, recipe, device, overwrite, trust_remote_code, json)
 
 
 def import_(
@@ -270,7 +277,7 @@ def _read(overrides: Path | None) -> dict[str, Pattern]:
     return {} if overrides is None else read_overrides(overrides)
 
 
-def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwrite: bool, as_json: bool) -> None:
+def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwrite: bool, trust: bool, as_json: bool) -> None:
     from ..checkpoint.staging import refuse_existing
     from ..integrations.conversion import convert as api_convert
 
@@ -282,7 +289,7 @@ def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwr
 
         hide_progress_bars()
     with screen.stdout_on_stderr(), screen.progress(title) as progress:
-        report = api_convert(model, out, recipe, device=device, overwrite=overwrite, progress=progress)
+        report = api_convert(model, out, recipe, device=device, overwrite=overwrite, progress=progress, trust_remote_code=trust)
     if as_json:
         screen.print_json(report)
         return
@@ -296,6 +303,8 @@ def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwr
         screen.say(f"  left as they were: {', '.join(report.kept_dense[:4])}{' …' if len(report.kept_dense) > 4 else ''}")
     if report.left_out:
         screen.say(f"  weights in other files were left out: {', '.join(report.left_out[:4])}{' …' if len(report.left_out) > 4 else ''}")
+    if report.unplaced:
+        screen.say(f"  the model's class has no place for: {', '.join(report.unplaced[:4])}{' …' if len(report.unplaced) > 4 else ''}")
     if report.pruning is not None:
         _tell(report.pruning)
     if report.resumed_shards:

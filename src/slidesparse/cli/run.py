@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from . import screen
-from .produce import Json, Model
+from .produce import Json, Model, Trust
 
 
 class Memory(StrEnum):
@@ -32,6 +32,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     device: DeviceOption = "auto",
     memory: MemoryOption = Memory.fast,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -41,7 +42,7 @@ def generate(
     hide_progress_bars()  # the status line is ours
 
     with screen.stdout_on_stderr(), screen.err.status(f"loading {escape(str(model))}"):
-        network, tokenizer = load(model, device=checked_device(device), memory=memory)
+        network, tokenizer = load(model, device=checked_device(device), memory=memory, trust_remote_code=trust_remote_code)
     with screen.stdout_on_stderr(), screen.err.status("generating"):
         text = complete(network, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed)
     if json:

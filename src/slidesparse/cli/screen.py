@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
@@ -22,6 +22,9 @@ UsageError: Any = typer.BadParameter.__base__
 # A pipe has no width of its own: wide enough for every table.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False)
+
+_report: TextIO | None = None
+"""Where JSON goes while everything else is kept from stdout."""
 
 
 @contextmanager
@@ -45,7 +48,25 @@ def say(text: str) -> None:
 
 def print_json(data: Any) -> None:
     """One JSON document on stdout."""
-    print(json_text(data))
+    print(json_text(data), file=_report or sys.stdout, flush=True)
+
+
+def json_alone(context: typer.Context, asked: bool) -> bool:
+    """The option --json: until the command ends, stdout is for `print_json` alone."""
+    if asked and not context.resilient_parsing:
+        context.with_resource(_reports_alone())
+    return asked
+
+
+@contextmanager
+def _reports_alone() -> Iterator[None]:
+    global _report
+    with stdout_on_stderr() as stream:
+        _report = stream
+        try:
+            yield
+        finally:
+            _report = None
 
 
 def json_text(data: Any) -> str:
@@ -65,17 +86,29 @@ def options_at_fault() -> Iterator[None]:
 
 
 @contextmanager
-def stdout_on_stderr() -> Iterator[None]:
-    """What libraries print, and the processes they start, goes to stderr, so that stdout holds the report alone."""
-    sys.stdout.flush()
+def stdout_on_stderr() -> Iterator[TextIO]:
+    """What libraries print, and the processes they start, goes to stderr; gives the stream that still is stdout."""
+    own = sys.stdout
+    own.flush()
     kept = os.dup(1)
+    stream = os.fdopen(os.dup(kept), "w", encoding=own.encoding, errors=own.errors) if _fileno(own) == 1 else own
     os.dup2(2, 1)
     try:
         with redirect_stdout(sys.stderr):
-            yield
+            yield stream
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+        if stream is not own:
+            stream.close()
+
+
+def _fileno(stream: TextIO) -> int | None:
+    """The descriptor behind a stream; None of one in memory."""
+    try:
+        return stream.fileno()
+    except OSError:
+        return None
 
 
 def _finite(data: Any) -> Any:

@@ -5,9 +5,10 @@ Importing this imports transformers, so only `integrations` may. A name that is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers.quantizers import HfQuantizer
 from transformers.utils import logging
@@ -17,14 +18,14 @@ from .versions import lacks, not_imported
 
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
     raise UnsupportedError(not_imported("transformers", error)) from error
 
 __all__ = ["INITIALISED", "HfQuantizer", "QuantizationConfigMixin", "gguf_tables", "ignored_keys", "logging", "names_when_loading",
-           "register_method", "tied_weights"]  # fmt: skip
+           "names_when_saving", "register_method", "split_where_quantised", "tied_weights"]  # fmt: skip
 
 HOOKS = ("_process_model_before_weight_loading", "_process_model_after_weight_loading")
 """Methods of `HfQuantizer` that transformers calls around the loading of weights."""
@@ -59,9 +60,25 @@ def names_when_loading(model: nn.Module, known: Mapping[str, object]) -> Callabl
     return target_of
 
 
+def names_when_saving(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
+    """The names that layers of a model get in its files: its own steps at saving, run on tensors that hold their place in the list."""
+    places = {f"{layer}.weight": torch.tensor([place]) for place, layer in enumerate(layers)}
+    reverted = revert_weight_conversion(model, places)
+    return {layers[int(place)]: name.removesuffix(".weight") for name, place in reverted.items()}
+
+
 def tied_weights(model: nn.Module) -> dict[str, str]:
     """Names of parameters that are another one's, with that one's name; empty where the model tells none."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def split_where_quantised() -> frozenset[str]:
+    """Classes of modules with merged experts that transformers replaces by single layers where compressed-tensors is to read them."""
+    try:
+        from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as replaced
+    except ImportError:
+        return frozenset()
+    return frozenset(name for name, entry in replaced.items() if "compressed-tensors" in entry["quantization_methods"])
 
 
 def ignored_keys(model: nn.Module, kind: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Running and scoring models: perplexity, distance from a reference, scores on tasks, and continuing a prompt."""
 
 from .divergence import DivergenceResult, divergence
-from .generation import check_fits, complete, read_text, tokenize_file
+from .generation import check_fits, check_predicts, complete, read_text, tokenize_file
 from .perplexity import PerplexityResult, perplexity
 from .windows import windows_per_pass
 
@@ -9,6 +9,7 @@ __all__ = [
     "DivergenceResult",
     "PerplexityResult",
     "check_fits",
+    "check_predicts",
     "complete",
     "divergence",
     "perplexity",

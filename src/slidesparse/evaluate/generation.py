@@ -20,6 +20,7 @@ def complete(
         CheckpointError: ``chat`` without a chat template, or more tokens than the model has positions for.
         ValueError: a prompt that holds no token.
     """
+    check_predicts(model)
     if chat and not getattr(tokenizer, "chat_template", None):
         raise CheckpointError("the model has no chat template: leave out --chat")
     if chat:
@@ -31,7 +32,8 @@ def complete(
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise ValueError("the prompt holds no token: give some text")
-    check_fits(model, inputs["input_ids"], length + max_new_tokens)
+    answers = bool(getattr(model.config, "is_encoder_decoder", False))  # in a sequence of their own
+    check_fits(model, inputs["input_ids"], max(length, max_new_tokens) if answers else length + max_new_tokens)
     sampling = (
         {"do_sample": True, "temperature": temperature}
         if temperature > 0
@@ -41,7 +43,22 @@ def complete(
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
-    return tokenizer.decode(tokens[0, length:], skip_special_tokens=True)
+    return tokenizer.decode(tokens[0, 0 if answers else length :], skip_special_tokens=True)
+
+
+def check_predicts(model: Any, *, text: bool = False) -> None:
+    """Whether a model continues text, and, where a ``text`` is to be scored, reads it as one sequence.
+
+    Raises:
+        CheckpointError: it does not; the message names its class.
+    """
+    kind, reads = type(model).__name__, getattr(model, "main_input_name", "input_ids")
+    if not getattr(model, "can_generate", lambda: True)():
+        raise CheckpointError(f"{kind} continues no text: generate and eval need a model with a language-model head")
+    if reads != "input_ids":
+        raise CheckpointError(f"{kind} reads {reads}, not text: generate and eval need a model that continues text")
+    if text and getattr(model.config, "is_encoder_decoder", False):
+        raise CheckpointError(f"{kind} reads text with an encoder: perplexity is that of a model that only continues it; --tasks works")
 
 
 def tokenize_file(tokenizer: Any, path: str | Path, *, max_tokens: int | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from logging import getLogger
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..checkpoint.recipe import AUTO
 from ..errors import UnsupportedError
 from ..pattern import Pattern
 from .calibration import TOKENIZER_FILES
+from .hub import model_folder
 from .reading import find_reader
 
 _LOG = getLogger(__name__)
@@ -27,24 +29,28 @@ def convert(
     overwrite: bool = False,
     device: str = "auto",
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> ConversionReport:
     """`slidesparse.checkpoint.convert`, for every pruning method; ``auto`` means ``magnitude`` where no text can be run, which is logged.
+
+    ``source`` is a folder, or a model's name on the hub. ``trust_remote_code`` lets Python files of the model be run, to know its modules
+    and to calibrate.
 
     Raises:
         UnsupportedError: a calibrated method without transformers, or a model that it cannot follow; see also the function named above.
     """
+    source = model_folder(source)
     if recipe.calibrated and find_spec("transformers") is None and recipe.method != AUTO:
         raise UnsupportedError(f"{recipe.method} runs the model through transformers: pip install 'slidesparse[hf]'")
     if recipe.method == AUTO:
-        recipe = _possible(recipe, Path(source))
+        recipe = _possible(recipe, source)
     solver = None
     if recipe.calibrated:
         from .pruning import solve
 
-        solver = solve
-    return checkpoint.convert(
-        source, out, recipe, overwrite=overwrite, device=device, progress=progress, solver=solver, find_reader=find_reader
-    )
+        solver = partial(solve, trust_remote_code=trust_remote_code)
+    read = partial(find_reader, code=source if trust_remote_code else None)
+    return checkpoint.convert(source, out, recipe, overwrite=overwrite, device=device, progress=progress, solver=solver, find_reader=read)
 
 
 def _possible(recipe: Recipe, source: Path) -> Recipe:
@@ -65,10 +71,17 @@ def _possible(recipe: Recipe, source: Path) -> Recipe:
 
 
 def verify(
-    path: str | Path, against: str | Path | None = None, *, pattern: Pattern | None = None, progress: Progress | None = None
+    path: str | Path,
+    against: str | Path | None = None,
+    *,
+    pattern: Pattern | None = None,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> VerifyReport:
     """`slidesparse.checkpoint.verify`, which also reads the configuration as transformers and compressed-tensors do, where they are."""
-    return checkpoint.verify(path, against, pattern=pattern, progress=progress, find_reader=find_reader)
+    path, against = model_folder(path), None if against is None else model_folder(against)
+    read = partial(find_reader, code=path if trust_remote_code else None)
+    return checkpoint.verify(path, against, pattern=pattern, progress=progress, find_reader=read)
 
 
 def hide_progress_bars() -> None:

@@ -34,7 +34,8 @@ def import_gguf(path: str | Path, out: str | Path, dtype: str | None = None, ove
     """Dequantise a GGUF file into a dense checkpoint: safetensors, config, generation config and tokenizer.
 
     A GGUF file's weights are usually quantised already, mostly to 4 bits: the checkpoint holds what they dequantise to, not the
-    weights the model was published with. Tensors are read one by one; 2 GB of them wait to be written, and experts that the class merges.
+    weights the model was published with. Tensors are read one by one; 2 GB of them wait to be written, and those
+    experts of a layer that the class merges.
 
     Args:
         path: the ``.gguf`` file. What lies beside it is not read.
@@ -82,12 +83,15 @@ class _Names:
     parsed: dict[str, Any]
 
     def tensors(self, file: GgufFile, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """The model's tensors; experts that it holds merged come last.
+        """The model's tensors; experts that it holds merged come as soon as the file's last part of them was read.
 
         Raises:
-            CheckpointError: tensors that the model has no place for; names them.
+            CheckpointError: tensors that the model has no place for, or parts of merged ones that the file lacks; names them.
         """
         left, merged = [], file.main_dtype
+        parts: dict[str, set[str]] = {}
+        for known, whole in self.known.items():
+            parts.setdefault(whole, set()).add(known.removesuffix(".weight"))
         for name in file.tensors:
             with one_line(file.path):
                 found = self.processor.process(
@@ -97,6 +101,10 @@ class _Names:
                 yield self.known[found.name], torch.from_numpy(found.weights.copy()).to(dtype or file.dtype(name))
             elif found.name is None:
                 merged = file.dtype(name)
+                for waited in parts.values():
+                    waited.discard(name.removesuffix(".weight"))
+                for whole in [whole for whole in self.parsed["tensors"] if not parts.get(whole)]:
+                    yield whole, self.parsed["tensors"].pop(whole).to(dtype or merged)
             elif name != ROPE_FREQUENCIES:
                 left.append(name)
         if left:
@@ -104,9 +112,8 @@ class _Names:
             raise CheckpointError(
                 f"{file.path}: transformers' class has no place for {', '.join(left[:3])}{more}: import the original checkpoint"
             )
-        while self.parsed["tensors"]:
-            name, tensor = self.parsed["tensors"].popitem()
-            yield name, tensor.to(dtype or merged)
+        for name in self.parsed["tensors"]:
+            raise CheckpointError(f"{file.path}: the file does not hold the whole model: a part of {name} is missing")
 
 
 def _understood(file: GgufFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Names]:
@@ -115,7 +122,9 @@ def _understood(file: GgufFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         from transformers import AutoConfig, AutoTokenizer
     except ImportError as error:
         raise UnsupportedError("importing GGUF needs transformers: pip install slidesparse[gguf]") from error
-    with tempfile.TemporaryDirectory() as folder, one_line(file.path), _quiet("transformers"):
+    from ..compat.gguf import parsed_once
+
+    with tempfile.TemporaryDirectory() as folder, one_line(file.path), _quiet("transformers"), parsed_once(file.path, file.reader):
         # In a folder of its own: transformers prefers the tokenizer and the config of another model that lie beside the file.
         (Path(folder) / "model.gguf").symlink_to(file.path.resolve())
         where: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
@@ -139,7 +148,8 @@ def _named(file: GgufFile, config: PreTrainedConfig) -> tuple[PreTrainedModel, _
 
     tables = gguf_tables()
     keys = tables.GGUF_CONFIG_MAPPING
-    read = {*keys.get(file.architecture.replace("-", "_"), keys.get(file.architecture, {})), "vocab_size"}
+    named = (config.model_type, file.architecture.replace("-", "_"), file.architecture)
+    read = {*next((keys[name] for name in named if name in keys), {}), "vocab_size"}
     if left := [key for key in file.own_keys if key not in read and not key.startswith("rope.scaling.")]:
         _LOG.warning("%s: transformers does not read these keys of the model: %s", file.path, ", ".join(left))
     if any(name.endswith(".attn_q.bias") for name in file.tensors) and getattr(config, "attention_bias", None) is False:

@@ -42,11 +42,11 @@ class GgufFile:
         except ImportError as error:
             raise UnsupportedError("reading GGUF needs the package gguf: pip install slidesparse[gguf]") from error
         try:
-            self._reader = GGUFReader(path)
+            self.reader = GGUFReader(path)
         except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
             # The reader checks nothing itself: a file cut short shows as a numpy view that does not fit.
             raise CheckpointError(f"{path}: damaged or cut short ({error})") from error
-        self.tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         count = self.value("split.count") or 1
         if count > 1:
             number = (self.value("split.no") or 0) + 1
@@ -57,7 +57,7 @@ class GgufFile:
 
     def value(self, key: str) -> Any:
         """A key's value, None if the file has no such key."""
-        field = self._reader.fields.get(key)
+        field = self.reader.fields.get(key)
         return None if field is None else field.contents()
 
     def own(self, key: str) -> Any:
@@ -68,7 +68,7 @@ class GgufFile:
     def own_keys(self) -> list[str]:
         """The architecture's keys, without its name in front."""
         start = f"{self.architecture}."
-        return [key.removeprefix(start) for key in self._reader.fields if key.startswith(start)]
+        return [key.removeprefix(start) for key in self.reader.fields if key.startswith(start)]
 
     @property
     def special_tokens(self) -> dict[str, int]:

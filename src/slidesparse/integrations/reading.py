@@ -4,42 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..checkpoint.configs import Reader, same_name
+from ..checkpoint.layers import WEIGHTS_IN, WITH_WEIGHTS
 from ..errors import UnsupportedError
 from ..select import DEFAULT_IGNORE, matches
 
 
-def find_reader(config: dict[str, Any], tensors: list[str]) -> Reader | None:
+def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = None) -> Reader | None:
     """The modules of the class that config.json names; None without transformers, or where it does not know the class.
 
-    The class is built without memory for its weights. ``tensors`` are the names of the stored ones.
+    The class is built without memory for its weights. ``tensors`` are the names of the stored ones; ``code`` is the model's
+    folder, where Python files in it may be run.
     """
-    model = _empty(config) if find_spec("transformers") is not None else None
+    model = _empty(config, code) if find_spec("transformers") is not None else None
     if model is None:
         return None
-    from ..compat.transformers import tied_weights
-    from .transformers_files import names_in_model
+    from ..compat.transformers import split_where_quantised, tied_weights
+    from .linears import acts_linear, head_layers, written_layers
+    from .transformers_files import may_be_left_over, missing_tensors, names_in_model
 
-    target_of, layers, merged = names_in_model(model), {}, set()
+    target_of, layers, merged, targets = names_in_model(model), {}, set(), {}
     for tensor in tensors:
         layer, _, suffix = tensor.rpartition(".")
-        if suffix in ("weight", "weight_packed", "weight_values", "compressed"):
+        if suffix in WEIGHTS_IN:
             layer = layer.removesuffix(".weight")
             target, with_others = target_of(f"{layer}.weight")
             layers[target.removesuffix(".weight")] = layer
             merged |= {layer} if with_others else set()
+            targets[target] = tensor
+        elif suffix not in WITH_WEIGHTS:
+            targets[target_of(tensor)[0]] = tensor
     modules = dict(model.named_modules())
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     if not linear & layers.keys():
         return None  # the files are of another class
     tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
-    fixed = {layer for name, layer in layers.items() if name in tied or name not in linear} - merged
-    return Reader({name: layers.get(name, name) for name in modules if name in linear}, _matching(), frozenset(fixed))
+    written = written_layers(model)
+    fixed = {}
+    for name, layer in layers.items():
+        if name not in linear and layer not in merged:
+            fixed[layer] = "is no linear layer of this class of model"
+        elif name in tied:
+            fixed[layer] = "is tied to another"
+        elif name in written:
+            fixed[layer] = "has weights that its model writes into"
+        elif name in linear and not acts_linear(modules[name]):
+            fixed[layer] = f"is a {type(modules[name]).__name__}, which computes something else than a linear layer"
+    expected = model.state_dict()
+    unplaced = tuple(tensor for name, tensor in targets.items() if name not in expected and not may_be_left_over(name, model))
+    split = {name for name, module in modules.items() if type(module).__name__ in split_where_quantised()}
+    split &= {target.rpartition(".")[0] for target in targets}
+    heads = frozenset(layers[name] for name in head_layers(model) & layers.keys())
+    linears = {name: layers.get(name, name) for name in modules if name in linear}
+    missing = tuple(missing_tensors(model, targets))
+    return Reader(linears, _matching(), fixed, heads, frozenset(merged), tuple(sorted(split)), unplaced, missing)
 
 
 def linear_layers(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
@@ -50,7 +74,7 @@ def linear_layers(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """
     if find_spec("transformers") is None:
         raise UnsupportedError("config.json alone is read by transformers: pip install 'slidesparse[hf]', or give shapes NxK")
-    model = _empty(config)
+    model = _empty(config, None)
     if model is None:
         kind = next(iter(config.get("architectures") or ()), config.get("model_type", "unknown"))
         raise UnsupportedError(f"transformers cannot build {kind} from config.json alone: give a folder with weights, or shapes NxK")
@@ -67,28 +91,22 @@ def _matching() -> Callable[[str, str], bool]:
     return match_name
 
 
-def _empty(config: dict[str, Any]) -> nn.Module | None:
+def _empty(config: dict[str, Any], code: Path | None) -> nn.Module | None:
     """The model of a configuration, on no device; None where transformers cannot build it."""
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
 
-    architecture = next(iter(config.get("architectures") or ()), "")
-    kind, plain = getattr(transformers, str(architecture), None), {k: v for k, v in config.items() if k != "quantization_config"}
-    if kind is None or "auto_map" in config:
+    from .classes import auto_class, named_class
+    from .linears import FAILURES
+
+    kind, own = named_class(config), code is not None and "auto_map" in config
+    if kind is None and not own:
         return None
     try:
         with torch.device("meta"):
-            return kind(transformers.AutoConfig.for_model(**plain))
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        StrictDataclassError,
-    ):
+            if own:
+                plain = transformers.AutoConfig.from_pretrained(code, trust_remote_code=True)
+                plain.__dict__.pop("quantization_config", None)
+                return auto_class(config).from_config(plain, trust_remote_code=True)
+            return kind(transformers.AutoConfig.for_model(**{key: value for key, value in config.items() if key != "quantization_config"}))
+    except FAILURES:
         return None

@@ -11,18 +11,30 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..checkpoint import Checkpoint
-from ..compat.transformers import INITIALISED, HfQuantizer, QuantizationConfigMixin, logging, register_method, tied_weights
+from ..checkpoint.source import read_config
+from ..compat.transformers import (
+    INITIALISED,
+    HfQuantizer,
+    QuantizationConfigMixin,
+    logging,
+    names_when_saving,
+    register_method,
+    tied_weights,
+)
 from ..errors import CheckpointError, WeightError
 from ..format import BLOCK, QUANT_METHOD, PackedConfig, Scheme
 from ..gemm import Problem
 from ..gemm.layouts import LAYOUTS
-from ..nn import SlideSparseLinear, pack_model, place
+from ..nn import SlideSparseLinear, pack_model, place, restore_model
+from ..nn.describe import packed_config
 from ..pattern import Pattern
 from .calibration import TOKENIZER_FILES
+from .classes import auto_class, check_code, named_class
 from .faults import one_line
+from .hub import model_folder
 from .transformers_files import StoredTensors, check_layer, check_rest, restore_scales
 
 _LOG = getLogger(__name__)
@@ -69,7 +81,7 @@ class SlideSparseQuantizer(HfQuantizer):
             if stored is not None:
                 check_layer(stored, config, name, packed)
         if stored is not None:
-            check_rest(stored, model)
+            check_rest(stored, model, config.ignore)
 
     def _stays_dense(self, model: nn.Module, config: PackedConfig, name: str, layer: str, stored: StoredTensors | None) -> bool:
         ignored = config.ignores(layer) or config.ignores(name)
@@ -113,10 +125,30 @@ class SlideSparseQuantizer(HfQuantizer):
         """``save_pretrained`` writes the packed form again."""
         return True
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+        """Nothing; transformers asks before it saves the configuration, which then tells what the model holds: layers may be others."""
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | SlideSparseLinear)]
+        name_of = names_when_saving(model, linears)
+        layers = {name_of[name]: module for name, module in model.named_modules() if isinstance(module, SlideSparseLinear)}
+        if not layers and hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        if not layers:
+            return None, {}
+        dense = [name_of[name] for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        self.quantization_config.packed = packed_config(layers, dense, self.quantization_config.packed)
+        model.config.quantization_config = self.quantization_config
+        return None, {}
+
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """The masked dense model, in place; see `slidesparse.restore_model`."""
+        restore_model(model, dtype=dtype)
+        self.remove_quantization_config(model)
+        return model
+
     @property
     def is_trainable(self) -> bool:
-        """Packed layers are for inference."""
-        return False
+        """Gradients reach what stands before packed layers, such as adapters; see `slidesparse.integrations.peft`."""
+        return True
 
 
 def register() -> None:
@@ -134,24 +166,28 @@ def load(
     device: str | torch.device = "auto",
     memory: str = "fast",
     tokenizer: bool = True,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer from a directory: packed, a dense twin (packed on the way), or plain dense.
+    """A model and its tokenizer from a directory, or of a name on the hub: packed, a dense twin (packed on the way), or plain dense.
+
+    The model is of the class that config.json names, or a causal language model where transformers does not have it.
 
     Args:
         dtype: type of everything that is not packed; ``auto`` takes that of config.json.
         device: where it is to run; ``auto`` takes a GPU if there is one.
         memory: how packed layers use the device's memory, see `slidesparse.nn.place`.
         tokenizer: False gives None in its place.
+        trust_remote_code: run Python files that the model brings.
 
     Raises:
         CheckpointError: not a model directory, a damaged checkpoint, an architecture transformers does not know, no tokenizer.
     """
-    path = Path(path)
+    path = model_folder(path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoint = Checkpoint.open(path)
-    words = open_tokenizer(path) if tokenizer else None
-    model = open_model(path, dtype)
+    words = open_tokenizer(path, trust_remote_code) if tokenizer else None
+    model = open_model(path, dtype, named_class(checkpoint.config), trust_remote_code)
     if checkpoint.marker is not None:
         pack_model(model, ignore=checkpoint.marked_ignore, candidates=checkpoint.marked_patterns())
         restore_scales(model, [str(file) for file in sorted(path.glob("*.safetensors"))])
@@ -159,17 +195,21 @@ def load(
     return model, words
 
 
-def open_model(path: Path, dtype: torch.dtype | str = "auto") -> Any:
-    """A causal language model on the CPU, just as transformers loads it.
+def open_model(path: Path, dtype: torch.dtype | str = "auto", kind: Any = None, trust_remote_code: bool = False) -> Any:
+    """A model of a class, a causal language model if none is given, on the CPU, just as transformers loads it.
 
     Raises:
-        CheckpointError: transformers cannot load it; gives its reason in a line.
+        CheckpointError: transformers cannot load it, or has no class for it and may not run the model's; gives the reason in a line.
     """
+    config = read_config(path)
+    check_code(path, config, trust_remote_code)
+    if kind is None or (trust_remote_code and "auto_map" in config):
+        kind = auto_class(config)
     with one_line(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+        return kind.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code).eval()
 
 
-def open_tokenizer(path: Path) -> Any:
+def open_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a model directory.
 
     Raises:
@@ -177,8 +217,9 @@ def open_tokenizer(path: Path) -> Any:
     """
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the one of the original model there")
+    check_code(path, read_config(path), trust_remote_code)
     with one_line(path):
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def hide_progress_bars() -> None:

@@ -7,7 +7,7 @@ is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -95,8 +95,8 @@ def check_layer(stored: StoredTensors, config: PackedConfig, name: str, layer: S
             )
 
 
-def check_rest(stored: StoredTensors, model: nn.Module) -> None:
-    """The other tensors: none missing, none left over, none of another shape.
+def check_rest(stored: StoredTensors, model: nn.Module, ignore: Collection[str] = ()) -> None:
+    """The other tensors: none missing, none left over but those of ``ignore``, by the names of their modules, none of another shape.
 
     Raises:
         CheckpointError: names the tensor.
@@ -113,7 +113,8 @@ def check_rest(stored: StoredTensors, model: nn.Module) -> None:
     if not stored.strict:
         return
     for name, found in stored.tensors.items():
-        if name not in expected and not _COMPUTED.search(name) and not _listed(name, model, "unexpected"):
+        left = (found.key.rpartition(".")[0] or found.key) in ignore
+        if name not in expected and not left and not may_be_left_over(name, model):
             raise CheckpointError(f"{stored.where}: the model has no place for tensor {found.key}")
 
 
@@ -143,6 +144,19 @@ def restore_scales(model: nn.Module, files: list[str]) -> None:
                 scale = opened.get_tensor(found.key)
             rounded = module.weight_scale
             module.weight_scale = scale.reshape(-1, 1).expand_as(rounded).contiguous().to(rounded.device)
+
+
+def missing_tensors(model: nn.Module, targets: Collection[str]) -> list[str]:
+    """What a model asks for, by its own names, and does not find among these."""
+    tied = tied_weights(model)
+    partners = {**tied, **{source: target for target, source in tied.items()}}
+    asked = (name for name in model.state_dict() if name not in targets and partners.get(name) not in targets)
+    return [name for name in asked if not _listed(name, model, "missing")]
+
+
+def may_be_left_over(name: str, model: nn.Module) -> bool:
+    """Whether a tensor without a place is one that models compute, or that the model's author knows of."""
+    return bool(_COMPUTED.search(name)) or _listed(name, model, "unexpected")
 
 
 def _listed(name: str, model: nn.Module, kind: str) -> bool:

@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import PatternError, SlideSparseError, WeightError
-from ..format import PackedConfig, Scheme, scheme_named
+from ..format import Scheme, scheme_named
 from ..packing import detect
 from ..pattern import KNOWN, Pattern
 from ..select import DEFAULT_IGNORE, matches
+from .describe import packed_config
 from .linear import SlideSparseLinear
 from .source import DenseSource, NotConvertible, read_linear
 
@@ -173,8 +174,5 @@ def _describe(model: nn.Module, report: PackingReport) -> None:
     if len(schemes) != 1 or quantized:
         _LOG.warning("this model cannot be saved in one packed form: %s", report)
         return
-    common = Counter(pattern for pattern, _ in report.packed.values()).most_common(1)[0][0]
-    overrides = {name: pattern for name, (pattern, _) in report.packed.items() if pattern != common}
-    widths: dict[str, Any] = {name: model.get_submodule(name).in_features for name in report.packed}
-    ragged = {name: k for name, k in widths.items() if k % (report.packed[name][0].group * report.packed[name][0].unit)}
-    config.quantization_config = PackedConfig(common, schemes.pop(), list(report.dense), overrides, ragged).to_dict()
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in report.packed}
+    config.quantization_config = packed_config(layers, report.dense).to_dict()

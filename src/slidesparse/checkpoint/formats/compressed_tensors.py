@@ -16,6 +16,9 @@ from .floating import Floating
 
 METHOD = "compressed-tensors"
 
+NO_LAYER = "re:(?!)experts"
+"""A target that means no layer: see `slidesparse.checkpoint.configs`."""
+
 BITMASKS = ("sparse-bitmask", "sparse-24-bitmask")
 """Formats of sparse weights that `bitmask` reads."""
 
@@ -122,7 +125,7 @@ def read_quantization(path: Path, config: dict[str, Any]) -> Quantization | None
         return None  # pruned, not quantised
     if not groups or not all(isinstance(group, dict) for group in groups):
         raise CheckpointError(f"{told}.config_groups describes no scheme")
-    found = {_of_group(f"{told}.config_groups", group) for group in groups}
+    found = {_of_group(f"{told}.config_groups", group) for group in groups if group.get("targets") != [NO_LAYER]}
     if len(found) != 1:
         raise CheckpointError(f"{told}.config_groups: {len(found)} different schemes in one checkpoint are not supported")
     return found.pop()

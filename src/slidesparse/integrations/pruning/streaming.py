@@ -27,7 +27,7 @@ _SHARE = 4
 """Hidden states stay on the device where they take at most this fraction of its free memory."""
 
 
-def solve(job: Job) -> PruningReport:
+def solve(job: Job, trust_remote_code: bool = False) -> PruningReport:
     """Prune the layers of a job with a calibrated method; solved blocks that are there already are only run through.
 
     On a GPU blocks run in the model's own type, on a CPU in float32; the rest of the model stays on the host.
@@ -39,9 +39,9 @@ def solve(job: Job) -> PruningReport:
     """
     job.progress(0, 0, "loading the model")
     recipe, path = job.recipe, job.checkpoint.path
-    tokenizer = None if recipe.calibration.token_file() else open_tokenizer(path)
+    tokenizer = None if recipe.calibration.token_file() else open_tokenizer(path, trust_remote_code)
     samples = calibration_samples(tokenizer, recipe.calibration, recipe.seed)
-    model = _open(job)
+    model = _open(job, trust_remote_code)
     _check_samples(model, samples)
     blocks = Blocks.of(model)
     tasks = _tasks(job, blocks)
@@ -196,11 +196,11 @@ def _batch_size(samples: Samples) -> int:
     return max(1, min(_BATCH_TOKENS // length, count // _BATCHES))
 
 
-def _open(job: Job) -> Any:
+def _open(job: Job, trust: bool) -> Any:
     """The model, in a type that holds every layer's weights exactly: config.json may name a narrower one than the files have."""
-    model = open_model(job.checkpoint.path)
+    model = open_model(job.checkpoint.path, trust_remote_code=trust)
     exact = reduce(torch.promote_types, (plan.layer.main.dtype for plan in job.plans), model.dtype)
-    model = model if exact == model.dtype else open_model(job.checkpoint.path, exact)
+    model = model if exact == model.dtype else open_model(job.checkpoint.path, exact, trust_remote_code=trust)
     # Reconstruction trains copies of some weights: gradients of all the others would be for nothing.
     return model.requires_grad_(False)
 

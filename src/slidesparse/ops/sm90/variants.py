@@ -112,8 +112,8 @@ def predicted_clocks(variant: Variant, n: int, k: int, m: int, *, sparse: bool, 
     """Clocks of ``[M, K']`` by ``[N, K']``, values of ``size`` bytes.
 
     Waves of clusters, in each the steps, bound by tensor cores or by copies, and a tile's ends. The constants follow products measured on
-    an H200 (benchmarks/results/archive/h200_sm90_variants.csv). They put variants in order and predict no time: at one clock, 1.9 GHz, they are
-    13 % off (root mean square). What a split costs and saves was not measured: steps are divided evenly, and sums go through the
+    an H200 (benchmarks/results/archive/h200_sm90_variants.csv). They put variants in order and predict no time: at one clock, 1.9 GHz,
+    they are 13 % off (root mean square). Those of a split follow no measurement: steps are divided evenly, and sums go through the
     second-level cache.
     """
     tiles = -(-n // (ROWS * variant.features)) * -(-m // (variant.tokens * variant.along))

@@ -1,0 +1,134 @@
+"""A packed model that was changed in memory: what it is saved as is true and loads again, and the way back to a dense one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+import tiny
+from architectures import ARCHITECTURES, apart, load, outputs
+from slidesparse import Pattern, Recipe, convert, restore_model
+from slidesparse.errors import UnsupportedError
+from slidesparse.nn import SlideSparseLinear
+from slidesparse.tolerance import check_bitwise
+
+IDS = torch.tensor([[3, 17, 42, 5, 9, 60, 1]])
+
+
+def packed_model(folder: Path, scheme: str | None = None, **recipe: object):
+    """A tiny Llama with a head of its own, packed, as from_pretrained gives it."""
+    import slidesparse.integrations.transformers  # noqa: F401
+
+    tiny.build(folder / "dense")
+    convert(folder / "dense", folder / "packed", Recipe(tiny.SIX, "magnitude", scheme, **recipe))
+    return AutoModelForCausalLM.from_pretrained(folder / "packed")
+
+
+def quantization(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def packed_layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, SlideSparseLinear)]
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(IDS).logits
+
+
+def again(model, folder: Path):
+    model.save_pretrained(folder)
+    found, told = type(model).from_pretrained(folder, output_loading_info=True)
+    assert not any(told.values())
+    return found
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_dequantize_gives_the_masked_model(scheme: str | None, tmp_path: Path) -> None:
+    model = packed_model(tmp_path, scheme)
+    before, weights = logits(model), {name: model.get_submodule(name).weight for name in packed_layers(model)}
+    assert model.dequantize() is model and not packed_layers(model) and not hasattr(model.config, "quantization_config")
+    for name, weight in weights.items():
+        assert type(model.get_submodule(name)) is nn.Linear
+        check_bitwise(model.get_submodule(name).weight.detach(), weight.as_subclass(torch.Tensor))
+    assert apart(before.float(), logits(model).float()) <= (0.1 if scheme else 0.0)
+    saved = again(model, tmp_path / "saved")
+    check_bitwise(logits(saved), logits(model))
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_()  # it can be trained
+    model(IDS).logits.sum().backward()
+
+
+def test_restore_model_shares_what_was_shared() -> None:
+    layer = SlideSparseLinear.from_dense(torch.zeros(8, 16, dtype=torch.bfloat16), pattern="6:8", scheme="bf16")
+    model = restore_model(nn.Sequential(layer, nn.ReLU(), layer))
+    assert model[0] is model[2] and type(model[0]) is nn.Linear and model[0].weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dense_weight"):
+        restore_model(layer)
+
+
+def test_a_dense_layer_put_back(tmp_path: Path) -> None:
+    model = packed_model(tmp_path, "int8")
+    name = "model.layers.1.mlp.down_proj"
+    model.model.layers[1].mlp.down_proj = nn.Linear(52, 32, bias=False, dtype=torch.bfloat16)
+    saved = again(model, tmp_path / "saved")
+    assert name in quantization(tmp_path / "saved")["ignore"] and name not in quantization(tmp_path / "saved")["in_features"]
+    assert name not in packed_layers(saved) and len(packed_layers(saved)) == 13
+    check_bitwise(logits(saved), logits(model))
+
+
+def test_a_layer_of_another_pattern_put_in(tmp_path: Path) -> None:
+    model = packed_model(tmp_path)
+    model.model.layers[0].mlp.up_proj = SlideSparseLinear.from_dense(
+        torch.eye(52, 32).bfloat16(), pattern=Pattern.parse("2:4"), scheme="bf16"
+    )
+    saved = again(model, tmp_path / "saved")
+    assert quantization(tmp_path / "saved")["overrides"] == {"model.layers.0.mlp.up_proj": "2:4"}
+    check_bitwise(logits(saved), logits(model))
+    model.model.layers[0].mlp.up_proj = SlideSparseLinear.from_dense(torch.eye(52, 32).bfloat16(), pattern="2:4", scheme="int8")
+    with pytest.raises(UnsupportedError, match="bf16 and int8: this model has no packed form"):
+        model.save_pretrained(tmp_path / "no")
+
+
+@pytest.mark.parametrize("head", ["dense", "packed", "tied"])
+def test_resized_embeddings(head: str, tmp_path: Path) -> None:
+    if head == "tied":
+        import slidesparse.integrations.transformers  # noqa: F401
+
+        convert(tiny.build(tmp_path / "dense", "qwen2"), tmp_path / "packed", Recipe(tiny.SIX, "magnitude"))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    else:
+        model = packed_model(tmp_path, only=("lm_head", "*") if head == "packed" else ())
+    restore_model(model, only=("lm_head",))  # transformers takes a plain linear only
+    model.resize_token_embeddings(tiny.WORDS + 8)
+    saved = again(model, tmp_path / "saved")
+    assert saved.config.vocab_size == tiny.WORDS + 8 and logits(saved).shape[-1] == tiny.WORDS + 8
+    assert "lm_head" not in packed_layers(saved)
+    check_bitwise(logits(saved), logits(model))
+
+
+def test_a_body_alone(tmp_path: Path) -> None:
+    model = packed_model(tmp_path, overrides={"*.down_proj": Pattern.parse("8:10")})
+    body = AutoModel.from_pretrained(tmp_path / "packed")
+    saved = again(body, tmp_path / "saved")
+    with torch.no_grad():
+        check_bitwise(saved(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-vl", "gemma3", "t5", "llama4-text"])
+def test_saved_again_under_the_names_of_files(name: str, tmp_path: Path) -> None:
+    import slidesparse.integrations.transformers  # noqa: F401
+
+    architecture = ARCHITECTURES[name]
+    architecture.build().save_pretrained(tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "packed", Recipe(tiny.SIX, "magnitude", "int8"))
+    model = load(architecture, tmp_path / "packed")
+    model.save_pretrained(tmp_path / "saved")
+    assert quantization(tmp_path / "saved") == quantization(tmp_path / "packed")
+    check_bitwise(outputs(load(architecture, tmp_path / "saved"), architecture), outputs(model, architecture))
