@@ -30,8 +30,9 @@ class Sm90(Kernel):
     name = "sm90"
     layouts = ("tiled", "dense")
     code = (
-        "gemm.kernels.base", "gemm.kernels.sm90", "gemm.layouts", "ops.sm90.gemm.cu", "ops.sm90.launch", "ops.sm90.layout",
-        "ops.sm90.schedule", "ops.sm90.variants", "ops.prologue", "ops.quantize", "ops.kernels_quantize", "ops.row_config",
+        "gemm.kernels.base", "gemm.kernels.sm90", "gemm.layouts", "ops.sm90.device.cu", "ops.sm90.gemm.cu", "ops.sm90.launch",
+        "ops.sm90.layout", "ops.sm90.schedule", "ops.sm90.variants", "ops.prologue", "ops.quantize",
+        "ops.kernels_quantize", "ops.row_config",
     )  # fmt: skip
 
     def refuses(self, problem: Problem, variant: str = "") -> str | None:

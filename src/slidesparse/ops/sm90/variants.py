@@ -12,7 +12,7 @@ SHARED_BYTES = 232448
 """Shared memory that a block may have on compute capability 9.0."""
 THREADS = 384
 CHUNK = 32
-"""Tokens of a tile that are written at once, as in gemm.cu."""
+"""Tokens of a tile that are written at once, as in device.cu."""
 
 
 class Variant(NamedTuple):
@@ -152,13 +152,13 @@ def constants(variant: Variant, types: Types, *, delay: bool = False) -> dict[st
 
 
 def source(variant: Variant, types: Types) -> str:
-    """CUDA C++: the instruction that multiplies, written for this number of tokens, and gemm.cu."""
+    """CUDA C++: the instruction that multiplies, written for this number of tokens, device.cu and gemm.cu."""
     return _multiply(types, variant.tokens) + _text()
 
 
 @cache
 def _text() -> str:
-    return (resources.files(__package__) / "gemm.cu").read_text(encoding="utf-8")
+    return "".join((resources.files(__package__) / name).read_text(encoding="utf-8") for name in ("device.cu", "gemm.cu"))
 
 
 _INSTRUCTIONS = {
