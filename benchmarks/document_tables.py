@@ -70,9 +70,9 @@ def study() -> str:
 def trade() -> str:
     """Accuracy and bytes of a real model, bytes and speed of one shape in an engine."""
     with STUDY.open(encoding="utf-8", newline="") as file:
-        found = [row for row in csv.DictReader(file) if (row["model"], row["method"], row["scheme"]) == ("smollm2", "admm", "bf16")]
+        found = [row for row in csv.DictReader(file) if (row["model"], row["method"], row["scheme"]) == ("smollm2", "auto", "bf16")]
     value = {(row["pattern"], row["metric"]): row for row in found if row["stage"] in ("convert", "mean")}
-    lines = [["**SmolLM2-135M, real weights, bf16, ADMM, in transformers**", "", "", "", ""]]
+    lines = [["**SmolLM2-135M, real weights, bf16, `--method auto`, in transformers**", "", "", "", ""]]
     for pattern in ("8:10", "6:8", "4:6", "2:4"):
         tasks, stored, dense = (value[pattern, metric] for metric in ("mean_of_4", "bytes", "bytes_dense"))
         loss = f"{-100 * float(tasks['difference']):.1f} ± {100 * float(tasks['difference_stderr']):.1f}"

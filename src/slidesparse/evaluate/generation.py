@@ -58,7 +58,7 @@ def check_predicts(model: Any, *, text: bool = False) -> None:
     if reads != "input_ids":
         raise CheckpointError(f"{kind} reads {reads}, not text: generate and eval need a model that continues text")
     if text and getattr(model.config, "is_encoder_decoder", False):
-        raise CheckpointError(f"{kind} reads text with an encoder: perplexity is that of a model that only continues it; --tasks works")
+        raise CheckpointError(f"{kind} reads text with an encoder: perplexity is that of a model that only continues it")
 
 
 def tokenize_file(tokenizer: Any, path: str | Path, *, max_tokens: int | None = None) -> Tensor:
