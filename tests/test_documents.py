@@ -42,10 +42,11 @@ def test_commands_that_are_shown_exist(page: Path) -> None:
 
 
 def test_python_that_is_shown_runs(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="transformers is not installed")
+    for package in ("transformers", "peft"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/quickstart.md")]
     blocks = [code for page in pages for code in re.findall(r"```python\n(.*?)```", page, re.S)]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     done = subprocess.run([sys.executable, "-c", "\n".join([MODEL, *blocks])], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
