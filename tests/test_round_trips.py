@@ -74,6 +74,13 @@ def test_restore_model_shares_what_was_shared() -> None:
         restore_model(layer)
 
 
+def test_a_restored_model_is_a_plain_one_to_transformers(tmp_path: Path) -> None:
+    model = restore_model(packed_model(tmp_path))
+    assert not model.is_quantized and not hasattr(model.config, "quantization_config")
+    assert getattr(model, "hf_quantizer", None) is None and getattr(model, "quantization_method", None) is None
+    assert model.half().model.layers[0].mlp.up_proj.weight.dtype == torch.float16
+
+
 @torch.no_grad()
 def packed_in_memory(name: str, patterns: dict[str, str]):
     """A model as its class makes it, layers masked by the pattern of the first part of a name that fits, and packed."""

@@ -49,6 +49,10 @@ def _tell(model: Any) -> None:
         if isinstance(told, dict) and told.get("quant_method") == QUANT_METHOD:
             write_config(model)
         return
+    for module in list(model.modules()):
+        quantizer = vars(module).get("hf_quantizer")
+        if quantizer is not None:  # transformers treats a model as quantised for as long as it has one
+            quantizer.remove_quantization_config(module)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
 
