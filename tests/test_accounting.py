@@ -56,6 +56,17 @@ def test_adapters_in_the_same_file_go_along(dense: Path, tmp_path: Path) -> None
     assert LORA.removesuffix(".weight") in by_names.kept_dense
 
 
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_tensors_that_the_class_has_no_place_for_in_a_layer_that_is_packed(dense: Path, tmp_path: Path, scheme: str | None) -> None:
+    layer = "model.layers.0.self_attn.q_proj"
+    extra = {f"{layer}.bias": torch.zeros(32), f"{layer}.scale": torch.ones(1)}
+    models.save_file(models.read(dense) | extra, dense / "model.safetensors", metadata={"format": "pt"})
+    report = convert(dense, tmp_path / "packed", Recipe(tiny.SIX, "magnitude", scheme=scheme))
+    assert sorted(report.unplaced) == sorted(extra) and layer in [found.name for found in report.layers]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert hasattr(model.get_submodule(layer), "weight_values") and verify(tmp_path / "packed").ok
+
+
 @pytest.mark.parametrize("tensor", ["model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
 def test_no_packed_form_of_a_model_that_lacks_a_tensor(dense: Path, tmp_path: Path, tensor: str) -> None:
     tensors = models.read(dense)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import tiny
+from slidesparse.errors import CheckpointError
 
 pytest.importorskip("huggingface_hub")
 
@@ -142,6 +144,27 @@ def test_a_folder_of_that_name_wins(hub: ThreadingHTTPServer, tmp_path: Path) ->
 def test_what_the_hub_does_not_give_is_one_clear_line(hub, tmp_path: Path, name: str, more: dict[str, str], told: str) -> None:
     answer = ask(hub, name, tmp_path, **more)
     assert answer.startswith(f"refused: {name} is no folder here, and ") and told in answer and "\n" not in answer
+
+
+def test_a_cache_that_cannot_be_written_is_no_fault_of_the_hub(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    answer = ask(hub, "org/tiny", tmp_path, HF_HOME=str(tmp_path / "file" / "home"))
+    told = f"the cache {tmp_path}/file/home/hub cannot be written (Not a directory): make room there, or set HF_HOME to another folder"
+    assert answer == f"refused: org/tiny is no folder here, and {told}"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_what_a_disk_answers_is_told(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from slidesparse.integrations import hub
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    monkeypatch.setattr(hub, "hf_hub_download", refuse)
+    for ask_for in (hub.model_folder, hub.config_file):
+        with pytest.raises(CheckpointError, match=rf"the cache .* cannot be written \({os.strerror(code)}\): .*HF_HOME"):
+            ask_for("org/tiny")
 
 
 def test_functions_take_names_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

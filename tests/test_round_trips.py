@@ -12,9 +12,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import tiny
 from architectures import ARCHITECTURES, apart, load, outputs
-from slidesparse import Pattern, Recipe, convert, restore_model
+from slidesparse import Pattern, Recipe, convert, pack_model, restore_model, verify
 from slidesparse.errors import UnsupportedError
 from slidesparse.nn import SlideSparseLinear
+from slidesparse.pruning import prune
 from slidesparse.tolerance import check_bitwise
 
 IDS = torch.tensor([[3, 17, 42, 5, 9, 60, 1]])
@@ -71,6 +72,47 @@ def test_restore_model_shares_what_was_shared() -> None:
     assert model[0] is model[2] and type(model[0]) is nn.Linear and model[0].weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="dense_weight"):
         restore_model(layer)
+
+
+def test_a_restored_model_is_a_plain_one_to_transformers(tmp_path: Path) -> None:
+    model = restore_model(packed_model(tmp_path))
+    assert not model.is_quantized and not hasattr(model.config, "quantization_config")
+    assert getattr(model, "hf_quantizer", None) is None and getattr(model, "quantization_method", None) is None
+    assert model.half().model.layers[0].mlp.up_proj.weight.dtype == torch.float16
+
+
+@torch.no_grad()
+def packed_in_memory(name: str, patterns: dict[str, str]):
+    """A model as its class makes it, layers masked by the pattern of the first part of a name that fits, and packed."""
+    model = ARCHITECTURES[name].build()
+    for layer, module in model.named_modules():
+        pattern = next((Pattern.parse(text) for part, text in patterns.items() if part in layer), None)
+        if pattern is not None and isinstance(module, nn.Linear):
+            module.weight.copy_(prune(module.weight, pattern))
+    return pack_model(model, ignore=("*lm_head", "*vision*", "*projector*"))
+
+
+def test_layers_of_a_model_packed_in_memory_put_back(tmp_path: Path) -> None:
+    import slidesparse.integrations.transformers  # noqa: F401
+
+    model = packed_in_memory("llama", {"q_proj": "2:4", "": "6:8"})
+    restore_model(model, only=["*q_proj"])
+    saved = again(model, tmp_path / "saved")
+    assert packed_layers(saved) == packed_layers(model) and not any("q_proj" in name for name in packed_layers(saved))
+    assert not quantization(tmp_path / "saved")["overrides"]
+    check_bitwise(logits(saved), logits(model))
+
+
+def test_packed_in_memory_and_saved_under_the_names_of_files(tmp_path: Path) -> None:
+    import slidesparse.integrations.transformers  # noqa: F401
+
+    model = packed_in_memory("llava", {"q_proj": "2:4", "": "8:10"})
+    model.save_pretrained(tmp_path)
+    told = quantization(tmp_path)
+    assert told["overrides"] and told["in_features"], "a layer of another pattern, and a ragged one"
+    assert verify(tmp_path).ok
+    llava = ARCHITECTURES["llava"]
+    check_bitwise(outputs(load(llava, tmp_path), llava), outputs(model, llava))
 
 
 def test_a_dense_layer_put_back(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import csv
 import random
 import sys
 from collections import Counter, OrderedDict
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from layers import made, oracle, tokens
 from slidesparse import jit, ops, pack, prune, quantize_weight, reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
+from slidesparse.gemm.kernels import sm90 as sm90_kernel
 from slidesparse.gemm.kernels.sm90 import Sm90
 from slidesparse.gemm.layouts import LAYOUTS
 from slidesparse.gemm.problem import Problem, Weights
@@ -154,6 +157,58 @@ def test_the_fastest_variant_is_among_the_three_that_a_search_times() -> None:
         found = Sm90().search(problem, torch.empty(m, k, device="meta"), copy)
         losses.append(min(times[one] for one in found if one in times) / min(times.values()))
     assert len(losses) == 128 and max(losses) < 1.03, max(losses)
+
+
+def test_calls_that_are_not_direct_run_on_the_device_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for two cards; the bias is read as it lies, so it must lie in one piece."""
+    current, used = [0], []
+
+    @contextmanager
+    def switched(device: torch.device):
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    class Loaded:
+        def __init__(self, *_: object) -> None:
+            used.append(("loaded", current[0]))
+
+        def table(self, *_: int) -> None:
+            return None
+
+        def __call__(self, q, x_scale, weights, scale, bias, *_: object) -> None:
+            used.append(("launched", current[0], bias.is_contiguous()))
+
+    def memory(*_: object) -> None:
+        used.append(("allocated", current[0]))
+
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    monkeypatch.setattr(sm90, "loaded", Loaded)
+    monkeypatch.setattr(sm90_kernel, "allocator", lambda device: memory)
+    monkeypatch.setattr(sm90_kernel, "current_stream", lambda index: 0)
+    x = SimpleNamespace(shape=(3, 64), device=torch.device("cuda", 1))
+    problem = posed(16, 64, "bf16", "6:8", torch.bfloat16)
+    pipeline = Sm90().bind(problem, "dense", "128 1x1", x, unscaled=False, direct=False)
+    pipeline.multiply(x, None, (None,), None, torch.zeros(16, 2)[:, 0])
+    assert used == [("loaded", 1), ("allocated", 1), ("launched", 1, True)] and current == [0]
+
+
+@pytest.mark.needs_gpu
+@hopper_only
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("scheme", ["int8", "bf16"])
+def test_products_on_a_device_that_is_not_the_current_one(scheme: str) -> None:
+    weights, dense = made(264, 512, scheme, "6:8", "cuda:1")
+    x, bias = tokens(77, 512).to("cuda:1"), torch.randn(264, 2, device="cuda:1").to(torch.bfloat16)[:, 0]
+    problem = posed(264, 512, scheme, "6:8", torch.bfloat16)
+    with torch.cuda.device(1):
+        copy = LAYOUTS["tiled"].prepare(problem, weights)
+        scale = None if weights.channel_scale is None else weights.channel_scale.contiguous()
+    pipeline = Sm90().bind(problem, "tiled", "128 1x1", x, unscaled=False, direct=False)
+    y = run(pipeline, x, copy, scale, bias)[0]
+    assert y.device == x.device and torch.cuda.current_device() == 0
+    wanted = oracle(x, weights, dense, bias, x.dtype)
+    assert (y.double().cpu() - wanted.double().cpu()).norm() < 3e-3 * wanted.double().norm()
 
 
 def test_every_variant_compiles_without_local_memory() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -24,6 +25,8 @@ _NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 _OTHER_FORMS = ("consolidated*", "original/*", "onnx/*")
 """The same weights once more."""
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+"""What a disk answers that takes no files."""
 
 
 def model_folder(model: str | Path) -> Path:
@@ -33,7 +36,7 @@ def model_folder(model: str | Path) -> Path:
     means a path.
 
     Raises:
-        CheckpointError: neither; one line says what the hub answered, or that it could not be reached.
+        CheckpointError: neither; one line says what the hub answered, or that it or the cache could not be reached.
     """
     path, asked = Path(model), _NAME.fullmatch(str(model))
     if path.exists() or asked is None or path.parent.is_dir():
@@ -47,14 +50,14 @@ def model_folder(model: str | Path) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         if found is not None:
             return found
-        raise CheckpointError(f"{model} is no folder here, and {_reason(error, name, revision)}: give a folder or another name") from error
+        raise CheckpointError(f"{model} is no folder here, and {_reason(error, name, revision)}") from error
 
 
 def config_file(model: str) -> Path:
     """config.json of the hub's model of that name, fetched alone.
 
     Raises:
-        CheckpointError: it is no such name; one line says what the hub answered, or that it could not be reached.
+        CheckpointError: it is no such name; one line says what the hub answered, or that it or the cache could not be reached.
     """
     asked = _NAME.fullmatch(model)
     if asked is None:
@@ -63,7 +66,7 @@ def config_file(model: str) -> Path:
     try:
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise CheckpointError(f"{model} is no folder here, and {_reason(error, name, revision)}: give a folder or another name") from error
+        raise CheckpointError(f"{model} is no folder here, and {_reason(error, name, revision)}") from error
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
@@ -81,6 +84,13 @@ def _snapshot(name: str, revision: str | None, **options: bool) -> Path:
 
 
 def _reason(error: Exception, name: str, revision: str | None) -> str:
+    """What went wrong, and the way out."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return f"the cache {constants.HF_HUB_CACHE} cannot be written ({error.strerror}): make room there, or set HF_HOME to another folder"
+    return f"{_answer(error, name, revision)}: give a folder or another name"
+
+
+def _answer(error: Exception, name: str, revision: str | None) -> str:
     if isinstance(error, GatedRepoError):
         return f"the hub gives {name} only to those who have accepted its terms and are logged in (hf auth login)"
     if isinstance(error, RevisionNotFoundError):

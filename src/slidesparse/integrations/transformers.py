@@ -20,7 +20,6 @@ from ..compat.transformers import (
     HfQuantizer,
     QuantizationConfigMixin,
     logging,
-    names_when_saving,
     register_method,
     tied_weights,
 )
@@ -29,7 +28,7 @@ from ..format import BLOCK, QUANT_METHOD, PackedConfig, Scheme
 from ..gemm import Problem
 from ..gemm.layouts import LAYOUTS
 from ..nn import SlideSparseLinear, pack_model, place, restore_model
-from ..nn.describe import packed_config
+from ..nn.describe import model_config
 from ..pattern import Pattern
 from .calibration import TOKENIZER_FILES
 from .classes import auto_class, check_code, named_class
@@ -127,15 +126,12 @@ class SlideSparseQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
         """Nothing; transformers asks before it saves the configuration, which then tells what the model holds: layers may be others."""
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | SlideSparseLinear)]
-        name_of = names_when_saving(model, linears)
-        layers = {name_of[name]: module for name, module in model.named_modules() if isinstance(module, SlideSparseLinear)}
-        if not layers and hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        if not layers:
+        found = model_config(model, self.quantization_config.packed)
+        if found is None:
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
             return None, {}
-        dense = [name_of[name] for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        self.quantization_config.packed = packed_config(layers, dense, self.quantization_config.packed)
+        self.quantization_config.packed = found
         model.config.quantization_config = self.quantization_config
         return None, {}
 

@@ -96,7 +96,7 @@ def check_layer(stored: StoredTensors, config: PackedConfig, name: str, layer: S
 
 
 def check_rest(stored: StoredTensors, model: nn.Module, ignore: Collection[str] = ()) -> None:
-    """The other tensors: none missing, none left over but those of ``ignore``, by the names of their modules, none of another shape.
+    """The other tensors: none missing, none left over but those that ``ignore`` names, none of another shape.
 
     Raises:
         CheckpointError: names the tensor.
@@ -113,8 +113,7 @@ def check_rest(stored: StoredTensors, model: nn.Module, ignore: Collection[str] 
     if not stored.strict:
         return
     for name, found in stored.tensors.items():
-        left = (found.key.rpartition(".")[0] or found.key) in ignore
-        if name not in expected and not left and not may_be_left_over(name, model):
+        if name not in expected and found.key not in ignore and not may_be_left_over(name, model):
             raise CheckpointError(f"{stored.where}: the model has no place for tensor {found.key}")
 
 

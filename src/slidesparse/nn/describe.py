@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+from torch import nn
+
+from ..compat.saving import names_in_files
 from ..errors import UnsupportedError
 from ..format import PackedConfig
 from ..select import matches
 from .linear import SlideSparseLinear
+
+_LOG = logging.getLogger(__name__)
+
+
+def write_config(model: Any) -> None:
+    """Let the configuration of a model that can be saved tell the packed form; otherwise its files could not be read back."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "save_pretrained"):
+        return
+    quantized = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and hasattr(module, "weight_scale")]
+    try:
+        found = model_config(model)
+        if quantized:
+            raise UnsupportedError(f"layer {quantized[0]} is quantised and not packed")
+    except UnsupportedError as reason:
+        _LOG.warning("this model cannot be saved in one packed form: %s", reason)
+        return
+    if found is not None:
+        config.quantization_config = found.to_dict()
+
+
+def model_config(model: nn.Module, before: PackedConfig | None = None) -> PackedConfig | None:
+    """`packed_config` of a model's linear layers, by the names they get in its files; None where no layer is packed.
+
+    Raises:
+        UnsupportedError: they are of several schemes, or transformers does not tell the names.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | SlideSparseLinear)}
+    layers = {name: module for name, module in linears.items() if isinstance(module, SlideSparseLinear)}
+    if not layers:
+        return None
+    name_of = names_in_files(model, list(linears))
+    dense = [name_of[name] for name in linears if name not in layers]
+    return packed_config({name_of[name]: module for name, module in layers.items()}, dense, before)
 
 
 def packed_config(layers: Mapping[str, SlideSparseLinear], dense: Iterable[str], before: PackedConfig | None = None) -> PackedConfig:

@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -15,7 +14,7 @@ from ..format import Scheme, scheme_named
 from ..packing import detect
 from ..pattern import KNOWN, Pattern
 from ..select import DEFAULT_IGNORE, matches
-from .describe import packed_config
+from .describe import write_config
 from .linear import SlideSparseLinear
 from .source import DenseSource, NotConvertible, read_linear
 
@@ -89,7 +88,8 @@ def pack_model(
         setattr(model.get_submodule(parent), child, replaced[id(linear)])
         report.packed[step.name] = (step.pattern, step.scheme)
     setattr(model, _REPORT, report)
-    _describe(model, report)
+    if report.packed:
+        write_config(model)
     _LOG.info("%s", report)
     if not report.packed:
         _LOG.warning("no layer was packed: %s", report)
@@ -163,16 +163,3 @@ def _convert(step: _Step, memory: str) -> SlideSparseLinear:
         raise WeightError(f"layer {step.name}: {error}") from error
     layer.name = step.name
     return layer.train(source.module.training)
-
-
-def _describe(model: nn.Module, report: PackingReport) -> None:
-    """Let the configuration of a model that can be saved tell the packed form; otherwise its files could not be read back."""
-    config, schemes = getattr(model, "config", None), {scheme for _, scheme in report.packed.values()}
-    if not report.packed or config is None or not hasattr(model, "save_pretrained"):
-        return
-    quantized = [name for name in report.dense if hasattr(model.get_submodule(name), "weight_scale")]
-    if len(schemes) != 1 or quantized:
-        _LOG.warning("this model cannot be saved in one packed form: %s", report)
-        return
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in report.packed}
-    config.quantization_config = packed_config(layers, report.dense).to_dict()

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..format import QUANT_METHOD
 from ..select import matches
+from .describe import write_config
 from .linear import SlideSparseLinear
 
 
@@ -34,10 +36,25 @@ def restore_model(model: Any, *, only: Sequence[str] = ("*",), dtype: torch.dtyp
         if layer not in made:
             made[layer] = _dense(layer, dtype or layer.dtype)
         setattr(model.get_submodule(parent), child, made[layer])
-    config: Any = getattr(model, "config", None)
-    if made and not _packed(model) and hasattr(config, "quantization_config"):
-        del config.quantization_config
+    if made:
+        _tell(model)
     return model
+
+
+def _tell(model: Any) -> None:
+    """Let the configuration tell what is packed: here, or on saving where transformers' quantiser does; nothing where nothing is."""
+    config: Any = getattr(model, "config", None)
+    told = getattr(config, "quantization_config", None)
+    if _packed(model):
+        if isinstance(told, dict) and told.get("quant_method") == QUANT_METHOD:
+            write_config(model)
+        return
+    for module in list(model.modules()):
+        quantizer = vars(module).get("hf_quantizer")
+        if quantizer is not None:  # transformers treats a model as quantised for as long as it has one
+            quantizer.remove_quantization_config(module)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
 
 
 def _packed(model: nn.Module) -> list[tuple[str, SlideSparseLinear]]:

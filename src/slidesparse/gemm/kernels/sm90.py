@@ -61,7 +61,7 @@ class Sm90(Kernel):
         return int32_overflow(problem) or sm90.unavailable()
 
     def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
-        """By predicted time on slid weights; split ones, of which no time was measured, last."""
+        """By predicted time on slid weights; split ones last: the prediction is not fitted to their times."""
         found = self._by_time(problem, m, sparse=True)
         return tuple(map(str, sorted(found, key=lambda variant: variant.split)))
 
@@ -89,13 +89,18 @@ class Sm90(Kernel):
         width = -(-problem.pattern.slid_k(problem.k) // _step(problem)) * _step(problem) if sparse else problem.k
         bias = "" if problem.bias is None else str(problem.bias).removeprefix("torch.")
         values, out = (str(dtype).removeprefix("torch.") for dtype in (problem.scheme.dtype, problem.dtype))
-        gemm = sm90.loaded(sm90.Variant.parse(variant), sm90.Types(values, sparse, out, bias), index)
-        work, empty = gemm.table(m, n, width), allocator(x.device)
+        with torch.cuda.device(x.device):
+            gemm = sm90.loaded(sm90.Variant.parse(variant), sm90.Types(values, sparse, out, bias), index)
+            work, empty = gemm.table(m, n, width), allocator(x.device)
 
         def multiply(q: Tensor, x_scale: Tensor | None, copy: Copy, scale: Tensor | None, added: Tensor | None) -> Tensor:
             y = empty((m, n), (n, 1), problem.dtype)
             gemm(q, x_scale, copy[0], scale, added, work, y, current_stream(index))
             return y
+
+        def multiply_there(q: Tensor, x_scale: Tensor | None, copy: Copy, scale: Tensor | None, added: Tensor | None) -> Tensor:
+            with torch.cuda.device(q.device):
+                return multiply(q, x_scale, copy, scale, None if added is None else added.contiguous())
 
         pattern = problem.pattern if sparse else None
         quantise: Callable[..., tuple[Tensor, Tensor | None]] = (
@@ -103,7 +108,7 @@ class Sm90(Kernel):
             if problem.scheme.dynamic
             else partial(_rows, pattern=None if pattern is None or moves_nothing(pattern, 0) else pattern, width=width)
         )
-        return Pipeline(layout, quantise, multiply, None, True)
+        return Pipeline(layout, quantise, multiply if direct else multiply_there, None, True)
 
 
 def _step(problem: Problem) -> int:

@@ -113,8 +113,8 @@ def predicted_clocks(variant: Variant, n: int, k: int, m: int, *, sparse: bool, 
 
     Waves of clusters, in each the steps, bound by tensor cores or by copies, and a tile's ends. The constants follow products measured on
     an H200 (benchmarks/results/archive/h200_sm90_variants.csv). They put variants in order and predict no time: at one clock, 1.9 GHz,
-    they are 13 % off (root mean square). Those of a split follow no measurement: steps are divided evenly, and sums go through the
-    second-level cache.
+    they are 13 % off (root mean square). Those of a split are not fitted to its times (h200_sm90_split.csv beside it): steps are divided
+    evenly, and sums go through the second-level cache.
     """
     tiles = -(-n // (ROWS * variant.features)) * -(-m // (variant.tokens * variant.along))
     # Of clusters of eight, 15 fit the 132 multiprocessors of an H200.
