@@ -9,7 +9,8 @@ from statistics import geometric_mean
 
 from ..format import SCHEMES
 from ..pattern import Pattern
-from .accuracy import Loss, losses
+from . import accuracy
+from .accuracy import Loss
 from .kernel import CONTROL
 from .models import MODELS, Shape
 from .rows import OK, Row, newest
@@ -67,11 +68,7 @@ def figures(rows: Sequence[Row], study: Sequence[Loss] | None = None) -> Iterato
         yield from _roofline(own, found, shapes, short, name, slug)
         for phase, x in (("decode", "requests in a batch"), ("prefill", "tokens in a step")):
             yield from _engines(own, phase, x, short, slug)
-        yield from _trade(own, found, _study() if study is None else study, short, name, slug)
-
-
-def _study() -> list[Loss]:
-    return [loss for pattern in SHOWN if pattern != CONTROL for loss in losses(pattern)]
+        yield from _trade(own, found, accuracy.study() if study is None else study, short, name, slug)
 
 
 def _model(rows: Sequence[Row]) -> tuple[str, list[Shape]]:
@@ -168,26 +165,28 @@ def _trade(rows: Sequence[Row], found: Sequence[Curve], study: Sequence[Loss], c
     gains, what = _gains(rows, found, name)
     if not gains or not study:
         return
-    costs: dict[str, dict[str, float]] = {}
+    costs: dict[tuple[str, str], dict[str, float]] = {}
     for loss in study:
-        costs.setdefault(loss.model, {})[loss.pattern] = 100 * (loss.perplexity / loss.dense_perplexity - 1)
-    speed = [
-        Line(f"{scheme}, {model}" if len(costs) > 1 else scheme, [(of[p], cost[p]) for p in sorted(of, key=SHOWN.index) if p in cost],
-             labels=[p for p in sorted(of, key=SHOWN.index) if p in cost])
-        for model, cost in costs.items()
-        for scheme, of in gains.items()
-    ]  # fmt: skip
-    order = [pattern for pattern in SHOWN if pattern != CONTROL]
-    size = [
-        Line(model, [(_bytes(p), cost[p]) for p in order if p in cost], labels=[p for p in order if p in cost])
-        for model, cost in costs.items()
-    ]  # fmt: skip
-    height = "WikiText-2 perplexity above dense, %"
+        of = costs.setdefault((loss.scheme, loss.model), {})
+        of[loss.pattern] = 100 * (loss.perplexity / loss.dense_perplexity - 1)
+    timed = {key: [p for p in SHOWN if p in cost and p in gains.get(key[0], {})] for key, cost in costs.items()}
+    speed, size = [], []
+    # Those with a speed come first, so that a line has one colour in both panels.
+    order = {key: list(gains).index(key[0]) if timed[key] else len(gains) for key in costs}
+    for key, cost in sorted(costs.items(), key=lambda each: order[each[0]]):
+        known, name_of = [pattern for pattern in SHOWN if pattern in cost], ", ".join(key)
+        speed.append(Line(name_of, [(gains[key[0]][p], cost[p]) for p in timed[key]], labels=timed[key]))
+        size.append(Line(name_of, [(_bytes(p, key[0]), cost[p]) for p in known], labels=known))
+    speed = [line for line in speed if line.points]
+    if not speed:
+        return
+    height = "WikiText-2 perplexity above dense of the scheme, %"
     panels = [
-        Panel("against speed", f"times as fast as dense, {what}", height, [line for line in speed if line.points][:6], False, True, 1.0),
-        Panel("against bytes", "bytes of packed 8-bit weights, of dense 8-bit ones", height, size[:6], False, True),
+        Panel("against speed", f"times as fast as dense, {what}", height, speed[:6], False, True, 1.0),
+        Panel("against bytes", "bytes of packed weights, of dense ones of the scheme", height, size[:6], False, True),
     ]
-    title = f"what a pattern costs and gains: accuracy of {' and '.join(costs)}, speed of {_served(rows) or name} on {card}"
+    models = " and ".join(dict.fromkeys(model for _, model in costs))
+    title = f"what a pattern costs and gains: accuracy of {models}, speed of {_served(rows) or name} on {card}"
     yield Figure(f"trade-{slug}", title, panels)
 
 
@@ -215,7 +214,6 @@ def _served(rows: Sequence[Row]) -> str:
     return max(dict.fromkeys(models), key=models.count, default="")
 
 
-def _bytes(pattern: str) -> float:
-    """Share of dense 8-bit weights: kept values and a bit for each weight."""
-    item = SCHEMES["int8"].dtype.itemsize
-    return Pattern.parse(pattern).density + 1 / (8 * item)
+def _bytes(pattern: str, scheme: str) -> float:
+    """Share of dense weights: kept values and a bit for each weight."""
+    return Pattern.parse(pattern).density + 1 / (8 * SCHEMES[scheme].dtype.itemsize)
