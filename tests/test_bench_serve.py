@@ -72,7 +72,10 @@ def test_engines_take_turns_and_every_point_has_their_rows(dense: Path, tmp_path
     more = serve.run(asked_of(dense, tmp_path, decode=(4, 8)), Rows(table.path), rows.here("abc"))
     assert {(row.what, row.m) for row in more} == {("decode", 8)}
     other = serve.run(asked_of(dense, tmp_path, packed={"lean": {}}, graphs=(1, 2048)), Rows(table.path), rows.here("abc"))
-    assert {row.route for row in other} == {"vLLM", "packed: lean, CUDA graphs to 2048"}
+    assert {row.route for row in other} == {"vLLM, CUDA graphs to 2048", "packed: lean, CUDA graphs to 2048"}
+    assert {row.rival for row in other} == {"vLLM, CUDA graphs to 2048"}, "dense has the same graphs"
+    eager = serve.run(asked_of(dense, tmp_path, eager=True), Rows(table.path), rows.here("abc"))
+    assert {row.route for row in eager} == {"vLLM, eager", "packed: as the plan has it, eager"}
 
 
 def test_an_engine_that_breaks_leaves_its_points_and_a_row_that_says_why(dense: Path, tmp_path: Path, monkeypatch) -> None:

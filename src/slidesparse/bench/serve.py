@@ -63,9 +63,11 @@ class Asked:
 
     @property
     def routes(self) -> list[str]:
-        """What the engines' rows are called, the dense one first."""
-        graphs = f", CUDA graphs to {max(self.graphs)}" if self.graphs else ""
-        return ["vLLM" if self.engine == "vllm" else "transformers, bf16", *(f"packed: {name}{graphs}" for name in self.packed)]
+        """What the engines' rows are called, the dense one first: settings of vLLM that both share are in both names."""
+        if self.engine != "vllm":
+            return ["transformers, bf16", *(f"packed: {name}" for name in self.packed)]
+        shared = ", eager" if self.eager else f", CUDA graphs to {max(self.graphs)}" if self.graphs else ""
+        return [f"vLLM{shared}", *(f"packed: {name}{shared}" for name in self.packed)]
 
 
 def run(asked: Asked, table: Rows, here: Row, progress: Progress | None = None) -> list[Row]:
