@@ -43,7 +43,7 @@ def kernel_rows(card: str = "CARD 1") -> list[Row]:
 
 
 def serve_rows() -> list[Row]:
-    base = Row("serve", "decode", m=64, scheme="fp8", pattern="6:8", model="M", card="CARD 1", commit="abc")
+    base = Row("serve", "decode", m=64, scheme="fp8", pattern="6:8", model="M", card="CARD 1", commit="abc", rival="vLLM")
     slow = replace(base, route="packed: as the plan has it, CUDA graphs to 2048", us=1200.0, ratio=0.9)
     return [
         replace(base, route="vLLM", us=1000.0, ratio=1.0), slow, replace(base, route="packed: as the plan has it", us=800.0, ratio=1.25),
@@ -92,6 +92,18 @@ def test_decoding_is_shown_against_dense_of_the_same_run_and_the_trade_by_patter
     assert [line.name for line in alone.lines] == ["int8, small"], "what was not timed has no line against speed"
     assert alone.lines[0].points == [(pytest.approx(2.0), pytest.approx(100)), (pytest.approx(1.25), pytest.approx(20))]
     assert "trade" not in {figure.name.partition("-")[0] for figure in figures(kernel_rows(), STUDY[:1])}, "nor any picture without one"
+
+
+def test_dense_is_what_the_ratio_is_against_in_transformers_too() -> None:
+    theirs = "transformers, bf16"
+    plain = [replace(row, rival=theirs, route=theirs if row.route == "vLLM" else row.route) for row in serve_rows()]
+    dense = replace(plain[0], what="prefill", m=8192)
+    found = by_kind([*plain, dense])
+    (panel,) = found["decode"].panels
+    assert [(line.name, line.points, line.labels) for line in panel.lines] == [(DENSE, [(64, 1.0)], ["64k"]), ("6:8", [(64, 1.25)], [])]
+    assert "run by transformers on" in found["decode"].title
+    speed, _ = found["trade"].panels
+    assert [x for x, _ in speed.lines[0].points] == [1.5] and speed.x.endswith("in transformers"), "dense rows are no gain"
 
 
 def test_the_readmes_picture_has_the_lines_of_the_rows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import geometric_mean
@@ -136,24 +137,33 @@ def _point(m: int, us: float, shapes: Sequence[Shape], scheme: str, pattern: str
 
 def _engines(rows: Sequence[Row], phase: str, x: str, card: str, slug: str) -> Iterator[Figure]:
     own = [row for row in rows if row.bench == "serve" and row.what == phase and row.status == OK and row.us]
-    models = list(dict.fromkeys(row.model for row in own))
-    if not models:
+    if not own:
         return
-    model = max(models, key=lambda name: sum(row.model == name for row in own))
+    most = Counter((row.model, _engine(row)) for row in own).most_common(1)[0][0]
+    own, (model, engine) = [row for row in own if (row.model, _engine(row)) == most], most
     panels = []
-    for scheme in dict.fromkeys(row.scheme for row in own if row.model == model):
-        found = [row for row in own if row.model == model and row.scheme == scheme]
-        base = {row.m: row.m / row.us * 1e6 for row in found if row.route == "vLLM" and row.us}
+    for scheme in dict.fromkeys(row.scheme for row in own):
+        found = [row for row in own if row.scheme == scheme]
+        base = {row.m: row.m / row.us * 1e6 for row in found if _dense(row) and row.us}
         lines = [Line(DENSE, [(m, 1.0) for m in sorted(base)], labels=[_short(base[m]) for m in sorted(base)])]
         for pattern in SHOWN[:5]:
-            tried = [row for row in found if row.pattern == pattern and row.route != "vLLM" and row.ratio]
+            tried = [row for row in found if row.pattern == pattern and not _dense(row) and row.ratio]
             routes = [row.route for row in tried]
             # Of several settings the one with the most points, or else the plain one, whose name is the shortest.
             route = min(routes, key=lambda name: (-routes.count(name), len(name)), default="")
             lines.append(Line(pattern, sorted((row.m, row.ratio) for row in tried if row.route == route and row.ratio)))
         lines = [line for line in lines if line.points]
         panels.append(Panel(scheme, x, "tokens a second, of dense's (numbers)", lines))
-    yield Figure(f"{phase}-{slug}", f"{model} served by vLLM on {card}: {phase}, packed against dense", panels)
+    yield Figure(f"{phase}-{slug}", f"{model} run by {engine} on {card}: {phase}, packed against dense", panels)
+
+
+def _dense(row: Row) -> bool:
+    return row.route == row.rival
+
+
+def _engine(row: Row) -> str:
+    """Of a row of `serve`, whose dense one may name settings behind a comma."""
+    return row.rival.partition(",")[0]
 
 
 def _short(rate: float) -> str:
@@ -192,15 +202,15 @@ def _trade(rows: Sequence[Row], found: Sequence[Curve], study: Sequence[Loss], c
 
 def _gains(rows: Sequence[Row], found: Sequence[Curve], name: str) -> tuple[dict[str, dict[str, float]], str]:
     """Speed-ups by scheme and pattern: prefill in an engine where it was measured, else whole linears."""
-    served = [row for row in rows if row.what == "prefill" and row.route != "vLLM" and row.speedup and row.m >= _PREFILL]
-    model = _served(rows)
+    served = [row for row in rows if row.what == "prefill" and not _dense(row) and row.speedup and row.m >= _PREFILL]
     if served:
         grouped: dict[str, dict[str, list[float]]] = {}
+        model, engine = _served(rows), Counter(map(_engine, served)).most_common(1)[0][0]
         for row in served:
-            if row.model == model and row.pattern in SHOWN and row.speedup:
+            if (row.model, _engine(row)) == (model, engine) and row.pattern in SHOWN and row.speedup:
                 grouped.setdefault(row.scheme, {}).setdefault(row.pattern, []).append(row.speedup)
         means = {scheme: {pattern: geometric_mean(values) for pattern, values in of.items()} for scheme, of in grouped.items()}
-        return means, f"prefill of {_PREFILL} tokens and more in vLLM"
+        return means, f"prefill of {_PREFILL} tokens and more in {engine}"
     gains: dict[str, dict[str, float]] = {}
     for curve in found:
         many = [gain for m, gain in curve.speedups().items() if m >= _PREFILL]
