@@ -17,7 +17,7 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,7 @@ MARKED = re.compile(r"<!-- tables: (?:(?P<name>\S+) )?begin -->\n(?P<old>.*?)<!-
 CARDS = {"h100": "nvidia-h100-80gb-hbm3", "h200": "nvidia-h200"}
 GRAPHS = "CUDA graphs to 2048"
 NOTHING = "–"
+Dense = dict[tuple[str, int, str], Row]
 ORDER = ("8:10", "6:8", "4:6", "2:4")
 SHOWN = (("prefill", 4096), ("decode", 64))
 """Points of engines in the table of the trade."""
@@ -81,10 +82,10 @@ def trade() -> str:
     own = [row for row in serve_rows("h200") if row.model == "Qwen2.5-7B" and row.scheme in ("fp8", "int8")]
     for pattern in ("6:8", "4:6", "2:4"):
         for scheme in ("fp8", "int8"):
-            mine = [row for row in own if (row.pattern, row.scheme) == (pattern, scheme) and row.route != "vLLM"]
+            mine = [row for row in own if (row.pattern, row.scheme) == (pattern, scheme) and row.route != row.rival]
             mine = [row for row in mine if GRAPHS in row.route] or mine
             if mine:
-                dense = {(row.what, row.m, row.commit): row for row in own if row.route == "vLLM" and _kind(row) == _kind(mine[0])}
+                dense = dense_of(own, mine)
                 speeds = [next((f"{over(row, dense):.2f}×" for row in mine if (row.what, row.m) == at), NOTHING) for at in SHOWN]
                 size = mine[0].gigabytes / next(iter(dense.values())).gigabytes
                 lines.append([f"{pattern} {scheme}", NOTHING, f"{size:.2f}", *speeds])
@@ -94,15 +95,21 @@ def trade() -> str:
 def serve_rows(card: str) -> list[Row]:
     """Every row, those that a later run has replaced left out."""
     every = rows.read(RESULTS / f"{card}_serve.csv")
-    kept = [row for row in rows.newest(every) if row.route != "vLLM"]
-    return [*kept, *(row for row in every if row.route == "vLLM")]
+    kept = [row for row in rows.newest(every) if row.route != row.rival]
+    return [*kept, *(row for row in every if row.route == row.rival)]
 
 
 def _kind(row: Row) -> tuple[str, str, str]:
     return row.model, row.pattern, row.scheme
 
 
-def over(row: Row, dense: Mapping[tuple[str, int, str], Row]) -> float:
+def dense_of(own: Sequence[Row], mine: Sequence[Row]) -> Dense:
+    """Dense engines of one kind of model with the settings that these rows' rivals had."""
+    found = [row for row in own if row.route == mine[0].rival and _kind(row) == _kind(mine[0])]
+    return {(row.what, row.m, row.commit): row for row in found}
+
+
+def over(row: Row, dense: Dense) -> float:
     """The dense engine's time in the same run over this one's."""
     return dense[row.what, row.m, row.commit].us / row.us
 
@@ -112,10 +119,10 @@ def served(card: str, phase: str) -> str:
     own, lines = serve_rows(card), []
     tokens = sorted({row.m for row in own if row.what == phase})
     models = list(dict.fromkeys(row.model for row in own))
-    engines = dict.fromkeys((_kind(row), row.route) for row in own if row.route != "vLLM")
+    engines = dict.fromkeys((_kind(row), row.route) for row in own if row.route != row.rival)
     for kind, route in sorted(engines, key=lambda each: (models.index(each[0][0]), ORDER.index(each[0][1]), each[0][2], each[1])):
         mine = [row for row in own if _kind(row) == kind and row.route == route]
-        dense = {(row.what, row.m, row.commit): row for row in own if row.route == "vLLM" and _kind(row) == kind}
+        dense = dense_of(own, mine)
         same = ", nothing ours" if all(row.error == 0 for row in mine) else ""
         cells = [next((_cell(row, dense) for row in mine if (row.what, row.m) == (phase, m)), "") for m in tokens]
         if any(cells):
@@ -126,7 +133,7 @@ def served(card: str, phase: str) -> str:
     return markdown([*heads, *(["GB of weights"] if phase == "prefill" else [])], lines)
 
 
-def _cell(row: Row, dense: Mapping[tuple[str, int, str], Row]) -> str:
+def _cell(row: Row, dense: Dense) -> str:
     theirs = dense[row.what, row.m, row.commit].kernels_us
     return f"{over(row, dense):.2f}×" + (f" ({theirs / row.kernels_us:.2f})" if theirs and row.kernels_us else "")
 

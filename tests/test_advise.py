@@ -18,9 +18,9 @@ from slidesparse.bench.accuracy import Loss
 from slidesparse.bench.advice import TOKENS, Option, advise, pays_from, recommendation
 from slidesparse.bench.estimate import DENSE, MEASURED, MODEL, Estimates
 from slidesparse.bench.models import MODELS
-from slidesparse.bench.targets import shapes_of
+from slidesparse.bench.targets import Target, target_of
 from slidesparse.cli import advising
-from slidesparse.errors import CheckpointError
+from slidesparse.errors import CheckpointError, UnsupportedError
 from slidesparse.gemm import Cell, Plan
 from slidesparse.gemm.plans import shipped_plan
 
@@ -135,10 +135,10 @@ def test_shapes_come_from_weights_from_a_configuration_alone_and_by_hand(tmp_pat
     models.write(tmp_path / "whole")
     (tmp_path / "config.json").write_text(json.dumps(models.LLAMA))
     merged = {(128, 64): 2, (64, 64): 2, (200, 64): 2, (64, 100): 2}
-    assert shapes_of(str(tmp_path / "whole")) == merged
-    assert shapes_of(str(tmp_path)) == shapes_of(str(tmp_path / "config.json")) == merged
-    assert shapes_of("4096x14336") == {(4096, 14336): 1}
-    assert shapes_of("Qwen2.5-7B") == {(4608, 3584): 28, (3584, 3584): 28, (37888, 3584): 28, (3584, 18944): 28}
+    assert target_of(str(tmp_path / "whole")).shapes == merged
+    assert target_of(str(tmp_path)) == target_of(str(tmp_path / "config.json")) == Target(merged)
+    assert target_of("4096x14336").shapes == {(4096, 14336): 1}
+    assert target_of("Qwen2.5-7B").shapes == {(4608, 3584): 28, (3584, 3584): 28, (37888, 3584): 28, (3584, 18944): 28}
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "BitNet-2B"])
@@ -151,7 +151,41 @@ def test_the_list_of_models_has_the_layers_that_transformers_builds(name: str, t
         "vocab_size": 32,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert set(shapes_of(str(tmp_path))) == set(shape.linears.values())
+    assert set(target_of(str(tmp_path)).shapes) == set(shape.linears.values())
+
+
+def with_experts(path: Path, width: int) -> Path:
+    """Qwen2Moe's config.json alone: 4 experts of three matrices of 64 x width in each of two layers, stacked or not."""
+    config = {
+        "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "hidden_size": 64, "intermediate_size": 100,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": width, "shared_expert_intermediate_size": 100,
+    }  # fmt: skip
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_experts_are_told_and_refused_where_they_are_most_of_the_weights(run, tmp_path: Path) -> None:
+    found = target_of(str(with_experts(tmp_path / "few", 8)))
+    assert found.shapes == {(128, 64): 2, (64, 64): 2, (200, 64): 2, (64, 100): 2}, "shared experts are linear layers, gates are not"
+    (note,) = found.notes
+    assert "matrices of experts, 2.46e-05 GB or" in note and "stay dense" in note
+    status, out, err = run("advise", tmp_path / "few")
+    assert status == 0 and "matrices of experts" in out, err
+    status, _, err = run("advise", with_experts(tmp_path / "most", 256))
+    assert status == 1 and "of all weights, stay dense: advice about the other layers would say little" in " ".join(err.split())
+    tensors = models.llama_tensors() | {"model.layers.0.mlp.experts.down_proj": torch.zeros(4, 64, 8, dtype=torch.bfloat16)}
+    assert target_of(str(models.write(tmp_path / "stored", tensors))).notes[0].startswith("4 matrices of experts, 4.1e-06 GB")
+
+
+def test_heads_are_known_by_what_they_do_and_not_by_their_names(tmp_path: Path) -> None:
+    config = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "hidden_size": 64, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 99}))
+    assert (99, 64) not in target_of(str(tmp_path)).shapes, "its head is called embed_out"
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in models.LLAMA.items() if key != "architectures"}))
+    with pytest.raises(UnsupportedError, match="names no class under `architectures`"):
+        target_of(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +197,7 @@ def test_what_is_none_of_these_is_refused_in_one_line(tmp_path: Path, target: st
     if target[0] in "{[":
         file.write_text(target[:-1] if target == "{}" else target)
     with pytest.raises(CheckpointError, match=message):
-        shapes_of(str(file) if target[0] in "{[" else target)
+        target_of(str(file) if target[0] in "{[" else target)
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -243,11 +243,16 @@ def test_a_rivals_own_error_is_a_reason() -> None:
         rivals._tried(broken)
 
 
-def audited(tmp_path: Path, name: str, **options: object) -> list[Row]:
+def plan_of(slid: float = 1.0, tokens: tuple[int, ...] = (4, 8)) -> Plan:
     plan = Plan(HERE)
-    for m in (4, 8):
-        plan.add((64, 64, "6:8", "int8"), Cell(m, {Route("slid", "stand-in"): at(1.0), Route("dense", "exact"): at(9.0)}))
-    return audit.run(plan, Rows(tmp_path / name), rows.here("abc"), **options)
+    for m in tokens:
+        plan.add((64, 64, "6:8", "int8"), Cell(m, {Route("slid", "stand-in"): at(slid), Route("dense", "exact"): at(9.0)}))
+    return plan
+
+
+def audited(tmp_path: Path, name: str, **options: object) -> list[Row]:
+    plan = plan_of()
+    return audit.run(plan, audit.tasks(plan, rows.here("abc"), **options), Rows(tmp_path / name))
 
 
 def test_an_audit_times_what_the_plan_runs_beside_dense(stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,12 +300,19 @@ def test_bad_requests_are_refused_in_one_line(run, words: list[str], message: st
 
 
 def test_bench_audit_ends_with_3_where_the_plan_loses(run, stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan(HERE)
-    plan.add((64, 64, "6:8", "int8"), Cell(4, {Route("slid", "stand-in"): at(1.0), Route("dense", "exact"): at(9.0)}))
-    plan.save(tmp_path / "plan.json")
+    plan_of(tokens=(4,)).save(tmp_path / "plan.json")
     words = ["bench", "audit", "--no-rivals", "--plan-file", tmp_path / "plan.json"]
     status, out, _ = run(*words, "--out", tmp_path / "a.csv")
     assert status == 0 and "1 cells timed; in 0 the plan's route takes over 2 % longer" in out
     clocked(monkeypatch, dense=10.0, slid=20.0)
     status, out, _ = run(*words, "--out", tmp_path / "b.csv")
     assert status == 3 and "slid:stand-in" in out and "0.50×" in out
+    plan_of(slid=20.0, tokens=(4,)).save(tmp_path / "plan.json")
+    status, out, _ = run(*words, "--out", tmp_path / "b.csv")
+    assert status == 0 and "1 new rows, 2 in all" in out, "a plan that runs dense there is measured, and the old row does not count"
+    assert "0 new rows" in run(*words, "--out", tmp_path / "b.csv")[1]
+    told = json.loads(run(*words, "--out", tmp_path / "b.csv", "--json")[1])
+    assert [row["route"] for row in told["rows"]] == ["dense:exact"] and not told["losing"]
+    assert "0 cells timed" in run(*words, "--out", tmp_path / "b.csv", "--sparse")[1]
+    plan_of(tokens=(4,)).save(tmp_path / "plan.json")
+    assert run(*words, "--out", tmp_path / "b.csv")[0] == 3, "the first plan still loses"

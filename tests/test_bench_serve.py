@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import models
 from slidesparse import cli
 from slidesparse.bench import rows, serve, vllm_engine
+from slidesparse.bench.models import MODELS
 from slidesparse.bench.rows import FAILED, OK, Rows
 from slidesparse.bench.serve import Asked, kv_bytes, per_token
 
@@ -72,7 +75,10 @@ def test_engines_take_turns_and_every_point_has_their_rows(dense: Path, tmp_path
     more = serve.run(asked_of(dense, tmp_path, decode=(4, 8)), Rows(table.path), rows.here("abc"))
     assert {(row.what, row.m) for row in more} == {("decode", 8)}
     other = serve.run(asked_of(dense, tmp_path, packed={"lean": {}}, graphs=(1, 2048)), Rows(table.path), rows.here("abc"))
-    assert {row.route for row in other} == {"vLLM", "packed: lean, CUDA graphs to 2048"}
+    assert {row.route for row in other} == {"vLLM, CUDA graphs to 2048", "packed: lean, CUDA graphs to 2048"}
+    assert {row.rival for row in other} == {"vLLM, CUDA graphs to 2048"}, "dense has the same graphs"
+    eager = serve.run(asked_of(dense, tmp_path, eager=True), Rows(table.path), rows.here("abc"))
+    assert {row.route for row in eager} == {"vLLM, eager", "packed: as the plan has it, eager"}
 
 
 def test_an_engine_that_breaks_leaves_its_points_and_a_row_that_says_why(dense: Path, tmp_path: Path, monkeypatch) -> None:
@@ -81,6 +87,42 @@ def test_an_engine_that_breaks_leaves_its_points_and_a_row_that_says_why(dense: 
     serve.run(asked_of(dense, tmp_path, packed={"x": {"breaks": True}}), table, rows.here("abc"))
     assert [(row.what, row.status) for row in table.rows] == [("prefill", OK), ("prefill", OK), ("prefill", FAILED)]
     assert table.rows[-1].why == "out of memory"
+
+
+def test_each_model_has_checkpoints_of_its_own(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = []
+
+    class Watched(Played):
+        def __init__(self, asked: dict, stem: Path) -> None:
+            super().__init__(asked, stem)
+            places.append(Path(asked["checkpoint"]))
+
+    monkeypatch.setattr(serve, "VllmEngine", Watched)
+    other = models.write(tmp_path / "other" / dense.name, models.llama_tensors(hidden=128), models.LLAMA | {"hidden_size": 128})
+    for model in (dense, other):
+        serve.run(asked_of(model, tmp_path / "work", decode=()), Rows(tmp_path / f"{model.parent.name}.csv"), rows.here("abc"))
+    widths = [json.loads((place / "config.json").read_text())["hidden_size"] for place in places]
+    assert len(set(places)) == 4 and widths == [64, 64, 128, 128], places
+
+
+def test_random_weights_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(MODELS["Llama-3.2-1B"], hidden=64, inner=96, layers=1, heads=2, kv_heads=1, head_dim=32, vocabulary=32)
+    monkeypatch.setitem(MODELS, "Llama-3.2-1B", small)
+    monkeypatch.setattr(serve, "VllmEngine", Played)
+    asked, save = asked_of(Path("Llama-3.2-1B"), tmp_path, decode=()), PreTrainedModel.save_pretrained
+
+    def torn(model: PreTrainedModel, folder: Path, **options: object) -> None:
+        save(model, folder, **options)
+        (Path(folder) / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", torn)
+    with pytest.raises(KeyboardInterrupt):
+        serve.run(asked, Rows(tmp_path / "serve.csv"), rows.here("abc"))
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    found = serve.run(asked, Rows(tmp_path / "serve.csv"), rows.here("abc"))
+    assert [row.status for row in found] == [OK, OK], [row.why for row in found]
+    assert (tmp_path / "Llama-3.2-1B" / "source" / "model.safetensors").is_file()
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is here")

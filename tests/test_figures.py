@@ -19,9 +19,14 @@ from slidesparse.bench.figures import DENSE, SHOWN, Figure, figures
 from slidesparse.bench.models import MODELS
 from slidesparse.bench.rows import FAILED, Row, Rows, newest, read_folder
 from slidesparse.errors import UnsupportedError
+from slidesparse.format import SCHEMES
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
-STUDY = [Loss("small", pattern, "admm", 20 * (1 + cost), 20.0, None, None, 0) for pattern, cost in (("2:4", 1.0), ("6:8", 0.1))]
+STUDY = [
+    Loss("small", pattern, "admm", 20 * (1 + cost), 20.0, None, None, 0, scheme)
+    for scheme, costs in (("fp8", {"6:8": 0.1}), ("int8", {"2:4": 1.0, "6:8": 0.2}), ("bf16", {"2:4": 0.8, "6:8": 0.05}))
+    for pattern, cost in costs.items()
+]
 
 
 def kernel_rows(card: str = "CARD 1") -> list[Row]:
@@ -38,7 +43,7 @@ def kernel_rows(card: str = "CARD 1") -> list[Row]:
 
 
 def serve_rows() -> list[Row]:
-    base = Row("serve", "decode", m=64, scheme="fp8", pattern="6:8", model="M", card="CARD 1", commit="abc")
+    base = Row("serve", "decode", m=64, scheme="fp8", pattern="6:8", model="M", card="CARD 1", commit="abc", rival="vLLM")
     slow = replace(base, route="packed: as the plan has it, CUDA graphs to 2048", us=1200.0, ratio=0.9)
     return [
         replace(base, route="vLLM", us=1000.0, ratio=1.0), slow, replace(base, route="packed: as the plan has it", us=800.0, ratio=1.25),
@@ -73,14 +78,40 @@ def test_decoding_is_shown_against_dense_of_the_same_run_and_the_trade_by_patter
     (panel,) = found["decode"].panels
     assert [(line.name, line.points, line.labels) for line in panel.lines] == [(DENSE, [(64, 1.0)], ["64k"]), ("6:8", [(64, 1.25)], [])]
     speed, size = found["trade"].panels
-    assert [(line.name, line.labels) for line in speed.lines] == [("fp8", ["6:8"])] and speed.lines[0].points == [(1.5, pytest.approx(10))]
+    assert [(line.name, line.labels) for line in speed.lines] == [("fp8, small", ["6:8"])]
+    assert speed.lines[0].points == [(1.5, pytest.approx(10))], "the loss is that of the scheme which was timed"
     base = replace(serve_rows()[2], m=8, ratio=1.1)
     more = [replace(base, m=m, route="packed: as the plan has it, CUDA graphs to 2048") for m in (8, 16, 32)]
     (panel,) = by_kind([*serve_rows(), *more])["decode"].panels
     assert [m for m, _ in panel.lines[1].points] == [8, 16, 32, 64], "one line is of one setting, that of the most points"
-    assert size.lines[0].labels == ["2:4", "6:8"] and size.lines[0].points[1] == (0.875, pytest.approx(10))
+    assert [(line.name, line.labels, line.points[-1]) for line in size.lines] == [
+        ("fp8, small", ["6:8"], (0.875, pytest.approx(10))), ("int8, small", ["2:4", "6:8"], (0.875, pytest.approx(20))),
+        ("bf16, small", ["2:4", "6:8"], (0.8125, pytest.approx(5))),
+    ], "those with a speed first, bytes of the scheme"  # fmt: skip
     (alone, _) = by_kind(kernel_rows())["trade"].panels
-    assert alone.lines[0].points == [(pytest.approx(2.0), pytest.approx(100)), (pytest.approx(1.25), pytest.approx(10))]
+    assert [line.name for line in alone.lines] == ["int8, small"], "what was not timed has no line against speed"
+    assert alone.lines[0].points == [(pytest.approx(2.0), pytest.approx(100)), (pytest.approx(1.25), pytest.approx(20))]
+    assert "trade" not in {figure.name.partition("-")[0] for figure in figures(kernel_rows(), STUDY[:1])}, "nor any picture without one"
+
+
+def test_dense_is_what_the_ratio_is_against_in_transformers_too() -> None:
+    theirs = "transformers, bf16"
+    plain = [replace(row, rival=theirs, route=theirs if row.route == "vLLM" else row.route) for row in serve_rows()]
+    dense = replace(plain[0], what="prefill", m=8192)
+    found = by_kind([*plain, dense])
+    (panel,) = found["decode"].panels
+    assert [(line.name, line.points, line.labels) for line in panel.lines] == [(DENSE, [(64, 1.0)], ["64k"]), ("6:8", [(64, 1.25)], [])]
+    assert "run by transformers on" in found["decode"].title
+    speed, _ = found["trade"].panels
+    assert [x for x, _ in speed.lines[0].points] == [1.5] and speed.x.endswith("in transformers"), "dense rows are no gain"
+
+
+def test_the_readmes_picture_has_the_lines_of_the_rows() -> None:
+    (figure,) = [each for each in figures(read_folder(RESULTS)) if each.name == "trade-nvidia-h200"]
+    notes = re.findall("<!-- (.*?) -->", (RESULTS.parent.parent / "docs" / "tradeoff.svg").read_text(encoding="utf-8"))
+    lines = [line for panel in figure.panels for line in panel.lines]
+    assert [note for note in notes if ", " in note and note.partition(",")[0] in SCHEMES] == [line.name for line in lines]
+    assert [note for note in notes if note in SHOWN] == [label for line in lines for label in line.labels]
 
 
 def test_cards_and_runs_are_not_mixed() -> None:

@@ -69,7 +69,14 @@ def test_what_differs_is_named_and_written(tables: ModuleType, tmp_path: Path, m
 
 
 def test_ratios_of_engines_are_of_one_run(tables: ModuleType) -> None:
-    """2:4 int8 with larger CUDA graphs was another run than without."""
+    """2:4 int8 with larger CUDA graphs was another run than without, against a dense model with the same graphs."""
     lines = {line.split(" | ")[0].strip("| "): line for line in tables.served("h200", "prefill").splitlines()}
     assert "Qwen2.5-7B, 2:4 int8, CUDA graphs to 2048" in lines and "Qwen2.5-7B, 2:4 int8" in lines
     assert "1.33×" in lines["Qwen2.5-7B, 2:4 int8, CUDA graphs to 2048"] and "1.25×" in lines["Qwen2.5-7B, 2:4 int8"]
+    own = [row for row in tables.serve_rows("h100") if (row.what, row.m) == ("prefill", 4096)]
+    told = {(row.model, row.pattern, row.scheme, row.route): row for row in own}
+    lines = {line.split(" | ")[0].strip("| "): line for line in tables.served("h100", "prefill").splitlines()}
+    for label, kind in (("2:4 int8", ("2:4", "int8")), ("2:4 fp8", ("2:4", "fp8"))):
+        for setting in ("", ", CUDA graphs to 2048"):
+            row = told["Qwen2.5-7B", *kind, f"packed: as the plan has it{setting}"]
+            assert f"{row.ratio:.2f}×" in lines[f"Qwen2.5-7B, {label}{setting}"], "as the run itself found it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
@@ -15,9 +16,9 @@ FILE = "accuracy.json"
 
 @dataclass(frozen=True)
 class Loss:
-    """The best method of a pattern in one model, weights of 16 bits: WikiText-2 perplexity, and the mean of tasks in points.
+    """The best method of a pattern in one model and scheme: WikiText-2 perplexity, and the mean of tasks in points.
 
-    ``tasks`` is the difference from the dense model, with its standard error; None where tasks were not run.
+    The dense model has the same scheme. ``tasks`` is the difference from it, with its standard error; None where tasks were not run.
     """
 
     model: str
@@ -28,28 +29,34 @@ class Loss:
     tasks: float | None
     tasks_error: float | None
     count: int
+    scheme: str = "bf16"
 
 
-def losses(pattern: str) -> list[Loss]:
-    """One for each model of the study that has the pattern."""
-    return [loss for loss in _shipped() if loss.pattern == pattern]
+def losses(pattern: str, scheme: str = "bf16") -> list[Loss]:
+    """One for each model of the study that has the pattern in this scheme."""
+    return [loss for loss in study() if (loss.pattern, loss.scheme) == (pattern, scheme)]
 
 
 @cache
-def _shipped() -> tuple[Loss, ...]:
+def study() -> tuple[Loss, ...]:
+    """All of the summary."""
     text = (resources.files("slidesparse.bench") / FILE).read_text(encoding="utf-8")
     return tuple(Loss(**each) for each in json.loads(text))
 
 
 def summarised(table: Path) -> list[Loss]:
-    """The summary of the study's rows: of each model and pattern the method with the lowest perplexity, in bf16."""
+    """The summary of the study's rows: of each model, scheme and pattern the method with the lowest perplexity."""
     with table.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["scheme"] == "bf16"]
+        rows = list(csv.DictReader(file))
+    schemes = sorted({row["scheme"] for row in rows})
+    return [loss for scheme in schemes for loss in _summarised([row for row in rows if row["scheme"] == scheme], scheme)]
+
+
+def _summarised(rows: Sequence[Mapping[str, str]], scheme: str) -> Iterator[Loss]:
     text = {(row["model"], row["pattern"], row["method"]): row for row in rows if (row["stage"], row["metric"]) == ("text", "perplexity")}
     means = {
         (row["model"], row["pattern"], row["method"], int(row["metric"].rpartition("_")[2])): row for row in rows if row["stage"] == "mean"
     }
-    found = []
     for model, pattern in sorted({key[:2] for key in text if key[1] != "-"}):
         dense = text.get((model, "-", "dense"))
         if dense is None:
@@ -59,8 +66,7 @@ def summarised(table: Path) -> list[Loss]:
         mean = means.get((model, pattern, method, most))
         tasks, error = (None, None) if mean is None else (round(100 * float(mean[name]), 2) for name in ("difference", "difference_stderr"))
         pruned, whole = (round(float(row["value"]), 3) for row in (text[model, pattern, method], dense))
-        found.append(Loss(NAMES.get(model, model), pattern, method, pruned, whole, tasks, error, most))
-    return found
+        yield Loss(NAMES.get(model, model), pattern, method, pruned, whole, tasks, error, most, scheme)
 
 
 def written(table: Path) -> str:

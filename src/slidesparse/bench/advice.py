@@ -81,8 +81,10 @@ class Advice:
     notes: list[str]
 
 
-def advise(target: str, shapes: Mapping[Shape, int], plan: Plan, origin: str, *, tokens: Sequence[int] = TOKENS) -> Advice:
-    """Advice for layers of these shapes, so many of each, from the times of a plan."""
+def advise(
+    target: str, shapes: Mapping[Shape, int], plan: Plan, origin: str, *, tokens: Sequence[int] = TOKENS, notes: Sequence[str] = ()
+) -> Advice:
+    """Advice for layers of these shapes, so many of each, from the times of a plan; ``notes`` are what the target has besides."""
     times = Estimates(plan)
     totals = {scheme: _totals(times, shapes, scheme, DENSE, tokens) for scheme in SCHEME_NAMES}
     best = {8: _best([totals["int8"], totals["fp8"]]), 16: _best([totals["bf16"]])}
@@ -94,8 +96,8 @@ def advise(target: str, shapes: Mapping[Shape, int], plan: Plan, origin: str, *,
     ]
     dense, options = ([each for each in found if each.speeds] for found in (dense, options))
     layers = {f"{n} × {k}": count for (n, k), count in shapes.items()}
-    sentence, notes = recommendation(dense, options), _notes(plan, [*dense, *options])
-    return Advice(target, plan.machine.gpu, origin, layers, dense, options, sentence, notes)
+    told = [*notes, *_notes(plan, [*dense, *options])]
+    return Advice(target, plan.machine.gpu, origin, layers, dense, options, recommendation(dense, options), told)
 
 
 def _totals(times: Estimates, shapes: Mapping[Shape, int], scheme: str, pattern: str, tokens: Sequence[int]) -> dict[int, Estimate]:

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..format import SCHEMES
-from ..gemm import Plan, Route
+from ..gemm import Plan, Problem, Route
 from ..gemm.choose import GUARD, choice_of, route_at
 from ..gemm.kernels import refusal
 from ..gemm.plan import Key
@@ -20,58 +20,92 @@ from .models import Shape
 from .rows import FAILED, OK, REFUSED, WRONG, Row, Rows
 
 
-def run(
-    plan: Plan, table: Rows, here: Row, *, shapes: Collection[Shape] = (), schemes: Collection[str] = (), tokens: Collection[int] = (),
-    sparse_only: bool = False, progress: Progress | None = None,
+def tasks(
+    plan: Plan, here: Row, *, shapes: Collection[Shape] = (), schemes: Collection[str] = (), tokens: Collection[int] = (),
+    sparse_only: bool = False,
 ) -> list[Row]:  # fmt: skip
-    """Time what the plan runs beside the fastest dense routes that it knows, for each of its cells, or for those that are asked for.
+    """A row without times for each of the plan's cells, or for those that are asked for, with the route that the plan makes run.
 
     With ``sparse_only`` cells in which the plan runs dense weights are left out: there is nothing to lose there.
     """
     keys = [key for key in sorted(plan.cells) if (not shapes or key[:2] in shapes) and (not schemes or key[3] in schemes)]
-    tasks = [(key, m) for key in keys for m in sorted(plan.cells[key]) if not tokens or m in tokens]
-    tasks = [(key, m) for key, m in tasks if not table.has(_row(here, key, m))]
+    found = [(key, m, _runs(plan, key, m)) for key in keys for m in sorted(plan.cells[key]) if not tokens or m in tokens]
+    base = replace(here, bench="audit", what="linear")
+    return [
+        replace(base, m=m, n=key[0], k=key[1], pattern=key[2], scheme=key[3], route=str(runs))
+        for key, m, runs in found
+        if not sparse_only or runs.layout != "dense"
+    ]
+
+
+def run(plan: Plan, asked: Sequence[Row], table: Rows, progress: Progress | None = None) -> list[Row]:
+    """Time these tasks beside the fastest dense routes that the plan knows, those aside whose route the table has in their cell."""
+    left = [task for task in asked if not _found(task, table)]
     made: list[Row] = []
     bench: Bench | None = None
-    for done, (key, m) in enumerate(tasks):
+    for done, task in enumerate(left):
         if progress:
-            progress(done, len(tasks), f"{key[0]}×{key[1]} {key[2]} {key[3]} M={m}")
-        layer = LinearShape(key[0], key[1], Pattern.parse(key[2]), SCHEMES[key[3]])
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+            progress(done, len(left), f"{task.n}×{task.k} {task.pattern} {task.scheme} M={task.m}")
+        layer = _layer(_key(task))
         if bench is None or bench.layer != layer:
-            bench = Bench(layer, device)
-        for row in _rows(plan, bench, _row(here, key, m), device, sparse_only):
-            table.add(row)
-            made.append(row)
+            bench = Bench(layer, _device())
+        made.append(_row(plan, bench, task))
+        table.add(made[-1])
     if progress:
-        progress(len(tasks), len(tasks), "")
+        progress(len(left), len(left), "")
     return made
 
 
-def _row(here: Row, key: Key, m: int) -> Row:
-    n, k, pattern, scheme = key
-    return replace(here, bench="audit", what="linear", m=m, n=n, k=k, scheme=scheme, pattern=pattern)
+def standing(asked: Sequence[Row], table: Rows) -> list[Row]:
+    """The newest row of each task: what another plan made run does not count."""
+    return [found[-1] for task in asked if (found := _found(task, table))]
 
 
-def _rows(plan: Plan, bench: Bench, row: Row, device: str, sparse_only: bool) -> list[Row]:
-    """One row: what runs, against the fastest dense route."""
-    times = plan.cells[bench.key][row.m].whole
-    without = frozenset(route for route in plan.routes(bench.key) if refusal(route, bench.problem) is not None)
-    runs = route_at(choice_of(plan, bench.problem, without=without)[1], row.m) or Route("dense", "exact")
-    dense = [route for route in times if route.layout == "dense" and route not in without] or [Route("dense", "exact")]
-    if sparse_only and runs.layout == "dense":
-        return []
-    row = replace(row, route=str(runs))
+def _found(task: Row, table: Rows) -> list[Row]:
+    return [row for row in table.rows if row.cell == task.cell and row.route == task.route]
+
+
+def _key(task: Row) -> Key:
+    return task.n, task.k, task.pattern, task.scheme
+
+
+def _layer(key: Key) -> LinearShape:
+    return LinearShape(key[0], key[1], Pattern.parse(key[2]), SCHEMES[key[3]])
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _problem(key: Key) -> Problem:
+    problem = _layer(key).problem
+    return problem if _device() == "cuda" else replace(problem, capability=(0, 0))
+
+
+def _absent(plan: Plan, key: Key) -> frozenset[Route]:
+    """Routes of the plan that cannot run here."""
+    return frozenset(route for route in plan.routes(key) if refusal(route, _problem(key)) is not None)
+
+
+def _runs(plan: Plan, key: Key, m: int) -> Route:
+    return route_at(choice_of(plan, _problem(key), without=_absent(plan, key))[1], m) or Route("dense", "exact")
+
+
+def _row(plan: Plan, bench: Bench, task: Row) -> Row:
+    """What runs, against the fastest dense route."""
+    key, without = _key(task), _absent(plan, _key(task))
+    runs = _runs(plan, key, task.m)
+    dense = [route for route in plan.cells[key][task.m].whole if route.layout == "dense" and route not in without]
     try:
-        cell = bench.cell(row.m, only=list(dict.fromkeys([*dense, runs])), rounds=9)
+        cell = bench.cell(task.m, only=list(dict.fromkeys([*(dense or [Route("dense", "exact")]), runs])), rounds=9)
     except (RuntimeError, UnsupportedError) as error:
-        return [replace(row, status=FAILED, why=(str(error).splitlines() or [type(error).__name__])[0])]
+        return replace(task, status=FAILED, why=(str(error).splitlines() or [type(error).__name__])[0])
     if runs not in cell.whole:
         why = cell.dropped.get(str(runs), "it was not timed")
-        return [replace(row, status=WRONG if why.startswith("max error") else REFUSED, why=why)]
-    return [each for each in timed_rows(row, cell.whole, cell.errors, device) if each.route == str(runs)]
+        return replace(task, status=WRONG if why.startswith("max error") else REFUSED, why=why)
+    return next(each for each in timed_rows(task, cell.whole, cell.errors, _device()) if each.route == task.route)
 
 
 def losing(rows: Sequence[Row]) -> list[Row]:
     """Rows in which the plan's route takes longer than the fastest dense one by more than the guard."""
-    return [row for row in rows if row.bench == "audit" and row.status == OK and row.ratio is not None and row.ratio * GUARD < 1]
+    return [row for row in rows if row.status == OK and row.ratio is not None and row.ratio * GUARD < 1]

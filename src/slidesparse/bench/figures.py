@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import geometric_mean
 
 from ..format import SCHEMES
 from ..pattern import Pattern
-from .accuracy import Loss, losses
+from . import accuracy
+from .accuracy import Loss
 from .kernel import CONTROL
 from .models import MODELS, Shape
 from .rows import OK, Row, newest
@@ -67,11 +69,7 @@ def figures(rows: Sequence[Row], study: Sequence[Loss] | None = None) -> Iterato
         yield from _roofline(own, found, shapes, short, name, slug)
         for phase, x in (("decode", "requests in a batch"), ("prefill", "tokens in a step")):
             yield from _engines(own, phase, x, short, slug)
-        yield from _trade(own, found, _study() if study is None else study, short, name, slug)
-
-
-def _study() -> list[Loss]:
-    return [loss for pattern in SHOWN if pattern != CONTROL for loss in losses(pattern)]
+        yield from _trade(own, found, accuracy.study() if study is None else study, short, name, slug)
 
 
 def _model(rows: Sequence[Row]) -> tuple[str, list[Shape]]:
@@ -139,24 +137,33 @@ def _point(m: int, us: float, shapes: Sequence[Shape], scheme: str, pattern: str
 
 def _engines(rows: Sequence[Row], phase: str, x: str, card: str, slug: str) -> Iterator[Figure]:
     own = [row for row in rows if row.bench == "serve" and row.what == phase and row.status == OK and row.us]
-    models = list(dict.fromkeys(row.model for row in own))
-    if not models:
+    if not own:
         return
-    model = max(models, key=lambda name: sum(row.model == name for row in own))
+    most = Counter((row.model, _engine(row)) for row in own).most_common(1)[0][0]
+    own, (model, engine) = [row for row in own if (row.model, _engine(row)) == most], most
     panels = []
-    for scheme in dict.fromkeys(row.scheme for row in own if row.model == model):
-        found = [row for row in own if row.model == model and row.scheme == scheme]
-        base = {row.m: row.m / row.us * 1e6 for row in found if row.route == "vLLM" and row.us}
+    for scheme in dict.fromkeys(row.scheme for row in own):
+        found = [row for row in own if row.scheme == scheme]
+        base = {row.m: row.m / row.us * 1e6 for row in found if _dense(row) and row.us}
         lines = [Line(DENSE, [(m, 1.0) for m in sorted(base)], labels=[_short(base[m]) for m in sorted(base)])]
         for pattern in SHOWN[:5]:
-            tried = [row for row in found if row.pattern == pattern and row.route != "vLLM" and row.ratio]
+            tried = [row for row in found if row.pattern == pattern and not _dense(row) and row.ratio]
             routes = [row.route for row in tried]
             # Of several settings the one with the most points, or else the plain one, whose name is the shortest.
             route = min(routes, key=lambda name: (-routes.count(name), len(name)), default="")
             lines.append(Line(pattern, sorted((row.m, row.ratio) for row in tried if row.route == route and row.ratio)))
         lines = [line for line in lines if line.points]
         panels.append(Panel(scheme, x, "tokens a second, of dense's (numbers)", lines))
-    yield Figure(f"{phase}-{slug}", f"{model} served by vLLM on {card}: {phase}, packed against dense", panels)
+    yield Figure(f"{phase}-{slug}", f"{model} run by {engine} on {card}: {phase}, packed against dense", panels)
+
+
+def _dense(row: Row) -> bool:
+    return row.route == row.rival
+
+
+def _engine(row: Row) -> str:
+    """Of a row of `serve`, whose dense one may name settings behind a comma."""
+    return row.rival.partition(",")[0]
 
 
 def _short(rate: float) -> str:
@@ -168,40 +175,42 @@ def _trade(rows: Sequence[Row], found: Sequence[Curve], study: Sequence[Loss], c
     gains, what = _gains(rows, found, name)
     if not gains or not study:
         return
-    costs: dict[str, dict[str, float]] = {}
+    costs: dict[tuple[str, str], dict[str, float]] = {}
     for loss in study:
-        costs.setdefault(loss.model, {})[loss.pattern] = 100 * (loss.perplexity / loss.dense_perplexity - 1)
-    speed = [
-        Line(f"{scheme}, {model}" if len(costs) > 1 else scheme, [(of[p], cost[p]) for p in sorted(of, key=SHOWN.index) if p in cost],
-             labels=[p for p in sorted(of, key=SHOWN.index) if p in cost])
-        for model, cost in costs.items()
-        for scheme, of in gains.items()
-    ]  # fmt: skip
-    order = [pattern for pattern in SHOWN if pattern != CONTROL]
-    size = [
-        Line(model, [(_bytes(p), cost[p]) for p in order if p in cost], labels=[p for p in order if p in cost])
-        for model, cost in costs.items()
-    ]  # fmt: skip
-    height = "WikiText-2 perplexity above dense, %"
+        of = costs.setdefault((loss.scheme, loss.model), {})
+        of[loss.pattern] = 100 * (loss.perplexity / loss.dense_perplexity - 1)
+    timed = {key: [p for p in SHOWN if p in cost and p in gains.get(key[0], {})] for key, cost in costs.items()}
+    speed, size = [], []
+    # Those with a speed come first, so that a line has one colour in both panels.
+    order = {key: list(gains).index(key[0]) if timed[key] else len(gains) for key in costs}
+    for key, cost in sorted(costs.items(), key=lambda each: order[each[0]]):
+        known, name_of = [pattern for pattern in SHOWN if pattern in cost], ", ".join(key)
+        speed.append(Line(name_of, [(gains[key[0]][p], cost[p]) for p in timed[key]], labels=timed[key]))
+        size.append(Line(name_of, [(_bytes(p, key[0]), cost[p]) for p in known], labels=known))
+    speed = [line for line in speed if line.points]
+    if not speed:
+        return
+    height = "WikiText-2 perplexity above dense of the scheme, %"
     panels = [
-        Panel("against speed", f"times as fast as dense, {what}", height, [line for line in speed if line.points][:6], False, True, 1.0),
-        Panel("against bytes", "bytes of packed 8-bit weights, of dense 8-bit ones", height, size[:6], False, True),
+        Panel("against speed", f"times as fast as dense, {what}", height, speed[:6], False, True, 1.0),
+        Panel("against bytes", "bytes of packed weights, of dense ones of the scheme", height, size[:6], False, True),
     ]
-    title = f"what a pattern costs and gains: accuracy of {' and '.join(costs)}, speed of {_served(rows) or name} on {card}"
+    models = " and ".join(dict.fromkeys(model for _, model in costs))
+    title = f"what a pattern costs and gains: accuracy of {models}, speed of {_served(rows) or name} on {card}"
     yield Figure(f"trade-{slug}", title, panels)
 
 
 def _gains(rows: Sequence[Row], found: Sequence[Curve], name: str) -> tuple[dict[str, dict[str, float]], str]:
     """Speed-ups by scheme and pattern: prefill in an engine where it was measured, else whole linears."""
-    served = [row for row in rows if row.what == "prefill" and row.route != "vLLM" and row.speedup and row.m >= _PREFILL]
-    model = _served(rows)
+    served = [row for row in rows if row.what == "prefill" and not _dense(row) and row.speedup and row.m >= _PREFILL]
     if served:
         grouped: dict[str, dict[str, list[float]]] = {}
+        model, engine = _served(rows), Counter(map(_engine, served)).most_common(1)[0][0]
         for row in served:
-            if row.model == model and row.pattern in SHOWN and row.speedup:
+            if (row.model, _engine(row)) == (model, engine) and row.pattern in SHOWN and row.speedup:
                 grouped.setdefault(row.scheme, {}).setdefault(row.pattern, []).append(row.speedup)
         means = {scheme: {pattern: geometric_mean(values) for pattern, values in of.items()} for scheme, of in grouped.items()}
-        return means, f"prefill of {_PREFILL} tokens and more in vLLM"
+        return means, f"prefill of {_PREFILL} tokens and more in {engine}"
     gains: dict[str, dict[str, float]] = {}
     for curve in found:
         many = [gain for m, gain in curve.speedups().items() if m >= _PREFILL]
@@ -215,7 +224,6 @@ def _served(rows: Sequence[Row]) -> str:
     return max(dict.fromkeys(models), key=models.count, default="")
 
 
-def _bytes(pattern: str) -> float:
-    """Share of dense 8-bit weights: kept values and a bit for each weight."""
-    item = SCHEMES["int8"].dtype.itemsize
-    return Pattern.parse(pattern).density + 1 / (8 * item)
+def _bytes(pattern: str, scheme: str) -> float:
+    """Share of dense weights: kept values and a bit for each weight."""
+    return Pattern.parse(pattern).density + 1 / (8 * SCHEMES[scheme].dtype.itemsize)

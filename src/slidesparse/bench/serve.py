@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import Recipe, convert
+from ..checkpoint.staging import SUFFIX
 from ..errors import UnsupportedError
 from ..pattern import Pattern
 from .engines import Engine, TransformersEngine, VllmEngine, joules
@@ -39,7 +42,7 @@ class Asked:
     Attributes:
         engine: ``vllm`` or ``transformers``.
         model: a name of `SERVED`, for random weights of its shape, or a folder with dense weights.
-        work: where checkpoints and logs lie; what is there is used.
+        work: where checkpoints and logs lie, in a folder for each model; what is there is used.
         packed: packed engines by name: vLLM's ``additional_config.slidesparse``; in transformers ``{"memory": "lean"}``.
         graphs: numbers of tokens to capture CUDA graphs for, in vLLM; its own if there are none.
         eager: without compilation and CUDA graphs.
@@ -57,15 +60,35 @@ class Asked:
     eager: bool = False
 
     @property
+    def name(self) -> str:
+        """What the rows call the model."""
+        return self.model if self.random else Path(self.model).resolve().name
+
+    @property
+    def random(self) -> bool:
+        """Whether the weights are random ones of a shape."""
+        return self.model in SERVED and not Path(self.model).is_dir()
+
+    @property
+    def folder(self) -> Path:
+        """Of this model alone: folders of one name in two places are two models."""
+        if self.random:
+            return self.work / self.name
+        place = hashlib.sha256(str(Path(self.model).resolve()).encode()).hexdigest()
+        return self.work / f"{self.name}-{place[:8]}"
+
+    @property
     def points(self) -> list[Point]:
         """Phases with their numbers of tokens."""
         return [*(("prefill", m) for m in self.prefill), *(("decode", m) for m in self.decode)]
 
     @property
     def routes(self) -> list[str]:
-        """What the engines' rows are called, the dense one first."""
-        graphs = f", CUDA graphs to {max(self.graphs)}" if self.graphs else ""
-        return ["vLLM" if self.engine == "vllm" else "transformers, bf16", *(f"packed: {name}{graphs}" for name in self.packed)]
+        """What the engines' rows are called, the dense one first: settings of vLLM that both share are in both names."""
+        if self.engine != "vllm":
+            return ["transformers, bf16", *(f"packed: {name}" for name in self.packed)]
+        shared = ", eager" if self.eager else f", CUDA graphs to {max(self.graphs)}" if self.graphs else ""
+        return [f"vLLM{shared}", *(f"packed: {name}{shared}" for name in self.packed)]
 
 
 def run(asked: Asked, table: Rows, here: Row, progress: Progress | None = None) -> list[Row]:
@@ -73,7 +96,7 @@ def run(asked: Asked, table: Rows, here: Row, progress: Progress | None = None) 
     source, made = _source(asked), []
     for scheme in asked.schemes:
         for pattern in asked.patterns:
-            base = replace(here, bench="serve", model=Path(asked.model).name, scheme=scheme, pattern=pattern, timer="wall")
+            base = replace(here, bench="serve", model=asked.name, scheme=scheme, pattern=pattern, timer="wall")
             points = [point for point in asked.points if not _there(table, replace(base, what=point[0], m=point[1]), asked.routes)]
             if not points:
                 continue
@@ -95,10 +118,10 @@ def _there(table: Rows, row: Row, routes: Sequence[str]) -> bool:
 
 
 def _source(asked: Asked) -> Path:
-    """The dense model: a folder, or random weights of a shape, written unless they are there."""
-    if asked.model not in SERVED or Path(asked.model).is_dir():
+    """The dense model: a folder, or random weights of a shape, written unless they are there; a broken run leaves none."""
+    if not asked.random:
         return Path(asked.model)
-    folder = asked.work / "source"
+    folder = asked.folder / "source"
     if not folder.exists():
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -110,7 +133,10 @@ def _source(asked: Asked) -> Path:
         )  # fmt: skip
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(folder, max_shard_size="4GB")
+        half = folder.with_name(f"{folder.name}{SUFFIX}")
+        shutil.rmtree(half, ignore_errors=True)
+        model.save_pretrained(half, max_shard_size="4GB")
+        half.rename(folder)
     return folder
 
 
@@ -124,7 +150,7 @@ def checkpoint(source: Path, folder: Path, scheme: str, pattern: str, form: str)
 
 def _engines(asked: Asked, source: Path, scheme: str, pattern: str, closing: ExitStack) -> list[Engine]:
     """The dense engine and the packed ones, side by side."""
-    packed = checkpoint(source, asked.work, scheme, pattern, "packed")
+    packed = checkpoint(source, asked.folder, scheme, pattern, "packed")
     made: list[Engine] = []
     if asked.engine == "transformers":
         from ..integrations.transformers import load
@@ -135,7 +161,7 @@ def _engines(asked: Asked, source: Path, scheme: str, pattern: str, closing: Exi
             made.append(TransformersEngine(each, linear_bytes))
             closing.callback(made[-1].close)
         return made
-    dense = checkpoint(source, asked.work, scheme, pattern, "dense")
+    dense = checkpoint(source, asked.folder, scheme, pattern, "dense")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     shared = {"scheme": scheme, "eager": asked.eager, "graphs": list(asked.graphs), "kv_bytes": kv_bytes(source, asked)}

@@ -57,19 +57,19 @@ def advise(
     import torch
 
     from ..bench.advice import advise as api_advise
-    from ..bench.targets import shapes_of
+    from ..bench.targets import target_of
 
-    shapes = shapes_of(target)
+    asked = target_of(target)
     if card is None and torch.cuda.is_available():
         if vllm and find_spec("vllm") is not None:
             from .tuning import offer_vllm
 
             offer_vllm()
-        plan, origin = _measured(shapes, again), "measured here"
+        plan, origin = _measured(asked.shapes, again), "measured here"
     else:
         plan = _shipped(card or Card.h200)
         origin = f"measured on {plan.date} on another machine with that card; times come with the package"
-    advice = api_advise(target, shapes, plan, origin)
+    advice = api_advise(target, asked.shapes, plan, origin, notes=asked.notes)
     if json:
         screen.print_json(advice)
     else:

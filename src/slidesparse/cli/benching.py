@@ -149,8 +149,9 @@ def audit(
         raise ValueError("there is no plan in force here: run `slidesparse tune` on a GPU, or give --plan-file")
     names, ms = _listed(schemes, ("int8", "fp8", "bf16", "fp16")), _tokens(tokens) if tokens else ()
     with screen.progress("measuring", count=True) as progress:
-        made = bench.run(plan, table, here, shapes=asked, schemes=names, tokens=ms, sparse_only=sparse, progress=progress)
-    rows = [row for row in table.rows if row.bench == "audit"]
+        tasks = bench.tasks(plan, here, shapes=asked, schemes=names, tokens=ms, sparse_only=sparse)
+        made = bench.run(plan, tasks, table, progress)
+    rows = bench.standing(tasks, table)
     lost = bench.losing(rows)
     if json:
         screen.print_json({"out": out, "rows": [vars(row) for row in rows], "losing": [vars(row) for row in lost]})

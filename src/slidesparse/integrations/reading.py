@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from ..checkpoint.configs import Reader, same_name
 from ..checkpoint.layers import WEIGHTS_IN, WITH_WEIGHTS
 from ..errors import UnsupportedError
-from ..select import DEFAULT_IGNORE, matches
+from ..select import NOT_LINEAR, matches
 
 
 def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = None) -> Reader | None:
@@ -66,21 +67,37 @@ def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = 
     return Reader(linears, _matching(), fixed, heads, frozenset(merged), tuple(sorted(split)), unplaced, missing)
 
 
-def linear_layers(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """N and K of the linear layers, heads aside, of the model that a configuration alone describes, by name.
+@dataclass(frozen=True)
+class Described:
+    """What a configuration alone tells: N and K of the linear layers, heads aside, and the shapes of all weights, both by name."""
+
+    linears: dict[str, tuple[int, int]]
+    weights: dict[str, tuple[int, ...]]
+
+
+def described(config: dict[str, Any]) -> Described:
+    """The model that a configuration alone describes.
 
     Raises:
         UnsupportedError: transformers is not installed, or cannot build the model; the message says what to give instead.
     """
     if find_spec("transformers") is None:
         raise UnsupportedError("config.json alone is read by transformers: pip install 'slidesparse[hf]', or give shapes NxK")
+    if not config.get("architectures"):
+        raise UnsupportedError("config.json names no class under `architectures`: add it, or give a folder with weights, or shapes NxK")
     model = _empty(config, None)
     if model is None:
-        kind = next(iter(config.get("architectures") or ()), config.get("model_type", "unknown"))
+        kind = next(iter(config["architectures"]))
         raise UnsupportedError(f"transformers cannot build {kind} from config.json alone: give a folder with weights, or shapes NxK")
-    modules = model.named_modules()
-    found = {name: (module.out_features, module.in_features) for name, module in modules if isinstance(module, nn.Linear)}
-    return {name: shape for name, shape in found.items() if not matches(name, DEFAULT_IGNORE)}
+    from .linears import acts_linear, head_layers
+
+    heads = head_layers(model)
+    linears = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in heads and not matches(name, NOT_LINEAR) and acts_linear(module)
+    }
+    return Described(linears, {name: tuple(weight.shape) for name, weight in model.named_parameters()})
 
 
 def _matching() -> Callable[[str, str], bool]:
