@@ -23,7 +23,7 @@ from .engines import Engine, TransformersEngine, VllmEngine, joules
 from .kernel import Progress
 from .models import MODELS
 from .rows import FAILED, OK, Row, Rows
-from .vllm_engine import OUTPUTS, PROMPT
+from .vllm_engine import OUTPUTS, PROMPT, check
 
 PREFILL = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 DECODE = (1, 16, 64, 128, 256, 512)
@@ -46,6 +46,9 @@ class Asked:
         packed: packed engines by name: vLLM's ``additional_config.slidesparse``; in transformers ``{"memory": "lean"}``.
         graphs: numbers of tokens to capture CUDA graphs for, in vLLM; its own if there are none.
         eager: without compilation and CUDA graphs.
+
+    Raises:
+        ValueError: numbers of tokens or requests that vLLM's engines are not made for.
     """
 
     engine: str
@@ -58,6 +61,10 @@ class Asked:
     packed: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {PLAIN: {}})
     graphs: Sequence[int] = ()
     eager: bool = False
+
+    def __post_init__(self) -> None:
+        if self.engine == "vllm":
+            check(self.prefill, self.decode)
 
     @property
     def name(self) -> str:

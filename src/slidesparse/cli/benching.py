@@ -195,10 +195,11 @@ def serve(
     from ..bench import serve as bench
 
     names, kinds = _listed(schemes, ("int8", "fp8", "bf16", "fp16")), _listed(patterns, None)
-    asked = bench.Asked(
-        engine.value, _served_model(model), work, names, kinds, _tokens(prefill), _tokens(decode), _settings(packed),
-        _tokens(graphs) if graphs else (), eager,
-    )  # fmt: skip
+    settings, captured = _settings(packed), _tokens(graphs) if graphs else ()
+    with screen.options_at_fault():
+        asked = bench.Asked(
+            engine.value, _served_model(model), work, names, kinds, _tokens(prefill), _tokens(decode), settings, captured, eager
+        )
     table, here = _opened(out, commit)
     with screen.progress("measuring", count=True) as progress:
         made = bench.run(asked, table, here, progress)
