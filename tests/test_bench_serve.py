@@ -84,7 +84,8 @@ def test_engines_take_turns_and_every_point_has_their_rows(dense: Path, tmp_path
 def test_an_engine_that_breaks_leaves_its_points_and_a_row_that_says_why(dense: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(serve, "VllmEngine", Played)
     table = Rows(tmp_path / "serve.csv")
-    serve.run(asked_of(dense, tmp_path, packed={"x": {"breaks": True}}), table, rows.here("abc"))
+    found = serve.run(asked_of(dense, tmp_path, packed={"x": {"breaks": True}}), table, rows.here("abc"))
+    assert found == table.rows, "what was measured before is in the answer"
     assert [(row.what, row.status) for row in table.rows] == [("prefill", OK), ("prefill", OK), ("prefill", FAILED)]
     assert table.rows[-1].why == "out of memory"
 
