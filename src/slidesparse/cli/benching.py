@@ -23,6 +23,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
+
+
 class Engine(StrEnum):
     """Who runs models."""
 
@@ -313,5 +315,3 @@ def _told(table: Rows, made: Sequence[Row], rows: Sequence[Row]) -> None:
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:8]:
         screen.out.print(f"{count} rows {reason}", style="dim", markup=False)
     screen.say(f"{len(made)} new rows, {len(table.rows)} in all, in {table.path}")
-
-
