@@ -128,6 +128,17 @@ def test_a_file_of_something_else_is_refused_with_its_line(tmp_path: Path, chang
         Rows(table.path)
 
 
+@pytest.mark.parametrize("kept", [0, 5, -1, -30])
+def test_a_run_goes_on_behind_a_line_that_was_cut_off(tmp_path: Path, kept: int) -> None:
+    one = replace(rows.here("abc"), bench="kernel", what="linear")
+    table = Rows(tmp_path / "rows.csv")
+    for m in (1, 2):
+        table.add(replace(one, m=m))
+    table.path.write_bytes(table.path.read_bytes()[:kept])
+    Rows(table.path).add(replace(one, m=3))
+    assert [row.m for row in rows.read(table.path)] == ([3] if kept >= 0 else [1, 3])
+
+
 def test_a_folder_without_rows_says_how_to_get_some(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(CheckpointError, match="slidesparse bench kernel --out"):

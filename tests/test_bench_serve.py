@@ -84,7 +84,8 @@ def test_engines_take_turns_and_every_point_has_their_rows(dense: Path, tmp_path
 def test_an_engine_that_breaks_leaves_its_points_and_a_row_that_says_why(dense: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(serve, "VllmEngine", Played)
     table = Rows(tmp_path / "serve.csv")
-    serve.run(asked_of(dense, tmp_path, packed={"x": {"breaks": True}}), table, rows.here("abc"))
+    found = serve.run(asked_of(dense, tmp_path, packed={"x": {"breaks": True}}), table, rows.here("abc"))
+    assert found == table.rows, "what was measured before is in the answer"
     assert [(row.what, row.status) for row in table.rows] == [("prefill", OK), ("prefill", OK), ("prefill", FAILED)]
     assert table.rows[-1].why == "out of memory"
 
@@ -152,7 +153,12 @@ def test_transformers_runs_a_model_here(dense: Path, tmp_path: Path, one_thread:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["GPT-9"], "is no folder with config.json, and none of Llama-3.2-1B"), (["Qwen2.5-7B", "--packed", "x"], "write NAME=JSON")],
+    [
+        (["Qwen2.5-7B", "--prefill", "1500"], "prefill 1500: prompts have 1024 tokens; write up to 1024, or multiples of it up to 32768"),
+        (["Qwen2.5-7B", "--prefill", "65536"], "prefill 65536: "),
+        (["Qwen2.5-7B", "--decode", "1,513"], "decode 513: a batch has 512 requests at most"),
+        (["GPT-9"], "is no folder with config.json, and none of Llama-3.2-1B"), (["Qwen2.5-7B", "--packed", "x"], "write NAME=JSON"),
+    ],
 )
 def test_bad_requests_are_refused_in_one_line(words: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["slidesparse", "bench", "serve", words[0], str(tmp_path), *words[1:]])
@@ -168,6 +174,7 @@ def test_arguments_of_vllm_follow_the_form(dense: Path, tmp_path: Path) -> None:
     assert json.loads(packed[packed.index("--additional-config") + 1]) == {"slidesparse": {"memory": "lean"}}
     assert packed[packed.index("--cudagraph-capture-sizes") + 1 :][:2] == ["1", "2"] and "--enforce-eager" not in packed
     assert "--quantization" not in vllm_engine.words_of(asked | {"form": "dense", "scheme": "bf16"})
+    assert asked_of(dense, tmp_path, engine="transformers", prefill=(1500,)).prefill == (1500,), "one prompt of any length"
     assert kv_bytes(dense, asked_of(dense, tmp_path, prefill=(1000,), decode=())) == 2 * 2 * 2 * 2 * 16 * 1000 + (1 << 30)
 
 

@@ -119,6 +119,8 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.exists():
+            _mend(path)
         self.rows = read(path) if path.exists() else []
         self._cells = {row.cell for row in self.rows}
 
@@ -137,6 +139,16 @@ class Rows:
             writer.writerow(_text(getattr(row, name)) for name in COLUMNS)
         self.rows.append(row)
         self._cells.add(row.cell)
+
+
+def _mend(path: Path) -> None:
+    """Cut off a last line without an end: a run was stopped while it wrote."""
+    text = path.read_bytes()
+    whole, head = text[: text.rfind(b"\n") + 1], ",".join(COLUMNS).encode()
+    if whole.startswith(head + b"\n") and whole != text:
+        path.write_bytes(whole)
+    elif not whole and head.startswith(text):
+        path.unlink()
 
 
 def read(path: Path) -> list[Row]:

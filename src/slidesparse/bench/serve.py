@@ -23,7 +23,7 @@ from .engines import Engine, TransformersEngine, VllmEngine, joules
 from .kernel import Progress
 from .models import MODELS
 from .rows import FAILED, OK, Row, Rows
-from .vllm_engine import OUTPUTS, PROMPT
+from .vllm_engine import OUTPUTS, PROMPT, check
 
 PREFILL = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 DECODE = (1, 16, 64, 128, 256, 512)
@@ -46,6 +46,9 @@ class Asked:
         packed: packed engines by name: vLLM's ``additional_config.slidesparse``; in transformers ``{"memory": "lean"}``.
         graphs: numbers of tokens to capture CUDA graphs for, in vLLM; its own if there are none.
         eager: without compilation and CUDA graphs.
+
+    Raises:
+        ValueError: numbers of tokens or requests that vLLM's engines are not made for.
     """
 
     engine: str
@@ -58,6 +61,10 @@ class Asked:
     packed: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {PLAIN: {}})
     graphs: Sequence[int] = ()
     eager: bool = False
+
+    def __post_init__(self) -> None:
+        if self.engine == "vllm":
+            check(self.prefill, self.decode)
 
     @property
     def name(self) -> str:
@@ -93,7 +100,7 @@ class Asked:
 
 def run(asked: Asked, table: Rows, here: Row, progress: Progress | None = None) -> list[Row]:
     """Measure the points that the table lacks, and return the new rows; a scheme whose engine fails has a row that says why."""
-    source, made = _source(asked), []
+    source, before = _source(asked), len(table.rows)
     for scheme in asked.schemes:
         for pattern in asked.patterns:
             base = replace(here, bench="serve", model=asked.name, scheme=scheme, pattern=pattern, timer="wall")
@@ -103,13 +110,11 @@ def run(asked: Asked, table: Rows, here: Row, progress: Progress | None = None) 
             with ExitStack() as closing:
                 try:
                     engines = _engines(asked, source, scheme, pattern, closing)
-                    found = _compared(asked, engines, base, points, table, progress)
+                    _compared(asked, engines, base, points, table, progress)
                 except (UnsupportedError, RuntimeError) as error:
                     why = (str(error).splitlines() or [type(error).__name__])[0]
-                    found = [replace(base, what=points[0][0], m=points[0][1], status=FAILED, why=why)]
-                    table.add(found[0])
-            made += found
-    return made
+                    table.add(replace(base, what=points[0][0], m=points[0][1], status=FAILED, why=why))
+    return table.rows[before:]
 
 
 def _there(table: Rows, row: Row, routes: Sequence[str]) -> bool:
@@ -202,12 +207,11 @@ def kv_bytes(source: Path, asked: Asked) -> int:
 
 def _compared(
     asked: Asked, engines: Sequence[Engine], base: Row, points: Sequence[Point], table: Rows, progress: Progress | None
-) -> list[Row]:
+) -> None:
     """Rows of all points, written point by point."""
     memory = [engine.gigabytes() for engine in engines]
     logprobs = [engine.logprobs() for engine in engines]
     apart = [statistics.fmean(abs(a - b) for a, b in zip(logprobs[0], each, strict=True)) if each else None for each in logprobs]
-    made = []
     for done, (phase, m) in enumerate(points):
         if progress:
             progress(done, len(points), f"{base.model} {base.scheme} {base.pattern}: {phase} {m}")
@@ -224,11 +228,9 @@ def _compared(
         for number, route in enumerate(asked.routes):
             row = replace(base, what=phase, m=m, route=route, rival=asked.routes[0], us=us[number], ratio=us[0] / us[number], status=OK)
             row = replace(row, gigabytes=memory[number], error=apart[number], kernels_us=engines[number].kernels(phase, m))
-            made.append(replace(row, joules=per_token(energy[number], asked.engine, phase, m)))
-            table.add(made[-1])
+            table.add(replace(row, joules=per_token(energy[number], asked.engine, phase, m)))
     if progress:
         progress(len(points), len(points), "")
-    return made
 
 
 def per_token(energy: Sequence[float | None], engine: str, phase: str, m: int) -> float | None:

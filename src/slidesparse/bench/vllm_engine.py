@@ -7,7 +7,7 @@ import re
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,6 +19,8 @@ PROMPT, OUTPUTS, FEW_OUTPUTS = 32, 129, 17
 """Tokens in and out of each request of a decoding batch; out where kernels are looked at."""
 WHOLE = 1024
 """The longest prompt of a prefill."""
+MOST, REQUESTS = 32768, 512
+"""Tokens of a step, and requests of a batch, that the engines are made for."""
 KINDS = {
     "attention": re.compile(r"flash|attention|paged", re.I),
     "other": re.compile(r"^triton_"),  # what the compiler fused
@@ -29,8 +31,8 @@ KINDS = {
 
 def words_of(asked: Mapping[str, Any]) -> list[str]:
     """The engine's arguments, as `vllm bench latency` takes them."""
-    words = ["--model", asked["checkpoint"], "--skip-tokenizer-init", "--max-model-len", "2048", "--max-num-seqs", "512"]
-    words += ["--max-num-batched-tokens", "32768", "--disable-detokenize"]
+    words = ["--model", asked["checkpoint"], "--skip-tokenizer-init", "--max-model-len", "2048", "--max-num-seqs", str(REQUESTS)]
+    words += ["--max-num-batched-tokens", str(MOST), "--disable-detokenize"]
     words += ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(asked["kv_bytes"])]
     words += ["--additional-config", json.dumps({"slidesparse": asked["settings"]})]
     words += ["--enforce-eager"] if asked["eager"] else []
@@ -40,6 +42,20 @@ def words_of(asked: Mapping[str, Any]) -> list[str]:
     elif asked["form"] != "dense":
         words += ["--quantization", "slidesparse"]
     return words
+
+
+def check(prefill: Sequence[int], decode: Sequence[int]) -> None:
+    """Refuse what no step would have.
+
+    Raises:
+        ValueError: names the number of tokens or of requests.
+    """
+    for m in prefill:
+        if m > MOST or (m > WHOLE and m % WHOLE):
+            raise ValueError(f"prefill {m}: prompts have {WHOLE} tokens; write up to {WHOLE}, or multiples of it up to {MOST}")
+    for m in decode:
+        if m > REQUESTS:
+            raise ValueError(f"decode {m}: a batch has {REQUESTS} requests at most")
 
 
 def step(tokens: int) -> tuple[int, int, int]:

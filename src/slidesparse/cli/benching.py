@@ -23,6 +23,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
+
+
 class Engine(StrEnum):
     """Who runs models."""
 
@@ -195,10 +197,11 @@ def serve(
     from ..bench import serve as bench
 
     names, kinds = _listed(schemes, ("int8", "fp8", "bf16", "fp16")), _listed(patterns, None)
-    asked = bench.Asked(
-        engine.value, _served_model(model), work, names, kinds, _tokens(prefill), _tokens(decode), _settings(packed),
-        _tokens(graphs) if graphs else (), eager,
-    )  # fmt: skip
+    settings, captured = _settings(packed), _tokens(graphs) if graphs else ()
+    with screen.options_at_fault():
+        asked = bench.Asked(
+            engine.value, _served_model(model), work, names, kinds, _tokens(prefill), _tokens(decode), settings, captured, eager
+        )
     table, here = _opened(out, commit)
     with screen.progress("measuring", count=True) as progress:
         made = bench.run(asked, table, here, progress)
@@ -312,5 +315,3 @@ def _told(table: Rows, made: Sequence[Row], rows: Sequence[Row]) -> None:
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:8]:
         screen.out.print(f"{count} rows {reason}", style="dim", markup=False)
     screen.say(f"{len(made)} new rows, {len(table.rows)} in all, in {table.path}")
-
-
