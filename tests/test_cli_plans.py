@@ -97,7 +97,9 @@ def test_a_file_that_is_no_plan_is_named(run, packed: Path, file: Path) -> None:
         (("tune", "--shape", "64x0"), "write NxK"),
         (("tune", "--shape", "64x64", "--tokens", "16,0"), "write positive numbers"),
         (("tune", "--shape", "64x64", "--tensor-parallel", "2"), "--tensor-parallel goes with --vllm"),
+        (("tune", "64x96"), "64x96 is a layer's shape: give --shape 64x96"),
         (("inspect", ".", "--vllm"), "--vllm goes with --plan or --plan-file"),
+        (("advise", "64x96", "--card", "h300"), "Invalid value for '--card': 'h300' is not one of 'h100', 'h200'"),
     ],
 )
 def test_usage_errors(run, arguments: tuple[str, ...], told: str) -> None:

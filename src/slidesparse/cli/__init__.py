@@ -79,7 +79,8 @@ def _refuse(error: Any) -> None:
         error.show()
         sys.exit(error.exit_code)
     command = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-    _fail(" ".join(error.format_message().split()) + command, error.exit_code)
+    message = error.format_message().replace("Value error, ", "")  # a word of the library that checks values
+    _fail(" ".join(message.split()) + command, error.exit_code)
 
 
 def _fail(message: str, code: int) -> None:

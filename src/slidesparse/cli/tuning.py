@@ -59,6 +59,8 @@ def tune(
 
     if tensor_parallel > 1 and not vllm:
         raise typer.BadParameter("--tensor-parallel goes with --vllm")
+    if model is not None and re.fullmatch(r"\d+x\d+", str(model)) and not model.exists():
+        raise typer.BadParameter(f"{model} is a layer's shape: give --shape {model}")
     name = None if scheme is None else scheme.value
     layers = _shapes(shape or [], pattern, name)
     swiglu: frozenset[LinearShape] = frozenset()
