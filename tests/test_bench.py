@@ -217,6 +217,8 @@ def test_passes_over_activations_are_held_to_the_oracle(tmp_path: Path, one_thre
     assert {row.what for row in found} == {"quantize", "quantize_lift", "lift", "rms_norm_quantize_lift", "silu_mul_quantize_lift"}
     assert all(row.status == OK and row.us and row.error is not None for row in found)
     assert not lift.run(Rows(table.path), rows.here("abc"), patterns=["6:8"], tokens=[40], widths=[64])
+    more = lift.run(Rows(table.path), rows.here("abc"), patterns=["6:8", "2:4"], tokens=[40], widths=[64])
+    assert {row.route for row in more if row.what in ("lift", "quantize_lift")} == {"2:4"}
     monkeypatch.setattr(lift, "_lift", lambda x, pattern, scheme: ops.lift(x, pattern).flip(1))
     (wrong,) = lift.run(Rows(tmp_path / "new.csv"), rows.here("abc"), schemes=["bf16"], patterns=["6:8"], tokens=[40], widths=[64])
     assert wrong.status == WRONG and "of the values are not the oracle's" in wrong.why and wrong.us is None

@@ -45,17 +45,26 @@ def run(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rate = measure.copy_rate() if device == "cuda" else None
     tasks = [(scheme, k, m) for scheme in schemes for k in widths for m in tokens]
-    tasks = [task for task in tasks if not table.has(_row(here, *task))]
+    asked = {task: lacking for task in tasks if (lacking := _lacking(table, _row(here, *task), patterns))}
     made = []
-    for done, task in enumerate(tasks):
+    for done, (task, lacking) in enumerate(asked.items()):
         if progress:
-            progress(done, len(tasks), f"{task[0]} K={task[1]} M={task[2]}")
-        for row in _rows(_row(here, *task), patterns, device, rate):
+            progress(done, len(asked), f"{task[0]} K={task[1]} M={task[2]}")
+        for row in _rows(_row(here, *task), lacking, device, rate):
             table.add(row)
             made.append(row)
     if progress:
-        progress(len(tasks), len(tasks), "")
+        progress(len(asked), len(asked), "")
     return made
+
+
+def _lacking(table: Rows, cell: Row, patterns: Sequence[str]) -> list[str]:
+    """Patterns that have no row in this cell; none where the cell was refused."""
+    found = [row for row in table.rows if row.cell == cell.cell]
+    if any(row.status == REFUSED for row in found):
+        return []
+    there = {row.route for row in found if row.what in ("lift", "quantize_lift")}
+    return [pattern for pattern in patterns if pattern not in there]
 
 
 def _row(here: Row, scheme: str, k: int, m: int) -> Row:

@@ -189,10 +189,14 @@ def _packed(load: Callable[..., Any], place: Path, options: Mapping[str, Any]) -
 
 
 def linear_bytes(model: Any) -> int:
-    """Bytes of a model's decoder layers, copies of packed ones included."""
+    """Bytes of a model's linear layers but its head, copies of packed ones included."""
+    from torch import nn
+
     from ..nn import SlideSparseLinear
 
-    held = {id(each): each for layer in model.model.layers for each in (*layer.parameters(), *layer.buffers())}
+    head = model.get_output_embeddings()
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | SlideSparseLinear) and module is not head]
+    held = {id(each): each for layer in layers for each in (*layer.parameters(), *layer.buffers())}
     inside = sum(each.numel() * each.element_size() for each in held.values() if each.device == model.device)
     return inside + sum(module.resident_bytes for module in model.modules() if isinstance(module, SlideSparseLinear))
 
@@ -200,9 +204,13 @@ def linear_bytes(model: Any) -> int:
 def kv_bytes(source: Path, asked: Asked) -> int:
     """What the keys and values of the largest batch take: asked for, since what is free changes while another engine starts."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config") or config
+    if missing := [name for name in ("hidden_size", "num_attention_heads", "num_hidden_layers") if name not in config]:
+        raise UnsupportedError(f"{source}: config.json has no {missing[0]}, by which the room for keys and values is told")
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     tokens = max([*asked.prefill, *((PROMPT + OUTPUTS + 16) * requests for requests in asked.decode)], default=0)
-    return int(2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * width * tokens + (1 << 30))
+    return int(2 * 2 * config["num_hidden_layers"] * heads * width * tokens + (1 << 30))
 
 
 def _compared(
