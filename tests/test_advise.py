@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 
 import models
 from plans import HERE, times
-from slidesparse import cli
 from slidesparse.bench import accuracy, advice
 from slidesparse.bench.accuracy import Loss
 from slidesparse.bench.advice import TOKENS, Option, advise, pays_from, recommendation
@@ -37,18 +34,6 @@ def plan_with(**sparse: float) -> Plan:
                     us = factor * dense / sparse[f"p{pattern[0]}"]
                     plan.add((n, 64, pattern, scheme), Cell(m, times(dense_triton=factor * dense, slid=us)))
     return plan
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["slidesparse", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def option(found: advice.Advice, pattern: str, scheme: str) -> Option:

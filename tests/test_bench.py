@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plans import HERE, at
-from slidesparse import cli, measure, ops
+from slidesparse import measure, ops
 from slidesparse.bench import audit, kernel, lift, rivals, rows, speedups
 from slidesparse.bench.rows import COLUMNS, FAILED, OK, PUBLISHED, REFUSED, WRONG, Row, Rows
 from slidesparse.errors import CheckpointError, UnsupportedError
@@ -84,17 +84,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> StandIn:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def run(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     monkeypatch.setattr(kernels, "_KERNELS", dict(kernels._KERNELS))
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["slidesparse", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
+    return run
 
 
 def measured(table: Rows, *kinds: str, tokens: tuple[int, ...] = (4,)) -> list[Row]:

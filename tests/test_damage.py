@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import models
-from slidesparse import cli
 from slidesparse.checkpoint import Recipe, convert, tensorfile, verify
 from slidesparse.errors import CheckpointError
 from slidesparse.pattern import Pattern
@@ -25,20 +24,6 @@ from slidesparse.pattern import Pattern
 LAYER = "model.layers.1.self_attn.q_proj"
 CONVERT = ("convert", "--method", "magnitude")
 """These models have random tensors and no tokenizer: nothing to calibrate with."""
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["slidesparse", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

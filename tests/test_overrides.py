@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 import models
-from slidesparse import cli, reference
+from slidesparse import reference
 from slidesparse.checkpoint import Checkpoint, Recipe, convert, inspect, read_overrides, verify
 from slidesparse.checkpoint.overrides import override_of
 from slidesparse.errors import PatternError, UnsupportedError
@@ -198,20 +197,6 @@ def test_files_that_are_no_overrides_say_why(tmp_path, text, words):
     with pytest.raises(UnsupportedError, match=words) as caught:
         read_overrides(file)
     assert str(file) in str(caught.value)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["slidesparse", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def test_the_command_line_takes_a_file(run, tmp_path, dense):
