@@ -57,15 +57,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Gener
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process: (exit code, stdout, stderr)."""
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: (exit code, stdout, stderr), as the system sees them."""
     from slidesparse import cli
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["slidesparse", *map(str, arguments)])
+        capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:
             cli.main()
-        captured = capsys.readouterr()
+        captured = capfd.readouterr()
         return stopped.value.code or 0, captured.out, captured.err
 
     return call

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import transformers
 
 import models
 import tiny
-from slidesparse import Pattern, Recipe, checkpoint, cli, convert
+from slidesparse import Pattern, Recipe, checkpoint, convert
 from slidesparse.checkpoint import Calibration, PruningReport, verify
 from slidesparse.errors import CheckpointError, SlideSparseError, UnsupportedError, WeightError
 from slidesparse.integrations import conversion
@@ -39,21 +37,6 @@ def dense(tmp_path: Path) -> Path:
 @pytest.fixture
 def ids(tmp_path: Path) -> str:
     return tiny.token_ids(tmp_path / "ids.npy")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process: (exit code, stdout, stderr), as the system sees them."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["slidesparse", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capfd.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def refused(out: Path, source: Path, recipe: Recipe, kind: type[SlideSparseError], told: str) -> None:

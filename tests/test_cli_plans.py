@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 
 import models
 from plans import HERE, plan_of, times
-from slidesparse import cli
 from slidesparse.checkpoint import Recipe, convert
 from slidesparse.doctor import diagnose
 from slidesparse.format import SCHEMES
@@ -43,15 +41,12 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process: (exit code, stdout, stderr), runs of blanks as one."""
+def run(run: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    """Runs of blanks as one."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["slidesparse", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, " ".join(captured.out.split()), " ".join(captured.err.split())
+        status, out, err = run(*arguments)
+        return status, " ".join(out.split()), " ".join(err.split())
 
     return call
 

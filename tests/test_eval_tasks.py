@@ -16,7 +16,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from packed_checkpoint import random_model
-from slidesparse import cli
 from slidesparse.checkpoint import Recipe, convert
 from slidesparse.errors import EvaluationError
 from slidesparse.evaluate import divergence, perplexity, tokenize_file
@@ -126,21 +125,6 @@ def by_hand(model, tokenizer, docs: list[dict]) -> tuple[list[float], list[float
         per_character = [score / length for score, length in zip(scores, lengths, strict=True)]
         normalised.append(float(per_character.index(max(per_character)) == doc["gold"]))
     return plain, normalised
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["slidesparse", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capfd.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def test_scores_are_those_of_the_packed_layers(harness, packed, tmp_path, monkeypatch):
