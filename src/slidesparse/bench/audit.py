@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-import torch
-
 from ..errors import UnsupportedError
 from ..format import SCHEMES
 from ..gemm import Plan, Problem, Route
@@ -17,7 +15,7 @@ from ..gemm.tune import Bench, LinearShape
 from ..pattern import Pattern
 from .kernel import Progress, timed_rows
 from .models import Shape
-from .rows import FAILED, OK, REFUSED, WRONG, Row, Rows
+from .rows import FAILED, OK, REFUSED, WRONG, Row, Rows, device, first_line
 
 
 def tasks(
@@ -29,7 +27,13 @@ def tasks(
     With ``sparse_only`` cells in which the plan runs dense weights are left out: there is nothing to lose there.
     """
     keys = [key for key in sorted(plan.cells) if (not shapes or key[:2] in shapes) and (not schemes or key[3] in schemes)]
-    found = [(key, m, _runs(plan, key, m)) for key in keys for m in sorted(plan.cells[key]) if not tokens or m in tokens]
+    steps = {key: choice_of(plan, _problem(key), without=_absent(plan, key))[1] for key in keys}
+    found = [
+        (key, m, route_at(steps[key], m) or Route("dense", "exact"))
+        for key in keys
+        for m in sorted(plan.cells[key])
+        if not tokens or m in tokens
+    ]
     base = replace(here, bench="audit", what="linear")
     return [
         replace(base, m=m, n=key[0], k=key[1], pattern=key[2], scheme=key[3], route=str(runs))
@@ -48,7 +52,7 @@ def run(plan: Plan, asked: Sequence[Row], table: Rows, progress: Progress | None
             progress(done, len(left), f"{task.n}×{task.k} {task.pattern} {task.scheme} M={task.m}")
         layer = _layer(_key(task))
         if bench is None or bench.layer != layer:
-            bench = Bench(layer, _device())
+            bench = Bench(layer, device())
         made.append(_row(plan, bench, task))
         table.add(made[-1])
     if progress:
@@ -73,13 +77,9 @@ def _layer(key: Key) -> LinearShape:
     return LinearShape(key[0], key[1], Pattern.parse(key[2]), SCHEMES[key[3]])
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _problem(key: Key) -> Problem:
     problem = _layer(key).problem
-    return problem if _device() == "cuda" else replace(problem, capability=(0, 0))
+    return problem if device() == "cuda" else replace(problem, capability=(0, 0))
 
 
 def _absent(plan: Plan, key: Key) -> frozenset[Route]:
@@ -87,23 +87,19 @@ def _absent(plan: Plan, key: Key) -> frozenset[Route]:
     return frozenset(route for route in plan.routes(key) if refusal(route, _problem(key)) is not None)
 
 
-def _runs(plan: Plan, key: Key, m: int) -> Route:
-    return route_at(choice_of(plan, _problem(key), without=_absent(plan, key))[1], m) or Route("dense", "exact")
-
-
 def _row(plan: Plan, bench: Bench, task: Row) -> Row:
     """What runs, against the fastest dense route."""
-    key, without = _key(task), _absent(plan, _key(task))
-    runs = _runs(plan, key, task.m)
+    key, runs = _key(task), Route.parse(task.route)
+    without = _absent(plan, key)
     dense = [route for route in plan.cells[key][task.m].whole if route.layout == "dense" and route not in without]
     try:
         cell = bench.cell(task.m, only=list(dict.fromkeys([*(dense or [Route("dense", "exact")]), runs])), rounds=9)
     except (RuntimeError, UnsupportedError) as error:
-        return replace(task, status=FAILED, why=(str(error).splitlines() or [type(error).__name__])[0])
+        return replace(task, status=FAILED, why=first_line(error))
     if runs not in cell.whole:
         why = cell.dropped.get(str(runs), "it was not timed")
         return replace(task, status=WRONG if why.startswith("max error") else REFUSED, why=why)
-    return next(each for each in timed_rows(task, cell.whole, cell.errors, _device()) if each.route == task.route)
+    return next(each for each in timed_rows(task, cell.whole, cell.errors, device()) if each.route == task.route)
 
 
 def losing(rows: Sequence[Row]) -> list[Row]:

@@ -19,7 +19,7 @@ from ..ops import capability
 from ..pattern import Pattern
 from .models import Shape
 from .rivals import give_up
-from .rows import FAILED, OK, REFUSED, WRONG, Row, Rows
+from .rows import FAILED, REFUSED, WRONG, Row, Rows, device, first_line, timed
 
 CONTROL = "control"
 """γ = 2: a 2:4 product of twice the width, which is what sliding would cost if it saved nothing."""
@@ -57,13 +57,13 @@ def works(shapes: Iterable[Shape], schemes: Sequence[str], patterns: Sequence[st
 
 def run(cells: Sequence[Work], table: Rows, here: Row, *, every: bool = False, progress: Progress | None = None) -> list[Row]:
     """Measure the cells that the table lacks; ``every`` variant of a kernel gets a row, not the fastest alone. Returns the new rows."""
-    device, made, held = "cuda" if torch.cuda.is_available() else "cpu", [], _Held()
+    where, made, held = device(), [], _Held()
     told = {_refusal(row) for row in table.rows}
     lacking = [work for work in cells if not table.has(work.row(here))]
     for done, work in enumerate(lacking):
         if progress:
             progress(done, len(lacking), str(work))
-        for row in _rows(work, held, here, device, every):
+        for row in _rows(work, held, here, where, every):
             if row.status == REFUSED and row.route and _refusal(row) in told:
                 continue  # a kernel is not for this scheme or card, whatever the shape
             told.add(_refusal(row))
@@ -105,21 +105,17 @@ def _rows(work: Work, held: _Held, here: Row, device: str, every: bool) -> Itera
         try:
             found = _measured(work, held, row, device, every)
         except (RuntimeError, UnsupportedError) as error:
-            if not give_up(_first_line(error)):
+            if not give_up(first_line(error)):
                 raise
             found = _measured(work, held, row, device, every)
         yield from found
     except (RuntimeError, UnsupportedError) as error:
         # Memory, a library, the card itself: the next cell may do better.
-        yield replace(row, status=FAILED, why=f"{type(error).__name__}: {_first_line(error)}")
+        yield replace(row, status=FAILED, why=f"{type(error).__name__}: {first_line(error)}")
 
 
 def _measured(work: Work, held: _Held, row: Row, device: str, every: bool) -> list[Row]:
     return _control(work, held, row, device) if work.pattern == CONTROL else _cell(work, held, row, device, every)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def cannot(scheme: str, device: str) -> str | None:
@@ -175,9 +171,7 @@ def timed_rows(row: Row, times: Mapping[Route, Timing], errors: Mapping[Route, f
     rows = []
     for route, timing in times.items():
         ratio = None if rival is None else times[rival].p50 / timing.p50
-        clock = "host clock" if device == "cpu" else "sustained" if timing.sustained else "in turn"
-        timed = replace(row, us=timing.p50, us_p20=timing.p20, us_p80=timing.p80, timer=clock, status=OK)
-        rows.append(replace(timed, route=str(route), rival=str(rival or ""), ratio=ratio, error=errors.get(route)))
+        rows.append(replace(timed(row, timing, device), route=str(route), rival=str(rival or ""), ratio=ratio, error=errors.get(route)))
     return rows
 
 

@@ -13,7 +13,7 @@ from ..errors import UnsupportedError
 from ..format import SCHEMES, Scheme
 from ..pattern import Pattern
 from .kernel import Progress, cannot
-from .rows import FAILED, OK, REFUSED, WRONG, Row, Rows
+from .rows import FAILED, REFUSED, WRONG, Row, Rows, device, first_line, timed
 
 TOKENS = (64, 1024, 4096, 16384)
 WIDTHS = (3584, 18944)
@@ -42,15 +42,15 @@ def run(
     widths: Collection[int] = WIDTHS, progress: Progress | None = None,
 ) -> list[Row]:  # fmt: skip
     """Measure the cells that the table lacks, and return the new rows; a ratio is the floor's time over the pass's."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rate = measure.copy_rate() if device == "cuda" else None
+    where = device()
+    rate = measure.copy_rate() if where == "cuda" else None
     tasks = [(scheme, k, m) for scheme in schemes for k in widths for m in tokens]
     asked = {task: lacking for task in tasks if (lacking := _lacking(table, _row(here, *task), patterns))}
     made = []
     for done, (task, lacking) in enumerate(asked.items()):
         if progress:
             progress(done, len(asked), f"{task[0]} K={task[1]} M={task[2]}")
-        for row in _rows(_row(here, *task), lacking, device, rate):
+        for row in _rows(_row(here, *task), lacking, where, rate):
             table.add(row)
             made.append(row)
     if progress:
@@ -85,7 +85,7 @@ def _rows(row: Row, patterns: Sequence[str], device: str, rate: float | None) ->
             given = [one.inputs(row.m, row.k, device) for _ in range(count)]
             out = one.call(given[0])
         except (RuntimeError, UnsupportedError) as error:
-            yield replace(row, what=one.what, route=one.pattern, status=FAILED, why=(str(error).splitlines() or [""])[0])
+            yield replace(row, what=one.what, route=one.pattern, status=FAILED, why=first_line(error))
             continue
         wrong = _share_wrong(one, given[0], out)
         if wrong > (0.0 if one.exact else 0.01):
@@ -97,10 +97,9 @@ def _rows(row: Row, patterns: Sequence[str], device: str, rate: float | None) ->
         calls[one] = [lambda one=one, each=each: one.call(each) for each in given]  # type: ignore[misc]
     timer = measure.timed if device == "cuda" else measure.timed_by_clock
     for one, timing in (timer(calls, rounds=9) if calls else {}).items():
-        clock = "host clock" if device == "cpu" else "sustained" if timing.sustained else "in turn"
         ratio = None if rate is None else floors[one] / rate / timing.p50
-        timed = replace(row, us=timing.p50, us_p20=timing.p20, us_p80=timing.p80, timer=clock, status=OK, ratio=ratio, error=errors[one])
-        yield replace(timed, what=one.what, route=one.pattern, rival=FLOOR, gigabytes=floors[one] / 1e9)
+        made = replace(timed(row, timing, device), ratio=ratio, error=errors[one])
+        yield replace(made, what=one.what, route=one.pattern, rival=FLOOR, gigabytes=floors[one] / 1e9)
 
 
 def _share_wrong(one: Pass, given: Made, out: Made) -> float:

@@ -58,6 +58,24 @@ class SlidCopy:
         raise UnsupportedError(f"layout {self.name} has no way back")
 
 
+class Rival(Kernel):
+    """Another library's sparse kernel: given up with all of them, and its scales are its own affair."""
+
+    def refuses(self, problem: Problem, variant: str = "") -> str | None:
+        """See `Kernel`."""
+        if _given_up:
+            return f"left out, since a cell failed with it or beside it: {_given_up[0]}"
+        return self.lacks(problem)
+
+    def lacks(self, problem: Problem) -> str | None:
+        """Why the problem is not for this kernel; None if it is."""
+        raise NotImplementedError
+
+    def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
+        """No unscaled product is timed."""
+        return frozenset()
+
+
 class TorchaoLayout(SlidCopy):
     """Values and metadata as torchao's kernel for 9.0 reads them."""
 
@@ -68,23 +86,17 @@ class TorchaoLayout(SlidCopy):
         return torchao.compressed(ops.slide(weights.packed))
 
 
-class Torchao(Kernel):
+class Torchao(Rival):
     """torchao's fused fp8 2:4 product, scales and bias in it."""
 
     name = "torchao"
     layouts = ("torchao",)
 
-    def refuses(self, problem: Problem, variant: str = "") -> str | None:
-        """See `Kernel`."""
-        if _given_up:
-            return f"left out, since a cell failed with it or beside it: {_given_up[0]}"
+    def lacks(self, problem: Problem) -> str | None:
+        """See `Rival`."""
         if problem.scheme.name != "fp8" or problem.dtype != torch.bfloat16 or not problem.cuda:
             return "torchao multiplies fp8 to bfloat16 on CUDA"
         return None if problem.capability[0] == 9 else "torchao's 2:4 kernel runs on compute capability 9.x"
-
-    def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
-        """Nothing: both scales are inside."""
-        return frozenset()
 
     def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
         """See `Kernel`."""
@@ -117,23 +129,17 @@ class TorchLayout(SlidCopy):
         return (_tried(lambda: compress(slid)),)
 
 
-class TorchCslt(Kernel):
+class TorchCslt(Rival):
     """torch's ``_cslt_sparse_mm`` with the library's own choice of algorithm: products in bfloat16, then one pass for scales and bias."""
 
     name = "torch-cslt"
     layouts = ("torch-cslt",)
 
-    def refuses(self, problem: Problem, variant: str = "") -> str | None:
-        """See `Kernel`."""
-        if _given_up:
-            return f"left out, since a cell failed with it or beside it: {_given_up[0]}"
+    def lacks(self, problem: Problem) -> str | None:
+        """See `Rival`."""
         if not problem.scheme.dynamic or not problem.cuda:
             return "torch's road to cuSPARSELt is timed with int8 and fp8 on CUDA"
         return None if private.cslt_sparse_mm is not None else "this torch has no _cslt_sparse_mm"
-
-    def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
-        """No unscaled product is timed."""
-        return frozenset()
 
     def roundings(self, variant: str) -> int:
         """To bfloat16 before the scales, and after."""

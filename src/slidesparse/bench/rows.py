@@ -13,6 +13,7 @@ import torch
 
 from .. import __version__
 from ..errors import CheckpointError
+from ..measure import Timing
 
 OK = "ok"
 WRONG = "wrong"
@@ -99,6 +100,22 @@ def here(commit: str | None = None) -> Row:
 
     about = asdict(this_machine())
     return replace(row, card=about.pop("gpu"), **about)
+
+
+def device() -> str:
+    """Where benchmarks run: a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def timed(row: Row, timing: Timing, device: str) -> Row:
+    """A row with its time, and how it was taken."""
+    timer = "host clock" if device == "cpu" else "sustained" if timing.sustained else "in turn"
+    return replace(row, us=timing.p50, us_p20=timing.p20, us_p80=timing.p80, timer=timer, status=OK)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def code_version() -> str:

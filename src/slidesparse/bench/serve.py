@@ -22,7 +22,7 @@ from ..pattern import Pattern
 from .engines import Engine, TransformersEngine, VllmEngine, joules
 from .kernel import Progress
 from .models import MODELS
-from .rows import FAILED, OK, Row, Rows
+from .rows import FAILED, OK, Row, Rows, device, first_line
 from .vllm_engine import OUTPUTS, PROMPT, check
 
 PREFILL = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -112,8 +112,7 @@ def run(asked: Asked, table: Rows, here: Row, progress: Progress | None = None) 
                     engines = _engines(asked, source, scheme, pattern, closing)
                     _compared(asked, engines, base, points, table, progress)
                 except (UnsupportedError, RuntimeError) as error:
-                    why = (str(error).splitlines() or [type(error).__name__])[0]
-                    table.add(replace(base, what=points[0][0], m=points[0][1], status=FAILED, why=why))
+                    table.add(replace(base, what=points[0][0], m=points[0][1], status=FAILED, why=first_line(error)))
     return table.rows[before:]
 
 
@@ -136,7 +135,7 @@ def _source(asked: Asked) -> Path:
             num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
             vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
         )  # fmt: skip
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        with torch.device(device()):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         half = folder.with_name(f"{folder.name}{SUFFIX}")
         shutil.rmtree(half, ignore_errors=True)
@@ -180,8 +179,7 @@ def _engines(asked: Asked, source: Path, scheme: str, pattern: str, closing: Exi
 def _dense(source: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).to(device).eval()
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).to(device()).eval()
 
 
 def _packed(load: Callable[..., Any], place: Path, options: Mapping[str, Any]) -> Any:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from . import screen
 from .produce import Json
@@ -103,9 +102,7 @@ def _print(advice: Advice) -> None:
     tokens = sorted({speed.m for option in (*advice.dense, *advice.options) for speed in option.speeds})
     _print_dense(advice.dense, tokens)
     screen.say("\non sparse tensor cores: times as fast as the best dense weights of 8 bits / of 16 bits")
-    table = Table(box=None, header_style="bold")
-    for name in ("pattern", "scheme", "on disk", "in memory", *(_tokens(m) for m in tokens), "pays from"):
-        table.add_column(name, justify="left" if name in ("pattern", "scheme") else "right")
+    table = screen.table("pattern", "scheme", ">on disk", ">in memory", *(_tokens(m) for m in tokens), ">pays from")
     for option in advice.options:
         speeds = {speed.m: speed for speed in option.speeds}
         start = "never" if option.pays_from is None else str(option.pays_from)
@@ -120,9 +117,7 @@ def _print(advice: Advice) -> None:
 
 def _print_dense(dense: list[Option], tokens: list[int]) -> None:
     screen.say("dense weights: tokens a second through these layers")
-    table = Table(box=None, header_style="bold")
-    for name in ("scheme", "bytes", *(_tokens(m) for m in tokens)):
-        table.add_column(name, justify="left" if name == "scheme" else "right")
+    table = screen.table("scheme", ">bytes", *(_tokens(m) for m in tokens))
     for option in dense:
         speeds: Mapping[int, Speed] = {speed.m: speed for speed in option.speeds}
         rates = [f"{_mark(speeds[m])}{speeds[m].tokens_per_second:,.0f}" if m in speeds else "-" for m in tokens]
@@ -137,9 +132,7 @@ def _print_study(options: list[Option]) -> None:
     if not losses:
         return
     screen.say("\nwhat accuracy cost in our study, best method, bf16: for these models, not yours")
-    table = Table(box=None, header_style="bold")
-    for name in ("model", "pattern", "method", "perplexity", "dense", "tasks, points"):
-        table.add_column(name, justify="left" if name in ("model", "pattern", "method") else "right")
+    table = screen.table("model", "pattern", "method", ">perplexity", ">dense", ">tasks, points")
     for loss in losses:
         tasks = "-" if loss.tasks is None else f"{loss.tasks:+.1f} ± {loss.tasks_error:.1f}"
         table.add_row(loss.model, loss.pattern, loss.method, rounded(loss.perplexity), rounded(loss.dense_perplexity), tasks)
@@ -147,7 +140,7 @@ def _print_study(options: list[Option]) -> None:
 
 
 def _tokens(m: int) -> str:
-    return f"{'decode' if m <= 64 else 'prefill'} {m}"
+    return f">{'decode' if m <= 64 else 'prefill'} {m}"
 
 
 def _against(speed: Speed | None) -> str:

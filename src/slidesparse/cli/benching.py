@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from . import screen
 from .produce import Json
@@ -38,7 +38,7 @@ Models = Annotated[
     list[str] | None,
     typer.Option("--model", help="Layers of this model of the list, or square; may be repeated.", show_default="all, and square"),
 ]
-Vllm = Annotated[bool, typer.Option("--rivals/--no-rivals", help="Time kernels of vLLM, torchao and torch where they can be imported.")]
+Rivals = Annotated[bool, typer.Option("--rivals/--no-rivals", help="Time kernels of vLLM, torchao and torch where they can be imported.")]
 _FOLDER = Path("slidesparse-bench")
 _AS_PLANNED = "as the plan has it={}"
 _TITLES = {
@@ -56,7 +56,7 @@ def kernel(
     schemes: Annotated[str, typer.Option(help="Schemes, as int8,fp8,bf16,fp16,fp4.")] = "int8,fp8,bf16,fp16,fp4",
     patterns: Annotated[str, typer.Option(help="Patterns; control is 2:4 of twice the width, γ = 2.")] = _PATTERNS,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1,16,64,256,1024,4096,16384",
-    rivals: Vllm = True,
+    rivals: Rivals = True,
     every: Annotated[bool, typer.Option("--every", help="A row for every variant of a kernel, not for the fastest alone.")] = False,
     commit: Commit = None,
     json: Json = False,
@@ -74,8 +74,8 @@ def kernel(
     cells = bench.works(every_shape, _listed(schemes, bench.SCHEME_NAMES), _listed(patterns, None), _tokens(tokens))
     table, here = _opened(out, commit)
     with screen.progress("measuring", count=True) as progress:
-        if not table.has(bench.replace(here, bench="kernel")):
-            for row in [bench.roof(here), *(offer(bench.replace(here, bench="kernel", what="linear")) if rivals else ())]:
+        if not table.has(replace(here, bench="kernel")):
+            for row in [bench.roof(here), *(offer(replace(here, bench="kernel", what="linear")) if rivals else ())]:
                 table.add(row)
         elif rivals:
             offer(here)
@@ -112,7 +112,7 @@ def lift(
         screen.print_json({"out": out, "rows": [vars(row) for row in table.rows]})
         return
     rows = [row for row in table.rows if row.bench == "lift"]
-    shown = _table("scheme", "pass", "pattern", ">K", ">M", ">µs", ">of the floor")
+    shown = screen.table("scheme", "pass", "pattern", ">K", ">M", ">µs", ">of the floor")
     for row in rows:
         if row.us is not None:
             share = "-" if row.ratio is None else f"{row.ratio:.2f}"
@@ -130,7 +130,7 @@ def audit(
     schemes: Annotated[str, typer.Option(help="Schemes of the plan's layers.")] = "int8,fp8,bf16,fp16",
     tokens: Annotated[str | None, typer.Option(help="Numbers of tokens.", show_default="all of the plan")] = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="Only cells in which the plan does not run dense weights.")] = False,
-    rivals: Vllm = True,
+    rivals: Rivals = True,
     commit: Commit = None,
     json: Json = False,
 ) -> None:
@@ -160,7 +160,7 @@ def audit(
     else:
         timed = [row for row in rows if row.ratio is not None]
         screen.say(f"{len(timed)} cells timed; in {len(lost)} the plan's route takes over 2 % longer than the fastest dense one")
-        shown = _table("N × K", "pattern", "scheme", ">M", "runs", ">µs", "fastest dense", ">dense ÷ runs")
+        shown = screen.table("N × K", "pattern", "scheme", ">M", "runs", ">µs", "fastest dense", ">dense ÷ runs")
         for row in sorted(lost, key=lambda each: each.ratio or 0):
             size, ratio = f"{row.n} × {row.k}", f"{row.ratio:.2f}×"
             shown.add_row(size, row.pattern, row.scheme, str(row.m), row.route, f"{row.us:.1f}", row.rival, ratio)
@@ -210,7 +210,7 @@ def serve(
         screen.print_json({"out": out, "rows": [vars(row) for row in rows]})
         return
     numbers_of = (">ms", ">kernels ms", ">tokens/s", ">× dense", ">GB", ">J a token")
-    shown = _table("model", "scheme", "pattern", "phase", ">tokens", "who", *numbers_of)
+    shown = screen.table("model", "scheme", "pattern", "phase", ">tokens", "who", *numbers_of)
     for row in rows:
         if row.us is not None:
             numbers = (row.us / 1e3, None if row.kernels_us is None else row.kernels_us / 1e3, row.m / row.us * 1e6)
@@ -274,14 +274,6 @@ def _listed(text: str, known: Sequence[str] | None) -> list[str]:
     return names
 
 
-def _table(*columns: str) -> Table:
-    """Columns behind > are numbers."""
-    table = Table(box=None, header_style="bold")
-    for name in columns:
-        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
-    return table
-
-
 def _print_curves(found: Sequence[object], title: str) -> None:
     from ..bench.speedups import CAVEAT, FORMULA, Curve, efficiencies
 
@@ -291,7 +283,7 @@ def _print_curves(found: Sequence[object], title: str) -> None:
     tokens = sorted({m for curve in kept for m in curve.speedups()})
     shares = efficiencies(kept)
     screen.out.print(f"\n[bold]{title}[/]; behind it efficiency against 2:4")
-    table = _table("scheme", "pattern", ">bound", *(f">M = {m}" for m in tokens))
+    table = screen.table("scheme", "pattern", ">bound", *(f">M = {m}" for m in tokens))
     for curve in kept:
         gains, share = curve.speedups(), shares.get((curve.scheme, curve.pattern), {})
         cells: list[str] = [_gain(gains.get(m), share.get(m)) for m in tokens]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from . import screen
 from .produce import Json, Model, Trust, model_folder
@@ -287,9 +286,8 @@ def _show(report: Report, output: Path | None, json: bool) -> None:
             screen.out.print(f"{name} {value} ± {stderr}")
     if report.tasks:
         header, rows = task_rows(report)
-        table = Table(box=None, header_style="bold")
-        for name in header:
-            table.add_column(name, justify="left" if name in ("task", "metric") else "right", overflow="fold")
+        columns = (name if name in ("task", "metric") else f">{name}" for name in header)
+        table = screen.table(*columns, overflow="fold")
         for row in rows:
             table.add_row(*map(escape, row))
         screen.out.print(table)

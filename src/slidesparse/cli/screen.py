@@ -10,11 +10,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
 
 UsageError: Any = typer.BadParameter.__base__
 """The error of a command line that cannot be meant; typer says its own name for it only here."""
@@ -44,6 +45,14 @@ def progress(title: str, *, count: bool = False) -> Iterator[Callable[..., None]
 def say(text: str) -> None:
     """One plain line on stdout: names and paths may hold brackets."""
     out.print(text, markup=False)
+
+
+def table(*columns: str, overflow: Literal["fold", "ellipsis"] = "ellipsis") -> Table:
+    """A table without lines; columns behind > are numbers."""
+    made = Table(box=None, header_style="bold")
+    for name in columns:
+        made.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow=overflow)
+    return made
 
 
 def print_json(data: Any) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from ..pattern import Pattern
 from . import screen
@@ -111,9 +110,8 @@ def print_plan(plan: Plan, layers: list[LinearShape], vllm: bool = False, swiglu
         rows = plan_rows(plan, [layer], vllm, swiglu)
         if not rows:
             continue
-        table = Table(box=None, header_style="bold")
-        for name in ("M", "best dense", "µs", "fast runs", "µs", "× dense", "best other", "µs", "lean runs", "µs", "× dense"):
-            table.add_column(name, justify="left" if name in ("best dense", "fast runs", "best other", "lean runs") else "right")
+        fast, lean = ("fast runs", ">µs", ">× dense"), ("lean runs", ">µs", ">× dense")
+        table = screen.table(">M", "best dense", ">µs", *fast, "best other", ">µs", *lean)
         for row in rows:
             cells = [str(row["m"])]
             for part in ("dense", "fast", "other", "lean"):
