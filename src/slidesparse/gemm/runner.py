@@ -229,8 +229,7 @@ class Runner:
 
     def _made_ready(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None) -> Ready:
         if {other for _, other, _ in self._kinds} != {device}:  # a try that failed may have left copies, too
-            self._kinds.clear()
-            self._copies.clear()
+            self.let_go()
         problem = self.weights.problem(dtype, device, bias)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             whole, unscaled = self._steps(problem)
@@ -251,6 +250,17 @@ class Runner:
         self._kinds[dtype, device, bias] = ready
         return ready
 
+    def let_go(self) -> None:
+        """Give up what was made ready. Kernels on any stream may still read the copies, so the devices are waited for before.
+
+        To record every stream with every tensor would cost host time in each call; copies are given up when weights change or move.
+        """
+        for device in {device for _, device, _ in self._kinds if device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+        self.ready = None
+        self._kinds.clear()
+        self._copies.clear()
+
     def _make(self, layouts: Collection[str], problem: Problem, device: torch.device) -> None:
         """Make copies of the weights in these layouts."""
         if not layouts:
@@ -267,7 +277,7 @@ class Runner:
         """Routes of whole linears and, where the scheme has them, of unscaled products."""
         modes = (False, True) if problem.scheme.dynamic else (False,)
         if self.asked is not None:
-            forms = [mode for mode in modes if self._gives(problem, mode)]
+            forms = [mode for mode in modes if self._gives(self.asked, problem, mode)]
             found = [_few_and_many(partial(chosen, self.asked, problem, unscaled=mode)) for mode in forms]
         else:
             plan = (self.plan or active_plan().plan) if problem.cuda else None
@@ -279,16 +289,16 @@ class Runner:
             found = [self._planned(problem, plan, without, layouts, mode) for mode in modes]
         return found[0], (found[1] if len(found) > 1 else ())
 
-    def _gives(self, problem: Problem, unscaled: bool) -> bool:
+    def _gives(self, asked: str, problem: Problem, unscaled: bool) -> bool:
         """Whether the route asked for has this form: exact ones leave nothing to the caller."""
         if not unscaled or self._unscaled:
             return True
-        return refusal(chosen(self.asked, problem, 1), problem, unscaled=True) is None
+        return refusal(chosen(asked, problem, 1), problem, unscaled=True) is None
 
     def _planned(self, problem: Problem, plan: Plan | None, without: Collection[Route], layouts: tuple[str, ...], unscaled: bool) -> Steps:
         """The plan's routes in these layouts, and where it has none, what runs unmeasured."""
         times = {} if plan is None else plan.times(key_of(problem), unscaled=unscaled, without=without)
-        found = []
+        found: list[tuple[int, Route]] = []
         for most, route in intervals(times, layouts) or ((maxsize, None),):
             if route is not None:
                 found.append((most, route))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sys import maxsize
 
 from ...gemm import Cell, Plan, Problem, Route, key_of
-from ...gemm.choose import DENSE, Steps, Times, choice_of, geometric_mean, quickest, route_at
+from ...gemm.choose import DENSE, Intervals, Times, choice_of, geometric_mean, quickest, route_at
 from ...measure import Timing
 
 WORTH = 1.03
@@ -42,7 +42,7 @@ class Decision:
     why: str | None
     plan: Plan | None = None
     layouts: tuple[str, ...] = ()
-    steps: Steps = ()
+    steps: Intervals = ()
 
 
 def decide(problem: Problem, plan: Plan | None, facts: EngineFacts, without: Collection[Route] = ()) -> Decision:
@@ -50,7 +50,7 @@ def decide(problem: Problem, plan: Plan | None, facts: EngineFacts, without: Col
     key, tune = key_of(problem), f"run `slidesparse tune --{facts.name}`"
     if plan is None or not plan.cells.get(key):
         return Decision(f"nothing was measured: {tune}")
-    if facts.kernel is not None and not _compared(plan, problem, facts):
+    if facts.kernel is not None and not _compared(plan, problem, Route("dense", facts.kernel), facts.unscaled):
         return Decision(f"the plan has not compared them: {tune}")
     own = _within(plan, problem, facts, without)
     layouts, steps = choice_of(own, problem, unscaled=facts.unscaled)
@@ -66,12 +66,11 @@ def decide(problem: Problem, plan: Plan | None, facts: EngineFacts, without: Col
     return Decision(f"ours would be {mean:.4f} times as fast on average over {min(gains)} to {max(gains)} tokens, and {WORTH} is asked")
 
 
-def _compared(plan: Plan, problem: Problem, facts: EngineFacts) -> bool:
+def _compared(plan: Plan, problem: Problem, route: Route, unscaled: bool) -> bool:
     """Whether the engine's kernel was timed, or found wrong, wherever the layer was timed."""
-    route = Route("dense", facts.kernel)
-    cells = [cell for cell in plan.cells[key_of(problem)].values() if cell.times(facts.unscaled)]
-    dropped = {str(route), f"unscaled {route}"} if facts.unscaled else {str(route)}
-    return bool(cells) and all(route in cell.times(facts.unscaled) or not dropped.isdisjoint(cell.dropped) for cell in cells)
+    cells = [cell for cell in plan.cells[key_of(problem)].values() if cell.times(unscaled)]
+    dropped = {str(route), f"unscaled {route}"} if unscaled else {str(route)}
+    return bool(cells) and all(route in cell.times(unscaled) or not dropped.isdisjoint(cell.dropped) for cell in cells)
 
 
 def _within(plan: Plan, problem: Problem, facts: EngineFacts, without: Collection[Route], layouts: Collection[str] | None = None) -> Plan:
@@ -100,7 +99,7 @@ def _trimmed(times: Times, facts: EngineFacts, without: Collection[Route], layou
     }  # fmt: skip
 
 
-def _gains(own: Plan, plan: Plan, problem: Problem, steps: Steps, facts: EngineFacts, without: Collection[Route]) -> Mapping[int, float]:
+def _gains(own: Plan, plan: Plan, problem: Problem, steps: Intervals, facts: EngineFacts, without: Collection[Route]) -> Mapping[int, float]:
     """By measured number of tokens, how many times as fast as the engine the layer is: 1 where its route reads the dense layout.
 
     The engine's time is that of its kernel, in the quicker of the two forms in which it was timed, or else of the quickest dense one.

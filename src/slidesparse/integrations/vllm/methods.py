@@ -37,6 +37,7 @@ from ..vllm_facts import ENOUGH
 from .dense import Apply, can_give_back, decided, give_back
 from .fusion import behind_swiglu, fuses
 from .graph import compiles, enter_cache_key, open_linear
+from .loading import LOADING
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
 
@@ -126,12 +127,18 @@ class SlideSparseLinearMethod(LinearMethodBase):
             raise PatternError(f"layer {self.layer}: {error}", row=error.row, group=error.group, values=error.values) from error
         except WeightError as error:
             raise WeightError(f"layer {self.layer}: {error}") from error
-        if torch.cuda.is_initialized():
-            # vLLM loads without splitting blocks over 20 MB: one that a check or another layer let go would hold a smaller tensor whole.
-            torch.cuda.empty_cache()
-        for loaded in ("weight", "weight_values", "weight_keep", "weight_scale"):
-            if hasattr(layer, loaded):
-                delattr(layer, loaded)
+        loaded = [weights.packed.values, weights.packed.keep]
+        for name in ("weight", "weight_values", "weight_keep", "weight_scale"):
+            if hasattr(layer, name):
+                loaded.append(getattr(layer, name).data)
+                delattr(layer, name)
+        try:
+            self._make_ready(layer, weights, margins)
+        finally:
+            LOADING.ends(layer, loaded)
+
+    def _make_ready(self, layer: Any, weights: Weights, margins: tuple[int, int]) -> None:
+        """Decide who runs the layer, and make the copies that its routes read."""
         configs, device = (self.config, get_current_vllm_config_or_none()), weights.packed.values.device
         bias = getattr(layer, "bias", None)
         if layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0):
@@ -204,6 +211,7 @@ class PackedLinearMethod(SlideSparseLinearMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         """Parameters for the rank's rows, and of each the groups that its columns touch."""
+        LOADING.begins(layer)
         self.claims.check_width(self.layer, self.parts, input_size)
         start = self._start(layer, input_size_per_partition, input_size)
         self.shard = Shard(self.pattern, input_size, start, start + input_size_per_partition)
@@ -247,6 +255,7 @@ class DenseLinearMethod(SlideSparseLinearMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         """The parameters that vLLM's own methods make for such a checkpoint."""
+        LOADING.begins(layer)
         scheme = self.scheme = self.scheme or scheme_of_dtype(params_dtype)
         if scheme is None:
             raise UnsupportedError(f"layer {self.layer}: weights of {params_dtype} have no packed form: give --dtype bfloat16 or float16")
