@@ -64,7 +64,8 @@ def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = 
     split = {name for name, module in modules.items() if type(module).__name__ in split_where_quantised()}
     split &= {target.rpartition(".")[0] for target in targets}
     heads = frozenset(layers[name] for name in head_layers(model) & layers.keys())
-    linears = {name: layers[name] if name in layers else name for name in modules if name in linear}
+    linears = {name: name for name in modules if name in linear}
+    linears |= {name: layer for name, layer in layers.items() if name in linears}
     missing = tuple(missing_tensors(model, targets))
     return Reader(linears, _matching(), fixed, heads, frozenset(merged), tuple(sorted(split)), unplaced, missing)
 

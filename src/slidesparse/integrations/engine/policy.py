@@ -99,7 +99,9 @@ def _trimmed(times: Times, facts: EngineFacts, without: Collection[Route], layou
     }  # fmt: skip
 
 
-def _gains(own: Plan, plan: Plan, problem: Problem, steps: Intervals, facts: EngineFacts, without: Collection[Route]) -> Mapping[int, float]:
+def _gains(
+    own: Plan, plan: Plan, problem: Problem, steps: Intervals, facts: EngineFacts, without: Collection[Route]
+) -> Mapping[int, float]:
     """By measured number of tokens, how many times as fast as the engine the layer is: 1 where its route reads the dense layout.
 
     The engine's time is that of its kernel, in the quicker of the two forms in which it was timed, or else of the quickest dense one.

@@ -93,6 +93,8 @@ class PackedParameter(ModelWeightParameter):
 class SlideSparseLinearMethod(LinearMethodBase):
     """A linear layer on packed weights; subclasses say in which form the checkpoint holds them."""
 
+    scheme: Scheme
+
     def __init__(self, claims: Claims, layer: str, parts: tuple[str, ...]) -> None:
         self.claims, self.layer, self.parts = claims, layer, parts
         self.settings = Settings.current()
@@ -242,7 +244,7 @@ class DenseLinearMethod(SlideSparseLinearMethod):
 
     def __init__(self, scheme: Scheme | None, claims: Claims, layer: str, parts: tuple[str, ...], *, per_part: bool = False) -> None:
         super().__init__(claims, layer, parts)
-        self.scheme, self.per_part = scheme, per_part
+        self.claimed, self.per_part = scheme, per_part
 
     def create_weights(
         self,
@@ -256,9 +258,10 @@ class DenseLinearMethod(SlideSparseLinearMethod):
     ) -> None:
         """The parameters that vLLM's own methods make for such a checkpoint."""
         LOADING.begins(layer)
-        scheme = self.scheme = self.scheme or scheme_of_dtype(params_dtype)
+        scheme = self.claimed or scheme_of_dtype(params_dtype)
         if scheme is None:
             raise UnsupportedError(f"layer {self.layer}: weights of {params_dtype} have no packed form: give --dtype bfloat16 or float16")
+        self.scheme = scheme
         self.k, self.start = input_size, self._start(layer, input_size_per_partition, input_size)
         self.widths = list(output_partition_sizes)
         rows, loader = sum(self.widths), extra_weight_attrs["weight_loader"]
