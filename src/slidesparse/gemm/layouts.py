@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops, reference
 from ..format import Packed, packed_tensors
 from ..ops import cusparselt, sm90
-from ..ops.library import ones
+from ..ops.library import one
 from ..ops.quantize import moves_nothing
 from ..quantization import expand_nvfp4
 from .problem import Problem, Weights
@@ -48,7 +48,7 @@ class PackedLayout:
 
     def prepare(self, problem: Problem, weights: Weights) -> Copy:
         """Nothing is copied."""
-        ones(weights.packed.values.device, 1)  # kernels ask for them later, perhaps while a CUDA graph is captured
+        one(weights.packed.values.device)  # kernels ask for it later, perhaps while a CUDA graph is captured
         return weights.packed.values, weights.packed.keep, weights.scale, weights.global_scale
 
     def stored(self, problem: Problem, copy: Copy) -> Packed:

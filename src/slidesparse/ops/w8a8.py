@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from .launch import CALLS, Launch, allocate, allocator
-from .library import MOST_ONES, capability, define, has_triton, ones
+from .library import capability, define, has_triton
 
 WIDEST_K = 1 << 17
 """Widest K whose int8 products, at most 128 · 127 each, are sure to fit an int32 sum."""
@@ -180,17 +180,13 @@ def launch_w8a8(
     return y
 
 
-def bound_w8a8(
-    m: int, n: int, k: int, device: torch.device, dtype: torch.dtype, bias: torch.dtype | None, unscaled: bool
-) -> Callable[..., Tensor]:
-    """`w8a8` of ``m`` rows by weights ``[n, k]``, with what types and shapes decide decided; ``unscaled`` leaves token scales and bias.
+def bound_w8a8(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype, bias: torch.dtype | None) -> Callable[..., Tensor]:
+    """`w8a8` of ``m`` rows by weights ``[n, k]``, with what types and shapes decide decided.
 
     To be called on the current device with q, token scales, ``(weight,)``, weight scales and bias, each contiguous.
     """
-    tile, empty, bias = tile_for(m, n, k, *_resources(device)), allocator(device), None if unscaled else bias
+    tile, empty = tile_for(m, n, k, *_resources(device)), allocator(device)
     on_card, describes = device.type == "cuda", _describes(device, k)
-    # More than are kept belong to one call: made while a CUDA graph is captured, they hold nothing before its first replay.
-    units = ones(device, m).view(-1, 1) if unscaled and m <= MOST_ONES else None
     calls = {way: _tile_call(m, m, n, k, torch.int32 if tile.split > 1 else dtype, bias, tile, way, on_card) for way in (False, True)}
     partial_sums = ((tile.split * m, n), (n, 1), torch.int32)
     total = _sum_call(m, n, dtype, bias, tile.split) if tile.split > 1 else None
@@ -198,11 +194,9 @@ def bound_w8a8(
     def product(q: Tensor, x_scale: Tensor, copy: tuple[Tensor, ...], w_scale: Tensor, added: Tensor | None) -> Tensor:
         weight, y = copy[0], empty((m, n), (n, 1), dtype)
         way, out = describes and _aligned(q, weight), y if total is None else empty(*partial_sums)
-        token = x_scale if not unscaled else ones(device, m) if units is None else units
-        tensors = out, token, w_scale, None if bias is None else added
-        calls[way](*(_descriptors(q, weight, tile) if way else (q, weight)), *tensors)
+        calls[way](*(_descriptors(q, weight, tile) if way else (q, weight)), out, x_scale, w_scale, added)
         if total is not None:
-            total(out, y, *tensors[1:])
+            total(out, y, x_scale, w_scale, added)
         return y
 
     return product
