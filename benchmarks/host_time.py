@@ -77,16 +77,16 @@ def steps(scheme: str) -> dict[str, Callable[[], object]]:
     alpha = torch.ones(N, device="cuda") if scheme == "int8" else None
     q, scale = ops.quantize_lift(x, pattern, kind, rows=16)
     product = cusparselt.sparse_mm(q, compressed, alpha, N, torch.bfloat16)
-    runner, owner = Runner(Weights(layer.packed, kind, layer.weight_scale), route="slid", unscaled=True), torch.nn.Module()
+    runner, owner = Runner(Weights(layer.packed, kind, layer.weight_scale), route="slid"), torch.nn.Module()
     runner.prepare(torch.bfloat16, x.device)
     name = handle(owner, lambda dtype, device: runner)
-    engine = torch.ops.slidesparse.linear_unscaled.default  # the layer lives as long as its owner, which the call holds
+    engine = torch.ops.slidesparse.linear.default  # the layer lives as long as its owner, which the call holds
     found: dict[str, Callable[[], object]] = {
         "quantize": lambda: ops.quantize(x, kind),
         "quantize_lift": lambda: ops.quantize_lift(x, pattern, kind, rows=16),
         "sparse_mm": lambda: cusparselt.sparse_mm(q, compressed, alpha, N, torch.bfloat16),
         "rescale": lambda: ops.rescale(product, scale, None, None, torch.bfloat16),
-        "unscaled, as in an engine": lambda owner=owner: engine(x, name, N),
+        "linear, as in an engine": lambda owner=owner: engine(x, name, None, N),
     }
     if importlib.util.find_spec("vllm"):
         from vllm import _custom_ops as theirs

@@ -1,7 +1,6 @@
 """What the shipped plans say of models' merged layers, summed: tables of the documents, which `document_tables` writes.
 
-Ratios are to the fastest dense route of the precision in the same plan. `product` leaves scales and bias to the consumer, as a compiler
-does, and is held against the quickest dense of both kinds.
+Ratios are to the fastest dense route of the precision in the same plan.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from accuracy.tables import markdown
 from slidesparse.bench.models import MODELS
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Plan, Route
-from slidesparse.gemm.choose import choice_of, fastest, route_at
+from slidesparse.gemm.choose import DENSE, choice_of, fastest, route_at
 from slidesparse.gemm.plan import Key
 from slidesparse.gemm.plans import shipped_plan
 from slidesparse.gemm.tune import LinearShape
@@ -27,7 +26,7 @@ SCHEME_NAMES = ("int8", "fp8", "bf16")
 TOKENS = (1, 16, 256, 1024, 4096, 16384, 32768)
 FEW_TOKENS = (16, 256, 1024, 4096, 16384)
 RATIOS = (
-    ("dense", "lean"), ("dense", "sparse"), ("either", "product"), ("dense alone", "fast alone"), ("library", "sparse"),
+    ("dense", "lean"), ("dense", "sparse"), ("dense alone", "fast alone"), ("library", "sparse"),
 )  # fmt: skip
 
 
@@ -38,7 +37,7 @@ def parts(plan: Plan, key: Key, m: int) -> dict[str, float]:
     problem = LinearShape(n, k, Pattern.parse(pattern), SCHEMES[scheme]).problem
 
     def of(route: Route | None) -> float:
-        return cell.whole[route].p50 if route in cell.whole else nothing
+        return cell.times[route].p50 if route in cell.times else nothing
 
     def quickest(times: Mapping[Route, Timing], routes: Iterable[Route]) -> float:
         return min((times[route].p50 for route in routes if route in times), default=nothing)
@@ -46,13 +45,12 @@ def parts(plan: Plan, key: Key, m: int) -> dict[str, float]:
     def runs(memory: str = "fast", without: Collection[Route] = ()) -> Route | None:
         return route_at(choice_of(plan, problem, memory=memory, without=without)[1], m)
 
-    sparse, dense = ([route for route in cell.whole | cell.unscaled if route.layout == layout] for layout in ("slid", "dense"))
-    alone = {route: timing for route, timing in cell.whole.items() if route not in VLLMS}
+    sparse = [route for route in cell.times if route.layout not in DENSE]
+    alone = {route: timing for route, timing in cell.times.items() if route not in VLLMS}
     return {
-        "dense": of(fastest(cell.whole, ("dense",))), "fast": of(runs()), "lean": of(runs("lean")), "sparse": quickest(cell.whole, sparse),
-        "product": quickest(cell.unscaled, sparse), "either": min(quickest(cell.whole, dense), quickest(cell.unscaled, dense)),
+        "dense": of(fastest(cell.times, ("dense",))), "fast": of(runs()), "lean": of(runs("lean")), "sparse": quickest(cell.times, sparse),
         "dense alone": of(fastest(alone, ("dense",))), "fast alone": of(runs(without=VLLMS)),
-        "library": quickest(cell.whole, LIBRARY), "runs sparse": runs().layout == "slid",
+        "library": quickest(cell.times, LIBRARY), "runs sparse": runs().layout not in DENSE,
     }  # fmt: skip
 
 
@@ -85,23 +83,19 @@ def six_of_eight(card: str) -> str:
                 chosen = f"{ratio(total, 'dense', 'fast')} ({total['runs sparse']:.0f})"
                 lines.append([shown, str(m), f"{total['dense']:.0f}", chosen, *(ratio(total, *pair) for pair in RATIOS)])
                 shown = ""
-    heads = ["6:8", "M", "best dense, µs", "chosen plan", "`lean`", "sparse", "sparse `product`", "chosen plan without vLLM ¹"]
-    return markdown([*heads, "sparse against the library ²"], lines)
+    heads = ["6:8", "M", "best dense, µs", "chosen plan", "`lean`", "sparse", "chosen plan without vLLM ¹", "sparse against the library ²"]
+    return markdown(heads, lines)
 
 
 def others(card: str) -> str:
-    """Other patterns of the same model, and other models: the chosen plan, and the sparse product where it leaves scales."""
+    """Other patterns of the same model, and other models: the chosen plan."""
     plan, lines = shipped_plan(card), []
     kinds = [(MODEL, pattern) for pattern in ("2:4", "4:6", "8:10")]
     kinds += [(model, pattern) for model in MODELS if model != MODEL for pattern in ("6:8", "2:4")]
     for model, pattern in kinds:
         for scheme in SCHEME_NAMES:
             found = [summed(plan, model, pattern, scheme, m) for m in FEW_TOKENS]
-            cells = ["" if total is None else _both(total) for total in found]
+            cells = ["" if total is None else ratio(total, "dense", "fast") for total in found]
             if any(cells):
                 lines.append([f"{'' if model == MODEL else f'{model}, '}{pattern} {scheme}", *cells])
-    return markdown(["chosen plan, sparse `product`", *(f"M = {m}" for m in FEW_TOKENS)], lines)
-
-
-def _both(total: Mapping[str, float]) -> str:
-    return ", ".join(filter(None, (ratio(total, "dense", "fast"), ratio(total, "either", "product"))))
+    return markdown(["chosen plan", *(f"M = {m}" for m in FEW_TOKENS)], lines)

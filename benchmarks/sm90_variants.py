@@ -32,7 +32,7 @@ def rows(bench: Bench, m: int, library: str) -> Iterator[dict[str, object]]:
     scale, expected = bench.weights.channel_scale, None
     whole, products = {}, {}
     for route in routes:
-        steps = kernels()[route.kernel].bind(bench.problem, route.layout, route.variant, inputs[0], unscaled=False, direct=True)
+        steps = kernels()[route.kernel].bind(bench.problem, route.layout, route.variant, inputs[0], direct=True)
         copies = bench.copies(route.layout, len(inputs))
         y = run(steps, inputs[0], copies[0], scale, None)[0].float()
         expected = y if expected is None else expected

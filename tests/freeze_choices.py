@@ -8,9 +8,8 @@ is said to be without them.
 
 Every file holds, for the plan of that GPU,
 
-- ``keeps``: by layer and form the layouts that stay and their share of the dense weights' bytes. A form is ``whole`` linears or
-  ``unscaled`` ones (scales and bias are left to the consumer, as only vLLM's compiler asks), with vLLM's kernels, or whole ones ``without``
-  them where that differs;
+- ``keeps``: by layer and form the layouts that stay and their share of the dense weights' bytes. A form is ``with`` vLLM's kernels, or
+  ``without`` them where that differs;
 - ``cells``: one row for every measured number of tokens: ``[M, best dense route, µs, route that runs, µs, in lean memory, µs]``;
 - ``adapter``: why vLLM runs a layer on its own kernels, or else the layouts that stay and the routes, each up to so many tokens.
 """
@@ -66,9 +65,9 @@ def frozen(path: Path) -> Frozen:
     plan = Plan.load(path)
     found: Frozen = {"plan": path.name, "measured": plan.date} | {section: {} for section in SECTIONS}
     for key in plan.cells:
-        forms = {form: _chosen(plan, key, form) for form in ("whole", "unscaled", "without")}
+        forms = {form: _chosen(plan, key, form) for form in ("with", "without")}
         for form, (keeps, rows) in forms.items():
-            if rows and not (form == "without" and rows == forms["whole"][1]):
+            if rows and not (form == "without" and rows == forms["with"][1]):
                 name = f"{key[0]}×{key[1]} {key[2]} {key[3]} {form}"
                 found["keeps"][name], found["cells"][name] = keeps, rows
     for setting, (compiled, most) in SETTINGS.items():
@@ -105,12 +104,12 @@ def _text(value: object) -> str:
 
 def _chosen(plan: Plan, key: Key, form: str) -> tuple[list, list[list]]:
     """What stays, and the rows of ``cells``."""
-    problem, unscaled = problem_of(key), form == "unscaled"
+    problem = problem_of(key)
     without = [route for route in plan.routes(key) if form == "without" and route.kernel == KERNEL]
-    layouts, fast = choice_of(plan, problem, unscaled=unscaled, without=without)
-    _, lean = choice_of(plan, problem, unscaled=unscaled, without=without, memory="lean")
+    layouts, fast = choice_of(plan, problem, without=without)
+    _, lean = choice_of(plan, problem, without=without, memory="lean")
     nbytes = sum(LAYOUTS[name].nbytes(problem) for name in layouts) / LAYOUTS["dense"].nbytes(problem)
-    cells = plan.times(key, unscaled=unscaled, without=without)
+    cells = plan.times(key, without=without)
     rows = [
         [m, *_timed(_best_dense(times), times), *(part for runs in (fast, lean) for part in _runs(runs, m, times))]
         for m, times in cells.items()
@@ -144,8 +143,7 @@ def _models() -> Iterator[tuple[str, dict[str, LinearShape]]]:
 
 def _decided(plan: Plan, name: str, layer: LinearShape, compiled: bool, most: int) -> str | list:
     """As the adapter's `dense.decided` decides, on one rank, with no route asked for."""
-    unscaled = compiled and layer.scheme.dynamic
-    known = facts(layer.problem, unscaled=unscaled, most=most, swiglu=unscaled and follows_swiglu(name, "silu"))
+    known = facts(layer.problem, most=most, swiglu=compiled and layer.scheme.dynamic and follows_swiglu(name, "silu"))
     found = decide(layer.problem, plan, known)
     steps = [[None if most == maxsize else most, str(route)] for most, route in found.steps]
     return [*found.layouts, steps] if found.why is None else found.why
@@ -183,7 +181,7 @@ def _flat(cells: dict[str, list[list]]) -> dict[tuple[str, str, int, str], tuple
     found = {}
     for name, rows in cells.items():
         layer, _, form = name.rpartition(" ")
-        also = form == "whole" and f"{layer} without" not in cells
+        also = form == "with" and f"{layer} without" not in cells
         for m, _, dense_us, *runs in rows:
             for memory, told in (("fast", runs[:2]), ("lean", runs[2:4])):
                 for kind in (form, "without") if also else (form,):

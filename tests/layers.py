@@ -34,21 +34,16 @@ def tokens(m: int, k: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return (torch.randn(m, k) * torch.logspace(-3, 3, m).view(-1, 1)).to(dtype)
 
 
-def swiglu(m: int, k: int, scaled: bool, device: str = "cpu") -> Gated:
-    """Gates and ups of rows of very different scales, the scales given with them or in them."""
-    scale = torch.logspace(-2, 2, m).view(-1, 1)
-    gate_up, channel = torch.randn(m, 2 * k), torch.rand(1, 2 * k) + 0.5
-    tensors = (gate_up.to(DTYPE), scale, channel) if scaled else ((gate_up * scale).to(DTYPE), None, None)
-    return Gated(*(None if tensor is None else tensor.to(device) for tensor in tensors))
+def swiglu(m: int, k: int, device: str = "cpu") -> Gated:
+    """Gates and ups of rows of very different scales."""
+    return Gated((torch.randn(m, 2 * k) * torch.logspace(-2, 2, m).view(-1, 1)).to(device, DTYPE))
 
 
-def normed(m: int, k: int, scaled: bool, device: str = "cpu") -> Normed:
-    """A norm's inputs of rows of very different scales, the scales given with them or in them."""
-    scale = torch.logspace(-2, 2, m).view(-1, 1)
-    x, channel = torch.randn(m, k), torch.rand(1, k) + 0.5
-    x, scale, channel = (x.to(DTYPE), scale, channel) if scaled else ((x * scale).to(DTYPE), None, None)
-    made = Normed(x, torch.randn(m, k).to(DTYPE), torch.rand(k).to(DTYPE), 1e-6, torch.zeros(m, k, dtype=DTYPE), scale, channel)
-    return Normed(*(one.to(device) if isinstance(one, Tensor) else one for one in made))
+def normed(m: int, k: int, device: str = "cpu") -> Normed:
+    """A norm's inputs of rows of very different scales."""
+    x = torch.randn(m, k) * torch.logspace(-2, 2, m).view(-1, 1)
+    x, residual, weight = (one.to(device, DTYPE) for one in (x, torch.randn(m, k), torch.rand(k)))
+    return Normed(x, residual, weight, 1e-6, torch.zeros(m, k, dtype=DTYPE, device=device))
 
 
 def quantised(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor | None]:
@@ -61,10 +56,3 @@ def oracle(x: Tensor, weights: Weights, dense: Tensor, bias: Tensor | None, dtyp
     q, s = quantised(x.cpu(), weights)
     scale = None if weights.channel_scale is None else weights.channel_scale.cpu()
     return reference.linear(q, s, dense, scale, None if bias is None else bias.cpu(), dtype)
-
-
-def unscaled_oracle(x: Tensor, weights: Weights, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """The unscaled product, rounded once from float32, and the token scales, on the CPU: channels of int8 are scaled, of fp8 not."""
-    q, s = reference.quantize(x.cpu(), weights.scheme)
-    sums = (q.double() @ dense.double().t()).float()
-    return (sums * weights.scale.cpu().view(1, -1) if weights.scheme.name == "int8" else sums).to(DTYPE), s

@@ -51,9 +51,10 @@ class Mutation(NamedTuple):
 KNOWN = (
     Mutation("gemm/tune.py", "*expected(draw), roundings=roundings)", "*expected(draw))", ("tune",)),
     Mutation("gemm/tune.py", "torch.cat([x[:_CHECKED_ROWS], x[-_CHECKED_ROWS:]])", "x[: 2 * _CHECKED_ROWS]", ("tune",)),
-    Mutation("gemm/tune.py", 'routes if layout == "dense" else routes[:_UNSCALED_TIMED]', "routes[:_UNSCALED_TIMED]", ("tune",)),
     Mutation("gemm/tune.py", "for draw, call in enumerate(calls[:2])", "for draw, call in enumerate(calls[:1])", ("tune",)),
     Mutation("gemm/tune.py", "fcntl.flock(folder, fcntl.LOCK_EX)", "pass", ("tune",)),
+    Mutation("gemm/op.py", "runner.behind(x, bias)", "runner.behind(x)", ("behind",)),
+    Mutation("gemm/runner.py", "return bias.shape == (ready.problem.n,) and ", "return ", ("pipeline",)),
     Mutation("checkpoint/transform.py", "{recipe.seed}/{plan.layer.name}/{block.first}", "{recipe.seed}", ("convert",)),
     Mutation("checkpoint/transform.py", "{plan.layer.name}/{block.first}", "{plan.layer.name}", ("convert",)),
     Mutation("checkpoint/staging.py", "os.fsync(file.fileno())", "pass", ("convert", "outputs")),

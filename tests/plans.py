@@ -39,9 +39,9 @@ def times(**us: float) -> dict[Route, Timing]:
     return found
 
 
-def plan_of(key: Key, cells: Mapping[int, dict[Route, Timing]], unscaled: Mapping[int, dict[Route, Timing]] | None = None) -> Plan:
-    """A plan of one layer: times of whole linears and of unscaled products by number of tokens."""
-    plan, bare = Plan(HERE), unscaled or {}
-    for m in sorted({*cells, *bare}):
-        plan.add(key, Cell(m, cells.get(m, {}), bare.get(m, {})))
+def plan_of(key: Key, cells: Mapping[int, dict[Route, Timing]]) -> Plan:
+    """A plan of one layer: times by number of tokens."""
+    plan = Plan(HERE)
+    for m in sorted(cells):
+        plan.add(key, Cell(m, cells[m]))
     return plan

@@ -43,12 +43,12 @@ def scaled_mm(q: Tensor, weight: Tensor, row: Tensor, column: Tensor, bias: Tens
     return reference.scaled((q.double() @ weight.double()).float(), row, column, bias, out_dtype)
 
 
-def bound_w8a8(m: int, n: int, k: int, device, dtype: torch.dtype, bias: torch.dtype | None, unscaled: bool) -> Callable[..., Tensor]:
+def bound_w8a8(m: int, n: int, k: int, device, dtype: torch.dtype, bias: torch.dtype | None) -> Callable[..., Tensor]:
     """The dense int8 kernel's launch."""
 
     def product(q: Tensor, x_scale: Tensor, copy: tuple[Tensor, ...], w_scale: Tensor, added: Tensor | None) -> Tensor:
-        assert q.shape == (m, k) and copy[0].shape == (n, k) and (unscaled or (None if added is None else added.dtype) == bias)
-        return reference.linear(q, None if unscaled else x_scale, copy[0], w_scale, None if unscaled else added, dtype)
+        assert q.shape == (m, k) and copy[0].shape == (n, k) and (None if added is None else added.dtype) == bias
+        return reference.linear(q, x_scale, copy[0], w_scale, added, dtype)
 
     return product
 
@@ -71,25 +71,22 @@ def _parsed(text: str) -> Pattern | None:
     return Pattern.parse(text) if text else None
 
 
-def silu_call(gate_up: Tensor, dtype: torch.dtype, pattern: str, added: tuple, width: int) -> Callable:
+def silu_call(gate_up: Tensor, dtype: torch.dtype, pattern: str, width: int) -> Callable:
     quantise = quantize_call(gate_up, _parsed(pattern), dtype, 0, width)
 
-    def call(gate_up: Tensor, scale: Tensor, channel: Tensor, bias: Tensor, q: Tensor, out: Tensor) -> None:
-        given = [tensor if one is not None else None for one, tensor in zip(added, (scale, channel, bias), strict=True)]
-        quantise(silu_mul(gate_up, *given), q, out)
+    def call(gate_up: Tensor, q: Tensor, scale: Tensor) -> None:
+        quantise(silu_mul(gate_up), q, scale)
 
     return call
 
 
-def norm_call(x: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, added: tuple, width: int) -> Callable:
+def norm_call(x: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, pattern: str, width: int) -> Callable:
     quantise = quantize_call(x, _parsed(pattern), dtype, 0, width)
 
-    def call(x: Tensor, weight: Tensor, residual: Tensor, *rest: Tensor) -> None:
-        *scales, total, q, out = rest
-        given = [tensor if one is not None else None for one, tensor in zip(added, scales, strict=True)]
-        found, normed = added_norm(x, weight, residual, eps, *given)
+    def call(x: Tensor, weight: Tensor, residual: Tensor, total: Tensor, q: Tensor, scale: Tensor) -> None:
+        found, normed = added_norm(x, weight, residual, eps)
         total.copy_(found)
-        quantise(normed, q, out)
+        quantise(normed, q, scale)
 
     return call
 

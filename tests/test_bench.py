@@ -50,7 +50,7 @@ class StandIn(Kernel):
     def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
         return frozenset()
 
-    def bind(self, problem, layout, variant, x, *, unscaled, direct) -> Pipeline:
+    def bind(self, problem, layout, variant, x, *, direct) -> Pipeline:
         def multiply(q, x_scale, copy, scale, bias):
             if self.breaks:
                 raise RuntimeError("CUDA error: a card fell out\nof its slot")

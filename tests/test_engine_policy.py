@@ -23,14 +23,14 @@ NOTHING, UNCOMPARED, NO_GAIN = "nothing was measured: run `slidesparse tune --ot
 
 
 def decided(
-    cells: dict[int, Times], *, unscaled: bool = False, kernel: str | None = "theirs", most: int = maxsize, swiglu: bool = False,
-    without: tuple[str, ...] = (), whole: dict[int, Times] | None = None, dropped: dict[int, str] | None = None,
+    cells: dict[int, Times], *, kernel: str | None = "theirs", most: int = maxsize, swiglu: bool = False, without: tuple[str, ...] = (),
+    dropped: dict[int, str] | None = None,
 ) -> Decision:  # fmt: skip
-    """By a plan of these times, of unscaled products if those decide, beside times of whole linears."""
-    plan = plan_of(KEY, whole or {}, cells) if unscaled else plan_of(KEY, cells)
+    """By a plan of these times."""
+    plan = plan_of(KEY, cells)
     for m, name in (dropped or {}).items():
         plan.cells[KEY][m].dropped[name] = "wrong"
-    known = EngineFacts("other", kernel, unscaled, most, swiglu)
+    known = EngineFacts("other", kernel, most, swiglu)
     return decide(problem_of(KEY), plan, known, frozenset(map(Route.parse, without)))
 
 
@@ -46,7 +46,6 @@ def runs(found: Decision) -> list[tuple[int, str]]:
 HUNDRED = {1: 100.0, 16: 100.0, 256: 100.0}
 
 
-@pytest.mark.parametrize("unscaled", [False, True])
 @pytest.mark.parametrize(
     ("slid", "how", "told"),
     [
@@ -66,8 +65,8 @@ HUNDRED = {1: 100.0, 16: 100.0, 256: 100.0}
         ({1: 50, 16: 50, 256: 50}, {"without": (SLID,)}, NO_GAIN),
     ],
 )
-def test_layers_are_ours_where_that_pays(slid: dict[int, float], how: dict, told: str | None, unscaled: bool) -> None:
-    found = decided(both(HUNDRED, slid), unscaled=unscaled, **how)
+def test_layers_are_ours_where_that_pays(slid: dict[int, float], how: dict, told: str | None) -> None:
+    found = decided(both(HUNDRED, slid), **how)
     if told is None:
         assert found.layouts == ("slid",) and runs(found) == [(maxsize, SLID)]
     else:
@@ -77,7 +76,7 @@ def test_layers_are_ours_where_that_pays(slid: dict[int, float], how: dict, told
 @pytest.mark.parametrize("plan", [None, Plan(HERE), plan_of((1, 2, "6:8", "int8"), {1: times(dense=1)})])
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_a_layer_that_was_not_measured_is_theirs(plan: Plan | None, swiglu: bool) -> None:
-    assert decide(problem_of(KEY), plan, EngineFacts("other", "theirs", True, swiglu=swiglu)) == Decision(NOTHING)
+    assert decide(problem_of(KEY), plan, EngineFacts("other", "theirs", swiglu=swiglu)) == Decision(NOTHING)
 
 
 @pytest.mark.parametrize(("faster", "ours"), [(WORTH + 0.001, True), (WORTH - 0.001, False)])
@@ -108,34 +107,21 @@ def test_within_an_engine_another_dense_kernel_must_be_worth_it() -> None:
 
 def test_of_a_kernel_that_was_found_wrong_no_time_is_missed() -> None:
     cells = {16: times(dense=100, slid=50), 256: times(dense=100, dense_theirs=100, slid=50)}
-    assert UNCOMPARED in decided(cells).why
-    assert runs(decided(cells, dropped={16: THEIRS})) == [(maxsize, SLID)]
-    assert UNCOMPARED in decided(cells, dropped={16: f"unscaled {THEIRS}"}).why
-    assert runs(decided(cells, unscaled=True, dropped={16: f"unscaled {THEIRS}"})) == [(maxsize, SLID)]
+    assert list(decided(cells).plan.times(KEY)) == [256] == list(decided(cells, dropped={16: OURS}).plan.times(KEY))
+    assert list(decided(cells, dropped={16: THEIRS}).plan.times(KEY)) == [16, 256]
+
+
+def test_cells_without_the_engines_kernel_take_no_part() -> None:
+    """They tell nothing of the engine, and neither keep a layer from being slid nor choose a kernel."""
+    cells = {2: times(dense=1, packed=1), 4: times(dense=1, slid=9), 16: times(dense_theirs=100, slid=50)}
+    assert runs(decided(cells)) == [(maxsize, SLID)] and list(decided(cells).plan.times(KEY)) == [16]
+    assert UNCOMPARED in decided({m: cells[m] for m in (2, 4)}).why
+    assert runs(decided({2: cells[2], 16: times(dense_theirs=100, slid=200)}, swiglu=True)) == [(maxsize, THEIRS)]
 
 
 def test_where_nothing_of_the_engines_was_right_nothing_is_gained() -> None:
     found = decided({16: times(dense=100, slid=50)}, dropped={16: THEIRS})
     assert NO_GAIN in found.why
-
-
-@pytest.mark.parametrize(
-    ("decides", "unscaled", "told"),
-    [("whole", False, None), ("whole", True, UNCOMPARED), ("unscaled", True, None), ("unscaled", False, UNCOMPARED)],
-)
-def test_what_decides_is_what_will_run(decides: str, unscaled: bool, told: str | None) -> None:
-    cells = both(HUNDRED, {1: 50, 16: 50, 256: 50})
-    plan = plan_of(KEY, cells) if decides == "whole" else plan_of(KEY, {}, cells)
-    found = decide(problem_of(KEY), plan, EngineFacts("other", "theirs", unscaled))
-    assert found.why is None if told is None else told in found.why
-
-
-def test_the_engine_is_taken_at_its_quickest() -> None:
-    """Its whole linear leaves nothing to the compiler, whatever its unscaled product takes."""
-    bare = both({16: 100.0}, {16: 89.0})
-    assert decided(bare, unscaled=True, whole={16: times(dense_theirs=120)}).why is None
-    assert NO_GAIN in decided(bare, unscaled=True, whole={16: times(dense_theirs=85)}).why
-    assert "1.0112 times" in decided(bare, unscaled=True, whole={16: times(dense_theirs=90)}).why
 
 
 def test_of_16_bit_layers_the_engines_kernel_is_the_quickest_dense_one() -> None:
@@ -192,8 +178,8 @@ def test_the_plan_that_comes_with_a_decision_chooses_the_same_again() -> None:
     ],
 )
 def test_whose_kernel_vllm_runs(n: int, k: int, scheme: str, dtype: torch.dtype, kernel: str | None) -> None:
-    found = facts(problem_of((n, k, "6:8", scheme), dtype=dtype), unscaled=True, most=77, swiglu=False)
-    assert found == EngineFacts("vllm", kernel, True, 77, False)
+    found = facts(problem_of((n, k, "6:8", scheme), dtype=dtype), most=77, swiglu=False)
+    assert found == EngineFacts("vllm", kernel, 77, False)
 
 
 SHAPE = LinearShape(256, 512, Pattern(6, 8), SCHEMES["int8"])
@@ -201,7 +187,7 @@ SHAPE = LinearShape(256, 512, Pattern(6, 8), SCHEMES["int8"])
 
 def vllms(slid: float, dense: float = 120.0) -> Plan:
     cells = {m: times(dense_cutlass=100, dense=dense, slid=slid) for m in (16, 4096)}
-    return plan_of(KEY, cells, cells)
+    return plan_of(KEY, cells)
 
 
 @pytest.mark.parametrize(("slid", "told"), [(50.0, None), (200.0, NO_GAIN), (98.0, "1.0204 times as fast")])

@@ -33,7 +33,7 @@ def test_what_differs_is_shown_with_its_times(tmp_path: Path) -> None:
     path = freeze_choices.PLANS[0]
     before, after = kept(path), kept(path)
     assert freeze_choices.report(before, after) == [] == freeze_choices.changes(before, after)
-    name = next(name for name, rows in after["cells"].items() if name.endswith(" unscaled") and rows[-1][3] != rows[-1][1])
+    name = next(name for name, rows in after["cells"].items() if name + "out" in after["cells"] and rows[-1][3] != rows[-1][1])
     m, dense, dense_us, slid, slid_us, *_ = row = after["cells"][name][-1]
     row[3:5] = dense, dense_us
     after["keeps"][name] = ["dense", 1.0]
@@ -54,17 +54,15 @@ def test_what_differs_is_shown_with_its_times(tmp_path: Path) -> None:
 
 
 def test_without_vllms_kernels_is_told_where_that_differs_and_else_taken_from_what_is_told() -> None:
-    """A change of whole linears counts for processes without vLLM too, unless they are told apart."""
+    """A change counts for processes without vLLM too, unless they are told apart."""
     path = freeze_choices.PLANS[0]
     after = kept(path)
-    alike = next(
-        name for name in after["cells"] if name.endswith(" whole") and name.removesuffix("whole") + "without" not in after["cells"]
-    )
+    alike = next(name for name in after["cells"] if name.endswith(" with") and name + "out" not in after["cells"])
     apart = next(name for name in after["cells"] if name.endswith(" without"))
     for name in (alike, apart):
         after["cells"][name][0][4] *= 2
     found = {(one.layer, one.form, one.memory) for one in freeze_choices.changes(kept(path), after)}
-    both = {(alike.removesuffix(" whole"), form, "fast") for form in ("whole", "without")}
+    both = {(alike.removesuffix(" with"), form, "fast") for form in ("with", "without")}
     assert found == both | {(apart.removesuffix(" without"), "without", "fast")}
 
 

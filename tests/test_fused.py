@@ -27,37 +27,18 @@ def inputs(m: int, k: int, dtype: torch.dtype, device: str = "cpu") -> dict[str,
     x, residual = (torch.randn(m, k).mul(torch.logspace(-1, 1, m).unsqueeze(-1) if m else 1).to(dtype) for _ in range(2))
     if m >= 5:
         x[1], x[2, 0], x[3, -1], x[4] = 0, torch.nan, torch.inf, 3e4
-    scale = torch.rand(m, 1) + 0.5
-    made = {"x": x, "residual": residual, "scale": scale, "weight": torch.randn(k).to(dtype), "bias": torch.randn(k)}
-    made["channel"] = torch.rand(k) + 0.5
-    return {name: tensor.to(device) for name, tensor in made.items()}
+    return {name: tensor.to(device) for name, tensor in (("x", x), ("residual", residual), ("weight", torch.randn(k).to(dtype)))}
 
 
-def scaled(x, scale, channel, bias) -> torch.Tensor:
-    if scale is None:
-        return x
-    return (x.float() * (1 if channel is None else channel) * scale + (0 if bias is None else bias.float())).to(x.dtype)
-
-
-def eager_norm(x, weight, residual=None, scale=None, channel=None, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
+def eager_norm(x, weight, residual=None) -> tuple[torch.Tensor, torch.Tensor]:
     """What transformers' layers compute: the sum and its norm."""
-    h = (
-        x
-        if scale is None
-        else (x.float() * (1 if channel is None else channel) * scale + (0 if bias is None else bias.float())).to(x.dtype)
-    )
-    h = h if residual is None else h + residual
+    h = x if residual is None else x + residual
     variance = h.float().pow(2).mean(-1, keepdim=True)
     return h, weight * (h.float() * torch.rsqrt(variance + EPS)).to(h.dtype)
 
 
-def eager_silu(x, scale=None, channel=None, bias=None) -> torch.Tensor:
-    h = (
-        x
-        if scale is None
-        else (x.float() * (1 if channel is None else channel) * scale + (0 if bias is None else bias.float())).to(x.dtype)
-    )
-    gate, up = h.chunk(2, -1)
+def eager_silu(x) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
 
 
@@ -96,33 +77,24 @@ def check_fused(
     width = (parsed.slid_k(k) if parsed else k) + 3
     width += -width % 16
     text = pattern if pattern and not ops.quantize.__globals__["moves_nothing"](parsed, 0) else ""
-    for names in ((), ("residual",), ("scale", "residual"), ("scale", "bias"), ("scale", "channel", "residual")):
-        extra = {name: made[name] for name in names}
-        h, normed = eager_norm(twin["x"], twin["weight"], **{name: twin[name] for name in names})
+    for residual in (None, made["residual"]):
+        h, normed = eager_norm(twin["x"], twin["weight"], None if residual is None else twin["residual"])
         if compiled and not emulated:
-            got = ops.rms_norm_quantize(made["x"], made["weight"], EPS, chosen, pattern=parsed, width=width, rows=16, **extra)
-            assert got[0].shape[0] == -(-m // 16) * 16 and len(got) == 2 + ("residual" in names)
+            got = ops.rms_norm_quantize(made["x"], made["weight"], EPS, chosen, pattern=parsed, width=width, rows=16, residual=residual)
+            assert got[0].shape[0] == -(-m // 16) * 16 and len(got) == 2 + (residual is not None)
         else:
-            given = [extra.get(name) for name in ("residual", "scale", "channel", "bias")]
-            got = kernels.launch_norm(
-                made["x"], made["weight"], given[0], EPS, chosen.dtype, text, *given[1:], width, 1, config, compiled=compiled
-            )
+            given = made["x"], made["weight"], residual, EPS, chosen.dtype, text, width, 1, config
+            got = kernels.launch_norm(*given, compiled=compiled)
         check_rows(got, normed, chosen, pattern, width)
-        if "residual" in names:
+        if residual is not None:
             # One NaN is as good as another.
             check_bitwise(got[2].cpu().nan_to_num(7.0), h.nan_to_num(7.0))
     both = torch.cat((made["x"], made["residual"]), -1)
-    bias = torch.cat((made["bias"], -made["bias"]))
-    channels = torch.cat((made["channel"], made["channel"] * 2))
-    for names in ((), ("scale",), ("scale", "bias"), ("scale", "channel"), ("scale", "channel", "bias")):
-        extra = {name: tensor for name, tensor in (("scale", made["scale"]), ("channel", channels), ("bias", bias)) if name in names}
-        expected = eager_silu(both.cpu(), **{name: tensor.cpu() for name, tensor in extra.items()})
-        if compiled and not emulated:
-            got = ops.silu_mul_quantize(both, chosen, pattern=parsed, width=width, rows=16, **extra)
-        else:
-            given = [extra.get(name) for name in ("scale", "channel", "bias")]
-            got = kernels.launch_silu(both, chosen.dtype, text, *given, width, 1, config, compiled=compiled)
-        check_rows(got, expected, chosen, pattern, width)
+    if compiled and not emulated:
+        got = ops.silu_mul_quantize(both, chosen, pattern=parsed, width=width, rows=16)
+    else:
+        got = kernels.launch_silu(both, chosen.dtype, text, width, 1, config, compiled=compiled)
+    check_rows(got, eager_silu(both.cpu()), chosen, pattern, width)
 
 
 def interpreted() -> None:
@@ -146,11 +118,11 @@ def test_without_a_gpu_the_ops_are_the_layers(pattern, scheme):
         check_fused("cpu", m, k, dtype, pattern, scheme)
 
 
-def run(x, weight, residual, scale, bias):
+def run(x, weight, residual):
     pattern, scheme = Pattern.parse("6:8"), SCHEMES["int8"]
-    normed = ops.rms_norm_quantize(x, weight, EPS, scheme, pattern=pattern, residual=residual, scale=scale, rows=16)
+    normed = ops.rms_norm_quantize(x, weight, EPS, scheme, pattern=pattern, residual=residual, rows=16)
     both = torch.cat((x, residual), -1)
-    return *normed, *ops.rms_norm_quantize(x, weight, EPS, scheme, scale=scale, bias=bias), *ops.silu_mul_quantize(both, scheme, rows=16)
+    return *normed, *ops.rms_norm_quantize(x, weight, EPS, scheme), *ops.silu_mul_quantize(both, scheme, rows=16)
 
 
 def check_same(got, expected, m: int) -> None:
@@ -160,23 +132,21 @@ def check_same(got, expected, m: int) -> None:
 
 
 def test_schemas_hold_and_rows_may_change_under_compilation():
-    made = inputs(7, 32, torch.bfloat16)
-    x, weight, residual, scale, bias = (made[name] for name in ("x", "weight", "residual", "scale", "bias"))
+    x, residual, weight = inputs(7, 32, torch.bfloat16).values()
     x[2, 0] = x[3, -1] = 1
-    namespace, tail = torch.ops.slidesparse, (torch.int8, "6:8", scale, made["channel"], bias, 48, 1)
+    namespace, tail = torch.ops.slidesparse, (torch.int8, "6:8", 48, 1)
     torch.library.opcheck(namespace.rms_norm_quantize.default, (x, weight, EPS, *tail))
     torch.library.opcheck(namespace.add_rms_norm_quantize.default, (x, weight, residual, EPS, *tail))
-    torch.library.opcheck(namespace.silu_mul_quantize.default, (x, torch.int8, "", scale, torch.ones(32), None, 16, 1))
+    torch.library.opcheck(namespace.silu_mul_quantize.default, (x, torch.int8, "", 16, 1))
     torch._dynamo.reset()
     function = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
     for m in (7, 16, 21):
-        x, residual, scale, weight, bias, _ = inputs(m, 32, torch.bfloat16).values()
-        check_same(function(x, weight, residual, scale, bias), run(x, weight, residual, scale, bias), m)
+        x, residual, weight = inputs(m, 32, torch.bfloat16).values()
+        check_same(function(x, weight, residual), run(x, weight, residual), m)
 
 
 def test_bad_requests_are_refused():
     x, weight, scheme = torch.randn(2, 16), torch.ones(16), SCHEMES["int8"]
-    scale = torch.ones(2, 1)
     for message, call in (
         ("does not quantise", lambda: ops.rms_norm_quantize(x, weight, EPS, SCHEMES["bf16"])),
         ("matrix", lambda: ops.rms_norm_quantize(x[0], weight, EPS, scheme)),
@@ -185,11 +155,6 @@ def test_bad_requests_are_refused():
         ("as many ups", lambda: ops.silu_mul_quantize(x[:, 1:], scheme)),
         ("weight must be", lambda: ops.rms_norm_quantize(x, weight.half(), EPS, scheme)),
         ("residual must be", lambda: ops.rms_norm_quantize(x, weight, EPS, scheme, residual=x[:, 1:])),
-        ("scale must be", lambda: ops.rms_norm_quantize(x, weight, EPS, scheme, scale=scale[:, 0])),
-        ("bias must be", lambda: ops.silu_mul_quantize(x, scheme, scale=scale, bias=weight[1:])),
-        ("give both", lambda: ops.silu_mul_quantize(x, scheme, bias=weight)),
-        ("give both", lambda: ops.silu_mul_quantize(x, scheme, channel=weight)),
-        ("channel must be", lambda: ops.silu_mul_quantize(x, scheme, scale=scale, channel=weight[1:])),
         ("not of pairs", lambda: ops.silu_mul_quantize(x, scheme, pattern=Pattern.parse("6:8x2"))),
     ):
         with pytest.raises(ValueError, match=message):
@@ -216,20 +181,18 @@ def test_kernels_are_the_layers_on_a_gpu(k, dtype, pattern, scheme):
 
 @pytest.mark.needs_gpu
 def test_ops_take_strides_graphs_compilation_and_streams():
-    made = inputs(100, 800, torch.bfloat16, "cuda")
-    x, residual, scale, weight, bias, _ = made.values()
-    expected = run(x, weight, residual, scale, bias)
+    x, residual, weight = inputs(100, 800, torch.bfloat16, "cuda").values()
+    expected = run(x, weight, residual)
     wide = torch.cat((x, residual), -1)
-    check_same(run(wide[:, :800], weight, wide[:, 800:], scale, bias), expected, 100)
-    check_same(run(x.t().contiguous().t(), weight, residual, scale, bias), expected, 100)
+    check_same(run(wide[:, :800], weight, wide[:, 800:]), expected, 100)
+    check_same(run(x.t().contiguous().t(), weight, residual), expected, 100)
     torch._dynamo.reset()
     function = torch.compile(run, fullgraph=True, dynamic=True)
     for m in (100, 37):
-        some = [t[:m] for t in (x, residual, scale)]
-        check_same(function(some[0], weight, some[1], some[2], bias), run(some[0], weight, some[1], some[2], bias), m)
+        check_same(function(x[:m], weight, residual[:m]), run(x[:m], weight, residual[:m]), m)
     static, graph = torch.zeros_like(x), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(static, weight, residual, scale, bias)
+        captured = run(static, weight, residual)
     static.copy_(x)
     graph.replay()
     check_same(captured, expected, 100)
@@ -237,7 +200,7 @@ def test_ops_take_strides_graphs_compilation_and_streams():
     torch.cuda.synchronize()
     for stream in streams:
         with torch.cuda.stream(stream):
-            results.append(run(x, weight, residual, scale, bias))
+            results.append(run(x, weight, residual))
     torch.cuda.synchronize()
     for got in results:
         check_same(got, expected, 100)

@@ -231,7 +231,7 @@ def test_a_kernel_may_bring_a_layout_of_its_own(monkeypatch: pytest.MonkeyPatch)
     class Turned(dense_kernels.DenseKernel):
         layouts = ("across",)
 
-        def bind(self, problem: Problem, layout: str, variant: str, x: torch.Tensor, *, unscaled: bool, direct: bool) -> Pipeline:
+        def bind(self, problem: Problem, layout: str, variant: str, x: torch.Tensor, *, direct: bool) -> Pipeline:
             return Pipeline(layout, None, lambda q, x_scale, copy, scale, bias: q @ copy[0])
 
     monkeypatch.setattr("slidesparse.gemm.kernels._KERNELS", kernels())

@@ -154,16 +154,15 @@ def test_later_calls_decide_nothing_anew_and_give_the_same(scheme, route, n, k, 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 @pytest.mark.parametrize(("n", "k"), [(264, 508), (272, 528)])
-def test_later_unscaled_products_are_the_first(scheme, n, k):
+def test_later_calls_are_the_first(scheme, n, k):
     if reason := cusparselt.unavailable("cuda"):
         pytest.skip(reason)
     layer, x = layer_on_gpu(scheme, n, k, bias=False), tokens(600, k, torch.bfloat16)
-    run = Runner(Weights(layer.packed, layer.scheme, layer.weight_scale), route="slid", unscaled=True)
+    run = Runner(Weights(layer.packed, layer.scheme, layer.weight_scale), route="slid")
     for part in (x[:50], x):
-        first = run.unscaled(part)
+        first = run(part)
         bound = len(run.ready.calls)
-        for one, other in zip(first, run.unscaled(part), strict=True):
-            tolerance.check_bitwise(one.contiguous(), other.contiguous())
+        tolerance.check_bitwise(run(part), first)
         assert len(run.ready.calls) == bound > 0
 
 
@@ -259,9 +258,8 @@ def test_tuning_measures_checks_and_resumes(tmp_path):
     for layer in layers:
         for m in (1, 16, 100):
             cell = plan.cells[key_of(layer.problem)][m]
-            for times in (cell.whole, cell.unscaled):
-                assert {"dense", "packed"} <= {route.layout for route in times}
-                assert all(t.p20 <= t.p50 <= t.p80 for t in times.values())
+            assert {"dense", "packed"} <= {route.layout for route in cell.times}
+            assert all(t.p20 <= t.p50 <= t.p80 for t in cell.times.values())
             assert not any(reason.startswith("max error") for reason in cell.dropped.values()), cell.dropped
     seen.clear()
     assert tune(layers, path, ms=(1, 16, 100), progress=lambda done, total, what: seen.append((done, total))) == Plan.load(path)

@@ -224,9 +224,9 @@ def test_what_would_need_another_gradient_is_refused() -> None:
         torch.compile(scaled, backend="aot_eager")(x)
 
 
-def unscaled(x: Tensor) -> object:
+def gated(x: Tensor) -> object:
     layer = layer_of("int8")
-    return op.linear_unscaled(x, layer._named, N)
+    return op.silu_mul_linear(torch.cat((x, x), 1), layer._named, None, N)
 
 
 def restored(x: Tensor) -> object:
@@ -235,7 +235,7 @@ def restored(x: Tensor) -> object:
 
 
 PARTS: dict[str, Callable[[Tensor], object]] = {
-    "linear_unscaled": unscaled,
+    "silu_mul_linear": gated,
     "quantize": lambda x: ops.quantize(x, scheme_named("int8")),
     "lift": lambda x: ops.lift(x, Pattern(6, 8)),
     "restore": restored,

@@ -88,10 +88,9 @@ def test_what_ops_launch_is_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None
     quantize.launch_quantize_lift(x, SIX, torch.int8, 0, slid, 32)
     quantize.launch_quantize_lift(x, SIX, torch.int8, 5, SIX.slid_k(k, 5) + 3)
     quantize.launch_lift(x, SIX, 0, slid + 32)
-    channel = torch.ones(2 * k)
     for residual in (None, x):
-        fused.launch_norm(x, x[0], residual, 1e-6, torch.int8, "6:8", one, channel[:k], None, slid)
-    fused.launch_silu(torch.empty(m, 2 * k, dtype=torch.bfloat16), torch.int8, "6:8", one, channel, None, slid)
+        fused.launch_norm(x, x[0], residual, 1e-6, torch.int8, "6:8", slid)
+    fused.launch_silu(torch.empty(m, 2 * k, dtype=torch.bfloat16), torch.int8, "6:8", slid)
     values, keep = torch.empty(k, SIX.packed_k(k), dtype=torch.int8), torch.empty(k, SIX.keep_bytes(k), dtype=torch.uint8)
     expand.launch_restore(values, keep, SIX, k)
     expand.launch_slide(values, keep, SIX, k, slid)

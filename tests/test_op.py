@@ -88,10 +88,13 @@ def test_the_op_keeps_the_rules_of_its_library() -> None:
 def test_outputs_are_contiguous_as_the_graph_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries pad N: their outputs are parts of wider ones."""
     layer, wide = Named(WHOLE), torch.randn(3, 20).to(DTYPE)
-    monkeypatch.setattr(layer.runner, "unscaled", lambda x: (wide[:, :16], torch.ones(3, 1)))
-    y, _ = op.linear_unscaled(torch.randn(3, 32).to(DTYPE), layer.name, 16)
-    assert y.is_contiguous()
-    check_bitwise(y, wide[:, :16].contiguous())
+    monkeypatch.setattr(Runner, "__call__", lambda self, x, bias: wide[:, :16])
+    monkeypatch.setattr(Runner, "behind", lambda self, x, bias: wide[:, :16])
+    x, residual, weight = *torch.randn(2, 3, 32).to(DTYPE), torch.ones(32, dtype=DTYPE)
+    found = [op.linear(x, layer.name, None, 16), op.silu_mul_linear(torch.cat((x, x), 1), layer.name, None, 16)]
+    for y in (*found, op.add_rms_norm_linear(x, residual, weight, 1e-6, layer.name, None, 16)[0]):
+        assert y.is_contiguous()
+        check_bitwise(y, wide[:, :16].contiguous())
 
 
 def test_layers_are_known_as_long_as_their_owner_lives() -> None:
@@ -110,27 +113,27 @@ def test_the_name_stays_on_the_host_whatever_the_default_device_is() -> None:
     assert name.device.type == "cpu" and owner is not None
 
 
-def test_warming_runs_every_form_once_with_each_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warming_runs_a_layer_once_with_each_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_calls", lru_cache(lambda *kind: runner.Calls()))
     ran = []
     for number in range(2):
         layer = Named(WHOLE)
         layer.runner.prepare(DTYPE, torch.device("cpu"), DTYPE)
         name = op.handle(layer.owner, lambda dtype, device, number=number, runner=layer.runner: ran.append(number) or runner)
-        for unscaled in (False, True, False):
-            op.warm(name, layer.runner, (1, 8, 1), unscaled=unscaled)
-    assert ran == [0] * 4, "an equal layer needs none"
-    monkeypatch.setattr(runner, "MOST_CALLS", 3)
+        for _ in range(2):
+            op.warm(name, layer.runner.ready, (1, 8, 1))
+    assert ran == [0] * 2, "an equal layer needs none"
+    monkeypatch.setattr(runner, "MOST_CALLS", 2)
     layer.runner(torch.zeros(9, 32, dtype=DTYPE), torch.zeros(16, dtype=DTYPE))
-    op.warm(name, layer.runner, (1,), unscaled=False)
-    assert ran == [0] * 4 + [1], "what was made for the first layer was forgotten"
+    op.warm(name, layer.runner.ready, (1,))
+    assert ran == [0] * 2 + [1], "what was made for the first layer was forgotten"
 
 
 @pytest.mark.needs_gpu
 def test_a_captured_graph_runs_the_layer() -> None:
     layer = Named(Shard.even(Pattern.parse("4:6"), 56, 1, 2), 64, device="cuda")
     layer.runner.prepare(DTYPE, torch.device("cuda", 0))
-    op.warm(layer.name, layer.runner, (16,), unscaled=False)
+    op.warm(layer.name, layer.runner.ready, (16,))
     x, graph = torch.zeros(16, 28, dtype=DTYPE, device="cuda"), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = op.linear(x, layer.name, None, 64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import stand_ins
-from layers import DTYPE, made, normed, oracle, swiglu, tokens, unscaled_oracle
+from layers import DTYPE, made, normed, oracle, swiglu, tokens
 from slidesparse import reference
 from slidesparse.errors import UnsupportedError
 from slidesparse.gemm import Problem, Runner, Weights, kernels
@@ -46,17 +46,10 @@ class Bound:
         self.layout, self.kernel, self.variant = kernels.chosen(route, self.problem, 100)
         self.copy: Copy = LAYOUTS[self.layout].prepare(self.problem, weights)
 
-    def __call__(self, x: Activations, *, unscaled: bool = False, direct: bool) -> tuple[Tensor, Tensor | None]:
-        kernel = kernels.kernels()[self.kernel]
-        call: Pipeline = kernel.bind(self.problem, self.layout, self.variant, x, unscaled=unscaled, direct=direct)
+    def __call__(self, x: Activations, *, direct: bool) -> Tensor:
+        call = kernels.kernels()[self.kernel].bind(self.problem, self.layout, self.variant, x, direct=direct)
         assert call.layout == self.layout
-        scale, bias = self.weights.channel_scale, None if unscaled else self.bias
-        q, x_scale = (x, None) if call.quantise is None else call.quantise(x)
-        y = call.multiply(q, x_scale, self.copy, scale, bias)
-        return (y if call.epilogue is None else call.epilogue(y, x_scale, None if call.scaled or unscaled else scale, bias)), x_scale
-
-    def leaves(self) -> bool:
-        return bool(kernels.kernels()[self.kernel].leaves(self.problem, self.variant))
+        return stand_ins.runner.run(call, x, self.copy, self.weights.channel_scale, self.bias)
 
     def expected(self, x: Tensor, dense: Tensor) -> Tensor:
         """Rounded once, or where the kernel says twice, to bfloat16 on the way; int8 channels are scaled by then only by the library."""
@@ -79,14 +72,10 @@ def test_bound_calls_are_the_ops_and_the_oracle(scheme: str, route: str, pattern
         x = tokens(m, k + 8)[:, 3 : k + 3]
         for bias in (None, torch.randn(n).to(DTYPE)):
             bound = Bound(weights, route, bias)
-            whole, plain = bound(x, direct=True)[0], bound(x, direct=False)[0]
+            whole, plain = bound(x, direct=True), bound(x, direct=False)
             assert whole.is_contiguous() and plain.is_contiguous()
             check_bitwise(whole, bound.expected(x, dense))
             check_bitwise(plain, whole)
-        if bound.leaves():
-            for direct in (False, True):
-                for got, wanted in zip(bound(x, unscaled=True, direct=direct), unscaled_oracle(x, weights, dense), strict=True):
-                    check_bitwise(got.contiguous(), wanted)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
@@ -102,28 +91,27 @@ def test_plans_are_those_that_the_op_asks_for(scheme: str, card: list[tuple], mo
     for route in SPARSE:
         bound = Bound(weights, route)
         for m in (1, 600):
-            for unscaled in (False, True) if bound.leaves() else (False,):
-                for direct in (False, True):
-                    bound(tokens(m, 100), unscaled=unscaled, direct=direct)
+            for direct in (False, True):
+                bound(tokens(m, 100), direct=direct)
     assert card == op and len(set(op)) == 8
 
 
-@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("before", [swiglu, normed])
-@pytest.mark.parametrize(("scheme", "route"), [one for one in ROUTES if "exact" not in one[1] and "cublaslt" not in one[1]])
-def test_what_stands_in_front_goes_into_the_pass(scheme: str, route: str, before: Callable, scaled: bool, card: list[tuple]) -> None:
+@pytest.mark.parametrize(("scheme", "route"), ROUTES)
+def test_what_stands_in_front_goes_into_the_pass(scheme: str, route: str, before: Callable, card: list[tuple]) -> None:
     weights, dense = made(48, 96, scheme)
-    bound, x = Bound(weights, route), before(5, 96, scaled)
+    x = before(5, 96)
     across = x._replace(**{x._fields[0]: x[0].t().contiguous().t()})  # rows that no kernel reads
-    for one in (x, across):
-        for direct in (False, True):
-            if before is normed:
-                x.total.fill_(7)
-            got = bound(one, unscaled=True, direct=direct)
-            total = x.total.clone() if before is normed else None
-            for found, wanted in zip(got, unscaled_oracle(one.computed(), weights, dense), strict=True):
-                check_bitwise(found.contiguous(), wanted)
-            assert total is None or total.equal(x.total)
+    for bias in (None, torch.randn(48).to(DTYPE)):
+        bound = Bound(weights, route, bias)
+        for one in (x, across):
+            for direct in (False, True):
+                if before is normed:
+                    x.total.fill_(7)
+                got = bound(one, direct=direct)
+                total = x.total.clone() if before is normed else None
+                check_bitwise(got, bound.expected(one.computed(), dense))
+                assert total is None or total.equal(x.total)
 
 
 @pytest.mark.parametrize(("scheme", "route"), [one for one in ROUTES if not one[1].startswith("packed")])
@@ -131,9 +119,9 @@ def test_rows_that_no_kernel_reads_go_through_the_ops(scheme: str, route: str, c
     weights, dense = made(48, 96, scheme)
     bound, x = Bound(weights, route, torch.randn(48).to(DTYPE)), tokens(5, 96)
     wanted = bound.expected(x, dense)
-    check_bitwise(bound(x.t().contiguous().t(), direct=True)[0], wanted)
+    check_bitwise(bound(x.t().contiguous().t(), direct=True), wanted)
     monkeypatch.setattr(prologue, "runs_kernels", lambda device, dtype: False)
-    check_bitwise(bound(x, direct=True)[0], wanted)
+    check_bitwise(bound(x, direct=True), wanted)
 
 
 @pytest.mark.parametrize(("scheme", "route"), [("int8", "dense:cublaslt"), ("fp8", "dense:tensorwise"), ("int8", "slid"), ("fp8", "slid")])
@@ -143,7 +131,7 @@ def test_without_triton_the_pass_behind_is_the_ops(scheme: str, route: str, card
     monkeypatch.setattr(prologue, "runs_kernels", lambda device, dtype: False)
     monkeypatch.setattr("slidesparse.ops.has_triton", lambda: False)
     monkeypatch.setattr(kernels.base, "rescale_call", lambda *_: pytest.fail("a kernel of Triton's is launched"))
-    check_bitwise(bound(x, direct=True)[0], bound.expected(x, dense))
+    check_bitwise(bound(x, direct=True), bound.expected(x, dense))
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "fp16"])
@@ -155,10 +143,9 @@ def test_sixteen_bits_are_multiplied_as_they_are(pattern: str, n: int, k: int, s
         product = (x.double() @ dense.double().t()).float().to(dense.dtype)
         for added, wanted in ((None, product), (bias, product + bias)):
             for direct in (False, True):
-                check_bitwise(Bound(weights, "slid", added, dense.dtype)(x, direct=direct)[0].contiguous(), wanted)
-                check_bitwise(
-                    Bound(weights, "dense:native", added, dense.dtype)(x, direct=direct)[0], torch.nn.functional.linear(x, dense, added)
-                )
+                check_bitwise(Bound(weights, "slid", added, dense.dtype)(x, direct=direct).contiguous(), wanted)
+                native = Bound(weights, "dense:native", added, dense.dtype)
+                check_bitwise(native(x, direct=direct), torch.nn.functional.linear(x, dense, added))
 
 
 @pytest.mark.parametrize(("m", "k", "pattern"), [(32, 64, "2:4"), (640, 64, "2:4"), (33, 64, "2:4"), (32, 60, "2:4"), (32, 64, "6:8")])
@@ -166,7 +153,7 @@ def test_16_bit_activations_are_copied_only_where_something_moves_or_is_padded(m
     problem = made(32, k, "bf16", pattern)[0].problem(DTYPE, CPU, None)
     wide = torch.randn(m, k + 16).to(DTYPE)
     odd = torch.empty(m * k + 1, dtype=DTYPE)[1:].view(m, k).copy_(wide[:, :k])  # at no address that the library takes
-    call = kernels.kernels()["cusparselt"].bind(problem, "slid", "default", wide[:, :k], unscaled=False, direct=False)
+    call = kernels.kernels()["cusparselt"].bind(problem, "slid", "default", wide[:, :k], direct=False)
     for x in (wide[:, :k].contiguous(), wide[:, :k], odd):
         q, scale = call.quantise(x)
         as_it_lies = x.is_contiguous() and x is not odd and pattern == "2:4" and k == 64 and m != 33
@@ -191,15 +178,15 @@ def test_a_search_compares_no_rows_that_hold_anything(scheme: str, card: list[tu
 @pytest.mark.parametrize(
     ("scheme", "route"), [("int8", "slid"), ("fp8", "slid"), ("int8", "dense:triton"), ("fp8", "dense:rowwise"), ("fp8", "packed:rowwise")]
 )
-def test_a_runner_gives_both_and_equal_layers_share_calls_but_no_weights(scheme: str, route: str, card: list[tuple]) -> None:
+def test_equal_layers_share_calls_but_no_weights(scheme: str, route: str, card: list[tuple]) -> None:
     layers = [made(48, 96, scheme) for _ in range(2)]
     runners = [Runner(weights, route=route) for weights, _ in layers]
-    x, bias = tokens(5, 96), torch.randn(48).to(DTYPE)
+    x, gated, bias = tokens(5, 96), swiglu(5, 96), torch.randn(48).to(DTYPE)
     for _ in range(2):
         for run, (weights, dense) in zip(runners, layers, strict=True):
-            check_bitwise(run(x, bias), Bound(weights, route, bias).expected(x, dense))
-            for got, wanted in zip(run.unscaled(x), unscaled_oracle(x, weights, dense), strict=True):
-                check_bitwise(got.contiguous(), wanted)
+            bound = Bound(weights, route, bias)
+            check_bitwise(run(x, bias), bound.expected(x, dense))
+            check_bitwise(run.behind(gated, bias), bound.expected(gated.computed(), dense))
     first, second = (run.ready.calls for run in runners)
     assert first is second and len(first) == 2
 
@@ -218,13 +205,10 @@ class Telling:
     def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
         return ("1",)
 
-    def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
-        return frozenset({"token", "bias"})
-
-    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
+    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, direct: bool) -> Pipeline:
         self.bound += 1
-        result = 10 * int(variant) + 2 * direct + unscaled
-        return Pipeline(layout, lambda x: (x, x.new_zeros(x.shape[0], 1)), lambda q, *rest: q.new_full((q.shape[0], problem.n), result))
+        result, (m, _) = 10 * int(variant) + 2 * direct + (not isinstance(x, Tensor)), x.shape
+        return Pipeline(layout, lambda x: (x, None), lambda *_: torch.full((m, problem.n), result, dtype=x.dtype))
 
 
 @pytest.fixture
@@ -243,7 +227,8 @@ def test_calls_are_shared_by_equal_layers_and_kept_apart_otherwise(telling: Tell
     for part in (x[:3], tokens(5, 80)[:, :64]):
         assert one(part).eq(12).all() and other(part).eq(12).all()
     assert telling.bound == 3
-    assert one.unscaled(x)[0].eq(13).all() and one(x).eq(12).all() and other.unscaled(x)[0].eq(13).all()
+    gated = swiglu(5, 64)
+    assert one.behind(gated).eq(13).all() and one(x).eq(12).all() and other.behind(gated).eq(13).all()
     assert telling.bound == 4
     assert Runner(weights, route="dense:telling:2")(x).eq(22).all() and one(x).eq(12).all()
     assert Runner(made(24, 64, "fp8")[0], route="dense:telling")(x).eq(12).all()
@@ -268,10 +253,10 @@ def test_calls_are_bounded(telling: Telling, monkeypatch: pytest.MonkeyPatch) ->
 def test_nothing_is_launched_directly_where_somebody_looks_or_something_does_not_fit(
     telling: Telling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, wide = tokens(5, 64), torch.zeros(48).to(DTYPE)
+    x, gated, wide = tokens(5, 64), swiglu(5, 64), torch.zeros(48).to(DTYPE)
     layer = Runner(made(24, 64, "int8")[0], route="dense:telling")
     for bias, result in ((wide[:24], 12), (wide[::2], 10), (wide[:24], 12), (None, 12)):
-        assert layer(x, bias).eq(result).all()
+        assert layer(x, bias).eq(result).all() and layer.behind(gated, bias).eq(result + 1).all()
     assert Runner(made(24, 64, "bf16")[0], route="dense:telling")(x).eq(10).all()
     monkeypatch.setattr(stand_ins.runner, "current_device", lambda: 0)
     assert layer(x).eq(10).all()
@@ -285,13 +270,13 @@ def test_autocast_narrows_no_call(narrow: torch.dtype, card: list[tuple], monkey
     # As they are: sums in float32, which autocast would narrow.
     monkeypatch.setattr(kernels.dense, "products", lambda q, dense: q.to(torch.float32) @ dense.to(torch.float32).t())
     layer, x = Runner(made(33, 100, "fp8")[0], route="dense:exact"), tokens(5, 100)
-    whole, unscaled = layer(x), layer.unscaled(x)
+    gated = swiglu(5, 100)
+    whole, behind = layer(x), layer.behind(gated)
     with torch.autocast("cpu", narrow):
         narrowed = torch.ones(1, 1) @ torch.ones(1, 1)
         for _ in range(2):
             check_bitwise(layer(x), whole)
-            for one, expected in zip(layer.unscaled(x), unscaled, strict=True):
-                check_bitwise(one, expected)
+            check_bitwise(layer.behind(gated), behind)
         fresh = Runner(layer.weights, route="dense:exact")
         check_bitwise(fresh(x), whole)
     assert narrowed.dtype == narrow
@@ -304,9 +289,9 @@ def test_a_capture_is_refused_before_the_first_call_and_not_after(card: list[tup
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     check_bitwise(ran(x), wanted)
-    for call in (fresh, fresh.unscaled, lambda x: ran(x.float())):
+    for call in (lambda: fresh(x), lambda: fresh.behind(swiglu(5, 96)), lambda: ran(x.float())):
         with pytest.raises(UnsupportedError, match="once before capturing"):
-            call(x)
+            call()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     check_bitwise(fresh(x), wanted)
 
@@ -314,8 +299,8 @@ def test_a_capture_is_refused_before_the_first_call_and_not_after(card: list[tup
 def test_wrong_widths_are_refused_by_bound_calls_too(card: list[tuple]) -> None:
     layer = Runner(made(24, 64, "int8")[0], route="slid")
     for _ in range(2):
-        layer(tokens(5, 64)), layer.unscaled(tokens(5, 64))
+        layer(tokens(5, 64)), layer.behind(swiglu(5, 64))
         for columns in (56, 72):
-            for call in (layer, layer.unscaled):
+            for call in (lambda: layer(tokens(5, columns)), lambda: layer.behind(swiglu(5, columns))):  # noqa: B023
                 with pytest.raises(ValueError, match=f"have {columns} columns, the layer takes 64"):
-                    call(tokens(5, columns))
+                    call()

@@ -29,7 +29,7 @@ DEFAULT = Route("slid", "cusparselt", "default")
 
 def cell(m: int, slid: float = 20.0, versions: dict[str, str] | None = None) -> Cell:
     found = times(dense=10, packed=15) | {SLID: at(slid), DEFAULT: at(slid + 1)}
-    return Cell(m, found, {SLID: at(slid / 2)}, {}, versions or {"cusparselt": "1-a", "triton": "1-b"})
+    return Cell(m, found, {}, versions or {"cusparselt": "1-a", "triton": "1-b"})
 
 
 def saved(path: Path, *cells: Cell, machine: Machine = HERE) -> Path:
@@ -53,16 +53,26 @@ def test_what_names_no_kernel_is_no_route(text: str) -> None:
 
 def test_a_plan_comes_back_from_its_file(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "plan.json"
-    dropped = {"cusparselt": "runs on CUDA", "dense:cublaslt": "max error 3 (allowed 1)", "unscaled packed:triton": "wrong"}
-    plan = plan_of(KEY, {1: times(dense=10.25, slid_2=7)}, {1: times(dense=9.5)})
-    plan.add(KEY, Cell(16, {Route("dense", "triton"): at(10.5, 0.25)}, {}, dropped, {"triton": "1-b"}))
+    dropped = {"cusparselt": "runs on CUDA", "dense:cublaslt": "max error 3 (allowed 1)"}
+    plan = plan_of(KEY, {1: times(dense=10.25, slid_2=7)})
+    plan.add(KEY, Cell(16, {Route("dense", "triton"): at(10.5, 0.25)}, dropped, {"triton": "1-b"}))
     plan.add(KEY, cell(64))
-    plan.add((64, 64, "2:4", "bf16"), Cell(16, {Route("dense", "native"): Timing(300, 299, 301, True)}, {}, {}, {"native": "1-c"}))
+    plan.add((64, 64, "2:4", "bf16"), Cell(16, {Route("dense", "native"): Timing(300, 299, 301, True)}, {}, {"native": "1-c"}))
     plan.save(path)
     assert Plan.load(path) == plan and [file.name for file in path.parent.iterdir()] == ["plan.json"]
     plan.save(path)
     data = json.loads(path.read_text(encoding="utf-8"))
     assert data["version"] == 2 and len(data["kernels"]) == 4, "cells of the same kernels share their versions"
+
+
+def test_of_a_file_that_also_times_products_without_scales_the_whole_linears_count(tmp_path: Path) -> None:
+    path = saved(tmp_path / "plan.json", cell(16))
+    plan, data = Plan.load(path), json.loads(path.read_text(encoding="utf-8"))
+    marked = {"unscaled dense:other": "wrong", "slid": "refused"}
+    data["layers"][0]["cells"][0] |= {"unscaled_us": {"dense:gone": [1, 1, 1]}, "dropped": marked}
+    path.write_text(json.dumps(data), encoding="utf-8")
+    plan.cells[KEY][16].dropped["slid"] = "refused"
+    assert Plan.load(path) == plan
 
 
 def test_a_file_names_the_versions_of_timed_kernels_only(tmp_path: Path) -> None:
@@ -91,7 +101,6 @@ def test_a_file_names_the_versions_of_timed_kernels_only(tmp_path: Path) -> None
         (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [0, 0, 0]}), "dense:triton"),
         (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [1, 1]}), "unpack"),
         (lambda data: data["layers"][0]["cells"][0]["us"].update({"dense:triton": [1, 1, 1, "cold"]}), "cold"),
-        (lambda data: data["layers"][0]["cells"][0].update(unscaled_us={"dense:triton": [1, 2, 3]}), "dense:triton"),
     ],
 )
 def test_a_damaged_plan_is_refused(tmp_path: Path, damage, message: str) -> None:
@@ -125,7 +134,7 @@ def test_times_of_changed_kernels_go() -> None:
     assert plan.keep({"cusparselt": "1-a", "triton": "1-b", "new": "1-z"}, algorithms=True) == frozenset() and len(plan.routes(KEY)) == 4
     assert plan.keep({"cusparselt": "1-other"}, algorithms=True) == {"cusparselt"}, "a kernel that this process has not is no other one"
     assert [str(route) for route in plan.routes(KEY)] == ["dense:triton", "packed:triton"]
-    assert list(plan.times(KEY)) == [16] and plan.times(KEY, unscaled=True) == {}
+    assert list(plan.times(KEY)) == [16]
 
 
 def test_of_another_version_of_the_library_the_numbers_of_algorithms_go() -> None:
@@ -135,10 +144,9 @@ def test_of_another_version_of_the_library_the_numbers_of_algorithms_go() -> Non
 
 
 def test_times_are_told_in_rising_order_without_what_is_left_out() -> None:
-    plan = plan_of(KEY, {64: times(dense=1, slid=2), 1: times(slid=3)}, {64: times(slid=4)})
+    plan = plan_of(KEY, {64: times(dense=1, slid=2), 1: times(slid=3)})
     slid = Route("slid", "cusparselt", "alg=1")
-    assert list(plan.times(KEY)) == [1, 64] and plan.times(KEY, unscaled=True) == {64: {slid: at(4)}}
-    assert plan.times(KEY, without={slid}) == {64: times(dense=1)} and plan.times(KEY, unscaled=True, without={slid}) == {}
+    assert list(plan.times(KEY)) == [1, 64] and plan.times(KEY, without={slid}) == {64: times(dense=1)}
     assert plan.times((1, 1, "6:8", "int8")) == {} and plan.routes((1, 1, "6:8", "int8")) == []
 
 
@@ -192,14 +200,14 @@ def test_plans_of_other_software_and_cards(gathered) -> None:
     assert "unverified here (driver differ)" in other.sources[0] and "not used, driver is '580' here, '600' there" in other.sources[1]
     assert gathered(None, one(replace(HERE, gpu="Another"))).plan is None
     library = gathered(None, one(replace(HERE, cusparselt="0.9.0")))
-    assert SLID not in library.plan.cells[KEY][16].whole, "another version numbers its algorithms anew"
-    assert DEFAULT in library.plan.cells[KEY][16].whole
+    assert SLID not in library.plan.cells[KEY][16].times, "another version numbers its algorithms anew"
+    assert DEFAULT in library.plan.cells[KEY][16].times
 
 
 def test_times_of_a_kernel_that_has_changed_are_not_used_and_that_is_said(gathered, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         found = gathered(None, one(versions={"cusparselt": "1-old", "triton": "1-b"}))
-    assert told(found) == {} and Route("dense", "triton") in found.plan.cells[KEY][16].whole
+    assert told(found) == {} and Route("dense", "triton") in found.plan.cells[KEY][16].times
     assert "kernel cusparselt" in found.sources[0]
     (line,) = caplog.messages
     assert "times of cusparselt are not used, their code has changed; run `slidesparse tune`" in line
@@ -238,13 +246,13 @@ def test_a_shipped_plan_is_of_its_card_and_times_every_layout_in_which_a_layer_a
     assert plan.machine.gpu == gpu and plan.cells
     for key, table in plan.cells.items():
         for m, measured in table.items():
-            assert {"dense", "packed"} <= {route.layout for route in measured.whole}, (key, m)
-            assert measured.versions.keys() == {route.kernel for route in (*measured.whole, *measured.unscaled)}, (key, m)
+            assert {"dense", "packed"} <= {route.layout for route in measured.times}, (key, m)
+            assert measured.versions.keys() == {route.kernel for route in measured.times}, (key, m)
 
 
 def test_what_another_library_timed_is_told_apart() -> None:
-    plan = plan_of(KEY, {16: times(dense=1, dense_elsewhere=1, packed_elsewhere=2, slid=3)}, {16: times(dense_other=1)})
-    assert set(map(str, elsewhere(plan, problem_of(KEY)))) == {"dense:elsewhere", "packed:elsewhere", "dense:other"}
+    plan = plan_of(KEY, {16: times(dense=1, dense_elsewhere=1, packed_elsewhere=2, slid=3)})
+    assert set(map(str, elsewhere(plan, problem_of(KEY)))) == {"dense:elsewhere", "packed:elsewhere"}
     assert "elsewhere" not in kernel_versions()
 
 

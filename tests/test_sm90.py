@@ -188,7 +188,7 @@ def test_calls_that_are_not_direct_run_on_the_device_of_x(monkeypatch: pytest.Mo
     monkeypatch.setattr(sm90_kernel, "current_stream", lambda index: 0)
     x = SimpleNamespace(shape=(3, 64), device=torch.device("cuda", 1))
     problem = posed(16, 64, "bf16", "6:8", torch.bfloat16)
-    pipeline = Sm90().bind(problem, "dense", "128 1x1", x, unscaled=False, direct=False)
+    pipeline = Sm90().bind(problem, "dense", "128 1x1", x, direct=False)
     pipeline.multiply(x, None, (None,), None, torch.zeros(16, 2)[:, 0])
     assert used == [("loaded", 1), ("allocated", 1), ("launched", 1, True)] and current == [0]
 
@@ -204,7 +204,7 @@ def test_products_on_a_device_that_is_not_the_current_one(scheme: str) -> None:
     with torch.cuda.device(1):
         copy = LAYOUTS["tiled"].prepare(problem, weights)
         scale = None if weights.channel_scale is None else weights.channel_scale.contiguous()
-    pipeline = Sm90().bind(problem, "tiled", "128 1x1", x, unscaled=False, direct=False)
+    pipeline = Sm90().bind(problem, "tiled", "128 1x1", x, direct=False)
     y = run(pipeline, x, copy, scale, bias)[0]
     assert y.device == x.device and torch.cuda.current_device() == 0
     wanted = oracle(x, weights, dense, bias, x.dtype)
@@ -229,7 +229,7 @@ def call(weights, dense, n, k, pattern, scheme, layout, variant, x, bias):
     problem = posed(n, k, scheme, pattern, None if bias is None else bias.dtype)
     copy = LAYOUTS["tiled"].prepare(problem, weights) if layout == "tiled" else (dense.cuda(),)
     scale = None if weights.channel_scale is None else weights.channel_scale.contiguous().cuda()
-    return Sm90().bind(problem, layout, variant, x, unscaled=False, direct=True), copy, scale
+    return Sm90().bind(problem, layout, variant, x, direct=True), copy, scale
 
 
 CASES = [

@@ -62,32 +62,31 @@ def test_every_cell_is_checked_timed_saved_and_not_measured_twice(bench, tmp_pat
     path, seen = tmp_path / "plan.json", []
     wanted = shapes("6:8 int8", "2:4 bf16", "6:8 fp8")
     plan = tune.tune(wanted, path, ms=(1, 100), progress=lambda *step: seen.append(step[:2]))
-    assert len(bench) == 6 + 4 and seen[-1] == (6, 6)  # the unscaled products of 8-bit layers besides
+    assert len(bench) == 6 and seen[-1] == (6, 6)
     for shape in wanted:
         for m in (1, 100):
             cell = cell_of(plan, shape, m)
             native = {"dense:native", "packed:native"} if shape.scheme.name == "bf16" else BOTH
-            assert names(cell.whole) == native and cell.dropped["cusparselt"] == "runs on CUDA"
-            assert names(cell.unscaled) == (BOTH if shape.scheme.dynamic else set())
-            assert cell.versions.items() <= tune.kernel_versions().items() and {route.kernel for route in cell.whole} <= set(cell.versions)
+            assert names(cell.times) == native and cell.dropped["cusparselt"] == "runs on CUDA"
+            assert cell.versions.items() <= tune.kernel_versions().items() and {route.kernel for route in cell.times} <= set(cell.versions)
     again = Plan.load(path)
     assert {key: list(table) for key, table in again.cells.items()} == {key: list(table) for key, table in plan.cells.items()}
-    assert all(again.times(key, unscaled=mode) == plan.times(key, unscaled=mode) for key in plan.cells for mode in (False, True))
+    assert all(again.times(key) == plan.times(key) for key in plan.cells)
     tune.tune(wanted, path, ms=(1, 100))
-    assert len(bench) == 10, "what a file says is enough to know that nothing is lacking"
+    assert len(bench) == 6, "what a file says is enough to know that nothing is lacking"
     tune.tune(wanted[:1], path, ms=(1,), again=True)
-    assert len(bench) == 12
+    assert len(bench) == 7
 
 
 def test_cells_that_lack_a_kernel_that_there_is_now_are_measured_again(bench, tmp_path: Path) -> None:
     path, (shape,) = tmp_path / "plan.json", shapes("6:8 int8")
     tune.tune([shape], path, ms=(1,))
-    assert len(bench) == 2
+    assert len(bench) == 1
     register(dataclasses.replace(EXACT, name="other", worth_timing=True))
     plan = tune.tune([shape], path, ms=(1,))
-    assert len(bench) == 4 and {"dense:other", "packed:other"} <= names(cell_of(plan, shape, 1).whole)
+    assert len(bench) == 2 and {"dense:other", "packed:other"} <= names(cell_of(plan, shape, 1).times)
     tune.tune([shape], path, ms=(1,))
-    assert len(bench) == 4
+    assert len(bench) == 2
 
 
 def test_a_kernel_that_cannot_run_here_is_not_missed(bench, tmp_path: Path) -> None:
@@ -95,47 +94,31 @@ def test_a_kernel_that_cannot_run_here_is_not_missed(bench, tmp_path: Path) -> N
     tune.tune([shape], path, ms=(1,))
     register(dataclasses.replace(EXACT, name="other", worth_timing=True, refusal=lambda problem: "not here"))
     tune.tune([shape], path, ms=(1,))
-    assert len(bench) == 2
+    assert len(bench) == 1
 
 
 def test_cells_of_a_kernel_that_has_changed_are_measured_again(bench, tmp_path: Path) -> None:
     path, wanted = tmp_path / "plan.json", shapes("6:8 int8", "2:4 bf16")
     tune.tune(wanted, path, ms=(1,))
-    assert len(bench) == 3
+    assert len(bench) == 2
     kernels._KERNELS["native"] = dataclasses.replace(kernels._KERNELS["native"], version=2)
     plan = tune.tune(wanted, path, ms=(1,))
-    assert len(bench) == 4 and cell_of(plan, wanted[1], 1).versions["native"].startswith("2-")
+    assert len(bench) == 3 and cell_of(plan, wanted[1], 1).versions["native"].startswith("2-")
 
 
-@pytest.mark.parametrize(
-    ("dropped", "again"), [({}, True), ({"unscaled dense:exact": "no memory"}, False), ({"dense:exact": "wrong"}, True)]
-)
-def test_cells_without_an_unscaled_product_are_measured_again_unless_it_was_dropped(bench, tmp_path: Path, dropped, again) -> None:
-    path, (shape,) = tmp_path / "plan.json", shapes("6:8 int8")
-    plan = tune.tune([shape], path, ms=(1,))
-    cell = cell_of(plan, shape, 1)
-    cell.unscaled, cell.dropped = {}, cell.dropped | dropped
-    plan.save(path)
-    tune.tune([shape], path, ms=(1,))
-    assert len(bench) == (4 if again else 2)
-
-
-def test_unscaled_products_without_memory_are_told_from_whole_linears(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (shape,), timed, asked = shapes("6:8 int8"), tune.measure.timed, []
+def test_routes_without_memory_for_their_timing_are_dropped(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shape,), asked = shapes("6:8 int8"), []
 
     def in_turn(variants, **rest):
         asked.append(variants)
-        if len(asked) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return timed(variants, **rest)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
     monkeypatch.setattr(tune.measure, "timed", in_turn)
     path = tmp_path / "plan.json"
     cell = cell_of(tune.tune([shape], path, ms=(1,)), shape, 1)
-    assert cell.whole and not cell.unscaled
-    assert {name for name, why in cell.dropped.items() if "memory" in why} == {"unscaled dense:exact", "unscaled packed:exact"}
+    assert not cell.times and {name for name, why in cell.dropped.items() if "memory" in why} == BOTH
     tune.tune([shape], path, ms=(1,))
-    assert len(asked) == 2, "what was dropped is not measured again"
+    assert len(asked) == 1, "what was dropped is not measured again"
 
 
 def test_a_kernel_that_finds_nothing_right_is_named_and_not_asked_again(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +129,7 @@ def test_a_kernel_that_finds_nothing_right_is_named_and_not_asked_again(bench, t
     plan = tune.tune([shape], path, ms=(1,))
     assert cell_of(plan, shape, 1).dropped["cusparselt"] == "none of its variants gave right results"
     tune.tune([shape], path, ms=(1,))
-    assert len(bench) == 2
+    assert len(bench) == 1
 
 
 def test_cells_that_another_process_measured_meanwhile_stay(bench, tmp_path: Path) -> None:
@@ -166,16 +149,16 @@ def test_cells_that_another_process_measured_meanwhile_stay(bench, tmp_path: Pat
 def test_a_cell_that_another_process_measured_again_is_not_put_back(bench, tmp_path: Path) -> None:
     path, (mine,) = tmp_path / "plan.json", shapes("6:8 int8")
     tune.tune([mine], path, ms=(1,))
-    newer = {route: at(777.0) for route in cell_of(Plan.load(path), mine, 1).whole}
+    newer = {route: at(777.0) for route in cell_of(Plan.load(path), mine, 1).times}
 
     def interfere(done: int, total: int, what: str) -> None:
         if done == 0:
             meanwhile = Plan.load(path)
-            meanwhile.add(key_of(mine.problem), dataclasses.replace(cell_of(meanwhile, mine, 1), whole=newer))
+            meanwhile.add(key_of(mine.problem), dataclasses.replace(cell_of(meanwhile, mine, 1), times=newer))
             meanwhile.save(path)
 
     for found in (tune.tune([mine], path, ms=(1, 2), progress=interfere), Plan.load(path)):
-        assert cell_of(found, mine, 1).whole == newer and cell_of(found, mine, 2).whole
+        assert cell_of(found, mine, 1).times == newer and cell_of(found, mine, 2).times
 
 
 def test_a_plan_that_became_another_machines_meanwhile_is_not_overwritten(bench, tmp_path: Path) -> None:
@@ -190,7 +173,7 @@ def stores(path: Path, shape: LinearShape, ms: range) -> None:
     """Another process that tunes, without its timings."""
     plan = Plan(HERE)
     for m in ms:
-        tune._store(plan, path, key_of(shape.problem), Cell(m, {Route("dense", "exact"): at(1.0)}, {}, {}, {}))
+        tune._store(plan, path, key_of(shape.problem), Cell(m, {Route("dense", "exact"): at(1.0)}))
 
 
 def test_processes_that_write_one_plan_lose_nothing(bench, tmp_path: Path) -> None:
@@ -212,14 +195,14 @@ def test_processes_that_write_one_plan_lose_nothing(bench, tmp_path: Path) -> No
 class Unlucky(DenseKernel):
     """Wrong for every other draw of activations."""
 
-    def bind(self, problem: Problem, layout: str, variant: str, x: torch.Tensor, *, unscaled: bool, direct: bool) -> Pipeline:
-        steps = super().bind(problem, layout, variant, x, unscaled=unscaled, direct=direct)
-        DRAWS[layout, unscaled] = DRAWS.get((layout, unscaled), 0) + 1
-        unlucky, last = DRAWS[layout, unscaled] % 2, "multiply" if steps.epilogue is None else "epilogue"
+    def bind(self, problem: Problem, layout: str, variant: str, x: torch.Tensor, *, direct: bool) -> Pipeline:
+        steps = super().bind(problem, layout, variant, x, direct=direct)
+        DRAWS[layout] = DRAWS.get(layout, 0) + 1
+        unlucky, last = DRAWS[layout] % 2, "multiply" if steps.epilogue is None else "epilogue"
         return steps._replace(**{last: lambda *arguments: getattr(steps, last)(*arguments) * (1.5 if unlucky else 1)})
 
 
-DRAWS: dict[tuple[str, bool], int] = {}
+DRAWS: dict[str, int] = {}
 
 
 def test_one_unlucky_draw_drops_no_route(bench, tmp_path: Path) -> None:
@@ -232,7 +215,7 @@ def test_one_unlucky_draw_drops_no_route(bench, tmp_path: Path) -> None:
     (shape,) = shapes("6:8 int8")
     cell = cell_of(tune.tune([shape], tmp_path / "plan.json", ms=(7,)), shape, 7)
     both = {"dense:unlucky", "packed:unlucky"}
-    assert both <= names(cell.whole) and both <= names(cell.unscaled) and not [name for name in cell.dropped if "unlucky" in name]
+    assert both <= names(cell.times) and not [name for name in cell.dropped if "unlucky" in name]
     assert set(DRAWS.values()) == {2}
 
 
@@ -246,10 +229,10 @@ class Faulty(DenseKernel):
     def search(self, problem: Problem, x: torch.Tensor, copy: tuple) -> tuple[str, ...]:
         return ("right", "wrong", "large", "refused", "short")
 
-    def bind(self, problem: Problem, layout: str, variant: str, x: torch.Tensor, *, unscaled: bool, direct: bool) -> Pipeline:
+    def bind(self, problem: Problem, layout: str, variant: str, x: torch.Tensor, *, direct: bool) -> Pipeline:
         if variant == "refused":
             raise UnsupportedError("not this shape\nand more")
-        steps = super().bind(problem, layout, "", x, unscaled=unscaled, direct=direct)
+        steps = super().bind(problem, layout, "", x, direct=direct)
 
         last = "multiply" if steps.epilogue is None else "epilogue"
 
@@ -257,7 +240,7 @@ class Faulty(DenseKernel):
             if variant == "large":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
             y = getattr(steps, last)(*arguments)
-            return y[:-1] if variant == "short" else y * (1.5 if variant == "wrong" or (variant == "right" and unscaled) else 1)
+            return y[:-1] if variant == "short" else y * (1.5 if variant == "wrong" else 1)
 
         return steps._replace(**{last: spoilt})
 
@@ -267,11 +250,10 @@ def test_a_wrong_or_failing_route_is_dropped_and_named(bench, tmp_path: Path) ->
     register(Faulty(**values | {"name": "faulty", "worth_timing": True}))
     plan = tune.tune(shapes("6:8 int8"), tmp_path / "plan.json", ms=(7,))
     (cell,) = plan.cells[64, 128, "6:8", "int8"].values()
-    assert names(cell.whole) == {"dense:faulty:right", "packed:faulty:right"} and not cell.unscaled
+    assert names(cell.times) == {"dense:faulty:right", "packed:faulty:right"}
     for layout in ("dense", "packed"):
         reasons = [cell.dropped[f"{layout}:faulty:{variant}"] for variant in ("wrong", "large", "refused", "short")]
         assert "max error" in reasons[0] and "out of memory" in reasons[1] and reasons[2:] == ["not this shape", "returned [6, 64]"]
-        assert "max error" in cell.dropped[f"unscaled {layout}:faulty:right"]
     assert Plan.load(tmp_path / "plan.json").cells[64, 128, "6:8", "int8"][7].dropped == cell.dropped
 
 
@@ -285,10 +267,8 @@ class Coarse(DenseKernel):
     def search(self, problem: Problem, x: torch.Tensor, copy: tuple) -> tuple[str, ...]:
         return ("", "last")
 
-    def bind(self, problem: Problem, layout: str, variant: str, x: torch.Tensor, *, unscaled: bool, direct: bool) -> Pipeline:
-        steps = super().bind(problem, layout, "", x, unscaled=unscaled, direct=direct)
-        if unscaled:
-            return steps
+    def bind(self, problem: Problem, layout: str, variant: str, x: torch.Tensor, *, direct: bool) -> Pipeline:
+        steps = super().bind(problem, layout, "", x, direct=direct)
 
         def spoilt(sums: torch.Tensor, x_scale: torch.Tensor, scale: torch.Tensor, bias: None) -> torch.Tensor:
             y, exact = steps.epilogue(sums, x_scale, scale, bias), sums.double() * scale.double().view(1, -1) * x_scale.double()
@@ -309,24 +289,14 @@ def test_a_kernel_that_says_so_may_round_twice_and_the_last_rows_are_looked_at(b
         register(Coarse(**values | {"name": name, "rounds": rounds}))
     (shape,) = shapes("6:8 int8")
     cell = cell_of(tune.tune([shape], tmp_path / "plan.json", ms=(200,)), shape, 200)
-    assert names(cell.whole) == {"dense:twice", "packed:twice"}
+    assert names(cell.times) == {"dense:twice", "packed:twice"}
     assert all("max error" in cell.dropped[f"dense:{name}"] for name in ("once", "once:last", "twice:last"))
-
-
-def test_of_what_is_not_dense_only_the_quickest_whole_linears_are_timed_without_scales(bench, tmp_path: Path) -> None:
-    for number in range(4):
-        register(dataclasses.replace(EXACT, name=f"own{number}", worth_timing=True))
-    (shape,) = shapes("6:8 int8")
-    cell = cell_of(tune.tune([shape], tmp_path / "plan.json", ms=(1,)), shape, 1)
-    packed = sorted((route for route in cell.whole if route.layout == "packed"), key=lambda route: cell.whole[route].p50)
-    assert len(packed) == 4 and {route for route in cell.unscaled if route.layout == "packed"} == set(packed[:2])
-    assert len([route for route in cell.unscaled if route.layout == "dense"]) == 4
 
 
 def test_what_is_asked_for_besides_is_timed_too(bench) -> None:
     (shape,) = shapes("6:8 int8")
     cell = tune.Bench(shape).cell(5, also=[Route("packed", "exact64")])
-    assert names(cell.whole) == BOTH | {"packed:exact64"}
+    assert names(cell.times) == BOTH | {"packed:exact64"}
 
 
 def test_plans_of_other_machines_are_never_mixed_in_nor_lost(bench, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:

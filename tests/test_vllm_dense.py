@@ -99,16 +99,14 @@ def test_vllms_kernel_says_why_it_cannot_run(n, k, scheme, dtype, card, bias, to
 )
 def test_the_plan_in_force_decides_with_what_vllm_has_here(slid, swiglu, most, ours, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = {Route("slid", "cusparselt", "alg=9"): times(dense=1)[Route("dense", "triton")]}
-    bare = {8: times(dense_cutlass=100, slid=120) | absent, 64: times(dense_cutlass=100, slid=slid) | absent}
+    cells = {8: times(dense_cutlass=100, slid=120) | absent, 64: times(dense_cutlass=100, slid=slid) | absent}
     monkeypatch.setattr(dense, "cannot_run", lambda plan, problem: frozenset({Route("slid", "cusparselt", "alg=9")}))
-    use_plan(plan_of(KEY, {}, bare))
+    use_plan(plan_of(KEY, cells))
     try:
-        found = dense.decided(problem_of(KEY), unscaled=True, most=most, swiglu=swiglu)
-        unmeasured = dense.decided(problem_of((256, 512, "6:8", "bf16")), unscaled=False, most=most, swiglu=False)
+        found = dense.decided(problem_of(KEY), most=most, swiglu=swiglu)
+        unmeasured = dense.decided(problem_of((256, 512, "6:8", "bf16")), most=most, swiglu=False)
         use_plan(Plan(HERE))
-        assert (
-            "nothing was measured: run `slidesparse tune --vllm`" in dense.decided(problem_of(KEY), unscaled=True, most=77, swiglu=True).why
-        )
+        assert "nothing was measured: run `slidesparse tune --vllm`" in dense.decided(problem_of(KEY), most=77, swiglu=True).why
     finally:
         use_plan(None)
     assert (found.why is None) == ours and "nothing was measured" in unmeasured.why
@@ -122,18 +120,18 @@ def test_settings_reach_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "can_give_back", lambda *_: True)
     method = methods.PackedLinearMethod.__new__(methods.PackedLinearMethod)
     method.scheme, method.settings = SCHEMES["int8"], methods.Settings(most=77)
-    assert method._decision(None, torch.device("cuda"), True, False).why == "the test says so"
-    assert told == {"unscaled": True, "most": 77, "swiglu": False}
+    assert method._decision(None, torch.device("cuda"), False).why == "the test says so"
+    assert told == {"most": 77, "swiglu": False}
     for settings in (methods.Settings(route="dense"), methods.Settings(memory="lean")):
         method.settings = settings
-        assert method._decision(None, torch.device("cuda"), True, False) == Decision(None), "the user has chosen how it runs"
+        assert method._decision(None, torch.device("cuda"), False) == Decision(None), "the user has chosen how it runs"
 
 
 def test_what_a_decision_names_runs(config: VllmConfig, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan that comes with it chooses the routes, as on a card, by kernels that run anywhere."""
     cells = {m: times(packed_exact=1, dense_exact=2) for m in (1, 16)}
     monkeypatch.setattr(methods, "can_give_back", lambda *_: True)
-    monkeypatch.setattr(methods, "decided", lambda problem, **_: Decision(None, plan_of(KEY, cells, cells)))
+    monkeypatch.setattr(methods, "decided", lambda problem, **_: Decision(None, plan_of(KEY, cells)))
     monkeypatch.setattr(Problem, "cuda", property(lambda problem: True))
     made = []
     monkeypatch.setattr(methods, "Runner", lambda *arguments, **rest: made.append(Runner(*arguments, **rest)) or made[-1])
@@ -202,7 +200,7 @@ def test_vllms_product_is_timed_and_runs_where_a_plan_chose_it(scheme: str, conf
     plan = tune([LinearShape(256, 512, PATTERN, SCHEMES[scheme])], tmp_path / "plan.json", ms=[16, 256])
     (cells,) = plan.cells.values()
     route = Route("dense", KERNEL)
-    assert all(route in cell.whole and route in cell.unscaled for cell in cells.values())
+    assert all(route in cell.times for cell in cells.values())
     weight, scale = weights(256, 512, scheme)
     runner = Runner(Weights(pack(weight.cuda(), PATTERN), SCHEMES[scheme], scale.cuda()), route=str(route))
     x = torch.randn(33, 512).cuda()
@@ -213,7 +211,7 @@ def test_vllms_product_is_timed_and_runs_where_a_plan_chose_it(scheme: str, conf
 @pytest.mark.needs_gpu
 def test_a_layer_that_pays_is_ours(config: VllmConfig) -> None:
     cells = {m: times(dense=100, dense_cutlass=100) | {Route("slid", "cusparselt", "default"): at(50)} for m in (1, 256)}
-    use_plan(plan_of(KEY, cells, cells))
+    use_plan(plan_of(KEY, cells))
     try:
         weight, scale = weights(256, 512, "int8")
         with torch.device("cuda"):

@@ -9,7 +9,6 @@ from ..format import SCHEMES, packed_tensors
 from ..gemm.choose import GUARD
 from ..gemm.kernels import kernels
 from ..gemm.plan import Plan
-from ..gemm.tune import UNSCALED
 from ..pattern import Pattern
 from .accuracy import Loss, losses, rounded
 from .estimate import DENSE, MEASURED, MODEL, SPARSE, Estimate, Estimates
@@ -202,8 +201,8 @@ def _loss(option: Option) -> str:
 def _not_timed(plan: Plan) -> list[str]:
     """Kernels for sparse tensor cores that no cell of the plan has met: they came after it."""
     cells = [cell for table in plan.cells.values() for cell in table.values()]
-    met = {route.kernel for cell in cells for route in cell.whole}
-    met |= {name.split(":")[1] if ":" in name else name for cell in cells for name in cell.dropped if not name.startswith(UNSCALED)}
+    met = {route.kernel for cell in cells for route in cell.times}
+    met |= {name.split(":")[1] if ":" in name else name for cell in cells for name in cell.dropped}
     return [name for name, kernel in kernels().items() if kernel.worth_timing and set(kernel.layouts) & set(SPARSE) and name not in met]
 
 

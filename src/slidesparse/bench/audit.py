@@ -91,15 +91,15 @@ def _row(plan: Plan, bench: Bench, task: Row) -> Row:
     """What runs, against the fastest dense route."""
     key, runs = _key(task), Route.parse(task.route)
     without = _absent(plan, key)
-    dense = [route for route in plan.cells[key][task.m].whole if route.layout == "dense" and route not in without]
+    dense = [route for route in plan.cells[key][task.m].times if route.layout == "dense" and route not in without]
     try:
         cell = bench.cell(task.m, only=list(dict.fromkeys([*(dense or [Route("dense", "exact")]), runs])), rounds=9)
     except (RuntimeError, UnsupportedError) as error:
         return replace(task, status=FAILED, why=first_line(error))
-    if runs not in cell.whole:
+    if runs not in cell.times:
         why = cell.dropped.get(str(runs), "it was not timed")
         return replace(task, status=WRONG if why.startswith("max error") else REFUSED, why=why)
-    return next(each for each in timed_rows(task, cell.whole, cell.errors, device()) if each.route == task.route)
+    return next(each for each in timed_rows(task, cell.times, cell.errors, device()) if each.route == task.route)
 
 
 def losing(rows: Sequence[Row]) -> list[Row]:

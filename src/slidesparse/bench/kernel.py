@@ -13,7 +13,7 @@ from ..format import SCHEMES
 from ..gemm import Cell, Route
 from ..gemm.choose import quickest
 from ..gemm.kernels import kernels
-from ..gemm.tune import UNSCALED, Bench, LinearShape
+from ..gemm.tune import Bench, LinearShape
 from ..measure import Timing
 from ..ops import capability
 from ..pattern import Pattern
@@ -130,10 +130,10 @@ def cannot(scheme: str, device: str) -> str | None:
 def _cell(work: Work, held: _Held, row: Row, device: str, every: bool) -> list[Row]:
     (bench,) = held.benches([LinearShape(*work.shape, Pattern.parse(work.pattern), SCHEMES[work.scheme])], device)
     cell = bench.cell(work.m, rounds=_ROUNDS)
-    best = fastest_of_each(cell.whole)
+    best = fastest_of_each(cell.times)
     dropped: dict[str, str] = {}
     alone = bench.timed(bench.products(best, work.m), dropped, _ROUNDS)
-    found = timed_rows(row, cell.whole if every else {route: cell.whole[route] for route in best}, cell.errors, device)
+    found = timed_rows(row, cell.times if every else {route: cell.times[route] for route in best}, cell.errors, device)
     found += timed_rows(replace(row, what="product"), alone, {}, device)
     failed = [replace(row, what="product", route=each, status=FAILED, why=why) for each, why in dropped.items()]
     return [*found, *_dropped_rows(row, cell), *failed]
@@ -144,12 +144,12 @@ def _control(work: Work, held: _Held, row: Row, device: str) -> list[Row]:
     (n, k), scheme, pattern = work.shape, SCHEMES[work.scheme], Pattern(2, 4)
     narrow, wide = held.benches([LinearShape(n, k, pattern, scheme), LinearShape(n, 2 * k, pattern, scheme)], device)
     row, cell = replace(row, what="product"), wide.cell(work.m, rounds=3)
-    sparse = [route for route in fastest_of_each(cell.whole) if route.layout not in ("dense", "packed")]
+    sparse = [route for route in fastest_of_each(cell.times) if route.layout not in ("dense", "packed")]
     if not sparse:
         return [replace(row, status=REFUSED, why="no kernel on sparse tensor cores runs here")]
     able = [each for each in kernels().values() if each.worth_timing and "dense" in each.layouts and each.refuses(narrow.problem) is None]
     routes = [Route("dense", each.name, each.variants(narrow.problem, work.m)[0]) for each in able]
-    dense = fastest_of_each(narrow.cell(work.m, rounds=3, only=routes).whole)
+    dense = fastest_of_each(narrow.cell(work.m, rounds=3, only=routes).times)
     dropped: dict[str, str] = {}
     times = narrow.timed(narrow.products(dense, work.m) | wide.products(sparse, work.m), dropped, _ROUNDS)
     if dropped:
@@ -176,13 +176,11 @@ def timed_rows(row: Row, times: Mapping[Route, Timing], errors: Mapping[Route, f
 
 
 def _dropped_rows(row: Row, cell: Cell) -> list[Row]:
-    """What did not run, and why; unscaled products are not of this benchmark."""
+    """What did not run, and why."""
     rows = []
     for name, why in cell.dropped.items():
-        if not name.startswith(UNSCALED):
-            wrong = why.startswith(("max error", "returned", "none of its variants"))
-            status = WRONG if wrong else FAILED if "memory" in why else REFUSED
-            rows.append(replace(row, route=name, status=status, why=why))
+        wrong = why.startswith(("max error", "returned", "none of its variants"))
+        rows.append(replace(row, route=name, status=WRONG if wrong else FAILED if "memory" in why else REFUSED, why=why))
     return rows
 
 

@@ -71,10 +71,6 @@ class Rival(Kernel):
         """Why the problem is not for this kernel; None if it is."""
         raise NotImplementedError
 
-    def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
-        """No unscaled product is timed."""
-        return frozenset()
-
 
 class TorchaoLayout(SlidCopy):
     """Values and metadata as torchao's kernel for 9.0 reads them."""
@@ -98,7 +94,7 @@ class Torchao(Rival):
             return "torchao multiplies fp8 to bfloat16 on CUDA"
         return None if problem.capability[0] == 9 else "torchao's 2:4 kernel runs on compute capability 9.x"
 
-    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
+    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, direct: bool) -> Pipeline:
         """See `Kernel`."""
 
         def multiply(q: Tensor, x_scale: Tensor | None, copy: Copy, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -145,7 +141,7 @@ class TorchCslt(Rival):
         """To bfloat16 before the scales, and after."""
         return 2
 
-    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
+    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, direct: bool) -> Pipeline:
         """See `Kernel`."""
         m, product = x.shape[0], private.cslt_sparse_mm
         if product is None:

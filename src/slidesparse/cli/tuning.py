@@ -135,18 +135,16 @@ def _served(decision: Decision) -> str:
 def plan_rows(plan: Plan, layers: list[LinearShape], vllm: bool = False, swiglu: Collection[LinearShape] = ()) -> list[dict[str, Any]]:
     """What `print_plan` shows, one entry per layer shape and number of tokens, see `gemm.explain.plan_rows`.
 
-    Whole linears; with ``vllm`` 8-bit layers without token scales and bias, which its compiler fuses into what follows, and ``given_back``:
-    why vLLM's server with its default settings would run the layer on its own kernels, None if it would not. In front of ``swiglu`` layers
-    stands SwiGLU.
+    With ``vllm`` also ``given_back``: why vLLM's server with its default settings would run the layer on its own kernels, None if it would
+    not. In front of ``swiglu`` layers stands SwiGLU.
     """
     from ..gemm import explain
 
     rows = []
     for layer in dict.fromkeys(layers):
         decision = _decided(plan, layer, swiglu) if vllm else None
-        unscaled, fast = vllm and layer.scheme.dynamic, None if decision is None else decision.plan
         given_back = {} if decision is None else {"given_back": decision.why}
-        rows += [row | given_back for row in explain.plan_rows(plan, layer.problem, unscaled=unscaled, fast=fast)]
+        rows += [row | given_back for row in explain.plan_rows(plan, layer.problem, fast=None if decision is None else decision.plan)]
     return rows
 
 
@@ -156,7 +154,7 @@ def _decided(plan: Plan, layer: LinearShape, swiglu: Collection[LinearShape]) ->
     from ..integrations.engine.policy import decide
     from ..integrations.vllm_facts import STEP, facts
 
-    known = facts(layer.problem, unscaled=layer.scheme.dynamic, most=STEP, swiglu=layer in swiglu)
+    known = facts(layer.problem, most=STEP, swiglu=layer in swiglu)
     return decide(layer.problem, plan, known, elsewhere(plan, layer.problem))
 
 

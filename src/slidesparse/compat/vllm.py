@@ -18,7 +18,7 @@ from .versions import check_vllm, not_imported
 check_vllm(vllm.__version__)  # of an older one, the imports could fail with a less helpful message
 
 try:
-    from vllm import _custom_ops, ir
+    from vllm import ir
     from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
     from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig, get_current_vllm_config_or_none
     from vllm.model_executor.layers.activation import SiluAndMul
@@ -44,7 +44,7 @@ __all__ = [
     "CUDAGraphMode", "ChannelQuantScaleParameter", "CompilationMode", "CompressedTensorsConfig", "CompressedTensorsW8A8Fp8",
     "CompressedTensorsW8A8Int8", "InductorPass", "LinearBase", "LinearMethodBase", "ModelWeightParameter", "ParallelLMHead",
     "PerTensorScaleParameter", "QuantizationConfig", "QuantizeMethodBase", "RoutedExperts", "RowParallelLinear", "UnquantizedLinearMethod",
-    "VllmConfig", "add_pass", "cutlass_scaled_mm", "cutlass_scaled_mm_into", "enable_fake_mode", "fused_add_rms_norm",
+    "VllmConfig", "add_pass", "cutlass_scaled_mm", "enable_fake_mode", "fused_add_rms_norm",
     "get_current_vllm_config_or_none", "has_cutlass", "load_data", "register_method", "register_weight_loader_v2_supported_method",
     "silu_and_mul",
 ]  # fmt: skip
@@ -68,13 +68,12 @@ def has_cutlass() -> bool:
     return hasattr(torch.ops._C, "cutlass_scaled_mm")
 
 
-cutlass_scaled_mm = _custom_ops.cutlass_scaled_mm
-"""``q [M, K]`` times ``weight [K, N]`` with scales by row and column, an output type and a bias."""
+def cutlass_scaled_mm(y: Tensor, q: Tensor, weight: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
+    """``q [M, K]`` times ``weight [K, N]`` with scales by row and column and a bias, into ``y [M, N]``.
 
-
-def cutlass_scaled_mm_into(y: Tensor, q: Tensor, weight: Tensor, x_scale: Tensor, w_scale: Tensor) -> None:
-    """The same without a bias into ``y [M, N]``, not by vLLM's wrapper, whose checks cost host time in every call."""
-    torch.ops._C.cutlass_scaled_mm(y, q, weight, x_scale, w_scale, None)
+    Not by vLLM's wrapper, whose checks cost host time in every call.
+    """
+    torch.ops._C.cutlass_scaled_mm(y, q, weight, x_scale, w_scale, bias)
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:

@@ -105,14 +105,13 @@ def route_at(steps: Iterable[tuple[int, Route | None]], m: int) -> Route | None:
 
 
 def choice_of(
-    plan: Plan, problem: Problem, *, unscaled: bool = False, memory: str = "fast", tokens: Collection[int] | None = None,
-    without: Collection[Route] = (),
+    plan: Plan, problem: Problem, *, memory: str = "fast", tokens: Collection[int] | None = None, without: Collection[Route] = (),
 ) -> tuple[tuple[str, ...], Intervals]:  # fmt: skip
-    """The layouts that stay for a problem and their intervals, by a plan's times of unscaled products or of whole linears.
+    """The layouts that stay for a problem and their intervals, by a plan's times.
 
     ``lean`` memory keeps the packed weights alone; ``without`` are routes that cannot run.
     """
-    cells = plan.times(key_of(problem), unscaled=unscaled, without=without)
+    cells = plan.times(key_of(problem), without=without)
     timed = {route.layout for times in cells.values() for route in times}
     layouts: tuple[str, ...] = ("packed",)
     if memory != "lean":

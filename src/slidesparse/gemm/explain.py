@@ -17,27 +17,27 @@ def elsewhere(plan: Plan, problem: Problem) -> frozenset[Route]:
     return frozenset(route for route in plan.routes(key_of(problem)) if route.kernel not in kernels())
 
 
-def summary(plan: Plan, problem: Problem, *, unscaled: bool = False) -> str:
+def summary(plan: Plan, problem: Problem) -> str:
     """What stays of the layer and how many bytes that takes, in one line."""
     if key_of(problem) not in plan.cells:
         return "not measured: dense runs"
-    layouts, _ = choice_of(plan, problem, unscaled=unscaled, without=elsewhere(plan, problem))
+    layouts, _ = choice_of(plan, problem, without=elsewhere(plan, problem))
     nbytes = sum(LAYOUTS[name].nbytes(problem) for name in layouts) / LAYOUTS["dense"].nbytes(problem)
     return f"keeps {' and '.join(layouts)}, {nbytes:.2f} of dense weights' bytes"
 
 
-def plan_rows(plan: Plan, problem: Problem, *, unscaled: bool = False, fast: Plan | None = None) -> list[dict[str, Any]]:
+def plan_rows(plan: Plan, problem: Problem, *, fast: Plan | None = None) -> list[dict[str, Any]]:
     """One row per measured number of tokens: the best on `dense`, what runs in fast and in lean memory, the best outside `DENSE`.
 
-    Times are those of whole linears, or of ``unscaled`` products. ``fast`` is the plan that chooses in fast memory, if not ``plan``.
+    ``fast`` is the plan that chooses in fast memory, if not ``plan``.
     """
     key, without = key_of(problem), elsewhere(plan, problem)
     runs = {
-        "fast": choice_of(fast or plan, problem, unscaled=unscaled, without=without)[1],
-        "lean": choice_of(plan, problem, unscaled=unscaled, memory="lean", without=without)[1],
+        "fast": choice_of(fast or plan, problem, without=without)[1],
+        "lean": choice_of(plan, problem, memory="lean", without=without)[1],
     }
     rows = []
-    for m, times in plan.times(key, unscaled=unscaled, without=without).items():
+    for m, times in plan.times(key, without=without).items():
         dense = quickest(times, ("dense",))
         if dense is None:
             continue

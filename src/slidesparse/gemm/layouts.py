@@ -11,13 +11,13 @@ from torch import Tensor
 from .. import ops, reference
 from ..format import Packed, packed_tensors
 from ..ops import cusparselt, sm90
-from ..ops.library import ones
+from ..ops.library import one
 from ..ops.quantize import moves_nothing
 from ..quantization import expand_nvfp4
 from .problem import Problem, Weights
 
-Copy = tuple[Tensor | None, ...]
-"""The tensors of one layer in one layout."""
+Copy = tuple[Tensor, ...]
+"""The tensors of one layer in one layout, those that it has."""
 
 
 class Layout(Protocol):
@@ -48,8 +48,9 @@ class PackedLayout:
 
     def prepare(self, problem: Problem, weights: Weights) -> Copy:
         """Nothing is copied."""
-        ones(weights.packed.values.device, 1)  # kernels ask for them later, perhaps while a CUDA graph is captured
-        return weights.packed.values, weights.packed.keep, weights.scale, weights.global_scale
+        one(weights.packed.values.device)  # kernels ask for it later, perhaps while a CUDA graph is captured
+        scales = (scale for scale in (weights.scale, weights.global_scale) if scale is not None)
+        return weights.packed.values, weights.packed.keep, *scales
 
     def stored(self, problem: Problem, copy: Copy) -> Packed:
         """The packed matrix."""
@@ -73,9 +74,9 @@ class DenseLayout:
 
     def prepare(self, problem: Problem, weights: Weights) -> Copy:
         """Restore them."""
-        packed = LAYOUTS["packed"]
-        dense = packed.dense(problem, packed.prepare(problem, weights))
-        return (dense, weights.scale, weights.global_scale) if problem.scheme.pair else (dense,)
+        stored = PACKED.prepare(problem, weights)
+        dense = PACKED.dense(problem, stored)
+        return (dense, *stored[2:]) if problem.scheme.pair else (dense,)
 
     def dense(self, problem: Problem, copy: Copy) -> Tensor:
         """The copy itself."""
@@ -102,10 +103,10 @@ class SlidLayout:
         """Slide and compress; the scales are padded by ones."""
         rows, width = self.padded(problem)
         slid = ops.slide(weights.packed, width=width, rows=cusparselt.alignment(problem.scheme.dtype))
-        alpha = None
-        if cusparselt.scales_rows(problem.scheme.dtype, torch.bfloat16):
-            alpha = F.pad(weights.channel_scale.view(-1), (0, rows - problem.n), value=1.0)
-        return cusparselt.compress(slid), alpha
+        scale = weights.channel_scale
+        if scale is None or not cusparselt.scales_rows(problem.scheme.dtype, torch.bfloat16):
+            return (cusparselt.compress(slid),)
+        return cusparselt.compress(slid), F.pad(scale.view(-1), (0, rows - problem.n), value=1.0)
 
     def dense(self, problem: Problem, copy: Copy) -> Tensor:
         """The product with the lifted unit matrix, whose sums are exact: one weight and zeros."""

@@ -1,10 +1,9 @@
-"""Layers behind one opaque op, for compilers: the route is chosen inside by the number of tokens at hand.
+"""Layers behind opaque ops, for compilers: the route is chosen inside by the number of tokens at hand.
 
 ``slidesparse::linear`` is a whole linear, and ``slidesparse::linear_with_gradient`` one that autograd records.
-``slidesparse::linear_unscaled`` leaves token scales and bias, and of fp8 the channel scales, to the graph, where the compiler fuses them
-into whatever consumes the output; ``silu_mul_linear_unscaled`` and ``add_rms_norm_linear_unscaled`` do the same with SwiGLU or a norm in
-front. What the graph holds of a layer is a tensor that names it, an input like any weight, so that the graphs of equal layers are equal
-and compiled once.
+``slidesparse::silu_mul_linear`` and ``add_rms_norm_linear`` are whole linears with SwiGLU or a norm in front, in the pass that quantises.
+What the graph holds of a layer is a tensor that names it, an input like any weight, so that the graphs of equal layers are equal and
+compiled once.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..ops.launch import allocate
 from ..ops.library import define
-from ..ops.prologue import Activations, Gated, Normed
+from ..ops.prologue import Gated, Normed
 from .gradient import bias_gradient, refuse_second, wanted
-from .runner import Runner
+from .runner import Ready, Runner
 
 Find = Callable[[torch.dtype, torch.device], Runner]
 """Gives the runner of a layer for activations of this type on this device."""
@@ -50,21 +49,20 @@ def handle(owner: object, find: Find, margins: tuple[int, int] = (0, 0)) -> Tens
     return torch.tensor([number], dtype=torch.int64, device="cpu")
 
 
-def warm(name: Tensor, runner: Runner, tokens: Iterable[int], *, unscaled: bool) -> None:
+def warm(name: Tensor, ready: Ready, tokens: Iterable[int]) -> None:
     """Run a layer that is ready once for each number of tokens, unless an equal layer has run: CUDA graphs may capture it afterwards.
 
     This makes cuSPARSELt's plans, which do not depend on what stands in front of the product. Triton kernels may still have to be compiled.
     """
     _, left, right = _LAYERS[int(name)]
-    problem, device, warm = runner.ready.problem, runner.ready.device, runner.ready.calls.warm
+    problem, device, warm = ready.problem, ready.device, ready.calls.warm
     for m in tokens:
-        if (m, unscaled) in warm:
+        if m in warm:
             continue
         x = torch.zeros(m, problem.k - left - right, dtype=problem.dtype, device=device)
         bias = None if problem.bias is None else x.new_zeros(problem.n, dtype=problem.bias)
-        # As ops, which run on the device of x, whichever is current.
-        linear_unscaled(x, name, problem.n) if unscaled else linear(x, name, bias, problem.n)
-        warm.add((m, unscaled))
+        linear(x, name, bias, problem.n)  # as an op, which runs on the device of x, whichever is current
+        warm.add(m)
 
 
 def _widened(x: Tensor, left: int, right: int) -> Tensor:
@@ -81,34 +79,31 @@ def _run_backward(grad: Tensor, name: Tensor, k: int) -> Tensor:
     return find(grad.dtype, grad.device).input_gradient(grad)[:, left : left + k].contiguous()
 
 
-def _run_unscaled(x: Activations, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def _run_behind(x: Gated | Normed, name: Tensor, bias: Tensor | None) -> Tensor:
     find, left, right = _LAYERS[int(name)]
-    if left or right:
-        x = _widened(x if isinstance(x, Tensor) else x.computed(), left, right)
-    y, scale = find(x.dtype, x.device).unscaled(x)
-    return y.contiguous(), scale
+    runner = find(x.dtype, x.device)
+    return (runner(_widened(x.computed(), left, right), bias) if left or right else runner.behind(x, bias)).contiguous()
 
 
-def _run_silu_mul(gate_up: Tensor, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    return _run_unscaled(Gated(gate_up, scale, channel), name, n)
+def _run_silu_mul(gate_up: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    return _run_behind(Gated(gate_up), name, bias)
 
 
 def _run_add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None, channel: Tensor | None, name: Tensor, n: int
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, name: Tensor, bias: Tensor | None, n: int
+) -> tuple[Tensor, Tensor]:
     total = allocate(x, x.shape[0], x.shape[1], x.dtype)
-    return *_run_unscaled(Normed(x, residual, weight, eps, total, scale, channel), name, n), total
+    return _run_behind(Normed(x, residual, weight, eps, total), name, bias), total
 
 
-def _unscaled_fake(x: Tensor, name: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], n), dtype=torch.bfloat16), x.new_empty((x.shape[0], 1), dtype=torch.float32)
-
-
-_WHOLE = "(Tensor x, Tensor name, Tensor? bias, SymInt n) -> Tensor"
+_REST = "Tensor name, Tensor? bias, SymInt n"
 _linear, _linear_with_gradient = (
-    define(f"{name}{_WHOLE}", oracle=_run, cuda=_run, fake=lambda x, name, bias, n: x.new_empty((x.shape[0], n)), differentiable=True)
+    define(
+        f"{name}(Tensor x, {_REST}) -> Tensor", oracle=_run, cuda=_run, fake=lambda x, name, bias, n: x.new_empty((x.shape[0], n)),
+        differentiable=True,
+    )
     for name in ("linear", "linear_with_gradient")
-)
+)  # fmt: skip
 _linear_backward = define(
     "linear_backward(Tensor grad, Tensor name, SymInt k) -> Tensor",
     oracle=_run_backward, cuda=_run_backward, fake=lambda grad, name, k: grad.new_empty((grad.shape[0], k)),
@@ -140,27 +135,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd("slidesparse::linear_with_gradient", _backward, setup_context=_keep)
 
-linear_unscaled = define(
-    "linear_unscaled(Tensor x, Tensor name, SymInt n) -> (Tensor, Tensor)", oracle=_run_unscaled, cuda=_run_unscaled, fake=_unscaled_fake
-)
-"""`linear` but for its epilogue: ``x [M, K]`` → bfloat16 ``[M, n]`` and token scales ``[M, 1]``; see `kernels.base.LEAVES`."""
-
-silu_mul_linear_unscaled = define(
-    "silu_mul_linear_unscaled(Tensor gate_up, Tensor? scale, Tensor? channel, Tensor name, SymInt n) -> (Tensor, Tensor)",
-    oracle=_run_silu_mul, cuda=_run_silu_mul, fake=lambda gate_up, scale, channel, name, n: _unscaled_fake(gate_up, name, n),
+silu_mul_linear = define(
+    f"silu_mul_linear(Tensor gate_up, {_REST}) -> Tensor",
+    oracle=_run_silu_mul, cuda=_run_silu_mul, fake=lambda gate_up, name, bias, n: gate_up.new_empty((gate_up.shape[0], n)),
 )  # fmt: skip
-"""`linear_unscaled` of silu(gate) · up: ``gate_up [M, 2K]``, gates first, times ``channel`` and token ``scale`` first, see `Gated`.
+"""`linear` of silu(gate) · up, for a layer of 8 bits: ``gate_up [M, 2K]``, gates first → ``[M, n]``.
 
 One kernel gates, quantises and lifts, where there is one.
 """
 
-add_rms_norm_linear_unscaled = define(
-    "add_rms_norm_linear_unscaled(Tensor x, Tensor residual, Tensor weight, float eps, Tensor? scale, Tensor? channel, Tensor name, "
-    "SymInt n) -> (Tensor, Tensor, Tensor)",
+add_rms_norm_linear = define(
+    f"add_rms_norm_linear(Tensor x, Tensor residual, Tensor weight, float eps, {_REST}) -> (Tensor, Tensor)",
     oracle=_run_add_rms_norm, cuda=_run_add_rms_norm,
-    fake=lambda x, residual, weight, eps, scale, channel, name, n: (*_unscaled_fake(x, name, n), x.new_empty(x.shape)),
+    fake=lambda x, residual, weight, eps, name, bias, n: (x.new_empty((x.shape[0], n)), x.new_empty(x.shape)),
 )  # fmt: skip
-"""`linear_unscaled` of the RMSNorm of x plus the residual, x times ``channel`` and token ``scale`` first, see `Normed`; and that sum.
+"""`linear` of the RMSNorm of x plus the residual, both ``[M, K]``, for a layer of 8 bits → ``[M, n]``, and that sum ``[M, K]``.
 
 One kernel adds, norms, quantises and lifts, where there is one.
 """

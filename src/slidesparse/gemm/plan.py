@@ -31,23 +31,16 @@ def key_of(problem: Problem) -> Key:
 
 @dataclass
 class Cell:
-    """One number of tokens: times of every route, and what was dropped, with the reason.
+    """One number of tokens: times of whole linears by route, and what was dropped, routes and kernels, with the reason.
 
-    ``whole`` are times of whole linears, ``unscaled`` of products that leave scales and bias to the consumer of their output.
-    ``dropped`` names routes and kernels; ``unscaled `` in front of a name says that only the unscaled product was wrong.
     ``versions`` are the versions of the kernels that were timed. ``errors`` are largest errors against the oracle; files leave them out.
     """
 
     m: int
-    whole: dict[Route, Timing] = field(default_factory=dict)
-    unscaled: dict[Route, Timing] = field(default_factory=dict)
+    times: dict[Route, Timing] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[Route, float] = field(default_factory=dict, compare=False)
-
-    def times(self, unscaled: bool) -> dict[Route, Timing]:
-        """Those of unscaled products, or of whole linears."""
-        return self.unscaled if unscaled else self.whole
 
 
 @dataclass
@@ -62,18 +55,18 @@ class Plan:
         """Put a cell in; one of the same number of tokens is replaced."""
         self.cells.setdefault(key, {})[cell.m] = cell
 
-    def times(self, key: Key, *, unscaled: bool = False, without: Collection[Route] = ()) -> dict[int, dict[Route, Timing]]:
+    def times(self, key: Key, *, without: Collection[Route] = ()) -> dict[int, dict[Route, Timing]]:
         """A layer's times by number of tokens in rising order, ``without`` some routes; cells that hold none are left out."""
         found = {}
         for m, cell in sorted(self.cells.get(key, {}).items()):
-            times = {route: timing for route, timing in cell.times(unscaled).items() if route not in without}
+            times = {route: timing for route, timing in cell.times.items() if route not in without}
             if times:
                 found[m] = times
         return found
 
     def routes(self, key: Key) -> list[Route]:
         """Every route that was timed for a layer."""
-        return sorted({route for cell in self.cells.get(key, {}).values() for route in (*cell.whole, *cell.unscaled)})
+        return sorted({route for cell in self.cells.get(key, {}).values() for route in cell.times})
 
     def merge(self, other: Plan) -> None:
         """Take over the other plan's cells; they win."""
@@ -90,9 +83,8 @@ class Plan:
             for cell in table.values():
                 changed = {name for name, version in cell.versions.items() if versions.get(name, version) != version}
                 stale |= changed
-                for times in (cell.whole, cell.unscaled):
-                    for route in [r for r in times if r.kernel in changed or not (algorithms or "alg=" not in r.variant)]:
-                        del times[route]
+                for route in [r for r in cell.times if r.kernel in changed or not (algorithms or "alg=" not in r.variant)]:
+                    del cell.times[route]
         return frozenset(stale)
 
     def save(self, path: Path) -> None:
@@ -136,13 +128,12 @@ class Plan:
 
 
 def _cell_json(cell: Cell, versions: list[Mapping[str, str]]) -> dict[str, Any]:
-    timed = {route.kernel for route in (*cell.whole, *cell.unscaled)}
+    timed = {route.kernel for route in cell.times}
     own = {name: version for name, version in sorted(cell.versions.items()) if name in timed}
     if own not in versions:
         versions.append(own)
-    whole, unscaled = ({str(route): _timing_json(timing) for route, timing in times.items()} for times in (cell.whole, cell.unscaled))
-    found: dict[str, Any] = {"m": cell.m, "kernels": versions.index(own), "us": whole}
-    return found | ({"unscaled_us": unscaled} if unscaled else {}) | ({"dropped": cell.dropped} if cell.dropped else {})
+    times = {str(route): _timing_json(timing) for route, timing in cell.times.items()}
+    return {"m": cell.m, "kernels": versions.index(own), "us": times} | ({"dropped": cell.dropped} if cell.dropped else {})
 
 
 def _timing_json(timing: Timing) -> list[float | str]:
@@ -171,12 +162,10 @@ def _checked_cell(cell: dict[str, Any], versions: list[dict[str, str]]) -> Cell:
     m, at = cell["m"], cell["kernels"]
     if type(m) is not int or m < 1 or type(at) is not int or at < 0:
         raise ValueError(f"{m!r} tokens, kernels {at!r}")
-    whole, unscaled = (
-        {Route.parse(name): Timing(*_checked_times(name, times)) for name, times in all_of.items()}
-        for all_of in (cell["us"], cell.get("unscaled_us", {}))
-    )
-    dropped = {str(name): str(reason) for name, reason in cell.get("dropped", {}).items()}
-    return Cell(m, whole, unscaled, dropped, versions[at])
+    times = {Route.parse(name): Timing(*_checked_times(name, timing)) for name, timing in cell["us"].items()}
+    # Files may hold products without scales, too: their times stand apart, what was dropped of them is marked.
+    dropped = {str(name): str(reason) for name, reason in cell.get("dropped", {}).items() if not name.startswith("unscaled ")}
+    return Cell(m, times, dropped, versions[at])
 
 
 def _checked_times(name: str, times: Sequence[Any]) -> tuple[float, float, float, bool]:

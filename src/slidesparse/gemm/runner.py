@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from sys import maxsize
 from threading import Lock
 from typing import Any
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..ops.launch import can_bypass_dispatcher, current_device
-from ..ops.prologue import Activations, signature
+from ..ops.prologue import Activations, Gated, Normed, signature
 from ..quantization import scaled_nvfp4
 from . import gradient
-from .choose import Steps, choice_of, intervals, merged, route_at
+from .choose import Intervals, Steps, choice_of, merged, route_at
 from .kernels import FEW_TOKENS, Pipeline, chosen, kernels, refusal, unmeasured
 from .layouts import LAYOUTS, Copy
 from .plan import Plan, key_of
@@ -40,12 +40,12 @@ MOST_CALLS = 4096
 class Calls(dict[tuple[Any, ...], Pipeline]):
     """Steps of calls by kind of input, the newest `MOST_CALLS` of all instances.
 
-    ``warm`` are numbers of tokens, each with whether products are unscaled, whose steps ran once: forgotten where steps are.
+    ``warm`` are numbers of tokens whose steps ran once: forgotten where steps are.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.warm: set[tuple[int, bool]] = set()
+        self.warm: set[int] = set()
 
     def keep(self, kind: tuple[Any, ...], call: Pipeline) -> None:
         """Add steps; the oldest go where there are too many."""
@@ -62,7 +62,7 @@ _KEPT: deque[tuple[Calls, tuple[Any, ...]]] = deque()
 
 @dataclass(frozen=True)
 class Ready:
-    """What one kind of input needs: routes of whole linears and of unscaled products, copies by layout, and what calls are made of.
+    """What one kind of input needs: routes by number of tokens, copies by layout, and what calls are made of.
 
     ``calls`` holds the steps of calls by kind of input; equal layers share it. ``direct`` says whether calls may launch kernels past
     the dispatcher, wherever no mode, compiler or tracer must see them.
@@ -70,23 +70,11 @@ class Ready:
 
     problem: Problem
     device: torch.device
-    whole: Steps
-    unscaled: Steps
+    routes: Steps
     scale: Tensor | None
     copies: dict[str, Copy]
     direct: bool
     calls: Calls
-
-    def route(self, m: int, unscaled: bool) -> Route:
-        """What runs ``m`` tokens.
-
-        Raises:
-            UnsupportedError: no route of the layer leaves scales, which was asked for.
-        """
-        route = route_at(self.unscaled if unscaled else self.whole, m)
-        if route is not None:
-            return route
-        raise UnsupportedError(f"no route of the layer's leaves scales and bias to the caller: {self.problem} runs {self.whole[-1][1]}")
 
 
 class Runner:
@@ -96,7 +84,6 @@ class Runner:
         memory: one of `MEMORY`.
         route: what must run, ``LAYOUT``, ``LAYOUT:KERNEL`` or ``LAYOUT:KERNEL:VARIANT``. None lets the plan choose; where nothing was
             measured, the first dense kernel that takes the problem runs.
-        unscaled: the times of unscaled products, not those of whole linears, choose the layouts.
         tokens: the numbers of tokens that choose the layouts; by default all that were measured.
         plan: the plan that chooses; by default the one in force.
         unread: the device to which packed weights move that no route reads. "meta" discards them: no further copy can be made then.
@@ -106,13 +93,13 @@ class Runner:
     """
 
     def __init__(
-        self, weights: Weights, *, memory: str = "fast", route: str | None = None, unscaled: bool = False,
-        tokens: Collection[int] | None = None, plan: Plan | None = None, unread: str = "cpu",
+        self, weights: Weights, *, memory: str = "fast", route: str | None = None, tokens: Collection[int] | None = None,
+        plan: Plan | None = None, unread: str = "cpu",
     ) -> None:  # fmt: skip
         if memory not in MEMORY:
             raise ValueError(f"unknown memory policy {memory!r}: choose one of {', '.join(MEMORY)}")
         self.weights, self.memory, self.asked, self.plan = weights, memory, route, plan
-        self.tokens, self._unscaled, self._unread = tokens, unscaled, unread
+        self.tokens, self._unread = tokens, unread
         self.ready: Ready | None = None
         """What the last kind of input needs; None before the first call."""
         self._kinds: dict[tuple[Any, ...], Ready] = {}
@@ -136,16 +123,30 @@ class Runner:
         ready, kind = self.ready, None if bias is None else bias.dtype
         if ready is None or x.dtype != ready.problem.dtype or kind != ready.problem.bias or x.device != ready.device:
             ready = self.prepare(x.dtype, x.device, kind)
-        direct = ready.direct and can_bypass_dispatcher(x) and x.get_device() == current_device()
-        # Kernels that are launched directly read the bias as it lies.
-        direct = direct and (bias is None or (bias.shape == (ready.problem.n,) and bias.is_contiguous() and bias.device == x.device))
-        call = ready.calls.get((direct, False, x.get_device(), x.dtype, x.shape, x.stride()))
+        direct = ready.direct and can_bypass_dispatcher(x) and x.get_device() == current_device() and (bias is None or _fits(bias, ready))
+        call = ready.calls.get((direct, x.get_device(), x.dtype, x.shape, x.stride()))
         if call is None:
-            _check_k(x, ready.problem)
-            if not x.shape[0]:
-                return x.new_empty((0, ready.problem.n))
-            call = self._bind(ready, x, unscaled=False, direct=direct)
-        return run(call, x, ready.copies[call.layout], ready.scale, bias)[0]
+            return _first(ready, x, bias, direct)
+        return run(call, x, ready.copies[call.layout], ready.scale, bias)
+
+    def behind(self, x: Gated | Normed, bias: Tensor | None = None) -> Tensor:
+        """As a call with the activations that x stands for; a layer that quantises them computes them in the same pass.
+
+        Only ops ask for this, on the device of x: no dispatch mode has to see their kernels.
+        """
+        if not self.weights.scheme.dynamic:
+            return self(x.computed(), bias)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.behind(x, bias)
+        ready, kind = self.ready, None if bias is None else bias.dtype
+        if ready is None or x.dtype != ready.problem.dtype or kind != ready.problem.bias or x.device != ready.device:
+            ready = self.prepare(x.dtype, x.device, kind)
+        direct = ready.direct and (bias is None or _fits(bias, ready))
+        call = ready.calls.get((direct, *signature(x)))
+        if call is None:
+            return _first(ready, x, bias, direct)
+        return run(call, x, ready.copies[call.layout], ready.scale, bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """The gradient ``[M, N]`` of an output → that of the activations ``[M, K]``, of the same type, see `gradient`.
@@ -167,47 +168,16 @@ class Runner:
         dense = LAYOUTS[layout].dense(problem, copy)
         return gradient.input_gradient(grad, scaled_nvfp4(dense, *copy[-2:]) if problem.scheme.pair else dense, ready.scale)
 
-    def unscaled(self, x: Activations) -> tuple[Tensor, Tensor]:
-        """``x [M, K]`` → bfloat16 ``[M, N]``, which leaves `kernels.base.LEAVES` to the caller, and token scales ``[M, 1]``.
-
-        Raises:
-            ValueError: x is not of K columns.
-            UnsupportedError: as a call; no route of the layer's layouts leaves scales.
-        """
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return self.unscaled(x)
-        ready = self.ready
-        if ready is None or x.dtype != ready.problem.dtype or x.device != ready.device:
-            ready = self.prepare(x.dtype, x.device)
-        # Only ops ask for unscaled products, on the device of x: no dispatch mode has to see their kernels.
-        call = ready.calls.get((ready.direct, True, *signature(x)))
-        if call is None:
-            _check_k(x, ready.problem)
-            if not x.shape[0]:
-                shapes = ((ready.problem.n, torch.bfloat16), (1, torch.float32))
-                y, scale = (torch.empty(0, columns, dtype=dtype, device=x.device) for columns, dtype in shapes)
-                return y, scale
-            call = self._bind(ready, x, unscaled=True, direct=ready.direct)
-        return run(call, x, ready.copies[call.layout], ready.scale, None)
-
-    def _bind(self, ready: Ready, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
-        """The steps of a call with such inputs, kept for later ones."""
-        route = ready.route(x.shape[0], unscaled)
-        call = kernels()[route.kernel].bind(ready.problem, route.layout, route.variant, x, unscaled=unscaled, direct=direct)
-        ready.calls.keep((direct, unscaled, *signature(x)), call)
-        return call
-
     @property
     def routes(self) -> Steps:
-        """Pairs (most tokens, route) in rising order, of the form that chose the layouts; empty before the first call."""
-        return () if self.ready is None else self.ready.unscaled if self._unscaled else self.ready.whole
+        """Pairs (most tokens, route) in rising order; empty before the first call."""
+        return () if self.ready is None else self.ready.routes
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of the resident copies, the stored tensors not counted."""
         stored = (self.weights.packed.values, self.weights.packed.keep, self.weights.scale, self.weights.global_scale)
-        tensors = [one for copy in self._copies.values() for one in copy if one is not None and not any(one is other for other in stored)]
+        tensors = [one for copy in self._copies.values() for one in copy if not any(one is other for other in stored)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
@@ -232,16 +202,15 @@ class Runner:
             self.let_go()
         problem = self.weights.problem(dtype, device, bias)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            whole, unscaled = self._steps(problem)
-            layouts, held = dict.fromkeys(route.layout for _, route in (*whole, *unscaled)), problem.compute_dtype
+            routes = self._routes(problem)
+            layouts, held = dict.fromkeys(route.layout for _, route in routes), problem.compute_dtype
             self._make([layout for layout in layouts if (layout, held) not in self._copies], problem, device)
             # Kernels that are launched directly read it as it lies.
             scale = None if self.weights.channel_scale is None else self.weights.channel_scale.to(device).contiguous()
             if device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # other streams and threads may use the copies from here on
         copies = {layout: self._copies[layout, held] for layout in layouts}
-        direct, calls = problem.cuda and problem.scheme.dynamic, _calls(problem, device, whole, unscaled)
-        ready = Ready(problem, device, whole, unscaled, scale, copies, direct, calls)
+        ready = Ready(problem, device, routes, scale, copies, problem.cuda and problem.scheme.dynamic, _calls(problem, device, routes))
         if (device.type == "cuda" or self._unread == "meta") and all(layout != "packed" for layout, _ in self._copies):
             packed = self.weights.packed
             with torch.inference_mode(False):  # they outlive the call, as the copies do
@@ -273,62 +242,54 @@ class Runner:
             for layout in layouts:
                 self._copies[layout, problem.compute_dtype] = LAYOUTS[layout].prepare(problem, weights)
 
-    def _steps(self, problem: Problem) -> tuple[Steps, Steps]:
-        """Routes of whole linears and, where the scheme has them, of unscaled products."""
-        modes = (False, True) if problem.scheme.dynamic else (False,)
+    def _routes(self, problem: Problem) -> Steps:
+        """The route asked for; or else the plan's, and where it has none, what runs unmeasured."""
         if self.asked is not None:
-            forms = [mode for mode in modes if self._gives(self.asked, problem, mode)]
-            found = [_few_and_many(partial(chosen, self.asked, problem, unscaled=mode)) for mode in forms]
-        else:
-            plan = (self.plan or active_plan().plan) if problem.cuda else None
-            without = frozenset() if plan is None else cannot_run(plan, problem)
-            layouts: tuple[str, ...] = ("packed",) if self.memory == "lean" else ("dense",)
-            if plan is not None:
-                how: dict[str, Any] = {"unscaled": self._unscaled, "memory": self.memory, "tokens": self.tokens, "without": without}
-                layouts, _ = choice_of(plan, problem, **how)
-            found = [self._planned(problem, plan, without, layouts, mode) for mode in modes]
-        return found[0], (found[1] if len(found) > 1 else ())
-
-    def _gives(self, asked: str, problem: Problem, unscaled: bool) -> bool:
-        """Whether the route asked for has this form: exact ones leave nothing to the caller."""
-        if not unscaled or self._unscaled:
-            return True
-        return refusal(chosen(asked, problem, 1), problem, unscaled=True) is None
-
-    def _planned(self, problem: Problem, plan: Plan | None, without: Collection[Route], layouts: tuple[str, ...], unscaled: bool) -> Steps:
-        """The plan's routes in these layouts, and where it has none, what runs unmeasured."""
-        times = {} if plan is None else plan.times(key_of(problem), unscaled=unscaled, without=without)
+            return merged([(FEW_TOKENS, chosen(self.asked, problem, FEW_TOKENS)), (maxsize, chosen(self.asked, problem, FEW_TOKENS + 1))])
+        plan = (self.plan or active_plan().plan) if problem.cuda else None
+        layouts: tuple[str, ...] = ("packed",) if self.memory == "lean" else ("dense",)
+        steps: Intervals = ()
+        if plan is not None:
+            layouts, steps = choice_of(plan, problem, memory=self.memory, tokens=self.tokens, without=cannot_run(plan, problem))
         found: list[tuple[int, Route]] = []
-        for most, route in intervals(times, layouts) or ((maxsize, None),):
-            if route is not None:
-                found.append((most, route))
-                continue
-            ends = dict.fromkeys((min(most, FEW_TOKENS), most))
-            found += [(end, unmeasured(problem, end, layouts[0], unscaled=unscaled)) for end in ends]
+        for most, route in steps or ((maxsize, None),):
+            ends = dict.fromkeys((min(most, FEW_TOKENS), most)) if route is None else (most,)
+            found += [(end, route or unmeasured(problem, end, layouts[0])) for end in ends]
         return merged(found)
 
 
-def run(call: Pipeline, x: Activations, copy: Copy, scale: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The steps of a call one after the other: what the last one gives, and the token scales of the first."""
+def run(call: Pipeline, x: Activations, copy: Copy, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The steps of a call one after the other."""
     q: Any
     q, x_scale = (x, None) if call.quantise is None else call.quantise(x)
     y = call.multiply(q, x_scale, copy, scale, bias)
-    return (y if call.epilogue is None else call.epilogue(y, x_scale, None if call.scaled else scale, bias)), x_scale
+    return y if call.epilogue is None else call.epilogue(y, x_scale, scale, bias)
+
+
+def _first(ready: Ready, x: Activations, bias: Tensor | None, direct: bool) -> Tensor:
+    """A call with a new kind of input: its steps are decided, and kept for later ones."""
+    problem, (m, k) = ready.problem, x.shape
+    if k != problem.k:
+        raise ValueError(f"activations have {k} columns, the layer takes {problem.k}")
+    if not m:
+        return torch.empty((0, problem.n), dtype=x.dtype, device=x.device)
+    route = route_at(ready.routes, m)
+    if route is None:
+        raise UnsupportedError(f"no route runs {m} tokens of {problem}")
+    call = kernels()[route.kernel].bind(problem, route.layout, route.variant, x, direct=direct)
+    ready.calls.keep((direct, *signature(x)), call)
+    return run(call, x, ready.copies[route.layout], ready.scale, bias)
+
+
+def _fits(bias: Tensor, ready: Ready) -> bool:
+    """Whether kernels that are launched directly can read the bias as it lies."""
+    return bias.shape == (ready.problem.n,) and bias.is_contiguous() and bias.device == ready.device
 
 
 @lru_cache(maxsize=256)
-def _calls(problem: Problem, device: torch.device, whole: Steps, unscaled: Steps) -> Calls:
+def _calls(problem: Problem, device: torch.device, routes: Steps) -> Calls:
     """What equal layers share."""
     return Calls()
-
-
-def _few_and_many(route: Callable[..., Route]) -> Steps:
-    return merged([(FEW_TOKENS, route(m=FEW_TOKENS)), (maxsize, route(m=FEW_TOKENS + 1))])
-
-
-def _check_k(x: Activations, problem: Problem) -> None:
-    if x.shape[1] != problem.k:
-        raise ValueError(f"activations have {x.shape[1]} columns, the layer takes {problem.k}")
 
 
 def refuse_capture() -> None:

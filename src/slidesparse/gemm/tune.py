@@ -26,7 +26,7 @@ from ..pruning import prune
 from ..quantization import quantize_weight
 from ..tolerance import Deviation, deviation
 from .kernels import kernels, refusal
-from .kernels.base import LEAVES, Pipeline
+from .kernels.base import Pipeline
 from .layouts import LAYOUTS, Copy
 from .machine import Machine, this_machine
 from .plan import Cell, Key, Plan, key_of
@@ -44,11 +44,8 @@ FEW_BUCKETS = (16, 256, 1024, 4096, 16384)
 _CHECKED_ROWS = 32
 _MOST_COPIES = 32
 _BLOCK_ROWS = 4096
-_UNSCALED_TIMED = 2
 _SHIPPED = (9, 0)
 """Compute capability of the cards whose plans come with the package."""
-UNSCALED = "unscaled "
-"""Stands in front of a dropped route of which the unscaled product was wrong; the whole linear may be right."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -116,20 +113,15 @@ def tune(
 
 
 def _lacks(plan: Plan, layer: LinearShape, m: int) -> bool:
-    """Whether a cell is missing, or was measured without a kernel that there is now, in this version, or without its unscaled product."""
+    """Whether a cell is missing, or was measured without a kernel that there is now, in this version."""
     cell = plan.cells.get(key_of(layer.problem), {}).get(m)
     if cell is None:
         return True
     versions, known, problem = kernel_versions(), kernels(), layer.problem
     if any(versions.get(name, version) != version for name, version in cell.versions.items()):
         return True
-    dropped = [name for name in cell.dropped if not name.startswith(UNSCALED)]
-    met = {route.kernel for route in cell.whole} | {Route.parse(name).kernel if ":" in name else name for name in dropped}
-    if any(one.worth_timing and one.refuses(problem) is None and name not in met for name, one in known.items()):
-        return True
-    seen = {*map(str, cell.unscaled), *(name.removeprefix(UNSCALED) for name in cell.dropped if name.startswith(UNSCALED))}
-    dense = [route for route in cell.whole if route.layout == "dense" and route.kernel in known]
-    return any(known[route.kernel].leaves(problem, route.variant) and str(route) not in seen for route in dense)
+    met = {route.kernel for route in cell.times} | {Route.parse(name).kernel if ":" in name else name for name in cell.dropped}
+    return any(kernel.worth_timing and kernel.refuses(problem) is None and name not in met for name, kernel in known.items())
 
 
 def _store(plan: Plan, path: Path, key: Key | None = None, cell: Cell | None = None) -> None:
@@ -209,12 +201,8 @@ class Bench:
                 _LOG.warning("%s, M = %d: %s dropped: %s", self.key, m, route, checked)
             else:
                 calls[route], errors[route] = found, checked.largest
-        rounds = rounds or _rounds(m, self.problem)
-        whole = self.timed(calls, dropped, rounds)
-        unscaled = {}
-        if self.layer.scheme.dynamic:
-            unscaled = self.timed(self._unscaled(whole, inputs, dropped), dropped, rounds, UNSCALED)
-        return Cell(m, whole, unscaled, dropped, kernel_versions(), errors)
+        times = self.timed(calls, dropped, rounds or _rounds(m, self.problem))
+        return Cell(m, times, dropped, kernel_versions(), errors)
 
     def inputs(self, m: int) -> list[Tensor]:
         """Random activations ``[M, K]``, as many as keep the L2 cache cold."""
@@ -239,7 +227,7 @@ class Bench:
                 found += [Route(layout, name, variant) for variant in variants]
         return found or [Route("dense", "exact"), Route("packed", "exact")]
 
-    def call(self, route: Route, x: Tensor, copy: Copy, *, unscaled: bool = False) -> Callable[[], Tensor]:
+    def call(self, route: Route, x: Tensor, copy: Copy) -> Callable[[], Tensor]:
         """The route on these tensors, its steps decided at the first call."""
         kernel, problem, scale = kernels()[route.kernel], self.problem, self.weights.channel_scale
         steps: list[Pipeline] = []
@@ -247,20 +235,18 @@ class Bench:
         def timed() -> Tensor:
             if not steps:
                 direct = can_bypass_dispatcher(x) and problem.scheme.dynamic
-                steps.append(kernel.bind(problem, route.layout, route.variant, x, unscaled=unscaled, direct=direct))
-            return run(steps[0], x, copy, scale, None)[0]
+                steps.append(kernel.bind(problem, route.layout, route.variant, x, direct=direct))
+            return run(steps[0], x, copy, scale, None)
 
         return timed
 
-    def timed(
-        self, calls: Mapping[Route, Sequence[Callable[[], object]]], dropped: dict[str, str], rounds: int, prefix: str = ""
-    ) -> dict[Route, Timing]:
-        """Times by route; where memory does not suffice, none, and the routes are ``dropped`` under their names behind a prefix."""
+    def timed(self, calls: Mapping[Route, Sequence[Callable[[], object]]], dropped: dict[str, str], rounds: int) -> dict[Route, Timing]:
+        """Times by route; where memory does not suffice, none, and the routes are ``dropped``."""
         timer = measure.timed if self.device == "cuda" else measure.timed_by_clock
         try:
             return timer(calls, rounds=rounds) if calls else {}
         except torch.OutOfMemoryError as error:
-            dropped |= dict.fromkeys((f"{prefix}{route}" for route in calls), str(error).splitlines()[0])
+            dropped |= dict.fromkeys(map(str, calls), str(error).splitlines()[0])
             return {}
 
     def products(self, routes: Iterable[Route], m: int) -> dict[Route, list[Callable[[], Tensor]]]:
@@ -269,30 +255,10 @@ class Bench:
         calls: dict[Route, list[Callable[[], Tensor]]] = {}
         for route in routes:
             direct = can_bypass_dispatcher(inputs[0]) and self.problem.scheme.dynamic
-            steps = kernels()[route.kernel].bind(self.problem, route.layout, route.variant, inputs[0], unscaled=False, direct=direct)
+            steps = kernels()[route.kernel].bind(self.problem, route.layout, route.variant, inputs[0], direct=direct)
             for x, copy in zip(inputs, self.copies(route.layout, len(inputs)), strict=True):
                 q, x_scale = (x, None) if steps.quantise is None else steps.quantise(x)
                 calls.setdefault(route, []).append(partial(steps.multiply, q, x_scale, copy, scale, None))
-        return calls
-
-    def _unscaled(
-        self, whole: Mapping[Route, Timing], inputs: Sequence[Tensor], dropped: dict[str, str]
-    ) -> dict[Route, list[Callable[[], Tensor]]]:
-        """Unscaled products that are right: of all dense routes, and of the two fastest whole linears on other layouts."""
-        problem, expected = self.problem, cache(lambda draw: self._expected_unscaled(_ends(inputs[draw])))
-        calls: dict[Route, list[Callable[[], Tensor]]] = {}
-        for layout in LAYOUTS:
-            routes = [route for route in sorted(whole, key=lambda route: whole[route].p50) if route.layout == layout]
-            routes = [route for route in routes if kernels()[route.kernel].leaves(problem, route.variant)]
-            for route in routes if layout == "dense" else routes[:_UNSCALED_TIMED]:
-                found = [
-                    self.call(route, x, copy, unscaled=True) for x, copy in zip(inputs, self.copies(layout, len(inputs)), strict=False)
-                ]
-                checked = self._checked(found, len(inputs[0]), expected)
-                if isinstance(checked, str):
-                    dropped[f"{UNSCALED}{route}"] = checked
-                else:
-                    calls[route] = found
         return calls
 
     def _count(self, m: int) -> int:
@@ -308,35 +274,24 @@ class Bench:
             self._copies[layout] = [LAYOUTS[layout].prepare(self.problem, self.weights)]
         held = self._copies[layout]
         while len(held) < count:
-            held.append(tuple(None if tensor is None else tensor.clone() for tensor in held[0]))
+            held.append(tuple(tensor.clone() for tensor in held[0]))
         return held[:count]
 
     def _expected(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The oracle in float64 for the first and the last rows, and the same with float32 sums rounded once to the output's type."""
         rows, scheme, w_scale = _ends(x), self.layer.scheme, self.weights.channel_scale
-        q, x_scale = reference.quantize(rows, scheme) if scheme.dynamic else (rows, None)
-        y = self._products(q)
-        if x_scale is not None:
-            y = y * w_scale.double().view(1, -1) * x_scale.double()
+        if w_scale is None:
+            y = self._products(rows)
+            return y, y.to(self.problem.dtype)
+        q, x_scale = reference.quantize(rows, scheme)
+        y = self._products(q) * w_scale.double().view(1, -1) * x_scale.double()
         if scheme.name == "fp8" and refusal(Route("dense", "rowwise"), self.problem) is None:
             # The library's own row-wise product is what fp8 users get.
             plain = scaled_mm(q, self.dense.t(), x_scale, w_scale.view(1, -1), out_dtype=self.problem.dtype, use_fast_accum=True)
             return y, plain
         return y, y.to(self.problem.dtype)
 
-    def _expected_unscaled(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """As `_expected`, of unscaled products."""
-        expected, scale = self._products(reference.quantize(rows, self.layer.scheme)[0]), self.weights.channel_scale
-        if "channel" not in LEAVES[self.problem.scheme.name]:
-            expected *= scale.view(1, -1)
-        rowwise = Route("dense", "rowwise")
-        if refusal(rowwise, self.problem) is None:
-            # The library's least exact product: others may not be blamed for fast accumulation.
-            return expected, self.call(rowwise, rows, (self.dense,), unscaled=True)()
-        return expected, expected.to(torch.bfloat16)
-
     def _products(self, q: Tensor) -> Tensor:
-        """Exact sums in float64."""
         return torch.cat([q.double() @ part.double().t() for part in self.dense.split(_BLOCK_ROWS)], dim=1)
 
     def _checked(
@@ -360,16 +315,18 @@ class Bench:
 
 def random_weights(layer: LinearShape, device: str = "cuda") -> Weights:
     """Weights that obey the pattern, quantised and packed on the current CUDA device, or another."""
-    values, scales, keeps = [], [], []
+    values: list[Tensor] = []
+    keeps: list[Tensor] = []
+    scales: list[Tensor] = []
     for start in range(0, layer.n, _BLOCK_ROWS):
         block = torch.randn(min(_BLOCK_ROWS, layer.n - start), layer.k, device=device) * 0.02
         quantised, scale = quantize_weight(prune(block, layer.pattern), layer.scheme)
         packed = pack(quantised, layer.pattern)
         values.append(packed.values)
         keeps.append(packed.keep)
-        scales.append(scale)
+        scales += [] if scale is None else [scale]
     whole = replace(packed, values=torch.cat(values), keep=torch.cat(keeps))
-    return Weights(whole, layer.scheme, torch.cat(scales) if layer.scheme.dynamic else None)
+    return Weights(whole, layer.scheme, torch.cat(scales) if scales else None)
 
 
 def _ends(x: Tensor) -> Tensor:

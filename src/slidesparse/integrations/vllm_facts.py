@@ -17,7 +17,7 @@ ENOUGH = 2048
 """Tokens in a step that keep the GPU busy in models of 3B and more."""
 
 
-def facts(problem: Problem, *, unscaled: bool, most: int, swiglu: bool) -> EngineFacts:
+def facts(problem: Problem, *, most: int, swiglu: bool) -> EngineFacts:
     """What `engine.policy.decide` needs to know; vLLM's 16-bit products are torch's own, and its W8A8 kernels want multiples of 16."""
     takes = problem.scheme.dynamic and problem.dtype != torch.float32 and not problem.n % 16 and not problem.k % 16
-    return EngineFacts("vllm", KERNEL if takes else None, unscaled, most, swiglu)
+    return EngineFacts("vllm", KERNEL if takes else None, most, swiglu)

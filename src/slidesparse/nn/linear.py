@@ -15,14 +15,11 @@ from ..compat.torch import tracing_state
 from ..errors import UnsupportedError, WeightError
 from ..format import BLOCK, Packed, Scheme, packed_tensors, scheme_named
 from ..gemm import MEMORY, Route, Runner, Weights, refuse_capture
-from ..gemm.gradient import wanted
-from ..gemm.kernels.base import LEAVES
-from ..gemm.op import handle, linear, linear_unscaled
+from ..gemm.op import handle, linear
 from ..packing import check_packed, pack, restore
 from ..packing.checks import check_scale
 from ..pattern import Pattern
 from ..quantization import dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4, quantize_weight
-from ..reference import scaled
 from .restored import RestoredWeight
 
 _ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
@@ -231,7 +228,7 @@ class SlideSparseLinear(nn.Module):
             UnsupportedError: the route asked for cannot run this.
         """
         if tracing_state():  # torch.jit.trace records ops, and sizes as tensors
-            return self._traced(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+            return linear(x.reshape(-1, self.in_features), self._named, self.bias, self.out_features).view(*x.shape[:-1], self.out_features)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"{self._label}: input has {x.shape[-1]} features, the layer takes {self.in_features}")
         if x.dtype not in _ACTIVATIONS:
@@ -239,21 +236,9 @@ class SlideSparseLinear(nn.Module):
         if x.dim() != 2:  # views cost host time, so none is made in vain
             return self.forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         if torch.compiler.is_compiling():
-            return self._traced(x)
+            return linear(x, self._named, self.bias, self.out_features)
         bias = self._parameters.get("bias")  # the attribute of a parameter costs more host time than the rest of this function
         return self._ready(x.dtype, x.device)(x, self.bias if bias is None else bias)
-
-    def _traced(self, x: Tensor) -> Tensor:
-        """The opaque op; on a GPU 8-bit layers of bfloat16 leave scales and bias to the graph, where the compiler fuses them.
-
-        With a route that was asked for the op is the whole linear: not every route leaves them. So it is where autograd records.
-        """
-        leaves = x.is_cuda and self.scheme.dynamic and x.dtype == torch.bfloat16 and self.route is None
-        if not leaves or wanted(x, self.bias):
-            return linear(x, self._named, self.bias, self.out_features)
-        y, x_scale = linear_unscaled(x, self._named, self.out_features)
-        scale = self._tensors["weight_scale"].view(1, -1) if "channel" in LEAVES[self.scheme.name] else None
-        return scaled(y, x_scale, scale, self.bias, x.dtype)
 
     def prepare(self, dtype: torch.dtype, device: torch.device | str) -> None:
         """Make what the first call with activations of this type on this device would make: routes and resident copies.

@@ -169,7 +169,7 @@ def checked(q: Tensor, compressed: Tensor, alpha: Tensor | None, n: int, out_dty
         raise ValueError(f"compressed weights must be uint8 [bytes] on {q.device}, got {compressed.dtype} on {compressed.device}")
     if alpha is not None and not scales_rows(q.dtype, out_dtype):
         raise ValueError(f"rows of {out_dtype} products of {q.dtype} cannot be scaled: alpha must be None")
-    if not _is_alpha(alpha, index, n):
+    if alpha is not None and not _is_alpha(alpha, index, n):
         raise ValueError(f"alpha must be float32 [{n}] on {q.device}, got {alpha.dtype} {list(alpha.shape)} on {alpha.device}")
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..format import Scheme
 from ..pattern import Pattern
-from ..reference import scaled
 from .launch import CALLS, Launch, allocate
 from .library import define, runs_kernels
 from .quantize import (
@@ -36,64 +35,49 @@ from .row_config import RowConfig, is_hopper, norm_config, row_constants, silu_c
 
 def rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, scheme: Scheme, *, pattern: Pattern | None = None, residual: Tensor | None = None,
-    scale: Tensor | None = None, channel: Tensor | None = None, bias: Tensor | None = None, width: int | None = None, rows: int = 1,
+    width: int | None = None, rows: int = 1,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """RMSNorm of each row, quantised and lifted: ``x [M, K]`` → q ``[M', width]``, its scale float32 ``[M, 1]``, and with a residual h.
 
-    h = x; with ``scale`` float32 ``[M, 1]`` h = x · ``channel`` (float32 ``[K]``, if given) · scale + ``bias [K]``, rounded once to x's
-    type; with ``residual [M, K]`` (x's type) then h = h + residual, rounded, and returned ``[M, K]``. The norm: h · rsqrt(mean(h²) +
-    ``eps``) in float32, rounded, times ``weight [K]`` (x's type), rounded. Without ``pattern`` nothing is lifted; ``width`` and ``rows`` as
-    in `quantize_lift`.
+    h = x; with ``residual [M, K]`` (x's type) h = x + residual, rounded, and returned ``[M, K]``. The norm: h · rsqrt(mean(h²) + ``eps``)
+    in float32, rounded, times ``weight [K]`` (x's type), rounded. Without ``pattern`` nothing is lifted; ``width`` and ``rows`` as in
+    `quantize_lift`.
 
     Raises:
-        ValueError: as `quantize_lift`; a shape or type does not fit, or there are channel scales or a bias without a scale.
+        ValueError: as `quantize_lift`; a shape or type does not fit.
     """
     m, k = x.shape if x.dim() == 2 else (0, 0)
-    request = _request(x, k, scheme, pattern, (scale, channel, bias), width, rows)
-    _check_scales(scale, channel, bias, m, k)
-    _check("weight", weight, (k,), (x.dtype,))
+    request = _request(x, k, scheme, pattern, width, rows)
+    _check("weight", weight, (k,), x.dtype)
     if residual is None:
         return _rms_norm_quantize_op(x, weight, eps, *request)
-    _check("residual", residual, (m, k), (x.dtype,))
+    _check("residual", residual, (m, k), x.dtype)
     return _add_rms_norm_quantize_op(x, weight, residual, eps, *request)
 
 
 def silu_mul_quantize(
-    gate_up: Tensor, scheme: Scheme, *, pattern: Pattern | None = None, scale: Tensor | None = None, channel: Tensor | None = None,
-    bias: Tensor | None = None, width: int | None = None, rows: int = 1,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    gate_up: Tensor, scheme: Scheme, *, pattern: Pattern | None = None, width: int | None = None, rows: int = 1
+) -> tuple[Tensor, Tensor]:
     """silu(gate) · up, quantised and lifted: ``gate_up [M, 2K]``, gates first → q ``[M', width]``, its scale float32 ``[M, 1]``.
 
-    With ``scale`` float32 ``[M, 1]``, gate_up · ``channel`` (float32 ``[2K]``, if given) · scale + ``bias [2K]``, rounded once to
-    gate_up's type, stands for gate_up. silu in float32, rounded, times up, rounded. Without ``pattern`` nothing is lifted; ``width`` and
-    ``rows`` as in `quantize_lift`.
+    silu in float32, rounded, times up, rounded. Without ``pattern`` nothing is lifted; ``width`` and ``rows`` as in `quantize_lift`.
 
     Raises:
-        ValueError: as `quantize_lift`; a shape or type does not fit, or there are channel scales or a bias without a scale.
+        ValueError: as `quantize_lift`; the columns are odd.
     """
-    m, double = gate_up.shape if gate_up.dim() == 2 else (0, 0)
+    double = gate_up.shape[1] if gate_up.dim() == 2 else 0
     if double % 2:
         raise ValueError(f"gate_up must hold gates and as many ups, got {double} columns")
-    request = _request(gate_up, double // 2, scheme, pattern, (scale, channel, bias), width, rows)
-    _check_scales(scale, channel, bias, m, double)
-    return _silu_mul_quantize_op(gate_up, *request)
+    return _silu_mul_quantize_op(gate_up, *_request(gate_up, double // 2, scheme, pattern, width, rows))
 
 
 class Request(NamedTuple):
-    """What all ops of this module take behind their own inputs, in the schema's order: types, scales and bias, and the output's shape."""
+    """What all ops of this module take behind their own inputs, in the schema's order: the output's type, pattern and shape."""
 
     dtype: torch.dtype
     pattern: str
-    scale: Tensor | None
-    channel: Tensor | None
-    bias: Tensor | None
     width: int
     rows: int
-
-    @property
-    def scales(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Token scales, channel scales and bias."""
-        return self.scale, self.channel, self.bias
 
     def quantised(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """By whatever runs on the device of h."""
@@ -107,38 +91,16 @@ class Request(NamedTuple):
         return held and runs_kernels(device, self.dtype)
 
 
-def _request(
-    x: Tensor,
-    k: int,
-    scheme: Scheme,
-    pattern: Pattern | None,
-    scales: tuple[Tensor | None, Tensor | None, Tensor | None],
-    width: int | None,
-    rows: int,
-) -> Request:
+def _request(x: Tensor, k: int, scheme: Scheme, pattern: Pattern | None, width: int | None, rows: int) -> Request:
     """The checked request; the pattern is empty if nothing moves."""
     dtype = checked(x, scheme)
     text = "" if pattern is None or moves_nothing(pattern, 0) else pattern.text
-    return Request(dtype, text, *scales, checked_width(x, k if pattern is None else slid_width(k, pattern), width, rows), rows)
+    return Request(dtype, text, checked_width(x, k if pattern is None else slid_width(k, pattern), width, rows), rows)
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"{name} must be {wanted} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
-
-
-def _check_scales(scale: Tensor | None, channel: Tensor | None, bias: Tensor | None, m: int, n: int) -> None:
-    if scale is not None:
-        _check("scale", scale, (m, 1), (torch.float32,))
-    if channel is not None:
-        if scale is None:
-            raise ValueError("channel scales come with token scales: give both")
-        _check("channel", channel, (n,), (torch.float32,))
-    if bias is not None:
-        if scale is None:
-            raise ValueError("a bias acts after the token scale: give both")
-        _check("bias", bias, (n,), (torch.bfloat16, torch.float16, torch.float32))
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
 
 
 def _normed(h: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -146,39 +108,29 @@ def _normed(h: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (h32 * torch.rsqrt(h32.square().mean(-1, keepdim=True) + eps)).to(h.dtype)
 
 
-def added_norm(x: Tensor, weight: Tensor, residual: Tensor, eps: float, *scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    """h with the residual, and its norm, ``[M, K]`` each, by plain torch, rounded as `rms_norm_quantize` rounds.
-
-    ``scales`` are token scales, channel scales and bias.
-    """
-    total = (_scaled(x, *scales) + residual).contiguous()
+def added_norm(x: Tensor, weight: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x plus the residual, and its norm, ``[M, K]`` each, by plain torch, rounded as `rms_norm_quantize` rounds."""
+    total = (x + residual).contiguous()
     return total, _normed(total, weight, eps)
 
 
-def silu_mul(x: Tensor, *scales: Tensor | None) -> Tensor:
-    """silu(gate) · up ``[M, K]`` by plain torch, rounded as `silu_mul_quantize` rounds; ``scales`` as in `added_norm`."""
-    gate, up = _scaled(x, *scales).chunk(2, -1)
+def silu_mul(x: Tensor) -> Tensor:
+    """silu(gate) · up ``[M, K]`` by plain torch, rounded as `silu_mul_quantize` rounds."""
+    gate, up = x.chunk(2, -1)
     return (gate.float() * torch.sigmoid(gate.float())).to(x.dtype) * up
 
 
-def _scaled(x: Tensor, scale: Tensor | None = None, channel: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    return x if scale is None else scaled(x, scale, channel, bias, x.dtype)
-
-
 def _norm_oracle(x: Tensor, weight: Tensor, eps: float, *request: Any) -> tuple[Tensor, Tensor]:
-    request = Request(*request)
-    return request.quantised(_normed(_scaled(x, *request.scales), weight, eps))
+    return Request(*request).quantised(_normed(x, weight, eps))
 
 
 def _add_norm_oracle(x: Tensor, weight: Tensor, residual: Tensor, eps: float, *request: Any) -> tuple[Tensor, Tensor, Tensor]:
-    request = Request(*request)
-    total, normed = added_norm(x, weight, residual, eps, *request.scales)
-    return *request.quantised(normed), total
+    total, normed = added_norm(x, weight, residual, eps)
+    return *Request(*request).quantised(normed), total
 
 
 def _silu_oracle(x: Tensor, *request: Any) -> tuple[Tensor, Tensor]:
-    request = Request(*request)
-    return request.quantised(silu_mul(x, *request.scales))
+    return Request(*request).quantised(silu_mul(x))
 
 
 def _norm_cuda(x: Tensor, weight: Tensor, eps: float, *request: Any) -> tuple[Tensor, Tensor]:
@@ -198,73 +150,46 @@ def _silu_cuda(x: Tensor, *request: Any) -> tuple[Tensor, Tensor]:
 
 
 def launch_norm(
-    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype, pattern: str, scale: Tensor | None,
-    channel: Tensor | None, bias: Tensor | None, width: int, rows: int = 1, config: RowConfig | None = None, *, compiled: bool = True,
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype, pattern: str, width: int, rows: int = 1,
+    config: RowConfig | None = None, *, compiled: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the RMSNorm kernel on the current device and stream; the third result means something only with a residual."""
     x, added, m = in_rows(x), None if residual is None else in_rows(residual), x.shape[0]
-    q, out_scale = empty(x, dtype, width, rows)
+    q, scale = empty(x, dtype, width, rows)
     total = q if residual is None else allocate(x, m, x.shape[1], x.dtype)
     if m:
-        scales = tuple(None if tensor is None else tensor.contiguous() for tensor in (scale, channel, bias))
-        call = norm_call(x, added, eps, dtype, pattern, scales, width, config, compiled=compiled)
-        call(*norm_inputs(x, weight.contiguous(), added, scales, out_scale), total, q, out_scale)
-    return q, out_scale, total
+        call = norm_call(x, added, eps, dtype, pattern, width, config, compiled=compiled)
+        call(x, weight.contiguous(), x if added is None else added, total, q, scale)
+    return q, scale, total
 
 
 def norm_call(
-    x: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype, pattern: str, added: tuple[Tensor | None, ...], width: int,
-    config: RowConfig | None = None, *, compiled: bool = True,
+    x: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype, pattern: str, width: int, config: RowConfig | None = None, *,
+    compiled: bool = True,
 ) -> Launch:  # fmt: skip
-    """The RMSNorm launch for rows like those of x, to be called with what `norm_inputs` gives, the sum, q and its scale.
+    """The RMSNorm launch for rows like those of x, to be called with x, its weight, the residual, the sum, q and its scale.
 
-    ``added`` are token scales, channel scales and bias or None.
+    Without a residual the kernel reads and writes no sum, whatever stands for both.
     """
-    flags, numbers = (*_flags(added), ("SUMMED", residual is not None)), (x.stride(0), (x if residual is None else residual).stride(0))
-    return _call("norm", *x.shape, (*numbers, float(eps)), flags, _types(x, added, dtype), x.device, config, pattern, width, compiled)
-
-
-def norm_inputs(x: Tensor, weight: Tensor, residual: Tensor | None, added: tuple[Tensor | None, ...], other: Tensor) -> tuple[Tensor, ...]:
-    """The kernel's input tensors; absent ones are stood in for by others, which it then does not read."""
-    return (x, weight, x if residual is None else residual, *(other if tensor is None else tensor for tensor in added))
+    numbers, flags = (x.stride(0), (x if residual is None else residual).stride(0), float(eps)), (("SUMMED", residual is not None),)
+    return _call("norm", *x.shape, numbers, flags, (x.dtype, dtype), x.device, config, pattern, width, compiled)
 
 
 def launch_silu(
-    x: Tensor, dtype: torch.dtype, pattern: str, scale: Tensor | None, channel: Tensor | None, bias: Tensor | None, width: int,
-    rows: int = 1, config: RowConfig | None = None, *, compiled: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, dtype: torch.dtype, pattern: str, width: int, rows: int = 1, config: RowConfig | None = None, *, compiled: bool = True
+) -> tuple[Tensor, Tensor]:
     """Run the SwiGLU kernel on the current device and stream."""
     x = in_rows(x)
-    q, out_scale = empty(x, dtype, width, rows)
+    q, scale = empty(x, dtype, width, rows)
     if x.shape[0]:
-        added = tuple(None if tensor is None else tensor.contiguous() for tensor in (scale, channel, bias))
-        silu_call(x, dtype, pattern, added, width, config, compiled=compiled)(*silu_inputs(x, added, out_scale), q, out_scale)
-    return q, out_scale
+        silu_call(x, dtype, pattern, width, config, compiled=compiled)(x, q, scale)
+    return q, scale
 
 
-def silu_call(
-    x: Tensor, dtype: torch.dtype, pattern: str, added: tuple[Tensor | None, ...], width: int, config: RowConfig | None = None, *,
-    compiled: bool = True,
-) -> Launch:  # fmt: skip
-    """The SwiGLU launch for rows like those of x, to be called with what `silu_inputs` gives, q and its scale.
-
-    ``added`` are token scales, channel scales and bias or None.
-    """
-    shape, strides = (x.shape[0], x.shape[1] // 2), (x.stride(0),)
-    return _call("silu", *shape, strides, _flags(added), _types(x, added, dtype), x.device, config, pattern, width, compiled)
-
-
-def silu_inputs(x: Tensor, added: tuple[Tensor | None, ...], other: Tensor) -> tuple[Tensor, ...]:
-    """The kernel's input tensors; absent ones are stood in for by ``other``, which it then does not read."""
-    return (x, *(other if tensor is None else tensor for tensor in added))
-
-
-def _flags(added: tuple[Tensor | None, ...]) -> tuple[tuple[str, bool], ...]:
-    return tuple((name, tensor is not None) for name, tensor in zip(("SCALED", "CHANNELS", "BIASED"), added, strict=True))
-
-
-def _types(x: Tensor, added: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    return x.dtype, *(torch.float32 if tensor is None else tensor.dtype for tensor in added), dtype
+def silu_call(x: Tensor, dtype: torch.dtype, pattern: str, width: int, config: RowConfig | None = None, *, compiled: bool = True) -> Launch:
+    """The SwiGLU launch for rows like those of x, to be called with x, q and its scale."""
+    m, double = x.shape
+    return _call("silu", m, double // 2, (x.stride(0),), (), (x.dtype, dtype), x.device, config, pattern, width, compiled)
 
 
 @lru_cache(CALLS)
@@ -286,7 +211,7 @@ def _fake(x: Tensor, *request: Any) -> tuple[Tensor, Tensor]:
     return fake(x, request.dtype, request.width, request.rows)
 
 
-_TAIL = "ScalarType dtype, str pattern, Tensor? scale, Tensor? channel, Tensor? bias, SymInt width, int rows"
+_TAIL = "ScalarType dtype, str pattern, SymInt width, int rows"
 _rms_norm_quantize_op = define(
     f"rms_norm_quantize(Tensor x, Tensor weight, float eps, {_TAIL}) -> (Tensor, Tensor)",
     oracle=_norm_oracle, cuda=_norm_cuda, fake=_fake,

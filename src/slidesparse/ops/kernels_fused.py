@@ -46,33 +46,15 @@ def _product(a, b, FUSED: tl.constexpr, SM90: tl.constexpr):
 
 
 @triton.jit
-def _input(
-    x, scale, channel, bias, rows, column, m, k, stride,
-    SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, FUSED: tl.constexpr,
-):  # fmt: skip
-    """Elements of x; if ``SCALED``, times their column's scale, if there is one, times their row's plus bias, rounded once."""
-    value = load(x, rows, column, m, k, stride)
-    if SCALED:
-        scaled = float32(value)
-        if CHANNELS:
-            scaled *= tl.load(channel + column, mask=column < k, other=0.0)
-        scaled *= scale
-        if BIASED:
-            scaled += float32(tl.load(bias + column, mask=column < k, other=0.0))
-        value = _rounded(scaled, value, FUSED)
-    return value
-
-
-@triton.jit
 def _norm_inputs(
-    x, scale, channel, bias, residual, rows, chunk, m, k, stride, residual_stride, PARTS: tl.constexpr, SPAN: tl.constexpr,
-    SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr, FUSED: tl.constexpr, SM90: tl.constexpr,
+    x, residual, rows, chunk, m, k, stride, residual_stride,
+    PARTS: tl.constexpr, SPAN: tl.constexpr, SUMMED: tl.constexpr, FUSED: tl.constexpr, SM90: tl.constexpr,
 ):  # fmt: skip
-    """The parts of a chunk of h = x, scaled, plus the residual."""
+    """The parts of a chunk of h = x, plus the residual if ``SUMMED``."""
     parts = ()
     for part in tl.static_range(PARTS):
         column = columns(chunk, part, SPAN)
-        value = _input(x, scale, channel, bias, rows, column, m, k, stride, SCALED, CHANNELS, BIASED, FUSED)
+        value = load(x, rows, column, m, k, stride)
         if SUMMED:
             value = _sum(value, load(residual, rows, column, m, k, residual_stride), FUSED, SM90)
         parts = parts + (value,)  # noqa: RUF005
@@ -118,24 +100,21 @@ def _normed(parts, weights, square, inverse, FUSED: tl.constexpr, SM90: tl.const
 
 @triton.jit(do_not_specialize=["m"])
 def rms_norm_quantize_kernel(
-    x, weight, residual, scale_in, channel, bias, total, q, scale_out, m, k, width, stride, residual_stride, eps,
-    SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr,
-    BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, SM90: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
-    PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
+    x, weight, residual, total, q, scale_out, m, k, width, stride, residual_stride, eps,
+    SUMMED: tl.constexpr, BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, SM90: tl.constexpr, GROUP: tl.constexpr,
+    PARTS: tl.constexpr, PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
     COALESCED: tl.constexpr,
 ):  # fmt: skip
-    """x, residual ``[m, k]`` (scale_in ``[m]``; weight, channel, bias ``[k]``) → total ``[m, k]``, q and scale_out as `quantize_kernel`."""
+    """x, residual ``[m, k]``, weight ``[k]`` → total ``[m, k]``, q and scale_out as `quantize_kernel`."""
     begin(SM90)
     q = q.to(tl.pointer_type(tl.int32 if GROUP else tl.int8), bitcast=True)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token = tl.load(scale_in + rows, mask=rows < m, other=1.0)[:, None, None] if SCALED else 1.0
     squares = tl.zeros([ROWS, SPAN, 8], tl.float32)
     largest = no_magnitude(ROWS, SPAN, x.dtype.element_ty)
     values, weights = (), ()
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
-            parts = _norm_inputs(x, token, channel, bias, residual, rows, chunk, m, k, stride, residual_stride,
-                                 PARTS, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, SM90)  # fmt: skip
+            parts = _norm_inputs(x, residual, rows, chunk, m, k, stride, residual_stride, PARTS, SPAN, SUMMED, FUSED, SM90)
             values = values + (parts,)  # noqa: RUF005
             weights = weights + (_weights(weight, chunk, k, PARTS, SPAN),)  # noqa: RUF005
         for chunk in tl.static_range(CHUNKS):
@@ -145,8 +124,7 @@ def rms_norm_quantize_kernel(
                 _store_total(total, values[chunk][0], rows, chunk, m, k, SPAN)
     else:
         for chunk in range(CHUNKS):
-            parts = _norm_inputs(x, token, channel, bias, residual, rows, chunk, m, k, stride, residual_stride,
-                                 1, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, SM90)  # fmt: skip
+            parts = _norm_inputs(x, residual, rows, chunk, m, k, stride, residual_stride, 1, SPAN, SUMMED, FUSED, SM90)
             squares = _more_squares(squares, parts[0])
             if SUMMED:
                 _store_total(total, parts[0], rows, chunk, m, k, SPAN)
@@ -160,8 +138,7 @@ def rms_norm_quantize_kernel(
             normed = normed + (parts,)  # noqa: RUF005
     else:
         for chunk in range(CHUNKS):
-            parts = _norm_inputs(x, token, channel, bias, residual, rows, chunk, m, k, stride, residual_stride,
-                                 1, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, SM90)  # fmt: skip
+            parts = _norm_inputs(x, residual, rows, chunk, m, k, stride, residual_stride, 1, SPAN, SUMMED, FUSED, SM90)
             parts = _normed(parts, _weights(weight, chunk, k, 1, SPAN), square, inverse, FUSED, SM90)
             largest = larger(largest, parts[0], SM90)
     scale, by = row_scale(largest, BOUND, x.dtype.element_ty)
@@ -171,8 +148,7 @@ def rms_norm_quantize_kernel(
             store_chunk(q, normed[chunk], by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     else:
         for chunk in range(CHUNKS):
-            parts = _norm_inputs(x, token, channel, bias, residual, rows, chunk, m, k, stride, residual_stride,
-                                 PARTS, SPAN, SCALED, CHANNELS, BIASED, SUMMED, FUSED, SM90)  # fmt: skip
+            parts = _norm_inputs(x, residual, rows, chunk, m, k, stride, residual_stride, PARTS, SPAN, SUMMED, FUSED, SM90)
             parts = _normed(parts, _weights(weight, chunk, k, PARTS, SPAN), square, inverse, FUSED, SM90)
             store_chunk(q, parts, by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     store_padding(q, rows, m, k, width, GROUP, ROWS, SPAN, CHUNKS, PAD_TILES)
@@ -189,17 +165,13 @@ def _sigmoid(x, FUSED: tl.constexpr):
 
 
 @triton.jit
-def _gated(
-    x, scale, channel, bias, rows, chunk, m, k, stride, PARTS: tl.constexpr, SPAN: tl.constexpr,
-    SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, FUSED: tl.constexpr, SM90: tl.constexpr,
-):  # fmt: skip
+def _gated(x, rows, chunk, m, k, stride, PARTS: tl.constexpr, SPAN: tl.constexpr, FUSED: tl.constexpr, SM90: tl.constexpr):
     """The parts of a chunk of silu(gate), rounded, times up, rounded; x holds the gates, k elements a row, then the ups."""
     parts = ()
     for part in tl.static_range(PARTS):
         column = columns(chunk, part, SPAN)
-        value = _input(x, scale, channel, bias, rows, column, m, k, stride, SCALED, CHANNELS, BIASED, FUSED)
-        channels, biases = channel + k if CHANNELS else channel, bias + k if BIASED else bias
-        up = _input(x + k, scale, channels, biases, rows, column, m, k, stride, SCALED, CHANNELS, BIASED, FUSED)
+        value = load(x, rows, column, m, k, stride)
+        up = load(x + k, rows, column, m, k, stride)
         gate = float32(value)
         gate = _rounded(gate * _sigmoid(gate, FUSED), value, FUSED)
         parts = parts + (_product(gate, up, FUSED, SM90),)  # noqa: RUF005
@@ -208,27 +180,25 @@ def _gated(
 
 @triton.jit(do_not_specialize=["m"])
 def silu_mul_quantize_kernel(
-    x, scale_in, channel, bias, q, scale_out, m, k, width, stride,
-    SCALED: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr,
+    x, q, scale_out, m, k, width, stride,
     BOUND: tl.constexpr, INT8: tl.constexpr, FUSED: tl.constexpr, SM90: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     PAD_TILES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CACHED: tl.constexpr,
     COALESCED: tl.constexpr,
 ):  # fmt: skip
-    """x ``[m, 2k]``, gates first (scale_in ``[m]``, channel and bias ``[2k]``) → q and scale_out as in `quantize_kernel`."""
+    """x ``[m, 2k]``, gates first → q and scale_out as in `quantize_kernel`."""
     begin(SM90)
     q = q.to(tl.pointer_type(tl.int32 if GROUP else tl.int8), bitcast=True)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token = tl.load(scale_in + rows, mask=rows < m, other=1.0)[:, None, None] if SCALED else 1.0
     largest = no_magnitude(ROWS, SPAN, x.dtype.element_ty)
     values = ()
     if CACHED:
         for chunk in tl.static_range(CHUNKS):
-            parts = _gated(x, token, channel, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, CHANNELS, BIASED, FUSED, SM90)
+            parts = _gated(x, rows, chunk, m, k, stride, PARTS, SPAN, FUSED, SM90)
             largest = larger(largest, parts[0], SM90)
             values = values + (parts,)  # noqa: RUF005
     else:
         for chunk in range(CHUNKS):
-            parts = _gated(x, token, channel, bias, rows, chunk, m, k, stride, 1, SPAN, SCALED, CHANNELS, BIASED, FUSED, SM90)
+            parts = _gated(x, rows, chunk, m, k, stride, 1, SPAN, FUSED, SM90)
             largest = larger(largest, parts[0], SM90)
     scale, by = row_scale(largest, BOUND, x.dtype.element_ty)
     tl.store(scale_out + rows, scale, mask=rows < m)
@@ -237,6 +207,6 @@ def silu_mul_quantize_kernel(
             store_chunk(q, values[chunk], by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     else:
         for chunk in range(CHUNKS):
-            parts = _gated(x, token, channel, bias, rows, chunk, m, k, stride, PARTS, SPAN, SCALED, CHANNELS, BIASED, FUSED, SM90)
+            parts = _gated(x, rows, chunk, m, k, stride, PARTS, SPAN, FUSED, SM90)
             store_chunk(q, parts, by, rows, chunk, m, k, width, INT8, FUSED, GROUP, SPAN, COALESCED)
     store_padding(q, rows, m, k, width, GROUP, ROWS, SPAN, CHUNKS, PAD_TILES)

@@ -126,22 +126,16 @@ def _lifts(card: Card) -> Made:
 
 
 def _fused(card: Card, schemes: Iterable[torch.dtype]) -> Made:
-    """RMSNorm and SwiGLU: of bfloat16 all scales, patterns and sizes, but not each with each."""
-    scales = ((False,) * 3, (True, False, False), (True, True, False), (True, False, True), (True, True, True))
+    """RMSNorm and SwiGLU: of bfloat16 all patterns and sizes, but not each with each."""
     for x, q in product(FLOATS, schemes):
-        cases = [(m, k, SIX, scales[2]) for m, k in product(TOKENS, WIDTHS if x == BF16 else FEW_WIDTHS)]
+        cases: list[tuple[int, int, Pattern | None]] = [(m, k, SIX) for m, k in product(TOKENS, WIDTHS if x == BF16 else FEW_WIDTHS)]
         if x == BF16:
-            cases += [(m, k, None, scales[0]) for m, k in product(TOKENS, WIDTHS)]
-            cases += [(4096, 3584, SIX, flags) for flags in scales] + [(4096, 3584, pattern, scales[2]) for pattern in KNOWN[1:]]
-        for m, k, pattern, flags in cases:
-            types = (x, FP32, FP32, x if flags[2] else FP32, q)
-            rest = card, None, "" if pattern is None else pattern.text, _width(k, pattern), True
-            named = tuple(zip(("SCALED", "CHANNELS", "BIASED"), flags, strict=True))
-            yield _fused_call("silu", m, k, (2 * k,), named, types, *rest), (x, FP32, FP32, types[3], q, FP32)
+            cases += [(m, k, None) for m, k in product(TOKENS, WIDTHS)] + [(4096, 3584, pattern) for pattern in KNOWN[1:]]
+        for m, k, pattern in cases:
+            rest = (x, q), card, None, "" if pattern is None else pattern.text, _width(k, pattern), True
+            yield _fused_call("silu", m, k, (2 * k,), (), *rest), (x, q, FP32)
             for summed in (False, True):
-                asked = (*named, ("SUMMED", summed))
-                tensors = (x, x, x, FP32, FP32, types[3], x if summed else q, q, FP32)
-                yield _fused_call("norm", m, k, (k, k, 1e-6), asked, types, *rest), tensors
+                yield _fused_call("norm", m, k, (k, k, 1e-6), (("SUMMED", summed),), *rest), (x, x, x, x if summed else q, q, FP32)
 
 
 def _expand() -> Made:

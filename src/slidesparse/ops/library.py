@@ -137,21 +137,11 @@ def writes_e4m3(capability: tuple[int, int]) -> bool:
     return capability >= (9, 0) or (capability == (8, 9) and numbers(installed("triton")) >= (3, 9))
 
 
-def ones(device: torch.device, count: int) -> Tensor:
-    """As many float32 ones, ``[count]``; on a CUDA device without a kernel that fills them, once the first were made.
-
-    The first must not be made while a CUDA graph is captured, whose memory they would live in.
-    """
-    if device.type != "cuda" or count > MOST_ONES:
-        return torch.ones(count, dtype=torch.float32, device=device)
-    return _kept_ones(device)[:count]
-
-
-MOST_ONES = 1 << 17
-"""How many are kept for a device."""
-
-
 @cache
-def _kept_ones(device: torch.device) -> Tensor:
+def one(device: torch.device) -> Tensor:
+    """The float32 number one, ``[]``, on a device.
+
+    It must not be asked for first while a CUDA graph is captured, whose memory it would live in.
+    """
     with torch.inference_mode(False):
-        return torch.ones(MOST_ONES, dtype=torch.float32, device=device)
+        return torch.ones((), dtype=torch.float32, device=device)

@@ -12,22 +12,16 @@ from torch import Tensor
 from .. import reference
 from ..format import Scheme
 from ..pattern import Pattern
-from .fused import added_norm, norm_call, norm_inputs, rms_norm_quantize, silu_call, silu_inputs, silu_mul, silu_mul_quantize
+from .fused import added_norm, norm_call, rms_norm_quantize, silu_call, silu_mul, silu_mul_quantize
 from .launch import Launch, Producer, allocator
 from .library import runs_kernels
 from .quantize import can_pair, moves_nothing, padded_rows, quantize, quantize_call, quantize_lift
 
 
 class Gated(NamedTuple):
-    """Stands for activations ``[M, K]`` that are not computed yet: silu(gate) · up.
-
-    ``gate_up [M, 2K]``, gates first, is multiplied by ``channel`` scales (float32, 2K) and token ``scale`` ``[M, 1]`` first, if given,
-    as `slidesparse.ops.silu_mul_quantize` does.
-    """
+    """Stands for activations ``[M, K]`` that are not computed yet: silu(gate) · up of ``gate_up [M, 2K]``, gates first."""
 
     gate_up: Tensor
-    scale: Tensor | None = None
-    channel: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,14 +40,13 @@ class Gated(NamedTuple):
 
     def computed(self) -> Tensor:
         """The activations ``[M, K]``."""
-        return silu_mul(self.gate_up, self.scale, self.channel)
+        return silu_mul(self.gate_up)
 
 
 class Normed(NamedTuple):
-    """Stands for activations ``[M, K]`` that are not computed yet: the RMSNorm of x plus the residual.
+    """Stands for activations ``[M, K]`` that are not computed yet: the RMSNorm of ``x [M, K]`` plus the residual.
 
-    ``x [M, K]`` is multiplied by ``channel`` scales (float32, K) and token ``scale`` ``[M, 1]`` first, if given, as
-    `slidesparse.ops.rms_norm_quantize` does. The sum is written to ``total [M, K]``, contiguous.
+    The sum is written to ``total [M, K]``, contiguous.
     """
 
     x: Tensor
@@ -61,8 +54,6 @@ class Normed(NamedTuple):
     weight: Tensor
     eps: float
     total: Tensor
-    scale: Tensor | None = None
-    channel: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +72,7 @@ class Normed(NamedTuple):
 
     def computed(self) -> Tensor:
         """The activations ``[M, K]``; writes x plus the residual to ``total``."""
-        total, normed = added_norm(self.x, self.weight, self.residual, self.eps, self.scale, self.channel)
+        total, normed = added_norm(self.x, self.weight, self.residual, self.eps)
         self.total.copy_(total)
         return normed
 
@@ -124,7 +115,7 @@ def _with_prologue(
 
     def quantise(x: Activations) -> tuple[Tensor, Tensor]:
         values, scale = empty(*q), empty(*scales)
-        call(*inputs_of(x, scale), values, scale)
+        call(*inputs_of(x), values, scale)
         return values, scale
 
     return quantise
@@ -132,12 +123,11 @@ def _with_prologue(
 
 def quantized(x: Activations, scheme: Scheme, pattern: Pattern | None, width: int | None, rows: int) -> tuple[Tensor, Tensor]:
     """Quantise rows, and lift them if there is a pattern, by the ops: ``[M', width]`` and scales ``[M, 1]``, as `quantize_lift`."""
-    if not isinstance(x, Tensor):
-        channel = None if x.channel is None else x.channel.view(-1)
-        asked: dict[str, Any] = {"pattern": pattern, "scale": x.scale, "channel": channel, "width": width, "rows": rows}
-        if isinstance(x, Gated):
-            return silu_mul_quantize(x.gate_up, scheme, **asked)
-        q, scale, total = rms_norm_quantize(x.x, x.weight, x.eps, scheme, residual=x.residual, **asked)
+    if isinstance(x, Gated):
+        return silu_mul_quantize(x.gate_up, scheme, pattern=pattern, width=width, rows=rows)
+    if isinstance(x, Normed):
+        given: dict[str, Any] = {"pattern": pattern, "residual": x.residual, "width": width, "rows": rows}
+        q, scale, total = rms_norm_quantize(x.x, x.weight, x.eps, scheme, **given)
         x.total.copy_(total)
         return q, scale
     if pattern is None:
@@ -155,30 +145,14 @@ def launch_for(x: Activations, dtype: torch.dtype, pattern: Pattern | None, widt
         return quantize_call(x, pattern, dtype, 0, width)
     if pattern is not None and not can_pair(pattern, 0, width):
         return None
-    text, added = "" if pattern is None else pattern.text, (x.scale, x.channel, None)
-    if not _scales_fit(x):
-        return None
+    text = "" if pattern is None else pattern.text
     if isinstance(x, Gated):
-        return silu_call(rows, dtype, text, added, width)
+        return silu_call(rows, dtype, text, width) if rows.shape[1] % 2 == 0 else None
     same = x.residual.shape == rows.shape and x.residual.dtype == rows.dtype and x.residual.stride(1) == 1
     plain = same and x.weight.dtype == rows.dtype and x.weight.shape == rows.shape[1:] and x.weight.is_contiguous()
-    return norm_call(rows, x.residual, x.eps, dtype, text, added, width) if plain else None
+    return norm_call(rows, x.residual, x.eps, dtype, text, width) if plain else None
 
 
-def _scales_fit(x: Gated | Normed) -> bool:
-    """Whether the kernels can read the scales as they lie; `quantized` says what is wrong with others."""
-    m, n = x[0].shape
-    for scale, count in ((x.scale, m), (x.channel, n)):
-        if scale is not None and not (scale.dtype == torch.float32 and scale.numel() == count and scale.is_contiguous()):
-            return False
-    return (x.channel is None or x.scale is not None) and (isinstance(x, Normed) or n % 2 == 0)
-
-
-def inputs_of(x: Activations, other: Tensor) -> tuple[Tensor, ...]:
-    """The arguments of the launch of `launch_for` in front of q and the scale; ``other`` stands for absent tensors."""
-    if isinstance(x, Tensor):
-        return (x,)
-    added = (x.scale, x.channel, None)
-    if isinstance(x, Gated):
-        return silu_inputs(x.gate_up, added, other)
-    return *norm_inputs(x.x, x.weight, x.residual, added, other), x.total
+def inputs_of(x: Activations) -> tuple[Tensor, ...]:
+    """The arguments of the launch of `launch_for` in front of q and the scale."""
+    return (x,) if isinstance(x, Tensor) else (x.gate_up,) if isinstance(x, Gated) else (x.x, x.weight, x.residual, x.total)

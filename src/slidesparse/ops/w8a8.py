@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from .launch import CALLS, Launch, allocate, allocator
-from .library import MOST_ONES, capability, define, has_triton, ones
+from .library import capability, define, has_triton
 
 WIDEST_K = 1 << 17
 """Widest K whose int8 products, at most 128 · 127 each, are sure to fit an int32 sum."""
@@ -115,7 +115,7 @@ def _reading(m: int, n: int, k: int, processors: int) -> Tile:
 
 def _computing(m: int, n: int, k: int, processors: int) -> Tile:
     """Many tokens: the tile, and parts of K, whose waves end first."""
-    best = None
+    timed: list[tuple[float, Tile]] = []
     for tile, start, slope in _WAVES:
         tiles = -(-m // tile.m) * -(-n // tile.n)
         for split in (1, 2, 4, 8) if k >= LONG_K and tiles < processors and tile.pieces == 1 else (1,):
@@ -123,9 +123,9 @@ def _computing(m: int, n: int, k: int, processors: int) -> Tile:
             if split > 1:
                 # The second kernel, and partial sums written and read: 4 bytes each way at 3.5 MB/us.
                 time += 4 + m * n * 8 * split / 3.5e6
-            if best is None or time < best[0]:
-                best = time, replace(tile, split=split)
-    return replace(best[1], group=16 if m > 1024 and n * k > CACHE else 8)
+            timed.append((time, replace(tile, split=split)))
+    best = min(timed, key=lambda one: one[0])[1]
+    return replace(best, group=16 if m > 1024 and n * k > CACHE else 8)
 
 
 def _w8a8_oracle(q: Tensor, weight: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -180,17 +180,13 @@ def launch_w8a8(
     return y
 
 
-def bound_w8a8(
-    m: int, n: int, k: int, device: torch.device, dtype: torch.dtype, bias: torch.dtype | None, unscaled: bool
-) -> Callable[..., Tensor]:
-    """`w8a8` of ``m`` rows by weights ``[n, k]``, with what types and shapes decide decided; ``unscaled`` leaves token scales and bias.
+def bound_w8a8(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype, bias: torch.dtype | None) -> Callable[..., Tensor]:
+    """`w8a8` of ``m`` rows by weights ``[n, k]``, with what types and shapes decide decided.
 
     To be called on the current device with q, token scales, ``(weight,)``, weight scales and bias, each contiguous.
     """
-    tile, empty, bias = tile_for(m, n, k, *_resources(device)), allocator(device), None if unscaled else bias
+    tile, empty = tile_for(m, n, k, *_resources(device)), allocator(device)
     on_card, describes = device.type == "cuda", _describes(device, k)
-    # More than are kept belong to one call: made while a CUDA graph is captured, they hold nothing before its first replay.
-    units = ones(device, m).view(-1, 1) if unscaled and m <= MOST_ONES else None
     calls = {way: _tile_call(m, m, n, k, torch.int32 if tile.split > 1 else dtype, bias, tile, way, on_card) for way in (False, True)}
     partial_sums = ((tile.split * m, n), (n, 1), torch.int32)
     total = _sum_call(m, n, dtype, bias, tile.split) if tile.split > 1 else None
@@ -198,11 +194,9 @@ def bound_w8a8(
     def product(q: Tensor, x_scale: Tensor, copy: tuple[Tensor, ...], w_scale: Tensor, added: Tensor | None) -> Tensor:
         weight, y = copy[0], empty((m, n), (n, 1), dtype)
         way, out = describes and _aligned(q, weight), y if total is None else empty(*partial_sums)
-        token = x_scale if not unscaled else ones(device, m) if units is None else units
-        tensors = out, token, w_scale, None if bias is None else added
-        calls[way](*(_descriptors(q, weight, tile) if way else (q, weight)), *tensors)
+        calls[way](*(_descriptors(q, weight, tile) if way else (q, weight)), out, x_scale, w_scale, added)
         if total is not None:
-            total(out, y, *tensors[1:])
+            total(out, y, x_scale, w_scale, added)
         return y
 
     return product

@@ -38,20 +38,17 @@ def kernels() -> dict[str, Kernel]:
     return dict(_KERNELS)
 
 
-def refusal(route: Route, problem: Problem, *, unscaled: bool = False) -> str | None:
-    """Why the route cannot run the problem, or give an unscaled product; None if it can."""
+def refusal(route: Route, problem: Problem) -> str | None:
+    """Why the route cannot run the problem; None if it can."""
     kernel = _KERNELS.get(route.kernel)
     if kernel is None:
         return f"there is no kernel {route.kernel!r}: {', '.join(_KERNELS)}"
     if route.layout not in kernel.layouts:
         return f"kernel {kernel.name} reads weights in layout {' or '.join(kernel.layouts)}, not {route.layout!r}"
-    reason = kernel.refuses(problem, route.variant)
-    if reason is None and not _variants(route, problem, 1, unscaled):
-        return "it cannot leave scales and bias to the caller"
-    return reason
+    return kernel.refuses(problem, route.variant)
 
 
-def chosen(text: str, problem: Problem, m: int, *, unscaled: bool = False) -> Route:
+def chosen(text: str, problem: Problem, m: int) -> Route:
     """The route asked for, ``LAYOUT``, ``LAYOUT:KERNEL`` or ``LAYOUT:KERNEL:VARIANT``, completed for ``m`` tokens.
 
     Raises:
@@ -67,15 +64,15 @@ def chosen(text: str, problem: Problem, m: int, *, unscaled: bool = False) -> Ro
         raise UnsupportedError(str(error)) from error
     reasons = {}
     for route in asked:
-        reason = refusal(route, problem, unscaled=unscaled)
+        reason = refusal(route, problem)
         if reason is None:
-            return route._replace(variant=_variants(route, problem, m, unscaled)[0])
+            return route if route.variant else route._replace(variant=_KERNELS[route.kernel].variants(problem, m)[0])
         reasons[route.kernel] = reason
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise UnsupportedError(f"route {text} cannot run {problem.n} × {problem.k} {problem.scheme.name}: {told}")
 
 
-def unmeasured(problem: Problem, m: int, layout: str, *, unscaled: bool = False) -> Route:
+def unmeasured(problem: Problem, m: int, layout: str) -> Route:
     """The route of a layout that runs ``m`` tokens where nothing was measured; the packed layout's if the layout has none.
 
     Raises:
@@ -84,11 +81,11 @@ def unmeasured(problem: Problem, m: int, layout: str, *, unscaled: bool = False)
     refused: dict[str, str] = {}
     for where in dict.fromkeys((layout, "packed")):
         for name in _readers(where, m):
-            reason = refusal(Route(where, name), problem, unscaled=unscaled)
+            reason = refusal(Route(where, name), problem)
             if reason is None:
                 if where != layout:
                     _report_fallback(name, tuple(sorted(refused.items())))  # their order depends on the number of tokens
-                return Route(where, name, _variants(Route(where, name), problem, m, unscaled)[0])
+                return Route(where, name, _KERNELS[name].variants(problem, m)[0])
             refused[name] = reason
     raise UnsupportedError(f"no kernel runs {problem}: " + "; ".join(f"{name}: {reason}" for name, reason in refused.items()))
 
@@ -97,13 +94,6 @@ def _readers(layout: str, m: int) -> list[str]:
     """The package's own kernels that read a layout, the likely fastest first."""
     names = [name for name in _OWN if layout in _KERNELS[name].layouts]
     return sorted(names, key=lambda name: name != "tensorwise") if m <= FEW_TOKENS else names
-
-
-def _variants(route: Route, problem: Problem, m: int, unscaled: bool) -> list[str]:
-    """The variants that a route means and that have the form asked for."""
-    kernel = _KERNELS[route.kernel]
-    variants = (route.variant,) if route.variant else kernel.variants(problem, m)
-    return [variant for variant in variants if not unscaled or kernel.leaves(problem, variant)]
 
 
 @lru_cache(maxsize=64)

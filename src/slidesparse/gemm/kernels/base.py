@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -17,23 +17,18 @@ from ...ops.w8a8 import WIDEST_K
 from ..layouts import Copy
 from ..problem import Problem
 
-LEAVES: Mapping[str, frozenset[str]] = {"int8": frozenset({"token", "bias"}), "fp8": frozenset({"token", "channel", "bias"})}
-"""What unscaled products leave to the caller, by scheme: all kernels apply int8's channel scales at no cost, not all fp8's."""
-
 
 class Pipeline(NamedTuple):
     """The steps of one call of a kernel, decided by shapes and types.
 
     ``quantise`` gives q and the token scales of the activations, None where these are multiplied as they are; ``multiply`` takes q, token
-    scales, the layer's copy, weight scales and bias; ``epilogue``, if there is one, takes the product, token scales, weight scales (None if
-    ``scaled``: the product holds them) and bias.
+    scales, the layer's copy, weight scales and bias; ``epilogue``, if there is one, takes the product instead of q and the copy.
     """
 
     layout: str
     quantise: Callable[[Activations], tuple[Tensor, Tensor | None]] | None
     multiply: Callable[[Tensor, Tensor | None, Copy, Tensor | None, Tensor | None], Tensor]
     epilogue: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor] | None = None
-    scaled: bool = False
 
 
 class Kernel:
@@ -61,15 +56,11 @@ class Kernel:
         """The variants worth timing for activations ``x [M, K]`` and a copy of the weights at hand."""
         return self.variants(problem, x.shape[0])
 
-    def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
-        """What an unscaled product, bfloat16 ``[M, N]``, leaves to the caller: `LEAVES`, or nothing if the kernel gives none."""
-        return LEAVES.get(problem.scheme.name, frozenset())
-
     def roundings(self, variant: str) -> int:
         """How often a whole linear rounds to 16 bits, which the tolerance policy wants to know."""
         return 1
 
-    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
+    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, direct: bool) -> Pipeline:
         """The steps for inputs like ``x``; with ``direct`` they may launch kernels past the dispatcher, on the current device."""
         raise NotImplementedError
 
@@ -86,10 +77,12 @@ def epilogue(
 ) -> Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]:
     """The pass on CUDA that turns products of type ``sums`` and this row stride into outputs: scales and bias in float32, one rounding.
 
-    ``direct`` is for schemes that quantise activations; without Triton the op's own road runs all the same.
+    Products that are ``scaled`` hold the weight scales. ``direct`` is for schemes that quantise activations; without Triton the op's own
+    road runs all the same.
     """
-    if not direct or not ops.has_triton():
-        return partial(ops.rescale, out_dtype=problem.dtype, m=m, n=problem.n)
-    types = (sums, problem.dtype, torch.float32, None if scaled else torch.float32, problem.bias)
-    out = (m, problem.n), (problem.n, 1), problem.dtype
-    return Producer(rescale_call(types, m, problem.n, stride, None), device, (out,), at=1)
+    finish: Callable[..., Tensor] = partial(ops.rescale, out_dtype=problem.dtype, m=m, n=problem.n)
+    if direct and ops.has_triton():
+        types = (sums, problem.dtype, torch.float32, None if scaled else torch.float32, problem.bias)
+        out = (m, problem.n), (problem.n, 1), problem.dtype
+        finish = Producer(rescale_call(types, m, problem.n, stride, None), device, (out,), at=1)
+    return (lambda y, x_scale, scale, bias: finish(y, x_scale, None, bias)) if scaled else finish

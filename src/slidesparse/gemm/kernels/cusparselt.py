@@ -67,17 +67,14 @@ class CuSparseLt(Kernel):
         q, _ = self._quantise(problem, x, direct=False)(x)
         q.view(torch.int8)[x.shape[0] :].zero_()  # results are compared, and what pads the rows may not be a number
         n = SLID.padded(problem)[0]
-        return tuple(str(found) or _DEFAULT for found in cusparselt.search(q, copy[0], copy[1], n, _sums(problem, False)))
-
-    def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
-        """`LEAVES` of the scheme; nothing for exact variants, whose sums the library does not round to bfloat16."""
-        return frozenset() if _read(variant)[0] else super().leaves(problem, variant)
+        alpha = copy[1] if len(copy) > 1 else None
+        return tuple(str(found) or _DEFAULT for found in cusparselt.search(q, copy[0], alpha, n, _sums(problem, False)))
 
     def roundings(self, variant: str) -> int:
         """One for exact variants. Otherwise two: the library rounds to 16 bits before the token scale, or the bias, is applied."""
         return 1 if _read(variant)[0] else 2
 
-    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
+    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, direct: bool) -> Pipeline:
         """See `Kernel`; direct calls make the library's plan, which cannot happen while a CUDA graph is captured."""
         m, (n, width) = x.shape[0], SLID.padded(problem)
         (exact, algorithm), dynamic, rows = _read(variant), problem.scheme.dynamic, padded_rows(m, cusparselt.token_step(m))
@@ -87,11 +84,10 @@ class CuSparseLt(Kernel):
             multiply = bound_product(plan, x.device, rows, n, between, scaled)
         else:
             multiply = partial(_product, n=n, dtype=between, scaled=scaled, algorithm=algorithm)
-        cut = None if (rows, n) == (m, problem.n) else (m, problem.n)
-        if unscaled or not dynamic:
-            return Pipeline(layout, self._quantise(problem, x, direct), multiply, None if unscaled and cut is None else partial(_cut, cut))
-        finish = epilogue(problem, m, between, n, x.device, scaled=scaled, direct=direct)
-        return Pipeline(layout, self._quantise(problem, x, direct), multiply, finish, scaled)
+        finish: Callable[..., Tensor] = partial(_cut, None if (rows, n) == (m, problem.n) else (m, problem.n))
+        if dynamic:
+            finish = epilogue(problem, m, between, n, x.device, scaled=scaled, direct=direct)
+        return Pipeline(layout, self._quantise(problem, x, direct), multiply, finish)
 
     @staticmethod
     def _quantise(problem: Problem, x: Activations, direct: bool) -> Callable[[Activations], tuple[Tensor, Tensor | None]]:
@@ -123,7 +119,7 @@ def _product(
     return cusparselt.sparse_mm(q, copy[0], copy[1] if scaled else None, n, dtype, algorithm)
 
 
-def _cut(shape: tuple[int, int] | None, y: Tensor, x_scale: Tensor | None, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def _cut(shape: tuple[int, int] | None, y: Tensor, x_scale: None, scale: None, bias: Tensor | None) -> Tensor:
     """What of the padded product counts, and the bias, if there is one."""
     y = y if shape is None else y[: shape[0], : shape[1]]
     return y if bias is None else y + bias

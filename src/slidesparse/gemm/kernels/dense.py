@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import ops
 from ...compat.torch import HAS_INT_MM, int_mm, scaled_mm
 from ...compat.versions import lacks
-from ...ops.library import ones
+from ...ops.library import one
 from ...ops.prologue import Activations, quantiser
 from ...ops.w8a8 import bound_w8a8
 from ...quantization import scaled_nvfp4
@@ -21,7 +21,7 @@ from ...reference import scaled
 from ..layouts import LAYOUTS
 from ..precision import matmul
 from ..problem import Problem
-from .base import LEAVES, Kernel, Pipeline, epilogue, int32_overflow
+from .base import Kernel, Pipeline, epilogue, int32_overflow
 
 FEW_TOKENS = 64
 """Up to so many tokens tensor-wise fp8 with a second pass beat row-wise on an H200, not above: the order for untuned layers."""
@@ -29,7 +29,8 @@ FEW_TOKENS = 64
 Scale = Tensor | None
 """Scales and biases, which not every linear has."""
 
-Whole = Callable[[Problem, Tensor, Scale, Tensor, Scale, Scale], Tensor]
+Whole = Callable[..., Tensor]
+"""See `DenseKernel`. Those that refuse all but 8-bit schemes need not say that there are scales."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,14 @@ class DenseKernel(Kernel):
 
     Either ``whole(problem, q, x_scale, weight, scale, bias)`` gives outputs, or ``sums(problem, q, weight)`` gives products that an
     epilogue scales. ``q [M', K]`` are activations quantised with ``x_scale [M, 1]``, M' is M rounded up to a multiple of ``rows``; the
-    activations themselves, and None, where the scheme does not quantise them. ``unscaled(problem, q, weight, scale)`` is the product that
-    leaves `LEAVES`, bfloat16 ``[M, N]``; None if there is none. ``bound(problem, m, x, unscaled)`` gives either with little host time.
+    activations themselves, and None, where the scheme does not quantise them. ``bound(problem, m, x)`` gives ``whole`` with little host
+    time.
     """
 
     name: str
     refusal: Callable[[Problem], str | None]
     whole: Whole | None = None
     sums: Callable[[Problem, Tensor, Tensor], Tensor] | None = None
-    unscaled: Callable[[Problem, Tensor, Tensor, Scale], Tensor] | None = None
     bound: Callable[..., Callable[..., Tensor]] | None = None
     rounds: int = 1
     rows: int = 1
@@ -59,33 +59,28 @@ class DenseKernel(Kernel):
         """As `Kernel`, and what the kernel's library cannot run."""
         return super().refuses(problem, variant) or self.refusal(problem)
 
-    def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
-        """`LEAVES` of the scheme, if there is an unscaled product."""
-        return frozenset() if self.unscaled is None else super().leaves(problem, variant)
-
     def roundings(self, variant: str) -> int:
         """One, or two where the product is rounded before it is scaled."""
         return self.rounds
 
-    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
+    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, direct: bool) -> Pipeline:
         """See `Kernel`."""
         m, k = x.shape
         quantise = quantiser(x, problem.scheme, None, k, self.rows, direct) if problem.scheme.dynamic else None
         kept = layout == "dense"
         if direct and kept and self.bound is not None:
-            return Pipeline(layout, quantise, self.bound(problem, m, x, unscaled))
-        if unscaled:
-            return Pipeline(layout, quantise, _multiply(problem, kept, lambda q, s, w, scale, bias: self.unscaled(problem, q, w, scale)))
-        if self.whole is not None:
-            return Pipeline(layout, quantise, _multiply(problem, kept, lambda q, s, w, *rest: self.whole(problem, q, s, w, *rest)))
-        multiply = _multiply(problem, kept, lambda q, s, w, scale, bias: self.sums(problem, q, w))  # the pass leaves padded rows out
+            return Pipeline(layout, quantise, self.bound(problem, m, x))
+        whole, sums = self.whole, self.sums
+        if whole is not None:
+            return Pipeline(layout, quantise, _multiply(problem, kept, partial(whole, problem)))
+        if sums is None:
+            raise TypeError(f"kernel {self.name} gives neither outputs nor sums")
+        multiply = _multiply(problem, kept, lambda q, s, w, scale, bias: sums(problem, q, w))  # the pass leaves padded rows out
         if not problem.cuda:
             return Pipeline(layout, quantise, multiply, partial(_finished, problem.dtype))
         # What rounds once gives sums as they are: int32 or float32.
         between = torch.int32 if problem.scheme.name == "int8" else torch.float32 if self.rounds == 1 else _between(problem)
-        scaled_already = not problem.scheme.dynamic
-        pass_ = epilogue(problem, m, between, problem.n, x.device, scaled=scaled_already, direct=direct and not scaled_already)
-        return Pipeline(layout, quantise, multiply, pass_, scaled_already)
+        return Pipeline(layout, quantise, multiply, epilogue(problem, m, between, problem.n, x.device, scaled=False, direct=direct))
 
 
 def _multiply(problem: Problem, kept: bool, product: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -112,14 +107,8 @@ def _not_native(problem: Problem) -> str | None:
     return None if problem.native else "weights, activations and bias are not of one 16-bit type"
 
 
-def _rowwise(problem: Problem, q: Tensor, x_scale: Scale, weight: Tensor, scale: Scale, bias: Scale) -> Tensor:
+def _rowwise(problem: Problem, q: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Scale) -> Tensor:
     return scaled_mm(q, weight.t(), x_scale, scale.view(1, -1), bias, out_dtype=problem.dtype, use_fast_accum=True)
-
-
-def _rowwise_unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
-    # Another kernel than without row scales, and the quicker one for many tokens.
-    rows, columns = ones(q.device, q.shape[0]).view(-1, 1), ones(q.device, weight.shape[0]).view(1, -1)
-    return scaled_mm(q, weight.t(), rows, columns, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def _not_rowwise(problem: Problem) -> str | None:
@@ -134,21 +123,8 @@ def _between(problem: Problem) -> torch.dtype:
 
 
 def _tensorwise(problem: Problem, q: Tensor, weight: Tensor) -> Tensor:
-    return _plain_scaled_mm(q, weight, _between(problem))
-
-
-def _tensorwise_unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
-    return _plain_scaled_mm(q, weight, torch.bfloat16)
-
-
-def _plain_scaled_mm(q: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    unit = _unit(q.device)
-    return scaled_mm(q, weight.t(), unit, unit, out_dtype=dtype, use_fast_accum=True)
-
-
-@cache
-def _unit(device: torch.device) -> Tensor:
-    return ones(device, 1).view(())
+    unit = one(q.device)
+    return scaled_mm(q, weight.t(), unit, unit, out_dtype=_between(problem), use_fast_accum=True)
 
 
 def _not_scaled_mm(problem: Problem) -> str | None:
@@ -161,16 +137,12 @@ def _not_scaled_mm(problem: Problem) -> str | None:
     return None
 
 
-def _triton(problem: Problem, q: Tensor, x_scale: Scale, weight: Tensor, scale: Scale, bias: Scale) -> Tensor:
+def _triton(problem: Problem, q: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Scale) -> Tensor:
     return ops.w8a8(q, weight, x_scale, scale, bias, problem.dtype)
 
 
-def _triton_unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
-    return ops.w8a8(q, weight, ones(q.device, q.shape[0]).view(-1, 1), scale, None, torch.bfloat16)
-
-
-def _bound_triton(problem: Problem, m: int, x: Activations, unscaled: bool) -> Callable[..., Tensor]:
-    return bound_w8a8(m, problem.n, problem.k, x.device, torch.bfloat16 if unscaled else problem.dtype, problem.bias, unscaled)
+def _bound_triton(problem: Problem, m: int, x: Activations) -> Callable[..., Tensor]:
+    return bound_w8a8(m, problem.n, problem.k, x.device, problem.dtype, problem.bias)
 
 
 def _not_triton(problem: Problem) -> str | None:
@@ -204,11 +176,6 @@ def _of_pairs(q: Tensor, weight: Tensor, scale: Tensor, global_scale: Tensor) ->
         return torch.mm(q, weight.t(), out_dtype=torch.float32) / global_scale  # what follows rounds to these 16 bits
     # What is not rounded to 16 bits must not be rounded once more than the product of the scaled weights.
     return matmul(q.to(torch.float32), scaled_nvfp4(weight, scale, global_scale).t())
-
-
-def _exact_unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
-    sums = products(q, weight)
-    return (sums if "channel" in LEAVES[problem.scheme.name] else sums.to(torch.float32) * scale.view(1, -1)).to(torch.bfloat16)
 
 
 _CHUNK = 1024  # 1024 products of at most 128 · 128 sum to at most 2^24, which float32 still holds exactly
@@ -264,16 +231,14 @@ HERE = ("gemm.kernels.base", "gemm.kernels.dense", "gemm.layouts", "ops.expand",
 
 DENSE_KERNELS = (
     DenseKernel("native", _not_native, _native, code=HERE),
-    DenseKernel("rowwise", _not_rowwise, _rowwise, unscaled=_rowwise_unscaled, code=(*HERE, *ROWS)),
-    DenseKernel("tensorwise", _not_scaled_mm, sums=_tensorwise, unscaled=_tensorwise_unscaled, rounds=2, code=(*HERE, *ROWS, *EPILOGUE)),
+    DenseKernel("rowwise", _not_rowwise, _rowwise, code=(*HERE, *ROWS)),
+    DenseKernel("tensorwise", _not_scaled_mm, sums=_tensorwise, rounds=2, code=(*HERE, *ROWS, *EPILOGUE)),
     DenseKernel(
-        "triton", _not_triton, _triton, unscaled=_triton_unscaled, bound=_bound_triton,
-        code=(*HERE, *ROWS, "ops.w8a8", "ops.kernels_w8a8"),
+        "triton", _not_triton, _triton, bound=_bound_triton, code=(*HERE, *ROWS, "ops.w8a8", "ops.kernels_w8a8"),
     ),
     # The library wants more than 16 rows.
     DenseKernel("cublaslt", _not_cublaslt, sums=_cublaslt, rows=32, code=(*HERE, *ROWS, *EPILOGUE)),
     DenseKernel(
-        "exact", int32_overflow, sums=_exact, unscaled=_exact_unscaled, worth_timing=False,
-        code=(*HERE, *ROWS, *EPILOGUE, "gemm.precision"),
+        "exact", int32_overflow, sums=_exact, worth_timing=False, code=(*HERE, *ROWS, *EPILOGUE, "gemm.precision"),
     ),
 )  # fmt: skip

@@ -79,11 +79,7 @@ class Sm90(Kernel):
 
         return sorted((one for one in sm90.VARIANTS if sm90.fits(one, scheme.name, problem.bias is not None)), key=clocks)
 
-    def leaves(self, problem: Problem, variant: str) -> frozenset[str]:
-        """Nothing: all scales are inside."""
-        return frozenset()
-
-    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, unscaled: bool, direct: bool) -> Pipeline:
+    def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, direct: bool) -> Pipeline:
         """See `Kernel`."""
         m, n, sparse, index = x.shape[0], problem.n, layout == "tiled", x.device.index or 0
         width = -(-problem.pattern.slid_k(problem.k) // _step(problem)) * _step(problem) if sparse else problem.k
@@ -108,7 +104,7 @@ class Sm90(Kernel):
             if problem.scheme.dynamic
             else partial(_rows, pattern=None if pattern is None or moves_nothing(pattern, 0) else pattern, width=width)
         )
-        return Pipeline(layout, quantise, multiply if direct else multiply_there, None, True)
+        return Pipeline(layout, quantise, multiply if direct else multiply_there)
 
 
 def _step(problem: Problem) -> int:

@@ -24,13 +24,11 @@ class EngineFacts:
     """What the decision needs to know of an engine.
 
     ``name`` is that of the option of ``tune``; ``kernel`` names the engine's dense kernel in plans, None where torch's stands for it;
-    ``unscaled`` says whether scales and bias are left to its compiler; ``most`` is the most tokens in a step; ``swiglu`` says whether
-    SwiGLU runs in the pass that quantises the layer's input.
+    ``most`` is the most tokens in a step; ``swiglu`` says whether SwiGLU runs in the pass that quantises the layer's input.
     """
 
     name: str
     kernel: str | None
-    unscaled: bool
     most: int = maxsize
     swiglu: bool = False
 
@@ -50,42 +48,38 @@ def decide(problem: Problem, plan: Plan | None, facts: EngineFacts, without: Col
     key, tune = key_of(problem), f"run `slidesparse tune --{facts.name}`"
     if plan is None or not plan.cells.get(key):
         return Decision(f"nothing was measured: {tune}")
-    if facts.kernel is not None and not _compared(plan, problem, Route("dense", facts.kernel), facts.unscaled):
+    if not any(_met(cell, facts) for cell in plan.cells[key].values()):
         return Decision(f"the plan has not compared them: {tune}")
     own = _within(plan, problem, facts, without)
-    layouts, steps = choice_of(own, problem, unscaled=facts.unscaled)
+    layouts, steps = choice_of(own, problem)
     gains = _gains(own, plan, problem, steps, facts, without)
     mean = geometric_mean(gains.values())
     if mean >= WORTH:
         return Decision(None, own, layouts, steps)
     if facts.swiglu:
         dense = _within(plan, problem, facts, without, ("dense",))
-        return Decision(None, dense, *choice_of(dense, problem, unscaled=facts.unscaled))
+        return Decision(None, dense, *choice_of(dense, problem))
     if max(gains.values(), default=1.0) <= 1:
         return Decision("nothing was measured to be faster")
     return Decision(f"ours would be {mean:.4f} times as fast on average over {min(gains)} to {max(gains)} tokens, and {WORTH} is asked")
 
 
-def _compared(plan: Plan, problem: Problem, route: Route, unscaled: bool) -> bool:
-    """Whether the engine's kernel was timed, or found wrong, wherever the layer was timed."""
-    cells = [cell for cell in plan.cells[key_of(problem)].values() if cell.times(unscaled)]
-    dropped = {str(route), f"unscaled {route}"} if unscaled else {str(route)}
-    return bool(cells) and all(route in cell.times(unscaled) or not dropped.isdisjoint(cell.dropped) for cell in cells)
+def _met(cell: Cell, facts: EngineFacts) -> bool:
+    """Whether a cell compares with the engine: its kernel was timed, or found wrong; that of torch stands for itself."""
+    route = None if facts.kernel is None else Route("dense", facts.kernel)
+    return route is None or route in cell.times or str(route) in cell.dropped
 
 
 def _within(plan: Plan, problem: Problem, facts: EngineFacts, without: Collection[Route], layouts: Collection[str] | None = None) -> Plan:
     """The part of a plan that a layer in the engine may run, up to ``most`` tokens, in these layouts only if any are named.
 
-    Of dense kernels these are the engine's, and those that are `WORTH` times as fast.
+    Cells that do not compare with the engine take no part. Dense kernels are the engine's, and those that are `WORTH` times as fast.
     """
     key = key_of(problem)
-    table = plan.cells[key]
-    met = [m for m in table if m <= facts.most] or [min(table)]
+    met = {m: cell for m, cell in plan.cells[key].items() if _met(cell, facts)}
     kept = Plan(plan.machine, {}, plan.date)
-    for m in met:
-        cell = table[m]
-        whole, unscaled = (_trimmed(times, facts, without, layouts) for times in (cell.whole, cell.unscaled))
-        kept.add(key, Cell(m, whole, unscaled, cell.dropped, cell.versions))
+    for m in [m for m in met if m <= facts.most] or [min(met)]:
+        kept.add(key, Cell(m, _trimmed(met[m].times, facts, without, layouts), met[m].dropped, met[m].versions))
     return kept
 
 
@@ -104,19 +98,15 @@ def _gains(
 ) -> Mapping[int, float]:
     """By measured number of tokens, how many times as fast as the engine the layer is: 1 where its route reads the dense layout.
 
-    The engine's time is that of its kernel, in the quicker of the two forms in which it was timed, or else of the quickest dense one.
+    The engine's time is that of its kernel, or else of the quickest dense one.
     """
     key, found = key_of(problem), {}
-    for m, times in own.times(key, unscaled=facts.unscaled).items():
-        route = route_at(steps, m)
-        cell = plan.cells[key][m]
+    for m, times in own.times(key).items():
+        can, route = plan.cells[key][m].times, route_at(steps, m)
         if facts.kernel is None:
-            can = {r: t for r, t in cell.times(facts.unscaled).items() if r not in without}
-            dense = quickest(can, ("dense",))
-            engine = None if dense is None else can[dense].p50
+            engine = quickest({one: timing for one, timing in can.items() if one not in without}, ("dense",))
         else:
-            wanted = Route("dense", facts.kernel)
-            engine = min((of[wanted].p50 for of in (cell.times(facts.unscaled), cell.whole) if wanted in of), default=None)
-        if engine is not None and route is not None:
-            found[m] = 1.0 if route.layout == "dense" else engine / times[route].p50
+            engine = Route("dense", facts.kernel)
+        if engine in can and route is not None:
+            found[m] = 1.0 if route.layout == "dense" else can[engine].p50 / times[route].p50
     return found

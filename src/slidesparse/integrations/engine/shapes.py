@@ -79,9 +79,9 @@ def served_layers(layers: Mapping[str, LinearShape], ranks: int = 1) -> list[Lin
 
 
 def behind_swiglu(model: Path, layers: Mapping[str, LinearShape], ranks: int = 1) -> frozenset[LinearShape]:
-    """Those of `served_layers`, 8 bits in a bfloat16 model, whose input is silu(gate) · up; none where several ranks sum in between."""
+    """Those of `served_layers`, 8 bits in a bfloat16 model, whose input is silu(gate) · up."""
     config = Checkpoint.open(model).config
     text = config.get("text_config") or config
     activation = text.get("hidden_act") if (text.get("dtype") or text.get("torch_dtype")) == "bfloat16" else None
-    alone = {name: layer for name, layer in layers.items() if ranks == 1 and layer.scheme.dynamic}
-    return frozenset(served_layers({name: layer for name, layer in alone.items() if follows_swiglu(name, activation)}, ranks))
+    behind = {name: layer for name, layer in layers.items() if layer.scheme.dynamic and follows_swiglu(name, activation)}
+    return frozenset(served_layers(behind, ranks))

@@ -13,21 +13,13 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 
 from ... import ops
-from ...compat.vllm import (
-    CompressedTensorsW8A8Fp8,
-    CompressedTensorsW8A8Int8,
-    UnquantizedLinearMethod,
-    cutlass_scaled_mm,
-    cutlass_scaled_mm_into,
-    has_cutlass,
-)
+from ...compat.vllm import CompressedTensorsW8A8Fp8, CompressedTensorsW8A8Int8, UnquantizedLinearMethod, cutlass_scaled_mm, has_cutlass
 from ...format import Scheme
 from ...gemm import Problem, active_plan, register
-from ...gemm.kernels.base import LEAVES, int32_overflow
+from ...gemm.kernels.base import int32_overflow
 from ...gemm.kernels.dense import HERE, ROWS, DenseKernel, Scale
 from ...gemm.runner import cannot_run
 from ...ops.launch import allocate
-from ...ops.library import ones
 from ..engine.policy import Decision, decide
 from ..vllm_facts import KERNEL, facts
 
@@ -45,16 +37,16 @@ def _multiplies(scheme: Scheme) -> bool:
     return ops.capability() >= (8, 9) if scheme.name == "fp8" else (7, 5) <= ops.capability() < (10, 0)
 
 
-def decided(problem: Problem, *, unscaled: bool, most: int, swiglu: bool) -> Decision:
+def decided(problem: Problem, *, most: int, swiglu: bool) -> Decision:
     """Whose a layer is by the plan in force, see `engine.policy.decide`."""
     plan = active_plan().plan
     without = frozenset() if plan is None else cannot_run(plan, problem)
-    return decide(problem, plan, facts(problem, unscaled=unscaled, most=most, swiglu=swiglu), without)
+    return decide(problem, plan, facts(problem, most=most, swiglu=swiglu), without)
 
 
 def give_back(layer: nn.Module, scheme: Scheme, weight: Tensor, scale: Tensor | None) -> Apply:
     """Make a layer on dense weights ``[N, K]`` and scales ``[N, 1]`` what vLLM makes of a dense checkpoint's."""
-    if not scheme.dynamic:
+    if scale is None:
         method = UnquantizedLinearMethod()
         layer.weight = nn.Parameter(weight, requires_grad=False)
         method.process_weights_after_loading(layer)
@@ -81,7 +73,7 @@ def _never_loaded(*arguments: object) -> None:
 
 def offer_kernel() -> None:
     """Let vLLM's W8A8 kernels take part: ``tune`` times them as ``dense:cutlass``, and plans may choose them."""
-    register(DenseKernel(KERNEL, _refuses, _run, unscaled=_unscaled, code=(*HERE, *ROWS)))
+    register(DenseKernel(KERNEL, _refuses, _run, code=(*HERE, *ROWS)))
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -98,11 +90,7 @@ def _refuses(problem: Problem) -> str | None:
     return int32_overflow(problem)
 
 
-def _run(problem: Problem, q: Tensor, x_scale: Scale, weight: Tensor, scale: Scale, bias: Scale) -> Tensor:
-    return cutlass_scaled_mm(q, weight.t(), x_scale, scale, problem.dtype, bias)
-
-
-def _unscaled(problem: Problem, q: Tensor, weight: Tensor, scale: Scale) -> Tensor:
-    unit, y = ones(q.device, 1), allocate(q, q.shape[0], weight.shape[0], torch.bfloat16)
-    cutlass_scaled_mm_into(y, q, weight.t(), unit, unit if "channel" in LEAVES[problem.scheme.name] else scale)
+def _run(problem: Problem, q: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Scale) -> Tensor:
+    y = allocate(q, q.shape[0], weight.shape[0], problem.dtype)
+    cutlass_scaled_mm(y, q, weight.t(), x_scale, scale, bias)
     return y

@@ -1,9 +1,8 @@
 """SwiGLU and norms in the pass that quantises and lifts their output, instead of the compiler's kernels in front of it.
 
 vLLM lets a configuration add a pass over its compiled graphs (``inductor_compile_config``, under the platform's ``pass_key``). This
-pass looks for ``slidesparse::linear_unscaled`` of silu(gate) · up, or of a norm with a residual, with the scales that the product in front
-may have left. It puts ``slidesparse::silu_mul_linear_unscaled`` or ``add_rms_norm_linear_unscaled`` there: [M, K] in 16 bits is neither
-written nor read. What it does not find runs as it stands.
+pass looks for ``slidesparse::linear`` of silu(gate) · up, or of a norm with a residual, and puts ``slidesparse::silu_mul_linear`` or
+``add_rms_norm_linear`` there: [M, K] in 16 bits is neither written nor read. What it does not find runs as it stands.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from torch import Tensor, fx
 from ...compat.torch import graph_patterns
 from ...compat.vllm import InductorPass, VllmConfig, add_pass, enable_fake_mode, fused_add_rms_norm, silu_and_mul
 from ...errors import UnsupportedError
-from ...gemm.op import add_rms_norm_linear_unscaled, linear_unscaled, silu_mul_linear_unscaled
-from ...reference import scaled
+from ...gemm.op import add_rms_norm_linear, linear, silu_mul_linear
 from ..engine.shapes import follows_swiglu
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
@@ -39,7 +37,7 @@ class FuseQuantisation(InductorPass):
 
     def uuid(self) -> str:
         """What vLLM's and torch's compile caches know it by."""
-        hashed = (sys.modules[__name__], scaled, silu_and_mul, fused_add_rms_norm)
+        hashed = (sys.modules[__name__], silu_and_mul, fused_add_rms_norm)
         return InductorPass.hash_source(*(inspect.getsource(one) for one in hashed))
 
 
@@ -71,15 +69,15 @@ def behind_swiglu(config: VllmConfig, layer: str) -> bool:
 
 
 def _takes(match: Any, inputs: tuple[str, ...]) -> bool:
-    """Whether the kernels take what was found: x and the residual [M, K] and its weight [K] in bfloat16, scales [M, 1] and [1, K]."""
-    nodes = {name: match.kwargs.get(name) for name in inputs}  # numbers are there as such, and None is not
-    found = {name: node.meta.get("val") for name, node in nodes.items() if isinstance(node, fx.Node)}
-    if not all(isinstance(found.get(name), Tensor) for name in inputs) or found["x"].dim() != 2:
+    """Whether the kernels take what was found: ``inputs``, in bfloat16, x and the residual [M, K] and the norm's weight [K]."""
+    nodes = {name: match.kwargs.get(name) for name in inputs}
+    values = {name: node.meta.get("val") for name, node in nodes.items() if isinstance(node, fx.Node)}
+    found = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    if len(found) < len(inputs) or found["x"].dim() != 2:
         return False
     m, k = found["x"].shape
-    shapes = {"x": (m, k), "residual": (m, k), "weight": (k,), "scale": (m, 1), "channel": (1, k), "name": (1,)}
-    types = {"scale": torch.float32, "channel": torch.float32, "name": torch.int64}
-    return all(one.dtype == types.get(name, torch.bfloat16) and _same(one.shape, shapes[name]) for name, one in found.items())
+    shapes = {"x": (m, k), "residual": (m, k), "weight": (k,)}
+    return all(one.dtype == torch.bfloat16 and _same(one.shape, shapes[name]) for name, one in found.items())
 
 
 def _same(shape: torch.Size, wanted: tuple[int | torch.SymInt, ...]) -> bool:
@@ -93,50 +91,33 @@ def _same(shape: torch.Size, wanted: tuple[int | torch.SymInt, ...]) -> bool:
 def _patterns() -> Any:
     matcher = graph_patterns()
     found, dtype = matcher.PatternMatcherPass(pass_name="slidesparse"), torch.bfloat16
-    x, residual, weight, name = *torch.empty(2, 5, 64, dtype=dtype), torch.empty(64, dtype=dtype), torch.empty(1, dtype=torch.int64)
-    token, channel = (torch.empty(shape, dtype=torch.float32) for shape in ((5, 1), (1, 64)))
+    x, residual, weight, bias = *torch.empty(2, 5, 64, dtype=dtype), *torch.empty(2, 64, dtype=dtype)
+    name = torch.empty(1, dtype=torch.int64)
 
     def add(search: Callable[..., Any], replacement: Callable[..., Any], *tensors: Tensor) -> None:
         names = inspect.signature(search).parameters
-        check = partial(_takes, inputs=tuple(one for one in names if one not in _ANY))
+        check = partial(_takes, inputs=tuple(one for one in names if one in ("x", "residual", "weight")))
         numbers = {one: _ANY[one] for one in names if one in _ANY}
         matcher.register_replacement(search, replacement, tensors, matcher.fwd_only, found, check, scalar_workaround=numbers)
 
-    def norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, name: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    def norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, name: Tensor, bias: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
         normed, total = fused_add_rms_norm(x, residual, weight, eps)
-        return *linear_unscaled(normed, name, n), total
+        return linear(normed, name, bias, n), total
 
-    # The first that matches counts: those that take most come first.
     add(
-        lambda x, scale, channel, name, n: linear_unscaled(silu_and_mul(scaled(x, scale, channel, None, dtype)), name, n),
-        silu_mul_linear_unscaled,
-        x, token, channel, name,
+        lambda x, name, bias, n: linear(silu_and_mul(x), name, bias, n),
+        lambda x, name, bias, n: silu_mul_linear(x, name, bias, n),
+        x, name, bias,
     )  # fmt: skip
     add(
-        lambda x, scale, name, n: linear_unscaled(silu_and_mul(scaled(x, scale, None, None, dtype)), name, n),
-        lambda x, scale, name, n: silu_mul_linear_unscaled(x, scale, None, name, n),
-        x, token, name,
-    )  # fmt: skip
-    add(
-        lambda x, name, n: linear_unscaled(silu_and_mul(x), name, n),
-        lambda x, name, n: silu_mul_linear_unscaled(x, None, None, name, n),
+        lambda x, name, n: linear(silu_and_mul(x), name, None, n),
+        lambda x, name, n: silu_mul_linear(x, name, None, n),
         x, name,
     )  # fmt: skip
+    add(norm, add_rms_norm_linear, x, residual, weight, name, bias)
     add(
-        lambda x, residual, weight, eps, scale, channel, name, n: norm(
-            scaled(x, scale, channel, None, dtype), residual, weight, eps, name, n
-        ),
-        add_rms_norm_linear_unscaled,
-        x, residual, weight, token, channel, name,
-    )  # fmt: skip
-    add(
-        lambda x, residual, weight, eps, scale, name, n: norm(scaled(x, scale, None, None, dtype), residual, weight, eps, name, n),
-        lambda x, residual, weight, eps, scale, name, n: add_rms_norm_linear_unscaled(x, residual, weight, eps, scale, None, name, n),
-        x, residual, weight, token, name,
-    )  # fmt: skip
-    add(
-        norm,
-        lambda x, residual, weight, eps, name, n: add_rms_norm_linear_unscaled(x, residual, weight, eps, None, None, name, n),
+        lambda x, residual, weight, eps, name, n: norm(x, residual, weight, eps, name, None, n),
+        lambda x, residual, weight, eps, name, n: add_rms_norm_linear(x, residual, weight, eps, name, None, n),
         x, residual, weight, name,
     )  # fmt: skip
     return found

@@ -26,8 +26,6 @@ from ...compat.vllm import (
 from ...errors import PatternError, UnsupportedError, WeightError
 from ...format import QUANT_METHOD, Packed, Scheme, packed_tensors, scheme_of_dtype
 from ...gemm import Problem, Runner, Weights
-from ...gemm.kernels import chosen
-from ...gemm.kernels.base import LEAVES
 from ...gemm.op import handle, linear, warm
 from ...packing import Shard
 from ..engine.claims import Claims
@@ -36,7 +34,7 @@ from ..engine.rank_weights import blank, cut, made_up, pack
 from ..vllm_facts import ENOUGH
 from .dense import Apply, can_give_back, decided, give_back
 from .fusion import behind_swiglu, fuses
-from .graph import compiles, enter_cache_key, open_linear
+from .graph import compiles, enter_cache_key
 from .loading import LOADING
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
@@ -95,17 +93,15 @@ class SlideSparseLinearMethod(LinearMethodBase):
 
     scheme: Scheme
 
-    def __init__(self, claims: Claims, layer: str, parts: tuple[str, ...]) -> None:
+    def __init__(self, scheme: Scheme | None, claims: Claims, layer: str, parts: tuple[str, ...]) -> None:
         self.claims, self.layer, self.parts = claims, layer, parts
         self.settings = Settings.current()
         self.config = get_current_vllm_config_or_none()
         """That of the model that is being built, which may be one inside another."""
-        # Now, since vLLM copies the configuration's passes as soon as the model's layers are made.
-        self.fuses = compiles(self.config) and fuses(self.config)
+        # Now, since vLLM copies the configuration's passes as soon as the model's layers are made. Layers of 16 bits quantise nothing.
+        self.fuses = scheme is not None and scheme.dynamic and compiles(self.config) and fuses(self.config)
         self.stock: Apply | None = None
         """What runs the layer where vLLM does."""
-        self.opened = False
-        """Whether scales and bias stand in the graph."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., K]`` → ``[..., N]``."""
@@ -113,8 +109,6 @@ class SlideSparseLinearMethod(LinearMethodBase):
             return self.stock(layer, x, bias)
         if x.dim() != 2:
             return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], layer.slidesparse_outputs)
-        if self.opened:
-            return open_linear(layer, x, bias)
         return linear(x, layer.slidesparse_name, bias, layer.slidesparse_outputs)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -146,44 +140,31 @@ class SlideSparseLinearMethod(LinearMethodBase):
         if layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0):
             bias = None  # vLLM adds it elsewhere
         problem = weights.problem(layer.params_dtype, device, None if bias is None else bias.dtype)
-        opened = self._can_open(layer, problem) and enter_cache_key(configs, self.layer, "unscaled")
-        behind = opened and self.fuses and behind_swiglu(self.config, self.layer)
-        decision = self._decision(problem, device, opened, behind)
-        if decision.why is not None and enter_cache_key(configs, self.layer, "dense"):
+        behind = self.fuses and layer.params_dtype == torch.bfloat16 and behind_swiglu(self.config, self.layer)
+        decision = self._decision(problem, device, behind)
+        if decision.why is not None and enter_cache_key(configs, self.layer, "vllm"):
             dense = ops.restore(weights.packed)[:, margins[0] : weights.k - margins[1]]
             self.stock = give_back(layer, self.scheme, dense.contiguous(), weights.channel_scale)
             _report(self.layer, weights, f"vLLM's own dense kernels: {decision.why}")
             return
-        self.opened = opened
+        enter_cache_key(configs, self.layer, QUANT_METHOD)
         settings = self.settings
-        runner = Runner(
-            weights, memory=settings.memory, route=settings.route, unscaled=opened, plan=decision.plan, unread="meta"
-        )  # fmt: skip
-        runner.prepare(layer.params_dtype, device, problem.bias)
+        runner = Runner(weights, memory=settings.memory, route=settings.route, plan=decision.plan, unread="meta")
+        ready = runner.prepare(layer.params_dtype, device, problem.bias)
         name = handle(layer, lambda dtype, device: runner, margins)
         layer.register_buffer("slidesparse_name", name, persistent=False)
         layer.slidesparse_outputs = weights.packed.n
-        if opened:
-            scale = weights.channel_scale.view(1, -1) if "channel" in LEAVES[self.scheme.name] else None
-            layer.register_buffer("slidesparse_scale", scale, persistent=False)
         _report(self.layer, weights, _told(runner))
         if compiles(self.config) and settings.replayed < min(ENOUGH, settings.most):
             _say_graphs(settings.replayed)
         if device.type == "cuda":
-            warm(name, runner, settings.captured, unscaled=opened)
+            warm(name, ready, settings.captured)
 
-    def _can_open(self, layer: Any, problem: Problem) -> bool:
-        """Whether scales and bias may stand in the graph: it is compiled, and no sum over ranks comes in between."""
-        if not self.scheme.dynamic or layer.params_dtype != torch.bfloat16 or not compiles(self.config):
-            return False
-        summed = isinstance(layer, RowParallelLinear) and layer.tp_size > 1 and layer.reduce_results
-        return not summed and (self.settings.route is None or _leaves(self.settings.route, problem))
-
-    def _decision(self, problem: Problem, device: torch.device, unscaled: bool, swiglu: bool) -> Decision:
+    def _decision(self, problem: Problem, device: torch.device, swiglu: bool) -> Decision:
         """Who runs the layer; this package where the user has chosen how, or vLLM has no kernel for it."""
         if self.settings.route is not None or self.settings.memory != "fast" or not can_give_back(self.scheme, device):
             return Decision(None)
-        return decided(problem, unscaled=unscaled, most=self.settings.most, swiglu=swiglu)
+        return decided(problem, most=self.settings.most, swiglu=swiglu)
 
     def _weights(self, layer: Any) -> tuple[Weights, tuple[int, int]]:
         raise NotImplementedError
@@ -198,7 +179,7 @@ class PackedLinearMethod(SlideSparseLinearMethod):
     """The packed form: ``weight_values``, ``weight_keep`` and, at 8 bits, ``weight_scale``."""
 
     def __init__(self, scheme: Scheme, claims: Claims, layer: str, parts: tuple[str, ...]) -> None:
-        super().__init__(claims, layer, parts)
+        super().__init__(scheme, claims, layer, parts)
         self.scheme = scheme
         self.pattern = claims.stored_pattern(layer, parts)
 
@@ -243,7 +224,7 @@ class DenseLinearMethod(SlideSparseLinearMethod):
     """Dense weights, packed once they are loaded: int8 or e4m3 with scales per channel or per part, or the model's 16-bit type."""
 
     def __init__(self, scheme: Scheme | None, claims: Claims, layer: str, parts: tuple[str, ...], *, per_part: bool = False) -> None:
-        super().__init__(claims, layer, parts)
+        super().__init__(scheme, claims, layer, parts)
         self.claimed, self.per_part = scheme, per_part
 
     def create_weights(
@@ -285,15 +266,6 @@ class DenseLinearMethod(SlideSparseLinearMethod):
         else:
             packed, shard = pack(weight, scale, self.k, self.start, candidates)
         return Weights(packed, self.scheme, scale), shard.margins
-
-
-def _leaves(route: str, problem: Problem) -> bool:
-    """Whether the route asked for can leave scales and bias to the graph."""
-    try:
-        chosen(route, problem, 1, unscaled=True)
-    except UnsupportedError:
-        return False
-    return True
 
 
 def _told(runner: Runner) -> str:
