@@ -89,6 +89,23 @@ def test_a_swiglu_block_is_two_ops(first: str | None, bias: bool, scheme: str, c
         check_near(y, block(x))
 
 
+@pytest.mark.parametrize("k", [96, 104])
+def test_on_a_rank_swiglu_stands_in_the_op_too(k: int, rank: Callable, compiled: None) -> None:
+    """Of 104 columns the second rank's begin inside a group."""
+    rank(1, 2)
+    down = made(layers.RowParallelLinear, N, k, "int8", False, "m.down_proj")
+    down.reduce_results = False
+
+    def block(x: Tensor) -> Tensor:
+        return down(SiluAndMul.forward_native(x))[0]
+
+    x = torch.randn(19, k).bfloat16()
+    y, ops, found = graphs_of(block, x)
+    assert (ops, found) == (["slidesparse.silu_mul_linear.default"], 1)
+    with torch.inference_mode():
+        check_near(y, block(x))
+
+
 @pytest.mark.parametrize(("first", "bias"), [(None, True), ("int8", False), ("fp8", True)])
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_a_norm_and_the_layer_behind_it_are_one_op(first: str | None, bias: bool, scheme: str, compiled: None) -> None:
@@ -196,6 +213,17 @@ def test_the_pass_is_put_where_vllm_looks_for_one(tmp_path: Path, rank: Callable
     assert fusion.behind_swiglu(config, "m.down_proj")
     config.model_config = None
     assert not fusion.behind_swiglu(config, "m.down_proj")
+
+
+@pytest.mark.parametrize(("scheme", "asks"), [("int8", True), ("fp8", True), ("bf16", False)])
+def test_layers_that_quantise_nothing_ask_for_no_pass(scheme: str, asks: bool, tmp_path: Path, rank: Callable) -> None:
+    register()
+    rank(0, 1)
+    config = model_config(tmp_path)
+    config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+    with set_current_vllm_config(config):
+        made(layers.RowParallelLinear, N, K, scheme, False, "m.down_proj")
+    assert (current_platform.pass_key in config.compilation_config.inductor_compile_config) == asks
 
 
 class Block(nn.Module):

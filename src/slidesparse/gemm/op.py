@@ -79,21 +79,22 @@ def _run_backward(grad: Tensor, name: Tensor, k: int) -> Tensor:
     return find(grad.dtype, grad.device).input_gradient(grad)[:, left : left + k].contiguous()
 
 
-def _run_behind(x: Gated | Normed, name: Tensor, bias: Tensor | None) -> Tensor:
-    find, left, right = _LAYERS[int(name)]
-    runner = find(x.dtype, x.device)
-    return (runner(_widened(x.computed(), left, right), bias) if left or right else runner.behind(x, bias)).contiguous()
-
-
 def _run_silu_mul(gate_up: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    return _run_behind(Gated(gate_up), name, bias)
+    find, left, right = _LAYERS[int(name)]
+    if left or right:
+        gate_up = _widened(gate_up.unflatten(1, (2, -1)), left, right).flatten(1)  # silu(0) · 0 is 0
+    return find(gate_up.dtype, gate_up.device).behind(Gated(gate_up), bias).contiguous()
 
 
 def _run_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, name: Tensor, bias: Tensor | None, n: int
 ) -> tuple[Tensor, Tensor]:
-    total = allocate(x, x.shape[0], x.shape[1], x.dtype)
-    return _run_behind(Normed(x, residual, weight, eps, total), name, bias), total
+    find, left, right = _LAYERS[int(name)]
+    runner, total = find(x.dtype, x.device), allocate(x, x.shape[0], x.shape[1], x.dtype)
+    normed = Normed(x, residual, weight, eps, total)
+    # Zeros would count in the mean.
+    y = runner(_widened(normed.computed(), left, right), bias) if left or right else runner.behind(normed, bias)
+    return y.contiguous(), total
 
 
 _REST = "Tensor name, Tensor? bias, SymInt n"
