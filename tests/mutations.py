@@ -55,7 +55,7 @@ KNOWN = (
     Mutation("gemm/tune.py", "fcntl.flock(folder, fcntl.LOCK_EX)", "pass", ("tune",)),
     Mutation("gemm/op.py", "runner.behind(normed, bias)", "runner.behind(normed)", ("behind",)),
     Mutation("gemm/op.py", "gate_up.unflatten(1, (2, -1))", "gate_up.unflatten(1, (1, -1))", ("behind",)),
-    Mutation("gemm/runner.py", "return bias.shape == (ready.problem.n,) and ", "return ", ("pipeline",)),
+    Mutation("gemm/runner.py", "(bias.shape == (ready.problem.n,) and bias", "(bias", ("pipeline",)),
     Mutation("checkpoint/transform.py", "{recipe.seed}/{plan.layer.name}/{block.first}", "{recipe.seed}", ("convert",)),
     Mutation("checkpoint/transform.py", "{plan.layer.name}/{block.first}", "{plan.layer.name}", ("convert",)),
     Mutation("checkpoint/staging.py", "os.fsync(file.fileno())", "pass", ("convert", "outputs")),

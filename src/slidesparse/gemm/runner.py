@@ -123,7 +123,9 @@ class Runner:
         ready, kind = self.ready, None if bias is None else bias.dtype
         if ready is None or x.dtype != ready.problem.dtype or kind != ready.problem.bias or x.device != ready.device:
             ready = self.prepare(x.dtype, x.device, kind)
-        direct = ready.direct and can_bypass_dispatcher(x) and x.get_device() == current_device() and (bias is None or _fits(bias, ready))
+        direct = ready.direct and can_bypass_dispatcher(x) and x.get_device() == current_device()
+        # Kernels that are launched directly read the bias as it lies.
+        direct = direct and (bias is None or (bias.shape == (ready.problem.n,) and bias.is_contiguous() and bias.device == x.device))
         call = ready.calls.get((direct, x.get_device(), x.dtype, x.shape, x.stride()))
         if call is None:
             return _first(ready, x, bias, direct)
@@ -142,7 +144,7 @@ class Runner:
         ready, kind = self.ready, None if bias is None else bias.dtype
         if ready is None or x.dtype != ready.problem.dtype or kind != ready.problem.bias or x.device != ready.device:
             ready = self.prepare(x.dtype, x.device, kind)
-        direct = ready.direct and (bias is None or _fits(bias, ready))
+        direct = ready.direct and (bias is None or (bias.shape == (ready.problem.n,) and bias.is_contiguous() and bias.device == x.device))
         call = ready.calls.get((direct, *signature(x)))
         if call is None:
             return _first(ready, x, bias, direct)
@@ -279,11 +281,6 @@ def _first(ready: Ready, x: Activations, bias: Tensor | None, direct: bool) -> T
     call = kernels()[route.kernel].bind(problem, route.layout, route.variant, x, direct=direct)
     ready.calls.keep((direct, *signature(x)), call)
     return run(call, x, ready.copies[route.layout], ready.scale, bias)
-
-
-def _fits(bias: Tensor, ready: Ready) -> bool:
-    """Whether kernels that are launched directly can read the bias as it lies."""
-    return bias.shape == (ready.problem.n,) and bias.is_contiguous() and bias.device == ready.device
 
 
 @lru_cache(maxsize=256)

@@ -126,8 +126,7 @@ def quantized(x: Activations, scheme: Scheme, pattern: Pattern | None, width: in
     if isinstance(x, Gated):
         return silu_mul_quantize(x.gate_up, scheme, pattern=pattern, width=width, rows=rows)
     if isinstance(x, Normed):
-        given: dict[str, Any] = {"pattern": pattern, "residual": x.residual, "width": width, "rows": rows}
-        q, scale, total = rms_norm_quantize(x.x, x.weight, x.eps, scheme, **given)
+        q, scale, total = rms_norm_quantize(x.x, x.weight, x.eps, scheme, pattern=pattern, residual=x.residual, width=width, rows=rows)
         x.total.copy_(total)
         return q, scale
     if pattern is None:
