@@ -2,7 +2,8 @@
 
 from .launch import Gemm, loaded, unavailable
 from .layout import tile, tiled_bytes, untile
-from .variants import VARIANTS, Types, Variant, constants, fits, predicted_clocks, source
+from .predict import predicted_us
+from .variants import VARIANTS, Types, Variant, constants, fits, source
 
 __all__ = [
     "VARIANTS",
@@ -12,7 +13,7 @@ __all__ = [
     "constants",
     "fits",
     "loaded",
-    "predicted_clocks",
+    "predicted_us",
     "source",
     "tile",
     "tiled_bytes",
