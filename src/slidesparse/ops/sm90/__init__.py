@@ -2,12 +2,14 @@
 
 from .launch import Gemm, loaded, unavailable
 from .layout import tile, tiled_bytes, untile
-from .predict import predicted_us
+from .predict import RATES, Rates, predicted_us
 from .variants import VARIANTS, Types, Variant, constants, fits, source
 
 __all__ = [
+    "RATES",
     "VARIANTS",
     "Gemm",
+    "Rates",
     "Types",
     "Variant",
     "constants",

@@ -51,6 +51,9 @@ H200 = Rates(
 )
 """Fitted to 1,784 calls of Qwen2.5-7B's layers (benchmarks/results/archive/h200_sm90*.csv), 132 multiprocessors, 700 W."""
 
+RATES = {"NVIDIA H200": H200}
+"""By the card's name."""
+
 
 def predicted_us(variant: Variant, n: int, k: int, width: int, m: int, *, values: str, sparse: bool, rates: Rates = H200) -> float:
     """Microseconds of a whole linear ``[M, K]`` → ``[M, N]`` whose product has ``width`` columns: K, or K' of slid weights.
