@@ -26,7 +26,8 @@ def summary(plan: Plan, problem: Problem) -> str:
             return "not measured: dense runs"
         gains = predicted_gains(problem, plan.machine.gpu)
         least, most = (found(gains[m] for m in MANY) for found in (min, max))
-        return f"not measured: {steps[-1][1].layout} runs, predicted {least:.2f} to {most:.2f} times as fast as dense from {MANY[0]} tokens on"
+        layout = steps[-1][1].layout
+        return f"not measured: {layout} runs, predicted {least:.2f} to {most:.2f} times as fast as dense from {MANY[0]} tokens on"
     layouts, _ = choice_of(plan, problem, without=elsewhere(plan, problem))
     nbytes = sum(LAYOUTS[name].nbytes(problem) for name in layouts) / LAYOUTS["dense"].nbytes(problem)
     return f"keeps {' and '.join(layouts)}, {nbytes:.2f} of dense weights' bytes"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from sys import maxsize
 
 from ..ops import sm90
-from .choose import Steps, geometric_mean, merged
+from .choose import Steps, geometric_mean
 from .kernels import kernels
 from .problem import Problem
 from .route import Route
@@ -46,8 +46,9 @@ def predicted_steps(problem: Problem, card: str) -> Steps:
     many = [gains[m] for m in MANY]
     if min(many) < WANTED or geometric_mean(many) < ASKED:
         return ()
-    steps = [(m, _best(problem, _SPARSE, m, sm90.RATES[card])[1]) for m in (*FEW, *MANY)]
-    return merged([*steps[:-1], (maxsize, steps[-1][1])])
+    asked = (*FEW, *MANY)
+    routes = (_best(problem, _SPARSE, m, sm90.RATES[card])[1] for m in asked)
+    return tuple(zip((*asked[:-1], maxsize), routes, strict=True))
 
 
 def _best(problem: Problem, layout: str, m: int, rates: sm90.Rates) -> tuple[float, Route]:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from .layout import DEPTH, ROWS, tile_bytes
 from .variants import Variant, part_bytes
 
-
 _NORM = 8
 """Of the sum of the bounds."""
 
