@@ -18,7 +18,7 @@ from ..format import VERSION
 from .configs import FindReader, Reader, contradictions, output_config
 from .formats import find_layers
 from .norms import NORMS, write_norms
-from .recipe import LayerPlan, Recipe, plan_layers
+from .recipe import RECONSTRUCTION, LayerPlan, Recipe, plan_layers
 from .solved import REPORT, Job, PruningReport, Solver, read_report, remove_blocks, solved_bytes, solved_norms, with_solved
 from .source import INDEX, Checkpoint
 from .staging import Staging, write_json
@@ -290,6 +290,7 @@ def _job(checkpoint: Checkpoint, recipe: Recipe, device: str) -> dict[str, Any]:
         "files": files,
         "config": checkpoint.config,
         "recipe": recipe.to_dict(),
+        "reconstruction": RECONSTRUCTION if recipe.calibrated and recipe.corrects else None,
         # Calibrated methods choose by sums, which differ in their last bits from one kind of device to another.
         "device": device.partition(":")[0] if recipe.calibrated else None,
     }
