@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -213,10 +214,33 @@ def test_with_a_card_the_merged_layers_are_tuned_and_the_plan_tells(run, monkeyp
     monkeypatch.setattr("slidesparse.gemm.tune.tune", tune)
     status, out, err = run("advise", "64x64", "--no-vllm", "--again")
     assert status == 0, err
-    assert asked["ms"] == TOKENS and asked["again"] is True
+    assert asked["ms"] == TOKENS and asked["again"] is asked["brief"] is True
     kinds = {(layer.n, layer.k, str(layer.pattern), layer.scheme.name) for layer in asked["layers"]}
     assert kinds == {(64, 64, pattern, scheme) for pattern in ("2:4", "6:8") for scheme in ("int8", "bf16")}, "fp8 needs 8.9"
     assert "measured here" in out and "Prune to 6:8 and serve in int8" in out
+
+
+@pytest.mark.parametrize("how", ["time", "signal"])
+def test_advice_that_is_stopped_tells_what_was_measured(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str) -> None:
+    plan_with(p2=1.5, p6=1.2).save(tmp_path / "plan-nvidia-h200.json")
+
+    def tune(layers, progress, **options):
+        progress(1, 20, "64×64 2:4 int8 M=1")
+        if how == "signal":
+            raise KeyboardInterrupt
+        time.sleep(0.01)
+        progress(2, 20, "64×64 2:4 int8 M=16")
+        raise AssertionError("the time is up")
+
+    monkeypatch.setenv("SLIDESPARSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: HERE.gpu)
+    monkeypatch.setattr("slidesparse.ops.capability", lambda: (9, 0))
+    monkeypatch.setattr("slidesparse.gemm.tune.tune", tune)
+    status, out, err = run("advise", "64x64", "--no-vllm", *(["--minutes", "0.0001"] if how == "time" else []))
+    told = "stopped after 0.0001 minutes: 2 of 20" if how == "time" else "interrupted: 1 of 20"
+    assert status == (0 if how == "time" else 130) and f"{told} were measured" in err and f"Measuring {told}" in " ".join(out.split())
+    assert "Prune to 6:8 and serve in int8" in out
 
 
 def test_cards_of_the_option_have_plans() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -65,7 +67,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch, **us: float) -> None:
     def timed(calls, rounds):
         for one in calls.values():
             one[0]()
-        return {each: at(us[each.layout]) for each in calls}
+        return {each: at(us[getattr(each, "layout", "dense")]) for each in calls}
 
     monkeypatch.setattr(measure, "timed_by_clock", timed)
 
@@ -321,3 +323,24 @@ def test_bench_audit_ends_with_3_where_the_plan_loses(run, stand_in: StandIn, tm
     assert "0 cells timed" in run(*words, "--out", tmp_path / "b.csv", "--sparse")[1]
     plan_of(tokens=(4,)).save(tmp_path / "plan.json")
     assert run(*words, "--out", tmp_path / "b.csv")[0] == 3, "the first plan still loses"
+
+
+@pytest.mark.parametrize(("minutes", "ends"), [([], 130), (["--minutes", "0"], 0)])
+def test_a_run_that_is_stopped_shows_and_keeps_what_it_measured(
+    run, stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: list[str], ends: int
+) -> None:
+    cell = kernel._cell
+
+    def stopped(work: kernel.Work, *rest: object) -> list[Row]:
+        if work.m == 8 and not minutes:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return cell(work, *rest)
+
+    monkeypatch.setattr(kernel, "_cell", stopped)
+    words = ["bench", "kernel", "--shape", "64x64", "--tokens", "4,8", "--schemes", "int8", "--patterns", "6:8", "--no-rivals"]
+    status, out, err = run(*words, *minutes, "--out", tmp_path / "k.csv")
+    assert status == ends and "Traceback" not in err
+    told = "stopped after 0 minutes: 0 of 2" if minutes else "interrupted: 1 of 2"
+    assert f"{told} were measured; run again to go on" in err and "measuring 0 of 2, 0 s: 64×64 6:8 int8 M=4" in err
+    assert ("1.50×" in out and "M = 8" not in out) if not minutes else "1 new rows" in out
+    assert {row.m for row in rows.read(tmp_path / "k.csv")} == ({0, 4} if not minutes else {0})

@@ -107,6 +107,8 @@ def run(asked: Asked, table: Rows, here: Row, progress: Progress | None = None) 
             points = [point for point in asked.points if not _there(table, replace(base, what=point[0], m=point[1]), asked.routes)]
             if not points:
                 continue
+            if progress:
+                progress(0, len(points), f"{base.model} {scheme} {pattern}: checkpoints, then engines")
             with ExitStack() as closing:
                 try:
                     engines = _engines(asked, source, scheme, pattern, closing)
@@ -215,7 +217,11 @@ def _compared(
     asked: Asked, engines: Sequence[Engine], base: Row, points: Sequence[Point], table: Rows, progress: Progress | None
 ) -> None:
     """Rows of all points, written point by point."""
-    memory = [engine.gigabytes() for engine in engines]
+    memory = []
+    for engine, route in zip(engines, asked.routes, strict=True):
+        if progress:
+            progress(0, len(points), f"{base.model} {base.scheme} {base.pattern}: {route} starts")
+        memory.append(engine.gigabytes())
     logprobs = [engine.logprobs() for engine in engines]
     apart = [statistics.fmean(abs(a - b) for a, b in zip(logprobs[0], each, strict=True)) if each else None for each in logprobs]
     for done, (phase, m) in enumerate(points):

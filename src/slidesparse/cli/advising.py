@@ -45,47 +45,58 @@ def advise(
     ] = None,
     vllm: Annotated[bool, typer.Option("--vllm/--no-vllm", help="vLLM's dense kernels are rivals where vLLM is installed.")] = True,
     again: Annotated[bool, typer.Option("--again", help="Measure what your plan has already, too.")] = False,
+    minutes: Annotated[float, typer.Option(min=0, help="Begin no measurement after so many; a model fills in what is lacking.")] = 4,
     json: Json = False,
 ) -> None:
     """What would pruning gain on this card? Bytes, speed, what accuracy costs, and one sentence of recommendation.
 
     With a GPU the linear layers are measured, merged as serving engines hold them: int8, fp8 and bf16, at 2:4 and 6:8, for 1, 16, 64, 1024
-    and 4096 tokens. Your plan keeps the times. Without one, those of a card that come with the package tell. Other patterns follow by a
-    model. No pruned weights are needed, and none of the model's own.
+    and 4096 tokens, in one to four minutes. Your plan keeps the times, and another run adds those that are lacking. Without a GPU, the
+    times of a card that come with the package tell. Other patterns follow by a model. No pruned weights are needed, and none of the
+    model's own.
     """
     import torch
 
     from ..bench.advice import advise as api_advise
     from ..bench.targets import target_of
 
-    asked = target_of(target)
+    asked, measured = target_of(target), None
     if card is None and torch.cuda.is_available():
         if vllm and find_spec("vllm") is not None:
             from .tuning import offer_vllm
 
             offer_vllm()
-        plan, origin = _measured(asked.shapes, again), "measured here"
+        plan, measured = _measured(asked.shapes, again, minutes)
+        origin = "measured here"
     else:
         plan = _shipped(card or Card.h200)
         origin = f"measured on {plan.date} on another machine with that card; times come with the package"
-    advice = api_advise(target, asked.shapes, plan, origin, notes=asked.notes)
+    notes = [*asked.notes, *([f"Measuring {measured.told}."] if measured and measured.told else [])]
+    advice = api_advise(target, asked.shapes, plan, origin, notes=notes)
     if json:
         screen.print_json(advice)
     else:
         _print(advice)
+    if measured:
+        measured.end()
 
 
-def _measured(shapes: Iterable[tuple[int, int]], again: bool) -> Plan:
+def _measured(shapes: Iterable[tuple[int, int]], again: bool, minutes: float) -> tuple[Plan, screen.Measuring]:
+    """Your plan, with what could be measured for these layers in the time."""
     from ..bench.advice import SCHEME_NAMES, TOKENS, TUNED
     from ..format import SCHEMES
+    from ..gemm import Plan, user_plan_path
+    from ..gemm.machine import this_machine
     from ..gemm.tune import LinearShape, tune
     from ..ops import capability
     from ..pattern import Pattern
 
     schemes = [name for name in SCHEME_NAMES if name != "fp8" or capability() >= (8, 9)]
-    layers = [LinearShape(n, k, Pattern.parse(text), SCHEMES[name]) for n, k in shapes for name in schemes for text in TUNED]
-    with screen.progress("measuring", count=True) as progress:
-        return tune(layers, ms=TOKENS, again=again, progress=progress)
+    layers = [LinearShape(n, k, Pattern.parse(text), SCHEMES[name]) for name in schemes for text in TUNED for n, k in shapes]
+    with screen.measuring("measuring", minutes) as run:
+        return tune(layers, ms=TOKENS, again=again, brief=True, progress=run.progress), run
+    own = user_plan_path()
+    return Plan.load(own, brief=True) if own.exists() else Plan(this_machine()), run
 
 
 def _shipped(card: Card) -> Plan:

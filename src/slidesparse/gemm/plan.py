@@ -36,6 +36,7 @@ class Cell:
     ``whole`` are times of whole linears, ``unscaled`` of products that leave scales and bias to the consumer of their output.
     ``dropped`` names routes and kernels; ``unscaled `` in front of a name says that only the unscaled product was wrong.
     ``versions`` are the versions of the kernels that were timed. ``errors`` are largest errors against the oracle; files leave them out.
+    ``brief`` cells hold a choice of routes, without unscaled products: advice is made of them, and nothing else.
     """
 
     m: int
@@ -44,6 +45,7 @@ class Cell:
     dropped: dict[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[Route, float] = field(default_factory=dict, compare=False)
+    brief: bool = False
 
     def times(self, unscaled: bool) -> dict[Route, Timing]:
         """Those of unscaled products, or of whole linears."""
@@ -80,6 +82,11 @@ class Plan:
         for key, table in other.cells.items():
             self.cells.setdefault(key, {}).update(table)
 
+    def without_brief(self) -> Plan:
+        """The plan that decides what runs: brief cells are left out."""
+        tables = {key: {m: cell for m, cell in table.items() if not cell.brief} for key, table in self.cells.items()}
+        return Plan(self.machine, {key: table for key, table in tables.items() if table}, self.date)
+
     def keep(self, versions: Mapping[str, str], algorithms: bool) -> frozenset[str]:
         """Drop times of kernels whose version is not that in ``versions``, and return these kernels.
 
@@ -110,8 +117,8 @@ class Plan:
         partial.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
-        """Read and check a plan.
+    def load(cls, path: Path, *, brief: bool = False) -> Plan:
+        """Read and check a plan; with its ``brief`` cells, too, if asked.
 
         Raises:
             CheckpointError: not a plan, another version, or a value that makes no sense; names file and place.
@@ -132,7 +139,7 @@ class Plan:
                     plan.add(key, _checked_cell(cell, versions))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
             raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}): run tune again") from error
-        return plan
+        return plan if brief else plan.without_brief()
 
 
 def _cell_json(cell: Cell, versions: list[Mapping[str, str]]) -> dict[str, Any]:
@@ -142,7 +149,8 @@ def _cell_json(cell: Cell, versions: list[Mapping[str, str]]) -> dict[str, Any]:
         versions.append(own)
     whole, unscaled = ({str(route): _timing_json(timing) for route, timing in times.items()} for times in (cell.whole, cell.unscaled))
     found: dict[str, Any] = {"m": cell.m, "kernels": versions.index(own), "us": whole}
-    return found | ({"unscaled_us": unscaled} if unscaled else {}) | ({"dropped": cell.dropped} if cell.dropped else {})
+    found |= ({"unscaled_us": unscaled} if unscaled else {}) | ({"dropped": cell.dropped} if cell.dropped else {})
+    return found | ({"brief": True} if cell.brief else {})
 
 
 def _timing_json(timing: Timing) -> list[float | str]:
@@ -176,7 +184,7 @@ def _checked_cell(cell: dict[str, Any], versions: list[dict[str, str]]) -> Cell:
         for all_of in (cell["us"], cell.get("unscaled_us", {}))
     )
     dropped = {str(name): str(reason) for name, reason in cell.get("dropped", {}).items()}
-    return Cell(m, whole, unscaled, dropped, versions[at])
+    return Cell(m, whole, unscaled, dropped, versions[at], brief=bool(cell.get("brief")))
 
 
 def _checked_times(name: str, times: Sequence[Any]) -> tuple[float, float, float, bool]:

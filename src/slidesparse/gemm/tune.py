@@ -45,6 +45,9 @@ _CHECKED_ROWS = 32
 _MOST_COPIES = 32
 _BLOCK_ROWS = 4096
 _UNSCALED_TIMED = 2
+_BRIEF_ROUNDS, _BRIEF_HELD = 5, 20e3
+_BRIEF_STEP = 3
+"""Of a kernel's variants, the likely fastest first, brief cells time the first and the fourth: of sm90's the first that splits."""
 _SHIPPED = (9, 0)
 """Compute capability of the cards whose plans come with the package."""
 UNSCALED = "unscaled "
@@ -80,6 +83,7 @@ def tune(
     *,
     ms: Sequence[int] | None = None,
     again: bool = False,
+    brief: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Measure what a plan lacks, on the current CUDA device, writing it after every cell.
@@ -88,6 +92,8 @@ def tune(
         path: the plan; by default the user's own. One that was measured with other software or is damaged is renamed to ``.old``.
         ms: numbers of tokens; by default `LinearShape.buckets`.
         again: measure cells that are there, too.
+        brief: for advice, in a fraction of the time: routes that can be the fastest whole linears. Such cells decide nothing that runs,
+            and take no other cell's place.
 
     Raises:
         CheckpointError: a ``path`` was given, is there and is no plan.
@@ -97,7 +103,7 @@ def tune(
     """
     path, plan = (user_plan_path(), _own()) if path is None else (path, _opened(path))
     tasks = [(layer, m) for layer in dict.fromkeys(layers) for m in (ms or layer.buckets)]
-    tasks = [(layer, m) for layer, m in tasks if again or _lacks(plan, layer, m)]
+    tasks = [(layer, m) for layer, m in tasks if again or _lacks(plan, layer, m, brief)]
     if tasks:
         _store(plan, path)  # a place that cannot be written shows now
     bench: Bench | None = None
@@ -108,17 +114,18 @@ def tune(
             del bench
             torch.cuda.empty_cache()
             bench = Bench(layer)
-        _store(plan, path, key_of(layer.problem), bench.cell(m))
+        there = plan.cells.get(key_of(layer.problem), {}).get(m)
+        _store(plan, path, key_of(layer.problem), bench.cell(m, brief=brief and (there is None or there.brief)))
     if progress:
         progress(len(tasks), len(tasks), "")
     forget_plans()
-    return plan
+    return plan if brief else plan.without_brief()
 
 
-def _lacks(plan: Plan, layer: LinearShape, m: int) -> bool:
+def _lacks(plan: Plan, layer: LinearShape, m: int, brief: bool) -> bool:
     """Whether a cell is missing, or was measured without a kernel that there is now, in this version, or without its unscaled product."""
     cell = plan.cells.get(key_of(layer.problem), {}).get(m)
-    if cell is None:
+    if cell is None or (cell.brief and not brief):
         return True
     versions, known, problem = kernel_versions(), kernels(), layer.problem
     if any(versions.get(name, version) != version for name, version in cell.versions.items()):
@@ -127,6 +134,8 @@ def _lacks(plan: Plan, layer: LinearShape, m: int) -> bool:
     met = {route.kernel for route in cell.whole} | {Route.parse(name).kernel if ":" in name else name for name in dropped}
     if any(one.worth_timing and one.refuses(problem) is None and name not in met for name, one in known.items()):
         return True
+    if brief:
+        return False
     seen = {*map(str, cell.unscaled), *(name.removeprefix(UNSCALED) for name in cell.dropped if name.startswith(UNSCALED))}
     dense = [route for route in cell.whole if route.layout == "dense" and route.kernel in known]
     return any(known[route.kernel].leaves(problem, route.variant) and str(route) not in seen for route in dense)
@@ -171,7 +180,7 @@ def _opened(path: Path, here: Machine | None = None) -> Plan:
     here = here or this_machine()
     if not path.exists():
         return Plan(here)
-    plan = Plan.load(path)
+    plan = Plan.load(path, brief=True)
     differs = here.differences(plan.machine)
     if differs:
         told = "; ".join(f"{name} is {mine!r} here, {theirs!r} there" for name, (mine, theirs) in differs.items())
@@ -194,14 +203,16 @@ class Bench:
         """What a plan calls the layer."""
         return key_of(self.problem)
 
-    def cell(self, m: int, *, rounds: int | None = None, also: Sequence[Route] = (), only: Collection[Route] = ()) -> Cell:
+    def cell(
+        self, m: int, *, rounds: int | None = None, also: Sequence[Route] = (), only: Collection[Route] = (), brief: bool = False
+    ) -> Cell:
         """Check and time ``m`` tokens: what the kernels' searches find worth timing and ``also`` these routes, or ``only`` some."""
         count, inputs = self._count(m), self.inputs(m)
         expected = cache(lambda draw: self._expected(inputs[draw]))
         calls: dict[Route, list[Callable[[], Tensor]]] = {}
         dropped: dict[str, str] = {}
         errors: dict[Route, float] = {}
-        for route in dict.fromkeys([*(only or self._worth(inputs[0], count, dropped)), *also]):
+        for route in dict.fromkeys([*(only or self._worth(inputs[0], count, dropped, brief)), *also]):
             found = [self.call(route, x, copy) for x, copy in zip(inputs, self.copies(route.layout, count), strict=False)]
             checked = self._checked(found, m, expected, roundings=kernels()[route.kernel].roundings(route.variant))
             if isinstance(checked, str):
@@ -209,19 +220,19 @@ class Bench:
                 _LOG.warning("%s, M = %d: %s dropped: %s", self.key, m, route, checked)
             else:
                 calls[route], errors[route] = found, checked.largest
-        rounds = rounds or _rounds(m, self.problem)
-        whole = self.timed(calls, dropped, rounds)
+        rounds = rounds or (_BRIEF_ROUNDS if brief else _rounds(m, self.problem))
+        whole = self.timed(calls, dropped, rounds, brief=brief)
         unscaled = {}
-        if self.layer.scheme.dynamic:
+        if self.layer.scheme.dynamic and not brief:
             unscaled = self.timed(self._unscaled(whole, inputs, dropped), dropped, rounds, UNSCALED)
-        return Cell(m, whole, unscaled, dropped, kernel_versions(), errors)
+        return Cell(m, whole, unscaled, dropped, kernel_versions(), errors, brief)
 
     def inputs(self, m: int) -> list[Tensor]:
         """Random activations ``[M, K]``, as many as keep the L2 cache cold."""
         return [torch.randn(m, self.problem.k, device=self.device, dtype=self.problem.dtype) for _ in range(self._count(m))]
 
-    def _worth(self, x: Tensor, count: int, dropped: dict[str, str]) -> list[Route]:
-        """The routes worth timing; kernels that cannot run are dropped."""
+    def _worth(self, x: Tensor, count: int, dropped: dict[str, str], brief: bool) -> list[Route]:
+        """The routes worth timing; kernels that cannot run are dropped. In ``brief`` few, and none that restores weights in every call."""
         found = []
         for name, kernel in kernels().items():
             reason = kernel.refuses(self.problem)
@@ -229,6 +240,8 @@ class Bench:
                 dropped |= {} if reason is None else {name: reason}
                 continue
             for layout in kernel.layouts:
+                if brief and layout == "packed":
+                    continue
                 try:
                     variants = kernel.search(self.problem, x, self.copies(layout, count)[0])
                 except (UnsupportedError, torch.OutOfMemoryError) as error:
@@ -236,7 +249,7 @@ class Bench:
                     continue
                 if not variants:
                     dropped[name] = "none of its variants gave right results"
-                found += [Route(layout, name, variant) for variant in variants]
+                found += [Route(layout, name, variant) for variant in (variants[::_BRIEF_STEP] if brief else variants)]
         return found or [Route("dense", "exact"), Route("packed", "exact")]
 
     def call(self, route: Route, x: Tensor, copy: Copy, *, unscaled: bool = False) -> Callable[[], Tensor]:
@@ -253,10 +266,13 @@ class Bench:
         return timed
 
     def timed(
-        self, calls: Mapping[Route, Sequence[Callable[[], object]]], dropped: dict[str, str], rounds: int, prefix: str = ""
-    ) -> dict[Route, Timing]:
+        self, calls: Mapping[Route, Sequence[Callable[[], object]]], dropped: dict[str, str], rounds: int, prefix: str = "",
+        *, brief: bool = False,
+    ) -> dict[Route, Timing]:  # fmt: skip
         """Times by route; where memory does not suffice, none, and the routes are ``dropped`` under their names behind a prefix."""
         timer = measure.timed if self.device == "cuda" else measure.timed_by_clock
+        if brief and self.device == "cuda":
+            timer = partial(measure.timed, held=_BRIEF_HELD)
         try:
             return timer(calls, rounds=rounds) if calls else {}
         except torch.OutOfMemoryError as error:
