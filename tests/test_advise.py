@@ -125,7 +125,8 @@ def test_the_recommendation_tells_decode_from_prefill_in_one_sentence(monkeypatc
 
 def test_dense_weights_may_be_best_in_other_schemes_for_decode_and_for_prefill() -> None:
     def made(pattern: str, scheme: str, *us: float) -> Option:
-        return Option(pattern, scheme, 1, 1, 1.0, [Speed(m, each, 0.5, 0.5, MEASURED, m) for m, each in zip((1, 4096), us, strict=True)], None)
+        speeds = [Speed(m, each, 0.5, 0.5, MEASURED, m) for m, each in zip((1, 4096), us, strict=True)]
+        return Option(pattern, scheme, 1, 1, 1.0, speeds, None)
 
     text = recommended([made(DENSE, "int8", 2.0, 3.0), made(DENSE, "fp8", 1.0, 4.0)], [made("6:8", "int8", 4.0, 6.0)])
     assert text.startswith("Stay dense, in fp8 for decode or int8 for prefill: no pattern is faster")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from plans import HERE, at
-from slidesparse import measure, ops
+from slidesparse import __version__, measure, ops
 from slidesparse.bench import audit, kernel, lift, rivals, rows, speedups
 from slidesparse.bench.rows import COLUMNS, FAILED, OK, PUBLISHED, REFUSED, WRONG, Row, Rows
 from slidesparse.errors import CheckpointError, UnsupportedError
@@ -160,6 +162,54 @@ def test_cells_that_are_there_are_not_measured_again(stand_in: StandIn, tmp_path
     assert {row.m for row in measured(Rows(table.path), "6:8 int8", tokens=(4, 5))} == {5}
     other = replace(rows.here("def"), bench="kernel")
     assert not table.has(kernel.Work((64, 64), "int8", "6:8", 4).row(other)), "another commit's rows are not this one's"
+
+
+class Variants(StandIn):
+    """Two variants that differ in nothing."""
+
+    def refuses(self, problem: Problem, variant: str = "") -> str | None:
+        return super().refuses(problem)
+
+    def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
+        return ("a", "b")
+
+
+def test_every_variant_completes_cells_that_were_measured_without(stand_in: StandIn, tmp_path: Path) -> None:
+    def rows_of(every: bool, tokens: tuple[int, ...] = (4,)) -> list[Row]:
+        cells = [kernel.Work((64, 64), "int8", "6:8", m) for m in tokens]
+        return kernel.run(cells, Rows(tmp_path / "rows.csv"), rows.here("abc"), every=every)
+
+    register(Variants())
+    few, more = rows_of(False), rows_of(True, (4, 5))
+    whole = [row for row in rows.read(tmp_path / "rows.csv") if row.what == "linear" and row.status == OK]
+    assert len(few) < len(more) and {row.m for row in more} == {4, 5}
+    for m in (4, 5):
+        routes = [row.route for row in whole if row.m == m]
+        assert sorted(routes) == ["dense:exact", "packed:exact", "slid:stand-in:a", "slid:stand-in:b"], "once each"
+    refused = [row.route for row in rows.read(tmp_path / "rows.csv") if row.status == REFUSED]
+    assert "rowwise" in refused and len(set(refused)) == len(refused), "what does not run is still said, once"
+    assert not rows_of(True, (4, 5)) and not rows_of(False, (4, 5))
+
+
+def test_other_changes_of_a_checkout_are_other_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "src" / "slidesparse" / "bench").mkdir(parents=True)
+    monkeypatch.setattr(rows, "__file__", str(tmp_path / "src" / "slidesparse" / "bench" / "rows.py"))
+    assert rows.code_version() == __version__
+    file = tmp_path / "src" / "one.py"
+    file.write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    clean = rows.code_version()
+    assert re.fullmatch(r"[0-9a-f]{7}", clean)
+    (tmp_path / "rows.csv").write_text("what a run writes here")
+    assert rows.code_version() == clean
+    file.write_text("2")
+    second = rows.code_version()
+    assert re.fullmatch(clean + r"-dirty-[0-9a-f]{6}", second) and rows.code_version() == second
+    (tmp_path / "src" / "new.py").write_text("3")
+    third = rows.code_version()
+    (tmp_path / "src" / "new.py").write_text("4")
+    assert len({second, third, rows.code_version()}) == 3
 
 
 def test_wrong_and_broken_kernels_are_rows_and_the_next_cell_is_measured(stand_in: StandIn, tmp_path: Path) -> None:
