@@ -15,6 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tables import METHODS, PATTERNS, read
 
+from slidesparse.bench.accuracy import NAMES
+
 COLOURS = {"magnitude": "#999999", "wanda": "#E69F00", "sparsegpt": "#56B4E9", "admm": "#009E73", "auto": "#D55E00"}
 """Of Okabe and Ito, told apart by colour-blind eyes; markers tell the methods apart, too."""
 MARKERS = {"magnitude": "s", "wanda": "^", "sparsegpt": "D", "admm": "v", "auto": "o"}
@@ -39,7 +41,7 @@ def picture(table: Path, place: Path) -> None:
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g} %")
         axis.set_xticks([kept(pattern) for pattern in PATTERNS], [f"{pattern}\n{kept(pattern):.0f} %" for pattern in PATTERNS])
         axis.set_xlabel("pattern and weights kept")
-        axis.set_title(f"{model}, bf16", fontsize="medium")
+        axis.set_title(f"{NAMES.get(model, model)}, bf16", fontsize="medium")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("WikiText-2 perplexity above the dense model's")
     axes[0][0].legend(fontsize="small")
