@@ -11,7 +11,7 @@ import torch
 
 import models
 from plans import HERE, times
-from slidesparse.bench import accuracy, advice
+from slidesparse.bench import accuracy, advice, recommend
 from slidesparse.bench.accuracy import Loss
 from slidesparse.bench.advice import TOKENS, Option, Speed, advise, pays_from
 from slidesparse.bench.estimate import DENSE, MEASURED, MODEL, Estimates
@@ -102,13 +102,13 @@ BEST, STUDY = "times as fast as the best dense weights of 8 bits", "in our study
         ),
         (
             1.5, 0.9, 1.0,
-            f"Stay dense in int8: 2:4 in int8 is faster in prefill (1.50 {BEST}) and no faster in decode (1.00 times), "
+            f"Stay dense in int8: 2:4 in int8 is faster in prefill (1.50 {BEST}) and as fast in decode (1.00 times), "
             f"but needs training after pruning; {STUDY} 50.00.",
         ),
         (
             1.01, 0.9, 0.9,
             "Stay dense in int8: no pattern is faster in all of decode or of prefill; "
-            f"2:4 in int8, the best, is no faster in prefill (1.01 {BEST}) and slower in decode (0.90 times).",
+            f"2:4 in int8, the best, is as fast in prefill (1.01 {BEST}) and slower in decode (0.90 times).",
         ),
     ],
 )  # fmt: skip
@@ -121,6 +121,21 @@ def test_the_recommendation_tells_decode_from_prefill_in_one_sentence(monkeypatc
     for table in plan.cells.values():
         table[16] = Cell(16, times(dense_triton=10.0, slid=10.0 / few))
     assert advise("some", {(64, 64): 1}, plan, "here", tokens=(16, 1024)).recommendation == text
+
+
+@pytest.mark.parametrize(
+    ("gains", "word"),
+    [((0.9, 0.95), "slower"), ((0.9, 1.0), "slower or as fast"), ((0.9, 1.1), "slower or faster"), ((1.0, 1.1), "as fast or faster")],
+)
+def test_a_mixed_result_is_called_so(gains: tuple[float, float], word: str) -> None:
+    assert recommend._word(*gains) == word
+
+
+def test_what_a_model_says_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advice, "PATTERNS", ("4:6",))
+    monkeypatch.setattr(advice, "losses", lambda pattern: [])
+    text = advise("some", {(64, 64): 1}, plan_with(p2=2.0, p6=1.2), "here", tokens=(16, 1024)).recommendation
+    assert text.startswith("Prune to 4:6 and serve in int8: by a model, which `slidesparse bench kernel` can confirm, it is faster in decode")
 
 
 def test_dense_weights_may_be_best_in_other_schemes_for_decode_and_for_prefill() -> None:

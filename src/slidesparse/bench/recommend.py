@@ -37,7 +37,7 @@ def recommended(dense: Sequence[Option], options: Sequence[Option]) -> str:
     best = max(kind, key=_rank)
     faster = _faster(best)
     where = "" if len(faster) == len(best.ranges(8)) else f" where {' and '.join(faster)} is what counts"
-    return f"Prune to {best.pattern} and serve in {best.scheme}{where}: it is {_told(best)}{_loss(best)}."
+    return f"Prune to {best.pattern} and serve in {best.scheme}{where}: {_source(best)}it is {_told(best)}{_loss(best)}."
 
 
 def _faster(option: Option) -> list[str]:
@@ -73,6 +73,11 @@ def _stay(dense: Sequence[Option]) -> str:
     return f"Stay dense, in {' or '.join(f'{scheme} for {name}' for name, scheme in best.items())}"
 
 
+def _source(option: Option) -> str:
+    measured = all(speed.source == MEASURED for speed in option.speeds)
+    return "" if measured else "by a model, which `slidesparse bench kernel` can confirm, "
+
+
 def _told(option: Option) -> str:
     """Where the option wins and where it loses, what it wins first."""
     parts = []
@@ -85,11 +90,10 @@ def _told(option: Option) -> str:
 
 
 def _word(least: float, most: float) -> str:
-    if least > GUARD:
-        return "faster"
-    if most < 1 / GUARD:
-        return "slower"
-    return "no faster" if most <= GUARD else "faster or slower, by the number of tokens,"
+    """By the number of tokens it may be two of slower, as fast and faster."""
+    worst, best = (0 if gain < 1 / GUARD else 1 if gain <= GUARD else 2 for gain in (least, most))
+    words = ("slower", "as fast", "faster")
+    return words[worst] if worst == best else f"{words[worst]} or {words[best]}"
 
 
 def _loss(option: Option) -> str:
