@@ -54,8 +54,8 @@ def advise(
     """What would pruning gain on this card? Bytes, speed, what accuracy costs, and one sentence of recommendation.
 
     With a GPU the linear layers are measured, merged as serving engines hold them: int8, fp8 and bf16, at 2:4 and 6:8, for 1, 16, 64, 1024
-    and 4096 tokens, which takes about two minutes. Your plan keeps the times, and another run adds those that are lacking. Without a GPU, the
-    times of a card that come with the package tell. Other patterns follow by a model. No pruned weights are needed, and none of the
+    and 4096 tokens. That takes about two minutes. Your plan keeps the times, and another run adds those that are lacking. Without a GPU
+    the times of a card that come with the package tell. Other patterns follow by a model. No pruned weights are needed, and none of the
     model's own.
     """
     import torch
