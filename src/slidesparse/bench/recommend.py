@@ -80,7 +80,7 @@ def _source(option: Option) -> str:
 
 def _told(option: Option) -> str:
     """Where the option wins and where it loses, what it wins first."""
-    parts = []
+    parts: list[str] = []
     for name, (least, most) in sorted(option.ranges(8).items(), key=lambda item: -item[1][0]):
         low, high = f"{least:.2f}", f"{most:.2f}"
         times = low if low == high else f"{low} to {high}"

@@ -47,8 +47,8 @@ def progress(title: str, *, count: bool = False) -> Iterator[Callable[..., None]
         now = time.monotonic()
         if now - told >= _EVERY or (count and done == total):
             told = now
-            amount = f"{done} of {total}" if count else f"{size(done)} of {size(total)}"
-            err.print(f"{title} {amount}, {now - began:.0f} s{f': {what}' if what else ''}", markup=False)
+            amount = "" if not total else f" {done} of {total}" if count else f" {size(done)} of {size(total)}"
+            err.print(f"{title}{amount}, {now - began:.0f} s{f': {what}' if what else ''}", markup=False)
 
     units = (MofNCompleteColumn(),) if count else (DownloadColumn(binary_units=False), TransferSpeedColumn())
     columns = (TextColumn("{task.description}"), BarColumn(), *units, TimeRemainingColumn(), TextColumn("[dim]{task.fields[what]}"))
