@@ -61,20 +61,6 @@ def packed_layer(weight: Tensor, scale: Tensor | None, bias: Tensor, scheme: str
     return layer
 
 
-def test_what_checks_let_go_is_given_back_before_copies_are_made(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-
-    def told(name: str, run: Callable) -> Callable:
-        return lambda *arguments, **rest: order.append(name) or run(*arguments, **rest)
-
-    monkeypatch.setattr(methods, "cut", told("cut", methods.cut))
-    monkeypatch.setattr(methods, "Runner", told("made ready", methods.Runner))
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("given back"))
-    packed_layer(*weights(16, 32, "fp8"), torch.randn(16), "fp8")
-    assert order == ["cut", "given back", "made ready"]
-
-
 def test_a_layer_gives_its_packed_weights_up_unless_they_are_read(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(methods, "Runner", lambda *arguments, **rest: made.append(Runner(*arguments, **rest)) or made[-1])

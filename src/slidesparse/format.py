@@ -42,6 +42,17 @@ class Scheme:
         """Activations are quantised per token to ``dtype`` before the GEMM."""
         return self.bound is not None
 
+    @property
+    def largest(self) -> float:
+        """The bound Q of a scheme that quantises rows.
+
+        Raises:
+            ValueError: the scheme does not.
+        """
+        if self.bound is None:
+            raise ValueError(f"scheme {self.name} does not quantise rows")
+        return self.bound
+
     def k_stored(self, k: int) -> int:
         """Stored values in a dense row of ``k`` weights."""
         return k // 2 if self.pair else k

@@ -53,21 +53,26 @@ def quantize_weight(weight: Tensor, scheme: Scheme | str, *, first_row: int = 0)
             types = " to ".join(str(dtype).removeprefix("torch.") for dtype in (weight.dtype, scheme.dtype))
             check_finite(values, f"weight, cast from {types},", first_row=first_row)
         return values, None
-    q, scale = _quantize_rows(weight.float(), scheme)
-    if not _finite(scale):
-        check_finite(weight, first_row=first_row)
-    return q, scale
+    return quantize_rows(weight, scheme, first_row=first_row)
 
 
-def _quantize_rows(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """`reference.quantize` for finite rows, bitwise: float32 ``[N, K]`` → q ``[N, K]``, scale float32 ``[N, 1]``."""
+def quantize_rows(weight: Tensor, scheme: Scheme, *, first_row: int = 0) -> tuple[Tensor, Tensor]:
+    """`reference.quantize` for finite rows, bitwise: ``[N, K]`` → q ``[N, K]``, scale float32 ``[N, 1]``.
+
+    Raises:
+        WeightError: a weight is NaN or Inf.
+        ValueError: the scheme is not of 8 bits.
+    """
+    given, weight, bound = weight, weight.float(), scheme.largest
     # Two passes that only read cost less than one that writes magnitudes.
     ends = (weight.amax(-1, keepdim=True), -weight.amin(-1, keepdim=True)) if weight.shape[1] else (weight.new_zeros(len(weight), 1),) * 2
     largest = torch.maximum(*ends)
     # Tensors as divisors: CUDA multiplies by the reciprocal of a plain number, which is not IEEE division.
-    scale = largest / torch.full_like(largest, scheme.bound)
+    scale = largest / torch.full_like(largest, bound)
     scale.masked_fill_(scale == 0, 1.0)
-    q = (weight / scale).clamp_(-scheme.bound, scheme.bound)
+    if not _finite(scale):
+        check_finite(given, first_row=first_row)
+    q = (weight / scale).clamp_(-bound, bound)
     return (q.round_() if scheme.dtype == torch.int8 else q).to(scheme.dtype), scale
 
 

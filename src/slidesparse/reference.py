@@ -147,9 +147,7 @@ def quantize(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     s = max|x| / Q by IEEE division, 1 where that is zero; q = clamp(round-to-nearest-even(x / s), ±Q). A row that holds NaN or Inf
     gets s = NaN and q = 0, so that its output, and no other row's, is NaN.
     """
-    bound = scheme.bound
-    if bound is None:
-        raise ValueError(f"scheme {scheme.name} does not quantise rows")
+    bound = scheme.largest
     x32 = x.to(torch.float32)
     largest = x32.abs().amax(-1, keepdim=True) if x.shape[1] else x32.new_zeros(x.shape[0], 1)
     # A tensor, not a number, as divisor: CUDA multiplies by the reciprocal of a number, which is not IEEE division.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import UnsupportedError
 from ..format import BLOCK, MARKER, SCHEMES, PackedConfig
 from ..pattern import Pattern
 from ..select import NOT_LINEAR, matches
@@ -80,7 +81,10 @@ def output_config(
         for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
             config[key] = _CONFIG_DTYPE[recipe.scheme]
     if recipe.form == "packed":
-        ragged = {p.layer.name: p.layer.k for p in plans if p.layer.k % (p.pattern.group * p.pattern.unit)}
+        if pattern is None:
+            raise UnsupportedError(f"{checkpoint.path}: the packed form needs a pattern for every layer that is converted")
+        own = [(plan.layer, overrides.get(plan.layer.name, pattern)) for plan in plans]
+        ragged = {layer.name: layer.k for layer, p in own if layer.k % (p.group * p.unit)}
         # Whoever loads it must know that what has no place was no part of the packed form.
         unplaced = [] if reader is None else reader.unplaced
         ignore = _with_head(list(dict.fromkeys((*floating, *unplaced))), converted)
@@ -131,13 +135,14 @@ def _with_head(ignore: list[str], elsewhere: Any) -> list[str]:
 
 def _common_pattern(plans: list[LayerPlan]) -> tuple[Pattern | None, dict[str, Pattern]]:
     """The pattern most weights obey, and the layers that obey another."""
-    if any(plan.pattern is None for plan in plans):
+    known = [(plan.layer, plan.pattern) for plan in plans if plan.pattern is not None]
+    if len(known) < len(plans):
         return None, {}
     weights: Counter[Pattern] = Counter()
-    for plan in plans:
-        weights[plan.pattern] += plan.layer.n * plan.layer.k
+    for layer, pattern in known:
+        weights[pattern] += layer.n * layer.k
     common = weights.most_common(1)[0][0]
-    return common, {plan.layer.name: plan.pattern for plan in plans if plan.pattern != common}
+    return common, {layer.name: pattern for layer, pattern in known if pattern != common}
 
 
 def _compressed_tensors(name: str, ignore: list[str], merged: bool) -> dict[str, Any]:
@@ -152,7 +157,8 @@ def _compressed_tensors(name: str, ignore: list[str], merged: bool) -> dict[str,
     if name == "nvfp4":
         weights |= {"num_bits": 4, "group_size": BLOCK, "strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
         activations = None
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}}
+    groups: dict[str, dict[str, Any]] = {}
+    groups["group_0"] = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
     if merged and name != "fp8":
         plain = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None, "strategy": "channel", "dynamic": False}
         groups["unquantized_experts"] = {

@@ -106,7 +106,7 @@ def convert(
     staging = Staging(Path(out), checkpoint.path, _job(checkpoint, recipe, device), overwrite)
     try:
         with staging, TensorReader() as reader:
-            if not recipe.calibrated:
+            if solver is None or not recipe.calibrated:
                 return _Conversion(checkpoint, recipe, plans, reader, device, progress).run(staging, read)
             pruning = read_report(staging.path)
             if pruning is None:

@@ -84,6 +84,17 @@ class Layer:
         return info is not None and self.scheme.dynamic and math.prod(info.shape) == 1 < self.n
 
     @property
+    def stored_pattern(self) -> Pattern:
+        """The pattern of a packed layer, as stored values obey it.
+
+        Raises:
+            CheckpointError: the layer is not packed.
+        """
+        if self.pattern is None:
+            raise CheckpointError(f"{self.main.path}: layer {self.name} is not packed")
+        return self.scheme.pattern_stored(self.pattern)
+
+    @property
     def nbytes(self) -> int:
         """Stored bytes, scales included."""
         return sum(info.nbytes for info in self.tensors.values())

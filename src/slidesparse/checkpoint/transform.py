@@ -23,16 +23,16 @@ Advance = Callable[[int], None]
 
 def output_specs(plan: LayerPlan, recipe: Recipe) -> tuple[TensorSpec, ...]:
     """Tensors the layer becomes."""
-    n, k = plan.layer.n, plan.layer.k
-    if _packs(plan, recipe):
-        return packed_tensors(plan.scheme, plan.pattern, n, k)
+    n, k, pattern = plan.layer.n, plan.layer.k, _packs(plan, recipe)
+    if pattern is not None:
+        return packed_tensors(plan.scheme, pattern, n, k)
     specs = dense_tensors(plan.scheme, n, k)
     return (replace(specs[0], shape=(k,)),) if plan.layer.vector else specs
 
 
-def _packs(plan: LayerPlan, recipe: Recipe) -> bool:
-    """Layers without a pattern in a packed checkpoint are those that stay dense."""
-    return recipe.form == "packed" and plan.pattern is not None
+def _packs(plan: LayerPlan, recipe: Recipe) -> Pattern | None:
+    """The pattern in which the layer is packed; those without one in a packed checkpoint stay dense."""
+    return plan.pattern if recipe.form == "packed" else None
 
 
 def transform(
@@ -110,7 +110,7 @@ def _prune(block: Block, plan: LayerPlan, recipe: Recipe) -> Block:
 def _quantize(block: Block, plan: LayerPlan, global_scale: Tensor | None) -> Block:
     if not plan.requantize:
         return block
-    if plan.scheme.pair:
+    if global_scale is not None:
         return Block(block.first, *quantize_nvfp4(block.values, float(global_scale), first_row=block.first))
     return Block(block.first, *quantize_weight(block.values, plan.scheme, first_row=block.first))
 
@@ -118,7 +118,7 @@ def _quantize(block: Block, plan: LayerPlan, global_scale: Tensor | None) -> Blo
 def _store(block: Block, plan: LayerPlan, recipe: Recipe) -> Iterator[tuple[str, int, Tensor]]:
     scheme, pattern = plan.scheme, plan.pattern
     stored = None if pattern is None else scheme.pattern_stored(pattern)
-    if _packs(plan, recipe):
+    if stored is not None and _packs(plan, recipe) is not None:
         packed = packing.pack(block.values, stored, first_row=block.first)
         yield "weight_values", block.first, packed.values
         yield "weight_keep", block.first, packed.keep

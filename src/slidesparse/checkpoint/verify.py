@@ -104,8 +104,8 @@ def _claims(checkpoint: Checkpoint, pattern: Pattern | None) -> list[tuple[Layer
     """The layers that say they obey a pattern, or those that are asked to, with it."""
     layers = [layer for layer in checkpoint.layers.values() if layer.pattern or not checkpoint.packed]
     layers = [layer for layer in layers if layer.pattern or (layer.by_default and not matches(layer.name, checkpoint.marked_ignore))]
-    claims = [(layer, pattern or layer.pattern or checkpoint.marked_pattern(layer.name)) for layer in layers]
-    claims = [(layer, claimed) for layer, claimed in claims if claimed is not None]
+    found = ((layer, pattern or layer.pattern or checkpoint.marked_pattern(layer.name)) for layer in layers)
+    claims = [(layer, claimed) for layer, claimed in found if claimed is not None]
     if not claims:
         raise CheckpointError(f"{checkpoint.path} claims no pattern: nothing to verify; give --pattern to check one")
     for layer, claimed in claims:
@@ -118,12 +118,12 @@ def _verify_layer(reader: TensorReader, layer: Layer, pattern: Pattern, other: C
     stored = layer.scheme.pattern_stored(pattern)
     try:
         twin = None if other is None else _twin(other, layer)
-        theirs = None if twin is None else twin.blocks(reader)
+        theirs = iter(()) if twin is None else twin.blocks(reader)
         for block in layer.blocks(reader):
             verdict.negative_zeros += count_negative_zeros(block.values)
             packed = _repack(block, stored, layer)
             check_identity(block.values, packed, first_row=block.first)
-            if theirs is not None:
+            if twin is not None:
                 verdict.masked_away += _compare(reader, layer, block, twin, next(theirs))
         if other is not None and verdict.masked_away and (other.marker or other.packed):
             raise WeightError(f"the mask removes {verdict.masked_away} non-zero weights of {other.path}, which is masked already")
@@ -135,7 +135,7 @@ def _verify_layer(reader: TensorReader, layer: Layer, pattern: Pattern, other: C
 def _repack(block: Block, pattern: Pattern, layer: Layer) -> Packed:
     packed = packing.pack(block.values, pattern, first_row=block.first)
     if block.packed is not None:
-        own = layer.scheme.pattern_stored(layer.pattern)
+        own = layer.stored_pattern
         canonical = packed if pattern == own else packing.pack(block.values, own, first_row=block.first)
         for what in ("keep", "values"):
             row = _first_difference(getattr(canonical, what), getattr(block.packed, what))
@@ -246,7 +246,10 @@ def _restores(reader: TensorReader, checkpoint: Checkpoint, name: str, twin: Lay
         mine = reader.read(weight).view(1, -1) if twin.vector else reader.read_rows(weight, *rows)
         if mine.dtype != block.values.dtype or _first_difference(mine, block.values) is not None:
             return False
-        if (scale is None) != (block.scale is None) or (scale is not None and not torch.equal(reader.read_rows(scale, *rows), block.scale)):
+        if scale is None or block.scale is None:
+            if scale is not None or block.scale is not None:
+                return False
+        elif not torch.equal(reader.read_rows(scale, *rows), block.scale):
             return False
     return True
 

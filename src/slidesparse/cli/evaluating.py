@@ -159,7 +159,7 @@ def _by_transformers(asked: _Asked) -> Report:
         if asked.reference is not None:
             other = _load(asked.reference, asked)
             _check_same(tokens, tokenize_file(other[1], asked.text, max_tokens=asked.max_tokens), asked)
-        text = _text(asked, network, other[0] if other else None, tokens)
+        text = _text(asked, asked.text, network, other[0] if other else None, tokens)
     if asked.tasks is not None:
         scores = _score(asked, network, tokenizer)
         if asked.reference is not None:
@@ -182,7 +182,7 @@ def _load(path: Path, asked: _Asked) -> tuple[Any, Any]:
     return network, tokenizer
 
 
-def _text(asked: _Asked, network: Any, other: Any, tokens: Tensor) -> TextScore:
+def _text(asked: _Asked, path: Path, network: Any, other: Any, tokens: Tensor) -> TextScore:
     from ..evaluate import check_fits, divergence, perplexity, windows_per_pass
     from ..evaluate.report import TextScore
 
@@ -194,8 +194,8 @@ def _text(asked: _Asked, network: Any, other: Any, tokens: Tensor) -> TextScore:
     windows = {"context": asked.context, "stride": asked.stride, "batch": batch}
     with screen.progress("evaluating", count=True) as progress:
         if other is None:
-            return TextScore(asked.text, perplexity(network, tokens, **windows, progress=progress))
-        return TextScore.of(asked.text, divergence(network, other, tokens, **windows, progress=progress))
+            return TextScore(path, perplexity(network, tokens, **windows, progress=progress))
+        return TextScore.of(path, divergence(network, other, tokens, **windows, progress=progress))
 
 
 def _score(asked: _Asked, network: Any, tokenizer: Any) -> list[TaskScore]:
@@ -210,29 +210,39 @@ def _by_vllm(asked: _Asked) -> Report:
     from ..evaluate.report import Report, TextScore
     from ..evaluate.windows import Moments
 
-    tokens, losses, scores = _one_by_vllm(asked.model, asked)
+    read, scores = _one_by_vllm(asked.model, asked)
     text: TextScore | None = None
     others: list[TaskScore] = []
     notes: list[str] = []
-    if losses is not None:
-        text = TextScore(asked.text, PerplexityResult.of(Moments.of(losses), asked.context, asked.stride))
+    if read is not None:
+        text = TextScore(read.path, PerplexityResult.of(Moments.of(read.losses), asked.context, asked.stride))
     if asked.reference is not None:
-        other_tokens, other_losses, others = _one_by_vllm(asked.reference, asked)
-        if text is not None:
-            _check_same(tokens, other_tokens, asked)
-            reference = PerplexityResult.of(Moments.of(other_losses), asked.context, asked.stride)
-            text = TextScore(asked.text, text.model, reference, *ratio_of(Moments.of(losses - other_losses)))
+        other, others = _one_by_vllm(asked.reference, asked)
+        if read is not None and text is not None and other is not None:
+            _check_same(read.tokens, other.tokens, asked)
+            reference = PerplexityResult.of(Moments.of(other.losses), asked.context, asked.stride)
+            text = TextScore(read.path, text.model, reference, *ratio_of(Moments.of(read.losses - other.losses)))
             notes.append(NEEDS_LOGITS)
     versions = _versions(asked, "vllm", "torch")
     return Report(asked.model, Runtime.vllm, asked.reference, text, scores, others, versions, notes)
 
 
-def _one_by_vllm(path: Path, asked: _Asked) -> tuple[Tensor | None, Tensor | None, list[TaskScore]]:
-    """Tokens and losses of the text, and scores on the tasks, where there are such."""
+@dataclass(frozen=True)
+class _Read:
+    """A text as a model read it: its tokens, and the loss of each that was scored."""
+
+    path: Path
+    tokens: Tensor
+    losses: Tensor
+
+
+def _one_by_vllm(path: Path, asked: _Asked) -> tuple[_Read | None, list[TaskScore]]:
+    """The text, and scores on the tasks, where there are such."""
     from ..evaluate import tokenize_file
     from ..integrations import vllm_evaluation as by_vllm
 
-    tokens, losses, scores = None, None, []
+    read: _Read | None = None
+    scores: list[TaskScore] = []
     with screen.err.status(f"loading {escape(str(path))}"):
         runner = by_vllm.open_runner(path) if asked.tasks is not None else None
         engine = runner.model if runner is not None else by_vllm.open_engine(path, context=asked.context)
@@ -240,12 +250,13 @@ def _one_by_vllm(path: Path, asked: _Asked) -> tuple[Tensor | None, Tensor | Non
         tokens = tokenize_file(engine.get_tokenizer(), asked.text, max_tokens=asked.max_tokens)
         with screen.progress("evaluating", count=True) as progress:
             losses = by_vllm.text_losses(engine, tokens, context=asked.context, stride=asked.stride, progress=progress)
+        read = _Read(asked.text, tokens, losses)
     if runner is not None:
         from ..integrations import harness
 
         scores = harness.run_tasks(runner, asked.tasks, **asked.of_tasks)
     by_vllm.close(engine)
-    return tokens, losses, scores
+    return read, scores
 
 
 def _check_same(tokens: Tensor, others: Tensor, asked: _Asked) -> None:

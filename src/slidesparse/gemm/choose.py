@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from math import exp, fsum, log
 from sys import maxsize
+from typing import TypeVar
 
 from ..measure import Timing
 from .layouts import LAYOUTS
@@ -22,6 +23,11 @@ from .route import Route
 Times = Mapping[Route, Timing]
 Steps = tuple[tuple[int, Route], ...]
 """Pairs (most tokens, route) in rising order; the last takes any number."""
+
+Intervals = tuple[tuple[int, Route | None], ...]
+"""The same, None where no route was measured."""
+
+_Perhaps = TypeVar("_Perhaps", Route, Route | None)
 
 GUARD = 1.02
 """The larger of 2 % and twice the spread. The spread is the median by which a route's time, over the best dense one's, moved between two
@@ -58,11 +64,11 @@ def kept_layouts(cells: Mapping[int, Times], nbytes: Mapping[str, int], tokens: 
         tokens: the asked numbers of tokens, for each of which the cell of `cell_of` stands; by default all that were measured.
     """
     asked = [cells[at] for at in ([cell_of(cells, m) for m in tokens] if tokens and cells else sorted(cells))]
-    found = {name: [quickest(times, (name,)) for times in asked] for name in nbytes}
-    us = {name: [times[r].p50 for times, r in zip(asked, routes, strict=True)] for name, routes in found.items() if None not in routes}
+    found = {name: [times[r].p50 for times in asked if (r := quickest(times, (name,))) is not None] for name in nbytes}
+    us = {name: times for name, times in found.items() if len(times) == len(asked)}
     if not asked or not us:
         return ()
-    means = {name: geometric_mean(found) for name, found in us.items()}
+    means = {name: geometric_mean(times) for name, times in us.items()}
     near = [name for name, mean in means.items() if mean <= min(means.values()) * TIE]
     first = min(near, key=lambda name: (nbytes[name], means[name]))
     for second in sorted(us.keys() - {first}, key=means.__getitem__):
@@ -72,7 +78,7 @@ def kept_layouts(cells: Mapping[int, Times], nbytes: Mapping[str, int], tokens: 
     return (first,)
 
 
-def intervals(cells: Mapping[int, Times], layouts: Collection[str]) -> tuple[tuple[int, Route | None], ...]:
+def intervals(cells: Mapping[int, Times], layouts: Collection[str]) -> Intervals:
     """Which route runs how many tokens: pairs (most tokens, route); None where no route of these layouts was measured.
 
     A number of tokens between two measured ones runs what the larger of them runs.
@@ -81,9 +87,9 @@ def intervals(cells: Mapping[int, Times], layouts: Collection[str]) -> tuple[tup
     return (*steps[:-1], (maxsize, steps[-1][1])) if steps else ()
 
 
-def merged(steps: Iterable[tuple[int, Route | None]]) -> tuple[tuple[int, Route | None], ...]:
+def merged(steps: Iterable[tuple[int, _Perhaps]]) -> tuple[tuple[int, _Perhaps], ...]:
     """One step instead of neighbours with the same route, and none that ends where an earlier one does, or before."""
-    kept: list[tuple[int, Route | None]] = []
+    kept: list[tuple[int, _Perhaps]] = []
     for most, route in steps:
         if kept and most <= kept[-1][0]:
             continue
@@ -100,7 +106,7 @@ def route_at(steps: Iterable[tuple[int, Route | None]], m: int) -> Route | None:
 
 def choice_of(
     plan: Plan, problem: Problem, *, memory: str = "fast", tokens: Collection[int] | None = None, without: Collection[Route] = (),
-) -> tuple[tuple[str, ...], tuple[tuple[int, Route | None], ...]]:  # fmt: skip
+) -> tuple[tuple[str, ...], Intervals]:  # fmt: skip
     """The layouts that stay for a problem and their intervals, by a plan's times.
 
     ``lean`` memory keeps the packed weights alone; ``without`` are routes that cannot run.

@@ -20,7 +20,7 @@ from ..ops.launch import can_bypass_dispatcher, current_device
 from ..ops.prologue import Activations, Gated, Normed, signature
 from ..quantization import scaled_nvfp4
 from . import gradient
-from .choose import Steps, choice_of, merged, route_at
+from .choose import Intervals, Steps, choice_of, merged, route_at
 from .kernels import FEW_TOKENS, Pipeline, chosen, kernels, refusal, unmeasured
 from .layouts import LAYOUTS, Copy
 from .machine import this_machine
@@ -203,8 +203,7 @@ class Runner:
 
     def _made_ready(self, dtype: torch.dtype, device: torch.device, bias: torch.dtype | None) -> Ready:
         if {other for _, other, _ in self._kinds} != {device}:  # a try that failed may have left copies, too
-            self._kinds.clear()
-            self._copies.clear()
+            self.let_go()
         problem = self.weights.problem(dtype, device, bias)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             routes = self._routes(problem)
@@ -224,6 +223,17 @@ class Runner:
         self._kinds[dtype, device, bias] = ready
         return ready
 
+    def let_go(self) -> None:
+        """Give up what was made ready. Kernels on any stream may still read the copies, so the devices are waited for before.
+
+        To record every stream with every tensor would cost host time in each call; copies are given up when weights change or move.
+        """
+        for device in {device for _, device, _ in self._kinds if device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+        self.ready = None
+        self._kinds.clear()
+        self._copies.clear()
+
     def _make(self, layouts: Collection[str], problem: Problem, device: torch.device) -> None:
         """Make copies of the weights in these layouts."""
         if not layouts:
@@ -242,12 +252,12 @@ class Runner:
             return merged([(FEW_TOKENS, chosen(self.asked, problem, FEW_TOKENS)), (maxsize, chosen(self.asked, problem, FEW_TOKENS + 1))])
         plan = (self.plan or active_plan().plan) if problem.cuda else None
         layouts: tuple[str, ...] = ("packed",) if self.memory == "lean" else ("dense",)
-        steps: tuple[tuple[int, Route | None], ...] = ()
+        steps: Intervals = ()
         if plan is not None:
             layouts, steps = choice_of(plan, problem, memory=self.memory, tokens=self.tokens, without=cannot_run(plan, problem))
         if not steps and problem.cuda and self.memory == "fast":
             steps = predicted_steps(problem, this_machine().gpu)
-        found = []
+        found: list[tuple[int, Route]] = []
         for most, route in steps or ((maxsize, None),):
             ends = dict.fromkeys((min(most, FEW_TOKENS), most)) if route is None else (most,)
             found += [(end, route or unmeasured(problem, end, layouts[0])) for end in ends]

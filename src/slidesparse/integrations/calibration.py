@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,8 @@ def calibration_samples(tokenizer: Any, calibration: Calibration, seed: int = 0)
         UnsupportedError: a data set, and the package datasets is not installed.
     """
     asked, length = calibration.samples, calibration.length
-    found = _of_text(tokenizer, calibration) if calibration.token_file() is None else _of_token_ids(calibration)
+    file = calibration.token_file()
+    found = _of_text(tokenizer, calibration) if file is None else _of_token_ids(file, calibration.length)
     if not found.count:
         raise CheckpointError(
             f"{found.origin}: {found.tokens} tokens are too few for one sample of {length}: give more text, or a smaller --length"
@@ -70,8 +72,7 @@ class _Found:
     take: Callable[[list[int]], Tensor]
 
 
-def _of_token_ids(calibration: Calibration) -> _Found:
-    file, length = calibration.token_file(), calibration.length
+def _of_token_ids(file: Path, length: int) -> _Found:
     ids = read_token_ids(file)
     in_row = ids.shape[1] // length
 

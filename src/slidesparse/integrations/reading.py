@@ -30,7 +30,9 @@ def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = 
     from .linears import acts_linear, head_layers, written_layers
     from .transformers_files import may_be_left_over, missing_tensors, names_in_model
 
-    target_of, layers, merged, targets = names_in_model(model), {}, set(), {}
+    target_of, merged = names_in_model(model), set[str]()
+    layers: dict[str, str] = {}
+    targets: dict[str, str] = {}
     for tensor in tensors:
         layer, _, suffix = tensor.rpartition(".")
         if suffix in WEIGHTS_IN:
@@ -62,7 +64,8 @@ def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = 
     split = {name for name, module in modules.items() if type(module).__name__ in split_where_quantised()}
     split &= {target.rpartition(".")[0] for target in targets}
     heads = frozenset(layers[name] for name in head_layers(model) & layers.keys())
-    linears = {name: layers.get(name, name) for name in modules if name in linear}
+    linears = {name: name for name in modules if name in linear}
+    linears |= {name: layer for name, layer in layers.items() if name in linears}
     missing = tuple(missing_tensors(model, targets))
     return Reader(linears, _matching(), fixed, heads, frozenset(merged), tuple(sorted(split)), unplaced, missing)
 

@@ -57,17 +57,9 @@ class SlideSparseLinear(nn.Module):
     weight_values: Tensor
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        pattern: Pattern | str,
-        scheme: Scheme | str,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        memory: str = "fast",
-    ) -> None:
+        self, in_features: int, out_features: int, bias: bool = True, *, pattern: Pattern | str, scheme: Scheme | str,
+        dtype: torch.dtype | None = None, device: torch.device | str | None = None, memory: str = "fast",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.pattern = Pattern.parse(pattern)
@@ -98,17 +90,9 @@ class SlideSparseLinear(nn.Module):
 
     @classmethod
     def from_packed(
-        cls,
-        packed: Packed,
-        scheme: Scheme,
-        *,
-        pattern: Pattern | None = None,
-        scale: Tensor | None = None,
-        global_scale: Tensor | None = None,
-        bias: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        memory: str = "fast",
-    ) -> SlideSparseLinear:
+        cls, packed: Packed, scheme: Scheme, *, pattern: Pattern | None = None, scale: Tensor | None = None,
+        global_scale: Tensor | None = None, bias: Tensor | None = None, dtype: torch.dtype | None = None, memory: str = "fast",
+    ) -> SlideSparseLinear:  # fmt: skip
         """A layer on packed tensors, which it shares; ``pattern`` is the layer's where it is not that of stored values (nvfp4).
 
         ``dtype`` is the model's; by default that of the bias, or of 16-bit values, or else the default dtype.
@@ -122,9 +106,10 @@ class SlideSparseLinear(nn.Module):
         layer = cls(k, packed.n, bias is not None, pattern=own, scheme=scheme, dtype=dtype, device="meta", memory=memory)
         tensors = {"weight_values": packed.values, "weight_keep": packed.keep, "weight_scale": scale, "weight_global_scale": global_scale}
         for name in layer._stored:
-            if tensors[name] is None:
+            tensor = tensors[name]
+            if tensor is None:
                 raise WeightError(f"scheme {scheme.name} needs {name}")
-            layer._buffers[name] = tensors[name].detach()
+            layer._buffers[name] = tensor.detach()
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         layer.check()
@@ -132,16 +117,9 @@ class SlideSparseLinear(nn.Module):
 
     @classmethod
     def from_dense(
-        cls,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        pattern: Pattern | str,
-        scheme: Scheme | str,
-        scale: Tensor | None = None,
-        global_scale: Tensor | None = None,
-        memory: str = "fast",
-    ) -> SlideSparseLinear:
+        cls, weight: Tensor, bias: Tensor | None = None, *, pattern: Pattern | str, scheme: Scheme | str, scale: Tensor | None = None,
+        global_scale: Tensor | None = None, memory: str = "fast",
+    ) -> SlideSparseLinear:  # fmt: skip
         """A layer from masked dense weights ``[N, K]``: floating point (quantised here), or the scheme's own values with their scales.
 
         Values with scales are 8-bit ``[N, K]`` with ``scale [N, 1]``, or nvfp4 pairs uint8 ``[N, K/2]`` with ``scale [N, K/16]`` and
@@ -173,12 +151,14 @@ class SlideSparseLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """The packed weights, in stored values."""
-        return Packed(
-            self._buffers["weight_values"],
-            self._buffers["weight_keep"],
-            self.scheme.pattern_stored(self.pattern),
-            self.scheme.k_stored(self.in_features),
-        )
+        values, keep = self._tensors["weight_values"], self._tensors["weight_keep"]
+        return Packed(values, keep, self.scheme.pattern_stored(self.pattern), self.scheme.k_stored(self.in_features))
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        held = ((name, self._buffers[name]) for name in self._stored)
+        return {name: tensor for name, tensor in held if tensor is not None}
 
     @property
     def resident_bytes(self) -> int:
@@ -192,13 +172,13 @@ class SlideSparseLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The masked weights ``[N, K]`` with their scales applied, on the device that runs: float32, or the 16-bit scheme's own type."""
-        device = self.packed.values.device if self._runner is None else self._runner.ready.device
         held = self.packed
+        device = self._running_on or held.values.device
         dense = restore(replace(held, values=held.values.to(device), keep=held.keep.to(device)))
-        scale = self._buffers.get("weight_scale")
+        scales = {name: tensor.to(device) for name, tensor in self._tensors.items() if name.endswith("_scale")}
         if self.scheme.pair:
-            return dequantize_nvfp4(dense, scale.to(device), self._buffers["weight_global_scale"].to(device))
-        return dense.to(torch.float32) * scale.to(device) if self.scheme.dynamic else dense
+            return dequantize_nvfp4(dense, scales["weight_scale"], scales["weight_global_scale"])
+        return dense.to(torch.float32) * scales["weight_scale"] if self.scheme.dynamic else dense
 
     @property
     def weight(self) -> Tensor:
@@ -221,19 +201,20 @@ class SlideSparseLinear(nn.Module):
             pairs = zip(state, self._checked, strict=True)
             if all(now() is then() and version == checked for (now, version), (then, checked) in pairs):
                 return
+        held = self._tensors
         for spec in packed_tensors(self.scheme, self.pattern, self.out_features, self.in_features):
-            found = self._buffers[spec.suffix]
+            found = held[spec.suffix]
             if found.dtype != spec.dtype or tuple(found.shape) != spec.shape:
                 raise WeightError(
                     f"{self._label}: {spec.suffix} is {found.dtype} {list(found.shape)}, {self.scheme.name} {self.pattern} "
                     f"[{self.out_features}, {self.in_features}] needs {spec.dtype} {list(spec.shape)}"
                 )
-        scale, global_scale = self._buffers.get("weight_scale"), self._buffers.get("weight_global_scale")
         try:
-            check_packed(self.packed, scale if self.scheme.dynamic else None)
+            check_packed(self.packed, held["weight_scale"] if self.scheme.dynamic else None)
             if self.scheme.pair:
+                scale = held["weight_scale"]
                 check_scale(scale, (scale.shape[0], scale.shape[1]), zero_allowed=True)
-                check_scale(global_scale.view(1, -1), (1, 1), "weight_global_scale")
+                check_scale(held["weight_global_scale"].view(1, -1), (1, 1), "weight_global_scale")
         except WeightError as error:
             raise WeightError(f"{self._label}: {error}") from error
         self._checked = state
@@ -281,6 +262,11 @@ class SlideSparseLinear(nn.Module):
         return f"layer {self.name}" if self.name else f"SlideSparseLinear({self.in_features}, {self.out_features})"
 
     @property
+    def _running_on(self) -> torch.device | None:
+        """The device of the last call's activations; None before the first call."""
+        return None if self._runner is None or self._runner.ready is None else self._runner.ready.device
+
+    @property
     def _runner(self) -> Runner | None:
         return None if self._made is None else self._made[0]
 
@@ -291,9 +277,9 @@ class SlideSparseLinear(nn.Module):
             UnsupportedError: a stored tensor is to have a gradient.
         """
         made, held = self._made, self._buffers
-        scale = held.get("weight_scale")
-        if held["weight_values"].requires_grad or (scale is not None and scale.requires_grad):
-            name = "weight_values" if held["weight_values"].requires_grad else "weight_scale"
+        values, scale = held["weight_values"], held.get("weight_scale")
+        if (values is not None and values.requires_grad) or (scale is not None and scale.requires_grad):
+            name = next(name for name, tensor in self._tensors.items() if tensor.requires_grad)
             raise UnsupportedError(f"{self._label}: packed weights take no gradient: call {name}.requires_grad_(False)")
         if made is not None:
             runner, stored = made
@@ -312,25 +298,32 @@ class SlideSparseLinear(nn.Module):
         in the first call.
         """
         refuse_capture()
-        held = self._buffers
         with _MAKING:
             if self._made is not made:  # another thread was faster
                 return self._ready(dtype, device)
             offloaded = self._offloaded
             if not offloaded:
-                for name in self._stored:  # outside inference mode tensors know when they were written into
-                    held[name] = _tracked(held[name])
+                for name, tensor in self._tensors.items():  # outside inference mode tensors know when they were written into
+                    self._buffers[name] = _tracked(tensor)
             if not (offloaded and self._checked):
                 self.check()
+            held = self._tensors
             weights = Weights(self.packed, self.scheme, held.get("weight_scale"), held.get("weight_global_scale"))
-            self._made = made = None  # the copies of before go before others are made
+            self._let_go()  # the copies of before go before others are made
+            made = None
             runner = Runner(weights, memory="lean" if offloaded else self.memory, route=self.route, tokens=self.tokens)
             runner.prepare(dtype, device, None if self.bias is None else self.bias.dtype)
             if not offloaded:
-                held["weight_values"], held["weight_keep"] = runner.weights.packed.values, runner.weights.packed.keep
+                self._buffers |= {"weight_values": runner.weights.packed.values, "weight_keep": runner.weights.packed.keep}
                 self._checked = self._state()
-                self._made = runner, tuple((name, held[name], held[name]._version) for name in self._stored)
+                self._made = runner, tuple((name, tensor, tensor._version) for name, tensor in self._tensors.items())
         return runner
+
+    def _let_go(self) -> None:
+        """Give up the copies, once no stream reads them."""
+        made, self._made = self._made, None
+        if made is not None:
+            made[0].let_go()
 
     @property
     def _offloaded(self) -> bool:
@@ -340,28 +333,28 @@ class SlideSparseLinear(nn.Module):
 
     def _state(self) -> tuple[tuple[ref[Tensor], int], ...]:
         """The stored tensors and how often each was written into; nothing where that is not known."""
-        held = [self._buffers[name] for name in self._stored]
+        held = self._tensors.values()
         return () if any(tensor.is_inference() for tensor in held) else tuple((ref(tensor), tensor._version) for tensor in held)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlideSparseLinear:
         """Move, but never cast, the stored tensors. Where the layer already runs on that device, nothing moves and copies stay."""
-        before, runner = {name: self._buffers[name] for name in self._stored}, self._runner
+        before, device = self._tensors, self._running_on
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        stays = runner is not None and fn(torch.empty(0, device=runner.ready.device)).device == runner.ready.device
+        stays = device is not None and fn(torch.empty(0, device=device)).device == device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
-        for name, tensor in before.items():
-            after = self._buffers[name]
+        for name, after in self._tensors.items():
             if stays:
-                self._buffers[name] = tensor
-            elif after.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(after.device)
+                self._buffers[name] = before[name]
+            elif after.dtype != before[name].dtype:
+                self._buffers[name] = before[name].to(after.device)
         if not stays:
-            self._made = None
+            self._let_go()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._made, self._checked = None, ()  # where tensors are offloaded, only this tells that they are others
+        self._let_go()
+        self._checked = ()  # where tensors are offloaded, only this tells that they are others
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": None, "_checked": (), "_named": None}
@@ -382,4 +375,11 @@ def _tracked(tensor: Tensor) -> Tensor:
 def _name(layer: SlideSparseLinear) -> Tensor:
     """The tensor that names the layer to compilers, which does not keep the layer alive."""
     found = ref(layer)
-    return handle(layer, lambda dtype, device: found()._ready(dtype, device))
+
+    def ready(dtype: torch.dtype, device: torch.device) -> Runner:
+        layer = found()
+        if layer is None:
+            raise RuntimeError("a compiled call runs a layer that is gone")
+        return layer._ready(dtype, device)
+
+    return handle(layer, ready)

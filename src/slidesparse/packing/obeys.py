@@ -18,10 +18,17 @@ def find_violation(weight: Tensor, pattern: Pattern, offset: int = 0, *, first_r
     The error carries row, group and the group's values; ``first_row`` is added to the row where the weights are a block of more.
     """
     codes = pad_to_groups(unit_codes(weight, pattern), pattern, offset)
-    excess = (codes != 0).unflatten(1, (-1, pattern.group)).sum(-1, dtype=torch.uint8) > pattern.kept
-    if not bool(excess.any()):
-        return None
-    row, group = (int(i) for i in excess.nonzero()[0])
+    return violation(weight, codes, pattern, offset, first_row=first_row) if bool(_excess(codes, pattern).any()) else None
+
+
+def _excess(codes: Tensor, pattern: Pattern) -> Tensor:
+    """Which groups have too many non-zero units: codes ``[N, groups·group]`` → bool ``[N, groups]``."""
+    return (codes != 0).unflatten(1, (-1, pattern.group)).sum(-1, dtype=torch.uint8) > pattern.kept
+
+
+def violation(weight: Tensor, codes: Tensor, pattern: Pattern, offset: int = 0, *, first_row: int = 0) -> PatternError:
+    """What `find_violation` says of a weight that has one; ``codes [N, groups·group]`` are its units, padded to whole groups."""
+    row, group = (int(i) for i in _excess(codes, pattern).nonzero()[0])
     start = max((group * pattern.group - offset) * pattern.unit, 0)
     stop = ((group + 1) * pattern.group - offset) * pattern.unit
     values = tuple(weight[row, start:stop].float().tolist())
@@ -48,18 +55,19 @@ def detect(blocks: Iterable[tuple[int, Tensor]], candidates: Iterable[Pattern] =
     remaining, blocks = list(candidates), iter(blocks)
     if not remaining:
         raise ValueError("no candidates to look for")
-    last, nearest = remaining[-1], None
+    last = remaining[-1]
+    nearest: PatternError | None = None
     block = next(blocks, None)
     while block is not None:
         (first, rows), block = block, next(blocks, None)
         for pattern in tuple(remaining):
             offset = start % (pattern.group * pattern.unit) // pattern.unit
-            violation = find_violation(rows, pattern, offset, first_row=first)
-            if violation is None and block is None:
+            wrong = find_violation(rows, pattern, offset, first_row=first)
+            if wrong is None and block is None:
                 return pattern  # these were the last rows: what comes behind need not be looked at
-            if violation is not None:
+            if wrong is not None:
                 remaining.remove(pattern)
-                nearest = violation if pattern == last else nearest
-        if not remaining:
+                nearest = wrong if pattern == last else nearest
+        if nearest is not None and not remaining:
             raise nearest
     return remaining[0]

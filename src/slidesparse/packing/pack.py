@@ -13,7 +13,7 @@ from torch import Tensor
 from ..format import Packed
 from ..pattern import Pattern
 from .codes import integer_view, pad_to_groups, unit_codes
-from .obeys import find_violation
+from .obeys import violation
 
 # Multiplying eight 0/1 bytes by this gathers their lowest bits into the top byte, first byte lowest.
 _GATHER = 0x0102040810204080
@@ -25,14 +25,14 @@ def pack(weight: Tensor, pattern: Pattern | str, offset: int = 0, *, first_row: 
     With an ``offset`` the row starts that many units into its first group, and the result covers the padded row.
 
     Raises:
-        PatternError: see `find_violation`, which ``first_row`` is for.
+        PatternError: see `obeys.find_violation`, which ``first_row`` is for.
         ValueError: an unknown pattern.
     """
     pattern, (n, k) = Pattern.parse(pattern), weight.shape
     codes = pad_to_groups(unit_codes(weight, pattern), pattern, offset)
     keep = _filled_keep(codes, pattern)
     if keep is None:
-        raise find_violation(weight, pattern, offset, first_row=first_row)
+        raise violation(weight, codes, pattern, offset, first_row=first_row)
     values = _select(codes, keep).view(weight.dtype)
     width = k if offset == 0 else codes.shape[1] * pattern.unit
     return Packed(values.view(n, pattern.packed_k(width)), _pack_bits(keep), pattern, width)

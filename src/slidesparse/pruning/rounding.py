@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..format import Scheme
-from ..quantization import quantize_weight
+from ..quantization import quantize_rows
 from .statistics import Statistics, row_errors
 
 _BLOCK = 128
@@ -19,8 +19,8 @@ def round_to_grid(solution: Tensor, weight: Tensor, statistics: Statistics, sche
     point with the smallest error given all others, in ``sweeps`` sweeps at most; zeros stay zeros. No row's error is larger than that of
     nearest rounding.
     """
-    nearest, scale = quantize_weight(solution.float(), scheme)
-    hessian = statistics.hessian
+    nearest, scale = quantize_rows(solution.float(), scheme)
+    hessian = statistics.moments
     start = nearest.float() * scale
     found = _descend(start, solution != 0, weight.float(), hessian, scale, scheme, sweeps)
     better = row_errors(weight, found * scale, hessian) < row_errors(weight, start, hessian)
@@ -57,5 +57,5 @@ def _descend(start: Tensor, keep: Tensor, weight: Tensor, hessian: Tensor, scale
 
 def _on_grid(x: Tensor, scheme: Scheme) -> Tensor:
     """The nearest values of the scheme's dtype, ties to even, within ±Q, as float32."""
-    clamped = x.clamp(-scheme.bound, scheme.bound)
+    clamped = x.clamp(-scheme.largest, scheme.largest)
     return clamped.round() if scheme.dtype == torch.int8 else clamped.to(scheme.dtype).float()

@@ -27,17 +27,27 @@ class Statistics:
     norms: Tensor
     tokens: int = 0
 
+    @property
+    def moments(self) -> Tensor:
+        """The `hessian` of those that hold more than norms.
+
+        Raises:
+            WeightError: they hold norms only.
+        """
+        if self.hessian is None:
+            raise WeightError("this pruning method needs the second moments of the inputs [K, K], the statistics hold norms only")
+        return self.hessian
+
     def check(self, k: int, *, hessian: bool) -> None:
         """Whether these are statistics of a layer with ``k`` inputs.
 
         Raises:
             WeightError: another shape, no ``hessian`` where one is needed, or values that are not finite.
         """
-        if hessian and self.hessian is None:
-            raise WeightError("this pruning method needs the second moments of the inputs [K, K], the statistics hold norms only")
-        for name, tensor, shape in (("norms", self.norms, (k,)), ("hessian", self.hessian, (k, k))):
-            if tensor is None:
-                continue
+        held: dict[str, tuple[Tensor, tuple[int, ...]]] = {"norms": (self.norms, (k,))}
+        if hessian or self.hessian is not None:
+            held["hessian"] = self.moments, (k, k)
+        for name, (tensor, shape) in held.items():
             if tuple(tensor.shape) != shape:
                 raise WeightError(f"{name} of the inputs have shape {list(tensor.shape)}, a layer with K = {k} needs {list(shape)}")
             if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
@@ -92,7 +102,7 @@ class Scaled:
     @classmethod
     def of(cls, statistics: Statistics, damping: float) -> Scaled:
         """H + damping · mean(diag H) · I, then divided by its diagonal's roots on both sides."""
-        hessian = statistics.hessian.float().clone()
+        hessian = statistics.moments.float().clone()
         diagonal = hessian.diagonal()
         mean = float(diagonal.mean())
         diagonal.add_(damping * mean if mean > 0 else 1.0)
@@ -160,6 +170,6 @@ def row_errors(weight: Tensor, solution: Tensor, hessian: Tensor) -> Tensor:
 
 def layer_error(weight: Tensor, solution: Tensor, statistics: Statistics) -> float:
     """Relative error of a layer's output, tr(D H Dᵀ) / tr(W H Wᵀ) with D = solution − weight, both ``[N, K]``; 0 for a silent layer."""
-    error = float(row_errors(weight, solution, statistics.hessian).sum())
-    whole = float(row_errors(torch.zeros_like(weight), weight, statistics.hessian).sum())
+    error = float(row_errors(weight, solution, statistics.moments).sum())
+    whole = float(row_errors(torch.zeros_like(weight), weight, statistics.moments).sum())
     return error / whole if whole > 0 else 0.0

@@ -39,7 +39,8 @@ def find_layers(path: Path, config: dict[str, Any], tensors: dict[str, TensorInf
         raise CheckpointError(f"{path}: {transposed} stores its linear weights transposed ([K, N]); that is not supported")
     # Some tools write the second key, beside the first or alone.
     key = "quantization_config" if config.get("quantization_config") else "quantization"
-    quantization = config.get(key) if isinstance(config.get(key), dict) else {}
+    given = config.get(key)
+    quantization = given if isinstance(given, dict) else {}
     method = quantization.get("quant_method")
     if method not in FORMATS or (method is None and quantization):
         told = f"by {method!r}" if method else f"in an unknown way ({key}: {', '.join(sorted(quantization))})"

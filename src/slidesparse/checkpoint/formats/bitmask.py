@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, WeightError
-from ...format import SCHEMES
 from ...packing.codes import integer_view
 from ..layers import FLOATS, Block, Layer, float_scheme, tensors_of
 from ..tensorfile import TensorInfo, TensorReader
@@ -101,10 +100,11 @@ def _layer(name: str, own: dict[str, TensorInfo], quantization: Quantization | N
     if len(shape) not in (1, 2) or min(shape) < 1:
         raise CheckpointError(f"{main.path}: layer {name} has the shape {list(shape)}: only matrices and vectors are read")
     n, k = (1, *shape)[-2:]
-    plain = main.dtype_name in FLOATS
-    if not plain and (quantization is None or main.dtype != quantization.scheme.dtype):
+    if main.dtype_name in FLOATS:
+        quantization = None
+    elif quantization is None or main.dtype != quantization.scheme.dtype:
         raise CheckpointError(f"{main.path}: {main.name} is {main.dtype_name}, but config.json does not say so")
-    layer = Bitmask(name, n, k, float_scheme(main) if plain else SCHEMES[quantization.scheme.name], own, vector=len(shape) == 1)
+    layer = Bitmask(name, n, k, float_scheme(main) if quantization is None else quantization.scheme, own, vector=len(shape) == 1)
     wanted = {"bitmask": (*shape[:-1], -(-k // 8)), "compressed": (n, k // 2)}
     if "row_offsets" in own:
         del wanted["compressed"]
@@ -114,6 +114,6 @@ def _layer(name: str, own: dict[str, TensorInfo], quantization: Quantization | N
             raise CheckpointError(f"{main.path}: {own[suffix].name} has shape {list(found)}, expected {list(expected)}")
     if "row_offsets" in own and prod(own["row_offsets"].shape) != n:
         raise CheckpointError(f"{main.path}: {own['row_offsets'].name} should hold {n} values")
-    if not plain:
+    if quantization is not None:
         check_scales(layer, quantization)
     return layer

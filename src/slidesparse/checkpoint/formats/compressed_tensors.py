@@ -85,7 +85,7 @@ def check_scales(layer: Layer, quantization: Quantization) -> None:
     """A quantised layer must have the scales of its scheme, and no zero points that are not zero."""
     scale = layer.tensors.get("weight_scale")
     specs = dense_tensors(layer.scheme, layer.n, layer.k)[1:]
-    if quantization.per_tensor and layer.one_scale:
+    if scale is not None and quantization.per_tensor and layer.one_scale:
         specs = (replace(specs[0], shape=scale.shape),)
     check_tensors(layer, specs, ("F8_E4M3",) if layer.scheme.pair else FLOATS)
     if "weight_zero_point" in layer.tensors:
@@ -137,14 +137,14 @@ def _of_group(told: str, group: dict[str, Any]) -> Quantization:
     for part, name in ((weights, "weights"), (activations or {}, "input_activations")):
         if not isinstance(part, dict) or any(isinstance(part.get(key), list | dict) for key in ("num_bits", "type", "strategy")):
             raise CheckpointError(f"{told}: {name} is {part!r}, which describes no scheme")
-    kind = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
-    if kind == (4, "float", "tensor_group") and weights.get("symmetric", True) and activations is None:
+    bits, strategy = (weights.get("num_bits"), weights.get("type", "int")), weights.get("strategy")
+    if (*bits, strategy) == (4, "float", "tensor_group") and weights.get("symmetric", True) and activations is None:
         return Quantization(SCHEMES["nvfp4"])
-    names = {(8, "int"): "int8", (8, "float"): "fp8"}
+    names: dict[tuple[Any, ...], str] = {(8, "int"): "int8", (8, "float"): "fp8"}
     dynamic = activations or {}
     refusals = {
-        f"{kind[0]}-bit {kind[1]} weights": kind[:2] not in names,
-        f"weights with scales per {kind[2]}": kind[2] not in ("channel", "tensor"),
+        f"{bits[0]}-bit {bits[1]} weights": bits not in names,
+        f"weights with scales per {strategy}": strategy not in ("channel", "tensor"),
         "asymmetric weights": not weights.get("symmetric", True),
         "weights quantised when they are used": bool(weights.get("dynamic")),
         "quantised weights with activations that are not": activations is None,
@@ -153,7 +153,7 @@ def _of_group(told: str, group: dict[str, Any]) -> Quantization:
         "activations with static scales": activations is not None and dynamic.get("dynamic") is not True,
         "asymmetric activations": not dynamic.get("symmetric", True),
         f"activations with scales per {dynamic.get('strategy')}": dynamic.get("strategy") != "token",
-        "weights and activations of different types": (dynamic.get("num_bits"), dynamic.get("type", "int")) != kind[:2],
+        "weights and activations of different types": (dynamic.get("num_bits"), dynamic.get("type", "int")) != bits,
     }
     wrong = next((what for what, refused in refusals.items() if refused), None)
     if wrong:
@@ -161,4 +161,4 @@ def _of_group(told: str, group: dict[str, Any]) -> Quantization:
             f"{told}: {wrong} are not supported: W8A8 int8 or fp8 with symmetric weights and symmetric dynamic per-token activations is, "
             "and NVFP4 weights; start from the 16-bit checkpoint for others"
         )
-    return Quantization(SCHEMES[names[kind[:2]]], kind[2] == "tensor")
+    return Quantization(SCHEMES[names[bits]], strategy == "tensor")

@@ -19,7 +19,7 @@ class PackedLayer(Layer):
     holds = "packed"
 
     def _read(self, reader: TensorReader, ranges: Iterable[tuple[int, int]]) -> Iterator[Block]:
-        pattern, k = self.scheme.pattern_stored(self.pattern), self.scheme.k_stored(self.k)
+        pattern, k = self.stored_pattern, self.scheme.k_stored(self.k)
         for first, last in ranges:
             scale = self._scale(reader, first, last)
             values, keep = (reader.read_rows(self.tensors[part], first, last) for part in ("weight_values", "weight_keep"))

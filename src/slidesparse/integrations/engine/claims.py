@@ -87,10 +87,9 @@ class Claims:
 
     def patterns(self, parts: Sequence[str]) -> tuple[Pattern, ...]:
         """The patterns that a layer of these parts may obey as a whole, tightest first."""
-        found = {self.overrides.get(part, self.pattern) for part in parts}
-        if None in found:
-            return KNOWN
-        return tightest_first(found)
+        found = [self.overrides.get(part, self.pattern) for part in parts]
+        named = {pattern for pattern in found if pattern is not None}
+        return KNOWN if None in found else tightest_first(named)
 
     def stored_pattern(self, layer: str, parts: Sequence[str]) -> Pattern:
         """The one pattern in which all parts of a packed layer are stored.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sys import maxsize
 
 from ...gemm import Cell, Plan, Problem, Route, key_of
-from ...gemm.choose import DENSE, Steps, Times, choice_of, geometric_mean, quickest, route_at
+from ...gemm.choose import DENSE, Intervals, Times, choice_of, geometric_mean, quickest, route_at
 from ...measure import Timing
 
 WORTH = 1.03
@@ -40,7 +40,7 @@ class Decision:
     why: str | None
     plan: Plan | None = None
     layouts: tuple[str, ...] = ()
-    steps: Steps = ()
+    steps: Intervals = ()
 
 
 def decide(problem: Problem, plan: Plan | None, facts: EngineFacts, without: Collection[Route] = ()) -> Decision:
@@ -93,7 +93,9 @@ def _trimmed(times: Times, facts: EngineFacts, without: Collection[Route], layou
     }  # fmt: skip
 
 
-def _gains(own: Plan, plan: Plan, problem: Problem, steps: Steps, facts: EngineFacts, without: Collection[Route]) -> Mapping[int, float]:
+def _gains(
+    own: Plan, plan: Plan, problem: Problem, steps: Intervals, facts: EngineFacts, without: Collection[Route]
+) -> Mapping[int, float]:
     """By measured number of tokens, how many times as fast as the engine the layer is: 1 where its route reads the dense layout.
 
     The engine's time is that of its kernel, or else of the quickest dense one.
@@ -101,8 +103,8 @@ def _gains(own: Plan, plan: Plan, problem: Problem, steps: Steps, facts: EngineF
     key, found = key_of(problem), {}
     for m, times in own.times(key).items():
         can, route = plan.cells[key][m].times, route_at(steps, m)
-        engine: Route | None = Route("dense", facts.kernel)
-        if facts.kernel is None:
+        engine = None if facts.kernel is None else Route("dense", facts.kernel)
+        if engine is None:
             engine = quickest({one: timing for one, timing in can.items() if one not in without}, ("dense",))
         if engine in can and route is not None:
             found[m] = 1.0 if route.layout == "dense" else can[engine].p50 / times[route].p50

@@ -15,8 +15,9 @@ from ...pattern import Pattern
 from ...pruning import prune
 from ...quantization import check_finite, quantize_weight
 
-_BLOCK = 1 << 24
-"""Weights per block of rows: what is derived on the way takes up to 64 bytes for each byte of keep-bits."""
+_BLOCK = 1 << 20
+"""Weights per block of rows. What is derived on the way takes up to 16 bytes for each, and so stays below the 20 MB from which on
+allocators of engines split no block: all layers' checks then share a few blocks, and none of these ends up under a smaller tensor."""
 
 
 def blank(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -76,13 +77,14 @@ def pack(weight: Tensor, scale: Tensor | None, k: int, start: int, candidates: S
 
 def made_up(n: int, shard: Shard, scheme: Scheme, device: torch.device) -> tuple[Packed, Tensor | None]:
     """Random weights of the shape and pattern, with their scales, for measurements without a checkpoint."""
-    blocks, scales = [], []
+    blocks: list[Packed] = []
+    scales: list[Tensor] = []
     for first in range(0, n, rows := max(1, _BLOCK // shard.columns)):
         weight = torch.randn(min(rows, n - first), shard.columns, dtype=torch.float32, device=device) * shard.k**-0.5
         values, scale = quantize_weight(prune(weight, shard.pattern, offset=shard.offset // shard.pattern.unit), scheme)
         blocks.append(shard.pack(values))
-        scales.append(scale)
-    return _joined(blocks), None if scales[0] is None else torch.cat(scales)
+        scales += [] if scale is None else [scale]
+    return _joined(blocks), torch.cat(scales) if scales else None
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -113,6 +113,7 @@ def _solve_group(tasks: list[Task], statistics: Statistics, method: str) -> dict
     weights = together.split(rows)
     pruned = prune(together, tasks[0].pattern, method, statistics=statistics).split(rows)
     solutions: dict[str, Solution] = {}
+    scale: Tensor | None
     for task, weight, solution in zip(tasks, weights, pruned, strict=True):
         if task.scheme.dynamic and method_named(method).corrects:
             values, scale = round_to_grid(solution, weight, statistics, task.scheme)

@@ -248,7 +248,7 @@ def _tasks(job: Job, blocks: Blocks) -> list[list[Task]]:
     for index, block in enumerate(blocks.modules):
         names = {f"{blocks.name}.{index}.{name}": module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         known = [(plans.pop(stored.layer_name(name), None), module) for name, module in names.items()]
-        tasks.append([Task(plan.layer.name, module, plan.pattern, solved_scheme(plan)) for plan, module in known if plan is not None])
+        tasks.append([_task(plan, module) for plan, module in known if plan is not None])
     if plans:
         name, *others = plans
         more = f" and {len(others)} more" if others else ""
@@ -259,6 +259,12 @@ def _tasks(job: Job, blocks: Blocks) -> list[list[Task]]:
     for task in (task for block in tasks for task in block):
         check_finite(task.module.weight, f"layer {task.name}")
     return tasks
+
+
+def _task(plan: LayerPlan, module: nn.Linear) -> Task:
+    if plan.pattern is None:
+        raise UnsupportedError(f"layer {plan.layer.name}: pruning needs a pattern")
+    return Task(plan.layer.name, module, plan.pattern, solved_scheme(plan))
 
 
 def _widen_all_but(blocks: Blocks) -> None:

@@ -153,8 +153,9 @@ class MaskedCompressedTensorsConfig(_Chosen, CompressedTensorsConfig):
 
 def _w8a8(arguments: dict[str, Any] | None) -> Scheme | None:
     """The scheme that computes what compressed-tensors' arguments ask for, None if none does."""
-    weights, inputs = (arguments or {}).get("weights"), (arguments or {}).get("input_activations")
-    if weights is None or inputs is None or arguments.get("output_activations") is not None:
+    given = arguments or {}
+    weights, inputs = given.get("weights"), given.get("input_activations")
+    if weights is None or inputs is None or given.get("output_activations") is not None:
         return None
     kind = _text(weights.type)
     asked = (weights.num_bits, weights.symmetric, weights.dynamic, inputs.num_bits, inputs.symmetric, inputs.dynamic)

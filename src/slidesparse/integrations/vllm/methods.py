@@ -35,6 +35,7 @@ from ..vllm_facts import ENOUGH
 from .dense import Apply, can_give_back, decided, give_back
 from .fusion import behind_swiglu, fuses
 from .graph import compiles, enter_cache_key
+from .loading import LOADING
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
 
@@ -90,8 +91,10 @@ class PackedParameter(ModelWeightParameter):
 class SlideSparseLinearMethod(LinearMethodBase):
     """A linear layer on packed weights; subclasses say in which form the checkpoint holds them."""
 
+    scheme: Scheme
+
     def __init__(self, scheme: Scheme | None, claims: Claims, layer: str, parts: tuple[str, ...]) -> None:
-        self.scheme, self.claims, self.layer, self.parts = scheme, claims, layer, parts
+        self.claims, self.layer, self.parts = claims, layer, parts
         self.settings = Settings.current()
         self.config = get_current_vllm_config_or_none()
         """That of the model that is being built, which may be one inside another."""
@@ -120,12 +123,18 @@ class SlideSparseLinearMethod(LinearMethodBase):
             raise PatternError(f"layer {self.layer}: {error}", row=error.row, group=error.group, values=error.values) from error
         except WeightError as error:
             raise WeightError(f"layer {self.layer}: {error}") from error
-        if torch.cuda.is_initialized():
-            # vLLM loads without splitting blocks over 20 MB: one that a check or another layer let go would hold a smaller tensor whole.
-            torch.cuda.empty_cache()
-        for loaded in ("weight", "weight_values", "weight_keep", "weight_scale"):
-            if hasattr(layer, loaded):
-                delattr(layer, loaded)
+        loaded = [weights.packed.values, weights.packed.keep]
+        for name in ("weight", "weight_values", "weight_keep", "weight_scale"):
+            if hasattr(layer, name):
+                loaded.append(getattr(layer, name).data)
+                delattr(layer, name)
+        try:
+            self._make_ready(layer, weights, margins)
+        finally:
+            LOADING.ends(layer, loaded)
+
+    def _make_ready(self, layer: Any, weights: Weights, margins: tuple[int, int]) -> None:
+        """Decide who runs the layer, and make the copies that its routes read."""
         configs, device = (self.config, get_current_vllm_config_or_none()), weights.packed.values.device
         bias = getattr(layer, "bias", None)
         if layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0):
@@ -171,7 +180,7 @@ class PackedLinearMethod(SlideSparseLinearMethod):
 
     def __init__(self, scheme: Scheme, claims: Claims, layer: str, parts: tuple[str, ...]) -> None:
         super().__init__(scheme, claims, layer, parts)
-        self.pattern = claims.stored_pattern(layer, parts)
+        self.scheme, self.pattern = scheme, claims.stored_pattern(layer, parts)
 
     def create_weights(
         self,
@@ -184,6 +193,7 @@ class PackedLinearMethod(SlideSparseLinearMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         """Parameters for the rank's rows, and of each the groups that its columns touch."""
+        LOADING.begins(layer)
         self.claims.check_width(self.layer, self.parts, input_size)
         start = self._start(layer, input_size_per_partition, input_size)
         self.shard = Shard(self.pattern, input_size, start, start + input_size_per_partition)
@@ -214,7 +224,7 @@ class DenseLinearMethod(SlideSparseLinearMethod):
 
     def __init__(self, scheme: Scheme | None, claims: Claims, layer: str, parts: tuple[str, ...], *, per_part: bool = False) -> None:
         super().__init__(scheme, claims, layer, parts)
-        self.per_part = per_part
+        self.claimed, self.per_part = scheme, per_part
 
     def create_weights(
         self,
@@ -227,9 +237,11 @@ class DenseLinearMethod(SlideSparseLinearMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         """The parameters that vLLM's own methods make for such a checkpoint."""
-        scheme = self.scheme = self.scheme or scheme_of_dtype(params_dtype)
+        LOADING.begins(layer)
+        scheme = self.claimed or scheme_of_dtype(params_dtype)
         if scheme is None:
             raise UnsupportedError(f"layer {self.layer}: weights of {params_dtype} have no packed form: give --dtype bfloat16 or float16")
+        self.scheme = scheme
         self.k, self.start = input_size, self._start(layer, input_size_per_partition, input_size)
         self.widths = list(output_partition_sizes)
         rows, loader = sum(self.widths), extra_weight_attrs["weight_loader"]
