@@ -82,7 +82,7 @@ def output_config(
     if recipe.form == "packed":
         ragged = {p.layer.name: p.layer.k for p in plans if p.layer.k % (p.pattern.group * p.pattern.unit)}
         # Whoever loads it must know that what has no place was no part of the packed form.
-        unplaced = [] if reader is None else reader.unplaced
+        unplaced = checkpoint.strays if reader is None else reader.unplaced
         ignore = _with_head(list(dict.fromkeys((*floating, *unplaced))), converted)
         packed = PackedConfig(pattern, plans[0].scheme, ignore, overrides, ragged)
         config["quantization_config"] = packed.to_dict()

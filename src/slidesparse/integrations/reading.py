@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.configs import Reader, same_name
-from ..checkpoint.layers import WEIGHTS_IN, WITH_WEIGHTS
+from ..checkpoint.layers import WEIGHTS_IN
 from ..errors import UnsupportedError
 from ..select import NOT_LINEAR, matches
 
@@ -39,7 +39,7 @@ def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = 
             layers[target.removesuffix(".weight")] = layer
             merged |= {layer} if with_others else set()
             targets[target] = tensor
-        elif suffix not in WITH_WEIGHTS:
+        else:
             targets[target_of(tensor)[0]] = tensor
     modules = dict(model.named_modules())
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
