@@ -297,6 +297,16 @@ def test_tensors_without_a_place_in_the_class_stay_as_they_are(tmp_path):
     assert len(convert_with_readers(models.write(tmp_path / "other", None, other), tmp_path / "b", Recipe(SIX, "magnitude")).layers) == 14
 
 
+def test_experts_left_in_16_bits_are_told_by_the_names_that_vllm_asks_for(tmp_path):
+    stack = "model.layers.0.block_sparse_moe.experts"
+    for i, names in enumerate((["0.w1.weight", "0.w2.weight", "0.w3.weight", "1.w1.weight"], ["gate_up_proj", "down_proj"])):
+        experts = {f"{stack}.{name}": torch.randn((8, 64) if "weight" in name else (2, 8, 64)).bfloat16() for name in names}
+        source = models.write(tmp_path / f"{i}", models.llama_tensors() | experts)
+        convert(source, tmp_path / f"twin{i}", Recipe(SIX, "magnitude", "int8", "dense"))
+        assert {f"{stack}.0.{part}_proj" for part in ("gate", "up", "down")} <= set(ignored(tmp_path / f"twin{i}"))
+        assert verify(tmp_path / f"twin{i}").ok
+
+
 STRAYS = {
     **dict.fromkeys(("input_scale", "output_scale", "bias_zero_point", "k_scale"), torch.ones(1)),
     "weight_zero_point": torch.zeros(52, 1, dtype=torch.int8),

@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..errors import CheckpointError, UnsupportedError
 from ..format import VERSION
-from .configs import FindReader, Reader, contradictions, output_config
+from .configs import FindReader, Reader, check_shapes, contradictions, output_config
 from .formats import find_layers
 from .norms import NORMS, write_norms
 from .recipe import RECONSTRUCTION, LayerPlan, Recipe, plan_layers
@@ -91,6 +91,8 @@ def convert(
     """
     checkpoint = Checkpoint.open(source)
     read = find_reader(checkpoint.config, checkpoint.names) if find_reader else None
+    if read is not None:
+        check_shapes(checkpoint, read)
     plans = plan_layers(checkpoint, recipe, *((read.fixed, read.heads) if read else ()))
     if read is not None and read.missing and recipe.form == "packed":
         raise CheckpointError(f"{checkpoint.path}: tensor {read.missing[0]} is missing, without which the model cannot be loaded packed")

@@ -178,6 +178,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
     file = path / "config.json"
+    _check_links([file])
     try:
         if file.exists() and not file.is_file():
             raise CheckpointError(f"{file} is not a regular file")
@@ -220,6 +221,7 @@ def _check_names(names: object, file: Path) -> None:
 
 
 def _shard_names(path: Path) -> list[str]:
+    _check_links([path / INDEX, *path.glob("*.safetensors")])
     if (path / INDEX).exists():
         names = sorted(set(_weight_map(path).values()))
         if (path / SINGLE).exists() and SINGLE not in names:

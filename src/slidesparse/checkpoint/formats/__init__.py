@@ -36,7 +36,10 @@ def find_layers(path: Path, config: dict[str, Any], tensors: dict[str, TensorInf
     """
     transposed = _transposed(config, tensors)
     if transposed:
-        raise CheckpointError(f"{path}: {transposed} stores its linear weights transposed ([K, N]); that is not supported")
+        raise CheckpointError(
+            f"{path}: {transposed} stores its linear weights transposed ([K, N], transformers' Conv1D), which nothing here reads: take a "
+            "model with nn.Linear layers"
+        )
     # Some tools write the second key, beside the first or alone.
     key = "quantization_config" if config.get("quantization_config") else "quantization"
     quantization = config.get(key) if isinstance(config.get(key), dict) else {}
