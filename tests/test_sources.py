@@ -231,7 +231,7 @@ def test_weights_quantised_in_unknown_ways_are_said_to_be(tmp_path):
     with pytest.raises(CheckpointError, match=r"is BF16 with .*weight_scale beside it"):
         inspect(models.write(tmp_path / "frozen", tensors, models.w8a8_config()))
     fp8 = {name: t.to(torch.float8_e4m3fn) if "proj" in name else t for name, t in models.llama_tensors().items()}
-    with pytest.raises(CheckpointError, match=r"down_proj\.weight is quantised, but config\.json does not say how"):
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight is quantised \(F8_E4M3\), but config\.json does not say how"):
         inspect(models.write(tmp_path / "fp8", fp8))
 
 
