@@ -45,6 +45,14 @@ def test_a_closed_pipe_is_no_traceback(tmp_path):
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
+def test_streams_that_are_closed_are_no_traceback(tmp_path):
+    source = models.write(tmp_path / "dense")
+    for pipe in (">&-", ">&- 2>&-"):
+        assert run("inspect", source, pipe=pipe).stderr == ""
+        done = run("convert", source, tmp_path / "out", "--method", "magnitude", "--overwrite", "--json", pipe=pipe)
+        assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "out/config.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("asked", "advised"),
     [("3:4", "6:8"), ("1:4", "2:4"), ("2:8", "2:4"), ("4:8", "6:8"), ("7:8", "14:16"), ("5:10", "8:10"), ("63:64", None)],

@@ -219,6 +219,12 @@ def test_heads_are_known_by_what_they_do_and_not_by_their_names(tmp_path: Path) 
         target_of(str(tmp_path))
 
 
+def test_layers_of_another_class_are_said_to_be_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 1}))
+    with pytest.raises(UnsupportedError, match=r"GPT2LMHeadModel has Conv1D in place of nn\.Linear"):
+        target_of(str(tmp_path / "config.json"))
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [("0x64", "write NxK"), ("17", "no name on the hub"), ("{}", "not a config.json"), ("[1]", "does not hold a model configuration")],

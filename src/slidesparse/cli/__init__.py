@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -58,6 +59,9 @@ app.command()(examine.doctor)
 
 def main() -> None:
     """Entry point of the ``slidesparse`` script."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         # Not every terminal can show an arrow or a multiplication sign; that is no reason to fail.
         if isinstance(stream, TextIOWrapper):

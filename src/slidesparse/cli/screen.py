@@ -22,7 +22,7 @@ UsageError: Any = typer.BadParameter.__base__
 """The error of a command line that cannot be meant; typer says its own name for it only here."""
 
 # A pipe has no width of its own: wide enough for every table.
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False)
 
 Minutes = Annotated[
