@@ -14,7 +14,6 @@ The summary of the study that comes with the package is written, too.
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,10 @@ MARKED = re.compile(r"<!-- tables: (?:(?P<name>\S+) )?begin -->\n(?P<old>.*?)<!-
 CARDS = {"h100": "nvidia-h100-80gb-hbm3", "h200": "nvidia-h200"}
 GRAPHS = "CUDA graphs to 2048"
 NOTHING = "–"
+IN_VLLM = "in vLLM 0.26, against its dense model of the same 8 bits"
 Dense = dict[tuple[str, int, str], Row]
+Cells = dict[tuple[str, str, str], dict[tuple[str, str], dict[str, str]]]
+"""The study's rows of a model, by method, pattern and scheme, then by stage and metric."""
 ORDER = ("8:10", "6:8", "4:6", "2:4")
 SHOWN = (("prefill", 4096), ("decode", 64))
 """Points of engines in the table of the trade."""
@@ -69,18 +71,35 @@ def study() -> str:
 
 
 def trade() -> str:
-    """Accuracy and bytes of a real model, bytes and speed of one shape in an engine."""
-    with STUDY.open(encoding="utf-8", newline="") as file:
-        found = [row for row in csv.DictReader(file) if (row["model"], row["method"], row["scheme"]) == ("smollm2", "auto", "bf16")]
-    value = {(row["pattern"], row["metric"]): row for row in found if row["stage"] in ("convert", "mean")}
-    lines = [["**SmolLM2-135M, real weights, bf16, `--method auto`, in transformers**", "", "", "", ""]]
-    for pattern in ("8:10", "6:8", "4:6", "2:4"):
-        tasks, stored, dense = (value[pattern, metric] for metric in ("mean_of_4", "bytes", "bytes_dense"))
-        loss = f"{-100 * float(tasks['difference']):.1f} ± {100 * float(tasks['difference_stderr']):.1f}"
-        lines.append([pattern, loss, f"{float(stored['value']) / float(dense['value']):.2f}", NOTHING, NOTHING])
-    lines.append(["**Qwen2.5-7B's shape, random weights, in vLLM 0.26, against its dense model of the same 8 bits**", "", "", "", ""])
-    own = [row for row in serve_rows("h200") if row.model == "Qwen2.5-7B" and row.scheme in ("fp8", "int8")]
-    for pattern in ("6:8", "4:6", "2:4"):
+    """Losses and speeds of one model where both were measured; losses of SmolLM2; bytes and speed of the 7B shape."""
+    studied, served_rows = read(STUDY), serve_rows("h200")
+    title = "losses of the real weights, bytes and speed of random ones"
+    groups = [
+        (f"**{shape}: {title}, {IN_VLLM}**", served_lines(served_rows, shape, studied[study]))
+        for study, name in accuracy.NAMES.items()
+        for shape in MODELS
+        if name.startswith(shape) and study in studied
+    ]
+    groups += [
+        ("**SmolLM2-135M, real weights, bf16, `--method auto`, in transformers**", list(lost_lines(studied["smollm2"]))),
+        (f"**Qwen2.5-7B's shape, random weights, {IN_VLLM}**", served_lines(served_rows, "Qwen2.5-7B", {})),
+    ]
+    heads = ["pattern", "4 tasks, points", "perplexity", "bytes, of dense", "prefill, 4096 tokens", "decode, 64 requests"]
+    return markdown(heads, [line for title, lines in groups if lines for line in ([title, *[""] * (len(heads) - 1)], *lines)])
+
+
+def lost_lines(cells: Cells) -> Iterator[list[str]]:
+    """What the study found of a model in 16 bits."""
+    for pattern in ORDER:
+        found = cells.get(("auto", pattern, "bf16"), {})
+        stored, dense = (float(found["convert", metric]["value"]) for metric in ("bytes", "bytes_dense"))
+        yield [pattern, *losses(cells, pattern, "bf16"), f"{stored / dense:.2f}", NOTHING, NOTHING]
+
+
+def served_lines(every: Sequence[Row], model: str, cells: Cells) -> list[list[str]]:
+    """Engines of a model's shape, with what the study found of the pattern in this scheme."""
+    own, lines = [row for row in every if row.model == model and row.scheme in ("fp8", "int8")], []
+    for pattern in ORDER:
         for scheme in ("fp8", "int8"):
             mine = [row for row in own if (row.pattern, row.scheme) == (pattern, scheme) and row.route != row.rival]
             mine = [row for row in mine if GRAPHS in row.route] or mine
@@ -88,8 +107,18 @@ def trade() -> str:
                 dense = dense_of(own, mine)
                 speeds = [next((f"{over(row, dense):.2f}×" for row in mine if (row.what, row.m) == at), NOTHING) for at in SHOWN]
                 size = mine[0].gigabytes / next(iter(dense.values())).gigabytes
-                lines.append([f"{pattern} {scheme}", NOTHING, f"{size:.2f}", *speeds])
-    return markdown(["pattern", "loss on 4 tasks, points", "bytes, of dense", "prefill, 4096 tokens", "decode, 64 requests"], lines)
+                lines.append([f"{pattern} {scheme}", *losses(cells, pattern, scheme), f"{size:.2f}", *speeds])
+    return lines
+
+
+def losses(cells: Cells, pattern: str, scheme: str) -> list[str]:
+    """Points on four tasks and perplexity, against dense bf16, by `auto`; where the scheme was not run those of bf16, which are named."""
+    found = cells.get(("auto", pattern, scheme), {}) or cells.get(("auto", pattern, "bf16"), {})
+    named = "" if ("auto", pattern, scheme) in cells else " in bf16"
+    tasks, text = found.get(("mean", "mean_of_4")), found.get(("text", "perplexity"))
+    dense = cells.get(("dense", "-", "bf16"), {}).get(("text", "perplexity"))
+    points = f"{100 * float(tasks['difference']):+.1f} ± {100 * float(tasks['difference_stderr']):.1f}{named}" if tasks else NOTHING
+    return [points, f"{100 * (float(text['value']) / float(dense['value']) - 1):+.1f} %{named}" if text and dense else NOTHING]
 
 
 def serve_rows(card: str) -> list[Row]:

@@ -30,9 +30,9 @@ from slidesparse.pruning import prune
 
 N, K, M = 512, 512, 16
 ROUTES = {
-    "int8": ("dense:triton", "dense:cublaslt", "packed:triton", "slid"),
-    "fp8": ("dense:rowwise", "dense:tensorwise", "packed:rowwise", "slid"),
-    "bf16": ("dense:native", "packed:native", "slid"),
+    "int8": ("dense:triton", "dense:cublaslt", "packed:triton", "slid", "tiled:sm90", "dense:sm90"),
+    "fp8": ("dense:rowwise", "dense:tensorwise", "packed:rowwise", "slid", "tiled:sm90", "dense:sm90"),
+    "bf16": ("dense:native", "packed:native", "slid", "tiled:sm90"),
 }
 
 

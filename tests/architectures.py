@@ -74,7 +74,11 @@ class Architecture:
 
     def build(self, dtype: torch.dtype = torch.bfloat16) -> Any:
         """A random model whose outputs tell its weights apart."""
-        model = getattr(transformers, self.kind)._from_config(getattr(transformers, self.config)(**self.sizes), dtype=dtype).eval()
+        kind, config = getattr(transformers, self.kind), getattr(transformers, self.config)(**self.sizes)
+        try:
+            model = kind._from_config(config, dtype=dtype).eval()
+        except NotImplementedError:  # transformers 5.6 draws RWKV's weights by a function that torch has for 32 bits only
+            model = kind._from_config(config, dtype=torch.float32).to(dtype).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() >= 2 and "norm" not in name:
@@ -231,8 +235,8 @@ class Outcome:
     twin_int8: float | str
 
 
-def run(name: str, folder: Path) -> Outcome:
-    """Prune a model, convert it to both forms with 16 and 8 bits, and load all of them.
+def run(name: str, folder: Path, *, twin_int8: bool = True) -> Outcome:
+    """Prune a model, convert it to both forms with 16 and 8 bits, and load all of them, the twin of 8 bits if that is asked for.
 
     The twins are loaded as stock transformers does; what it made up or left out raises.
     """
@@ -255,7 +259,8 @@ def run(name: str, folder: Path) -> Outcome:
             except UnsupportedError as refusal:
                 found.append(str(refusal))
             else:
-                found.append(apart(expected, outputs(load(architecture, out), architecture)))
+                asked = twin_int8 or out.name != "dense-int8"
+                found.append(apart(expected, outputs(load(architecture, out), architecture)) if asked else "not loaded")
     return Outcome([layer.name for layer in report.layers], *found)
 
 

@@ -27,8 +27,7 @@ from slidesparse.compat.versions import TESTED
 
 FIELDS = ("date", "src", "environment", "python", "torch", "transformers", "vllm", "passed", "failed", "skipped", "seconds")
 MOST = tuple(f"tests/test_{name}.py" for name in ("transformers", "device_map", "sources", "overrides_runtime", "gguf"))
-MORE = ("end_to_end", "streaming", "state", "evaluate", "compat", "round_trips", "peft")
-"""Not the matrix of architectures: transformers 5.6 builds no RWKV in bfloat16, and runs the int8 twins of five vision models not."""
+MORE = ("end_to_end", "streaming", "state", "evaluate", "compat", "round_trips", "peft", "architectures")
 TRANSFORMERS = (*MOST, *(f"tests/test_{name}.py" for name in MORE))
 VLLM = ("tests/test_compat.py", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_vllm*.py"))))
 

@@ -50,11 +50,17 @@ def llama_tensors(
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
+def fitting(tensors: dict[str, Tensor]) -> dict:
+    """The configuration of a Llama with these weights."""
+    up = tensors.get("model.layers.0.mlp.up_proj.weight")
+    return LLAMA if up is None else LLAMA | {"intermediate_size": up.shape[0], "hidden_size": up.shape[1]}
+
+
 def write(path: Path, tensors: dict[str, Tensor] | None = None, config: dict | None = None, shards: int = 1) -> Path:
     """Write a checkpoint directory with a tokenizer-like side file."""
     tensors = llama_tensors() if tensors is None else tensors
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(LLAMA | {"dtype": "bfloat16"} if config is None else config))
+    (path / "config.json").write_text(json.dumps(fitting(tensors) | {"dtype": "bfloat16"} if config is None else config))
     (path / "tokenizer.json").write_text('{"side": "file"}')
     if shards == 1:
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})

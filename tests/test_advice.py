@@ -45,6 +45,14 @@ def test_a_closed_pipe_is_no_traceback(tmp_path):
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
+def test_streams_that_are_closed_are_no_traceback(tmp_path):
+    source = models.write(tmp_path / "dense")
+    for pipe in (">&-", ">&- 2>&-"):
+        assert run("inspect", source, pipe=pipe).stderr == ""
+        done = run("convert", source, tmp_path / "out", "--method", "magnitude", "--overwrite", "--json", pipe=pipe)
+        assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "out/config.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("asked", "advised"),
     [("3:4", "6:8"), ("1:4", "2:4"), ("2:8", "2:4"), ("4:8", "6:8"), ("7:8", "14:16"), ("5:10", "8:10"), ("63:64", None)],
@@ -52,13 +60,27 @@ def test_a_closed_pipe_is_no_traceback(tmp_path):
 def test_the_nearest_pattern_holds_the_weights(asked, advised):
     with pytest.raises(ValueError) as caught:
         Pattern.parse(asked)
-    found = re.search(r"nearest is (\d+:\d+)", str(caught.value))
+    found = re.search(r"obey (\d+:\d+)", str(caught.value))
     assert (found and found[1]) == advised
     if advised:
         kept, group = map(int, asked.split(":"))
         pattern = Pattern.parse(advised)
         rows = torch.stack([torch.randperm(group) < kept for _ in range(40 * 80)]).view(40, -1).float()
         assert packing.find_violation(rows[:, : rows.shape[1] // pattern.group * pattern.group], pattern) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "why", "advice"),
+    [
+        ("6:9", "when it drops 2 of its positions, this one drops 3", "4:6, 6:8, 8:10 (weights that are 6:9 obey 16:18)"),
+        ("7:9", "group must be 4 plus a multiple of the stride 2, got 9", "6:8, 8:10, 10:12 (weights that are 7:9 obey 16:18)"),
+        ("3:8@4:8", "when it drops 4 of its positions, this one drops 5", "4:8, 8:12, 12:16 (weights that are 3:8 obey 4:8)"),
+    ],
+)
+def test_supported_neighbours_of_a_pattern_are_named(asked, why, advice):
+    with pytest.raises(ValueError) as caught:
+        Pattern.parse(asked)
+    assert str(caught.value).endswith(f"{why}; supported ones that keep about as much: {advice}")
 
 
 def test_verify_heeds_the_pattern_asked_for(tmp_path):

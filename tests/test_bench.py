@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor
 
 from plans import HERE, at
-from slidesparse import measure, ops
+from slidesparse import __version__, measure, ops
 from slidesparse.bench import audit, kernel, lift, rivals, rows, speedups
 from slidesparse.bench.rows import COLUMNS, FAILED, OK, PUBLISHED, REFUSED, WRONG, Row, Rows
 from slidesparse.errors import CheckpointError, UnsupportedError
@@ -65,7 +69,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch, **us: float) -> None:
     def timed(calls, rounds):
         for one in calls.values():
             one[0]()
-        return {each: at(us[each.layout]) for each in calls}
+        return {each: at(us[getattr(each, "layout", "dense")]) for each in calls}
 
     monkeypatch.setattr(measure, "timed_by_clock", timed)
 
@@ -158,6 +162,54 @@ def test_cells_that_are_there_are_not_measured_again(stand_in: StandIn, tmp_path
     assert {row.m for row in measured(Rows(table.path), "6:8 int8", tokens=(4, 5))} == {5}
     other = replace(rows.here("def"), bench="kernel")
     assert not table.has(kernel.Work((64, 64), "int8", "6:8", 4).row(other)), "another commit's rows are not this one's"
+
+
+class Variants(StandIn):
+    """Two variants that differ in nothing."""
+
+    def refuses(self, problem: Problem, variant: str = "") -> str | None:
+        return super().refuses(problem)
+
+    def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
+        return ("a", "b")
+
+
+def test_every_variant_completes_cells_that_were_measured_without(stand_in: StandIn, tmp_path: Path) -> None:
+    def rows_of(every: bool, tokens: tuple[int, ...] = (4,)) -> list[Row]:
+        cells = [kernel.Work((64, 64), "int8", "6:8", m) for m in tokens]
+        return kernel.run(cells, Rows(tmp_path / "rows.csv"), rows.here("abc"), every=every)
+
+    register(Variants())
+    few, more = rows_of(False), rows_of(True, (4, 5))
+    whole = [row for row in rows.read(tmp_path / "rows.csv") if row.what == "linear" and row.status == OK]
+    assert len(few) < len(more) and {row.m for row in more} == {4, 5}
+    for m in (4, 5):
+        routes = [row.route for row in whole if row.m == m]
+        assert sorted(routes) == ["dense:exact", "packed:exact", "slid:stand-in:a", "slid:stand-in:b"], "once each"
+    refused = [row.route for row in rows.read(tmp_path / "rows.csv") if row.status == REFUSED]
+    assert "rowwise" in refused and len(set(refused)) == len(refused), "what does not run is still said, once"
+    assert not rows_of(True, (4, 5)) and not rows_of(False, (4, 5))
+
+
+def test_other_changes_of_a_checkout_are_other_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "src" / "slidesparse" / "bench").mkdir(parents=True)
+    monkeypatch.setattr(rows, "__file__", str(tmp_path / "src" / "slidesparse" / "bench" / "rows.py"))
+    assert rows.code_version() == __version__
+    file = tmp_path / "src" / "one.py"
+    file.write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    clean = rows.code_version()
+    assert re.fullmatch(r"[0-9a-f]{7}", clean)
+    (tmp_path / "rows.csv").write_text("what a run writes here")
+    assert rows.code_version() == clean
+    file.write_text("2")
+    second = rows.code_version()
+    assert re.fullmatch(clean + r"-dirty-[0-9a-f]{6}", second) and rows.code_version() == second
+    (tmp_path / "src" / "new.py").write_text("3")
+    third = rows.code_version()
+    (tmp_path / "src" / "new.py").write_text("4")
+    assert len({second, third, rows.code_version()}) == 3
 
 
 def test_wrong_and_broken_kernels_are_rows_and_the_next_cell_is_measured(stand_in: StandIn, tmp_path: Path) -> None:
@@ -321,3 +373,25 @@ def test_bench_audit_ends_with_3_where_the_plan_loses(run, stand_in: StandIn, tm
     assert "0 cells timed" in run(*words, "--out", tmp_path / "b.csv", "--sparse")[1]
     plan_of(tokens=(4,)).save(tmp_path / "plan.json")
     assert run(*words, "--out", tmp_path / "b.csv")[0] == 3, "the first plan still loses"
+
+
+@pytest.mark.parametrize(("minutes", "ends"), [([], 130), (["--minutes", "0"], 0)])
+def test_a_run_that_is_stopped_shows_and_keeps_what_it_measured(
+    run, stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: list[str], ends: int
+) -> None:
+    cell = kernel._cell
+
+    def stopped(work: kernel.Work, *rest: object) -> list[Row]:
+        if work.m == 8 and not minutes:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return cell(work, *rest)
+
+    monkeypatch.setattr(kernel, "_cell", stopped)
+    words = ["bench", "kernel", "--shape", "64x64", "--tokens", "4,8", "--schemes", "int8", "--patterns", "6:8", "--no-rivals"]
+    status, out, err = run(*words, *minutes, "--out", tmp_path / "k.csv")
+    assert status == ends and "Traceback" not in err
+    told = "stopped after 0 minutes: 0 of 2" if minutes else "interrupted: 1 of 2"
+    assert f"{told} were measured; run again to go on" in err
+    assert re.search(r"measuring 0 of 2, \d+ s: 64×64 6:8 int8 M=4", err)
+    assert ("1.50×" in out and "M = 8" not in out) if not minutes else "1 new rows" in out
+    assert {row.m for row in rows.read(tmp_path / "k.csv")} == ({0, 4} if not minutes else {0})

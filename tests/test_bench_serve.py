@@ -157,7 +157,8 @@ def test_transformers_runs_a_model_here(dense: Path, tmp_path: Path, one_thread:
         (["Qwen2.5-7B", "--prefill", "1500"], "prefill 1500: prompts have 1024 tokens; write up to 1024, or multiples of it up to 32768"),
         (["Qwen2.5-7B", "--prefill", "65536"], "prefill 65536: "),
         (["Qwen2.5-7B", "--decode", "1,513"], "decode 513: a batch has 512 requests at most"),
-        (["GPT-9"], "is no folder with config.json, and none of Llama-3.2-1B"), (["Qwen2.5-7B", "--packed", "x"], "write NAME=JSON"),
+        (["GPT-9"], "is no folder with config.json, and none of Llama-3.2-1B"),
+        (["Qwen2.5-7B", "--packed", "x"], "write NAME=JSON"),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(words: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -224,9 +224,11 @@ def test_the_command_line_tells_how_it_went(run, tmp_path, dense, ids):
     assert code == 0, err
     lines = out.splitlines()
     told = f"the file of token ids {ids} gives 12 samples of 24 tokens, 128 were asked for"
-    assert lines[-3] == f"  pruned by admm + 2 steps of reconstruction; {told}"
-    assert re.fullmatch(r"  output error of the layers: \d+\.\d\d% on average, \d+\.\d\d% at most", lines[-2])
-    assert re.fullmatch(r"  output error of the blocks, on samples held out: \d+\.\d\d% before reconstruction, \d+\.\d\d% after", lines[-1])
+    assert lines[-4] == f"  pruned by admm + 2 steps of reconstruction; {told}"
+    assert re.fullmatch(r"  output error of the layers: \d+\.\d\d% on average, \d+\.\d\d% at most", lines[-3])
+    assert re.fullmatch(r"  output error of the blocks, on samples held out: \d+\.\d\d% before reconstruction, \d+\.\d\d% after", lines[-2])
+    divergence = r"  KL divergence of the logits, on the same: \d\.\d{4} nats before the last block was fitted, \d\.\d{4} after"
+    assert re.fullmatch(divergence, lines[-1])
     tiny.add_tokenizer(dense)
     (tmp_path / "text.txt").write_text("w3 w4 w5 " * 40)
     code, out, err = run("convert", dense, tmp_path / "packed", "--method", "wanda", "--calibration", tmp_path / "text.txt", "--length", 24)

@@ -144,6 +144,15 @@ def test_the_remains_of_another_job_are_refused(tmp_path, dense, ids, solved):
     assert solved == [0, 1, 2, 3]
 
 
+def test_blocks_that_were_trained_to_something_else_are_refused(tmp_path, dense, ids, monkeypatch):
+    recipe = tiny.recipe("auto", ids, reconstruction_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        convert(dense, tmp_path / "out", recipe, progress=Stop(3))
+    monkeypatch.setattr(sys.modules["slidesparse.checkpoint.convert"], "RECONSTRUCTION", -1)
+    with pytest.raises(OutputExistsError, match="remains of a different run"):
+        convert(dense, tmp_path / "out", recipe)
+
+
 def test_overwrite_drops_the_remains_of_another_job(tmp_path, dense, ids):
     with pytest.raises(KeyboardInterrupt):
         convert(dense, tmp_path / "out", tiny.recipe("admm", ids), progress=Stop(3))

@@ -95,13 +95,31 @@ def test_wrong_dtype_and_transposed_or_foreign_weights(run, tmp_path):
     tensors = models.llama_tensors()
     tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"].to(torch.int8)
     source = models.write(tmp_path / "a", tensors)
-    status, _, _ = run(*CONVERT, source, tmp_path / "out", "--json")
-    assert status == 0  # an integer matrix without a scale is no linear layer: it is copied
+    for command in ([*CONVERT, source, tmp_path / "no"], ["inspect", source], ["verify", source, "--pattern", "6:8"]):
+        refused(run(*command), f"{LAYER}.weight is quantised (I8)", "config.json does not say how")
     tensors[f"{LAYER}.weight_scale"] = torch.ones(64, 1)
     refused(run(*CONVERT, models.write(tmp_path / "b", tensors), tmp_path / "no"), LAYER, "config.json does not say how")
     config = models.LLAMA | {"quantization_config": {"quant_method": "gptq"}}
     refused(run(*CONVERT, models.write(tmp_path / "c", None, config), tmp_path / "no"), "gptq")
-    refused(run(*CONVERT, models.write(tmp_path / "d", None, models.LLAMA | {"model_type": "gpt2"}), tmp_path / "no"), "transposed")
+    refused(run(*CONVERT, models.write(tmp_path / "d", None, models.LLAMA | {"model_type": "gpt2"}), tmp_path / "no"), "Conv1D", "Linear")
+
+
+def test_layers_that_are_not_those_of_the_class(run, tmp_path):
+    pytest.importorskip("transformers")
+    weight = models.llama_tensors()[f"{LAYER}.weight"]
+    for i, (other, told) in enumerate(
+        [
+            (weight[:60].clone(), "[60, 64], the class that config.json names needs [64, 64]"),
+            (torch.zeros(0, 64).bfloat16(), "[0, 64], the class that config.json names needs [64, 64]"),
+            (weight.unsqueeze(-1).clone(), "should be linear weights [64, 64], but its tensor cannot be read as such"),
+            (weight.int(), "should be linear weights [64, 64]"),
+        ]
+    ):
+        source = models.write(tmp_path / str(i), models.llama_tensors() | {f"{LAYER}.weight": other})
+        refused(run(*CONVERT, source, tmp_path / "no"), f"layer {LAYER}", told)
+    names = {f"_orig_mod.{name}": t for name, t in models.llama_tensors().items()}  # as torch.compile leaves them
+    refused(run(*CONVERT, models.write(tmp_path / "named", names), tmp_path / "no"), "tensor model.embed_tokens.weight is missing")
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -15,6 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+import tiny
+from architectures import ARCHITECTURES
 from packed_checkpoint import random_model
 from slidesparse.checkpoint import Recipe, convert
 from slidesparse.errors import EvaluationError
@@ -118,7 +120,11 @@ def by_hand(model, tokenizer, docs: list[dict]) -> tuple[list[float], list[float
         for choice in doc["choices"]:
             ids = tokenizer(f"{doc['query']} {choice}", return_tensors="pt")["input_ids"]
             start = len(tokenizer(doc["query"])["input_ids"])
-            found = model(ids).logits[0].double().log_softmax(-1)
+            if model.config.is_encoder_decoder:
+                ids, given = ids[:, start:], {"input_ids": ids[:, :start], "labels": ids[:, start:]}
+                found, start = model(**given).logits[0].double().log_softmax(-1).roll(-1, 0), 0
+            else:
+                found = model(ids).logits[0].double().log_softmax(-1)
             scores.append(sum(float(found[i - 1, ids[0, i]]) for i in range(start, ids.shape[1])))
         lengths = [len(choice) for choice in doc["choices"]]
         plain.append(float(scores.index(max(scores)) == doc["gold"]))
@@ -147,6 +153,21 @@ def test_scores_are_those_of_the_packed_layers(harness, packed, tmp_path, monkey
         assert found.stderr == pytest.approx(statistics.stdev(items) / 7**0.5) and found.higher_is_better and found.group == ""
     limited = harness.evaluate_tasks(model, tokenizer, [str(file)], limit=3)
     assert limited[0].per_item == acc.per_item[:3]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2-vl", "t5"])
+def test_models_that_see_and_those_with_an_encoder_are_scored_on_text(harness, name, run, tmp_path):
+    ARCHITECTURES[name].build(torch.float32).save_pretrained(tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "packed", Recipe(Pattern.parse("4:6"), "magnitude", "int8"))
+    tiny.add_tokenizer(tmp_path / "packed")
+    task, docs = write_task(tmp_path)
+    code, _, said = run("eval", tmp_path / "packed", "--tasks", task, "--device", "cpu")
+    assert code == 1 and "set eos_token in tokenizer_config.json" in said and len(said.strip().splitlines()) == 1
+    model, tokenizer = load(tmp_path / "packed")
+    tokenizer.eos_token = "w9"
+    rows = {row.metric: row.score for row in harness.evaluate_tasks(model, tokenizer, [str(task)])}
+    plain, normalised = by_hand(model, tokenizer, docs)
+    assert rows == {"acc": pytest.approx(statistics.mean(plain)), "acc_norm": pytest.approx(statistics.mean(normalised))}
 
 
 def test_automatic_batches_follow_from_lengths(harness, packed, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import models
-from slidesparse.checkpoint import Recipe, convert, verify
+from slidesparse.checkpoint import Recipe, convert, inspect, verify
 from slidesparse.checkpoint.norms import write_norms
 from slidesparse.errors import CheckpointError, OutputExistsError, PatternError
 from slidesparse.pattern import Pattern
@@ -107,6 +107,15 @@ def test_side_files_that_are_links_to_nowhere_are_missed(tmp_path, dense):
     (dense / "tokenizer_config.json").symlink_to(tmp_path / "gone")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is a link"):
         convert(dense, tmp_path / "out", RECIPE)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_models_files_that_are_links_to_nowhere_are_said_to_be(tmp_path, dense, name):
+    (dense / name).unlink(missing_ok=True)
+    (dense / name).symlink_to(tmp_path / "nowhere")
+    for call in (lambda: convert(dense, tmp_path / "out", RECIPE), lambda: inspect(dense)):
+        with pytest.raises(CheckpointError, match=rf"{name} is a link to a file that is not there: fetch the model again"):
+            call()
 
 
 def test_special_files_do_not_hang(tmp_path, dense):

@@ -163,6 +163,27 @@ def test_a_body_alone(tmp_path: Path) -> None:
         check_bitwise(saved(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
 
 
+@pytest.mark.parametrize(
+    ("name", "part"), [("llama", "model"), ("llava", "model.language_model"), ("qwen2-vl", "model.visual"), ("t5", "encoder")]
+)
+def test_a_model_inside_saved_alone(name: str, part: str, tmp_path: Path) -> None:
+    import slidesparse.integrations.transformers  # noqa: F401
+
+    architecture = ARCHITECTURES[name]
+    architecture.build().save_pretrained(tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "packed", Recipe(Pattern.parse("4:6"), "magnitude", "int8"))  # ragged, so names are told
+    model = load(architecture, tmp_path / "packed")
+    inner = model.get_submodule(part)
+    saved = again(inner, tmp_path / "inner")
+    assert packed_layers(saved) == packed_layers(inner) and verify(tmp_path / "inner").ok
+    for key, tensor in inner.state_dict().items():
+        check_bitwise(saved.state_dict()[key], tensor)
+    model.save_pretrained(tmp_path / "saved")
+    told = json.loads((tmp_path / "saved/config.json").read_text())
+    assert told.pop("quantization_config") == quantization(tmp_path / "packed") and "quantization_config" not in json.dumps(told)
+    check_bitwise(outputs(load(architecture, tmp_path / "saved"), architecture), outputs(model, architecture))
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen2-vl", "gemma3", "t5", "llama4-text"])
 def test_saved_again_under_the_names_of_files(name: str, tmp_path: Path) -> None:
     import slidesparse.integrations.transformers  # noqa: F401

@@ -142,7 +142,7 @@ def test_a_descriptor_that_the_cache_drops_lives_as_long_as_its_call(monkeypatch
 
 
 def test_the_fastest_variant_is_among_the_three_that_a_search_times() -> None:
-    """Within 3 %, of 128 products that were measured on an H200."""
+    """Within 6 %, of 128 products that were measured on an H200; in nine of ten it is among them."""
     cells: dict[tuple, dict[str, float]] = {}
     with (Path(__file__).parent.parent / "benchmarks/results/archive/h200_sm90_variants.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -156,7 +156,30 @@ def test_the_fastest_variant_is_among_the_three_that_a_search_times() -> None:
         copy = (torch.empty((1, 1, 1) if layout == "tiled" else (1, 1), device="meta"),)
         found = Sm90().search(problem, torch.empty(m, k, device="meta"), copy)
         losses.append(min(times[one] for one in found if one in times) / min(times.values()))
-    assert len(losses) == 128 and max(losses) < 1.03, max(losses)
+    losses.sort()
+    assert len(losses) == 128 and losses[115] == 1.0 and losses[-1] < 1.06, losses[115:]
+
+
+def test_predicted_times_of_random_layers_are_near_the_measured_ones() -> None:
+    """Of 56 whole linears of random shape, which the model was not fitted to: half within 5 %, nine of ten within 15 %."""
+    cells: dict[tuple, dict[str, float]] = {}
+    with (Path(__file__).parent.parent / "benchmarks/results/archive/h200_sm90_random.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            layout, kernel, variant = [*row["route"].split(":"), ""][:3]
+            if kernel == "sm90" and not sm90.Variant.parse(variant).split:
+                key = (int(row["n"]), int(row["k"]), int(row["m"]), row["pattern"], row["scheme"], layout)
+                cells.setdefault(key, {})[variant] = float(row["us_p50"])
+    errors = []
+    for (n, k, m, pattern, scheme, layout), times in cells.items():
+        width = Pattern.parse(pattern).slid_k(k) if layout == "tiled" else k
+        values = str(SCHEMES[scheme].dtype).removeprefix("torch.")
+        found = [
+            sm90.predicted_us(sm90.Variant.parse(one), n, k, width, m, values=values, sparse=layout == "tiled") for one in times
+        ]  # fmt: skip
+        errors.append(abs(min(found) / min(times.values()) - 1))
+    errors.sort()
+    assert len(errors) == 56
+    assert errors[28] < 0.05 and errors[50] < 0.15, errors
 
 
 def test_calls_that_are_not_direct_run_on_the_device_of_x(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,9 +213,8 @@ def test_reconstruction_keeps_masks_and_never_makes_a_block_worse(tmp_path, sche
     assert reports["fitted"] == reports["again"] and reports["fitted"].method == "admm + 60 steps of reconstruction"
     assert all(torch.equal(outputs["fitted"][name], outputs["again"][name]) for name in outputs["fitted"])
     assert reports["plain"].method == "admm" and "error_before" not in reports["plain"].blocks[0]
-    for block in reports["fitted"].blocks:
-        assert 0 < block["error_after"] <= block["error_before"]
-    assert reports["fitted"].blocks[0]["error_after"] < reports["fitted"].blocks[0]["error_before"]
+    first, last = reports["fitted"].blocks
+    assert 0 < first["error_after"] < first["error_before"] and 0 < last["divergence_after"] <= last["divergence_before"]
     # The first block has the same inputs in both runs: masks agree, weights do not.
     for name in reports["fitted"].blocks[0]["layers"]:
         plain, fitted = (outputs[run][f"{name}.weight"].float() for run in ("plain", "fitted"))
@@ -240,8 +239,8 @@ def test_a_gpu_solves_what_a_cpu_solves(tmp_path, scheme):
     found = {device: convert(dense, tmp_path / device, recipe, device=device).pruning for device in ("cpu", "cuda")}
     for name, layer in found["cuda"].layers.items():
         assert layer["error"] == pytest.approx(found["cpu"].layers[name]["error"], rel=0.1), name
-    for block in found["cuda"].blocks:
-        assert block["error_after"] <= block["error_before"]
+    first, last = found["cuda"].blocks
+    assert first["error_after"] <= first["error_before"] and last["divergence_after"] <= last["divergence_before"]
     assert verify(tmp_path / "cuda").ok
 
 
@@ -258,27 +257,24 @@ def hidden_states(path, tokens: Tensor) -> list[Tensor]:
 
 
 def test_reconstruction_is_given_pruned_inputs_and_the_dense_models_outputs(tmp_path, monkeypatch):
-    sizes = {"dtype": torch.float32, "num_hidden_layers": 4}
+    sizes = {"dtype": torch.float32, "num_hidden_layers": 5}
     dense, ids = tiny.build(tmp_path / "dense", **sizes), tiny.token_ids(tmp_path / "ids.npy", SAMPLES)
-    given: list[dict[str, Tensor]] = []
+    given: list[list[Tensor]] = []
 
     def look(tasks, solutions, batches, **options):
-        depths = {"here": batches.here.targets} | ({} if batches.ahead is None else {"ahead": batches.ahead.targets})
-        given.append({name: torch.cat(stream) for name, stream in (depths | {"inputs": batches.inputs, "dense": batches.dense}).items()})
+        behind = [depth.targets for depth in (batches.here, *batches.ahead)]
+        given.append([torch.cat(stream) for stream in (batches.inputs, batches.dense, *behind)])
         return reconstruction.Outcome(1.0, 1.0, dict(solutions))
 
     monkeypatch.setattr(streaming, "reconstruct", look)
     convert(dense, tmp_path / "out", tiny.recipe("auto", ids, samples=SAMPLES, reconstruction_steps=1))
     tokens = torch.from_numpy(np.load(ids))
     pruned, whole = hidden_states(tmp_path / "out", tokens), hidden_states(dense, tokens)
-    for index, streams in enumerate(given):
-        torch.testing.assert_close(streams["inputs"], pruned[index], rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(streams["dense"], whole[index], rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(streams["here"], whole[index + 1], rtol=1e-3, atol=1e-4)
-        assert ("ahead" in streams) == (index < 3)
-        if "ahead" in streams:
-            torch.testing.assert_close(streams["ahead"], whole[index + 2], rtol=1e-3, atol=1e-4)
-    assert len(given) == 4 and not torch.allclose(pruned[2], whole[2], rtol=1e-2, atol=1e-2)
+    for index, (inputs, *depths) in enumerate(given):
+        torch.testing.assert_close(inputs, pruned[index], rtol=1e-3, atol=1e-4)
+        for depth, wanted in zip(depths, whole[index : index + 5], strict=True):  # in front of the block, behind it and behind three more
+            torch.testing.assert_close(depth, wanted, rtol=1e-3, atol=1e-4)
+    assert len(given) == 5 and not torch.allclose(pruned[2], whole[2], rtol=1e-2, atol=1e-2)
 
 
 def test_only_pruned_weights_get_gradients(tmp_path, monkeypatch):
@@ -287,7 +283,7 @@ def test_only_pruned_weights_get_gradients(tmp_path, monkeypatch):
 
     def look(tasks, solutions, batches, **options):
         outcome = fit(tasks, solutions, batches, **options)
-        depths = [depth.block for depth in (batches.here, batches.ahead) if depth is not None]
+        depths = [depth.block for depth in (batches.here, *batches.ahead)]
         blocks.append([name for block in depths for name, parameter in block.named_parameters() if parameter.grad is not None])
         return outcome
 
@@ -314,7 +310,7 @@ def test_many_loud_tokens_fit_a_block_in_16_bits(dtype):
 
 def test_training_lies_between_the_pruned_and_the_dense_inputs():
     pruned, dense = [torch.zeros(2, 64, 3)], [torch.ones(2, 64, 3)]
-    mixed = reconstruction.Batches(pruned, dense, None).mixed(0, torch.Generator().manual_seed(0))
+    mixed = reconstruction.Batches(pruned, dense, None).mixed(0, torch.Generator().manual_seed(0), torch.device("cpu"))
     assert torch.equal(mixed, mixed[..., :1].expand_as(mixed)) and 0 <= mixed.min() < 0.2 and 0.8 < mixed.max() <= 1
     assert len(mixed[..., 0].unique()) > 100
 
@@ -333,7 +329,8 @@ def test_a_result_that_is_worse_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(reconstruction, "_RATE", 1e3)
     dense, ids = tiny.build(tmp_path / "dense"), tiny.token_ids(tmp_path / "ids.npy")
     report = convert(dense, tmp_path / "out", tiny.recipe("auto", ids, reconstruction_steps=4))
-    assert all(block["error_after"] == block["error_before"] for block in report.pruning.blocks)
+    first, last = report.pruning.blocks
+    assert first["error_after"] == first["error_before"] and last["divergence_after"] == last["divergence_before"]
     convert(dense, tmp_path / "plain", tiny.recipe("admm", ids))
     one, other = models.read(tmp_path / "out"), models.read(tmp_path / "plain")
     assert all(torch.equal(one[name], other[name]) for name in one)

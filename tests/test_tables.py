@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from slidesparse.bench.rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,6 +69,21 @@ def test_what_differs_is_named_and_written(tables: ModuleType, tmp_path: Path, m
     assert text.startswith("before\n") and text.endswith("end -->\nbehind\n") and "old" not in text and "| 6:8 fp8 |" in text
     tables.main()
     assert page.read_text() == text and "every table is what the data say" in capsys.readouterr().out
+
+
+def test_a_model_with_losses_and_speeds_leads_the_trade(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows as ``bench serve Qwen2.5-Coder-1.5B --schemes fp8`` writes them."""
+    base = Row("serve", "prefill", 4096, scheme="fp8", pattern="6:8", model="Qwen2.5-Coder-1.5B", rival="vLLM", commit="abc", gigabytes=2.0)
+    made = [
+        replace(base, what=what, m=m, route=route, us=us)
+        for what, m, ours in (("prefill", 4096, 80.0), ("decode", 64, 125.0))
+        for route, us in (("vLLM", 100.0), ("packed: as the plan has it", ours))
+    ]
+    known = tables.serve_rows("h200")
+    monkeypatch.setattr(tables, "serve_rows", lambda card: [*known, *made])
+    first, second, *_ = [line for line in tables.trade().splitlines()[2:]]
+    assert first.startswith("| **Qwen2.5-Coder-1.5B: losses of the real weights, bytes and speed of random ones, in vLLM")
+    assert second == "| 6:8 fp8 | – | +2.5 % in bf16 | 1.00 | 1.25× | 0.80× |"
 
 
 def test_ratios_of_engines_are_of_one_run(tables: ModuleType) -> None:

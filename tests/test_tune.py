@@ -30,7 +30,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ..
     """Tuning on the CPU; returns the list of what was timed."""
     timed, draw = [], torch.randn
 
-    def in_turn(variants, rounds):
+    def in_turn(variants, rounds, held=None):
         timed.append(tuple(map(str, variants)))
         return {name: at(10.0 + i, 1.0) for i, name in enumerate(variants)}
 
@@ -332,3 +332,40 @@ def test_a_place_that_cannot_be_written_shows_before_anything_is_measured(bench,
 def test_which_numbers_of_tokens_are_worth_measuring() -> None:
     (six,), (two,) = shapes("6:8 int8"), shapes("2:4 int8")
     assert six.buckets == BUCKETS and BUCKETS[0] == 1 and BUCKETS[-1] == 65536 and len(two.buckets) == 5
+
+
+def test_brief_cells_are_for_advice_alone_and_take_no_place(bench, tmp_path: Path) -> None:
+    path, (shape,) = tmp_path / "plan.json", shapes("6:8 int8")
+    key = key_of(shape.problem)
+    plan = tune.tune([shape], path, ms=(1,), brief=True)
+    cell = cell_of(plan, shape, 1)
+    assert cell.brief and names(cell.times) == {"dense:exact", "packed:exact"} and len(bench) == 1
+    assert cell_of(Plan.load(path, brief=True), shape, 1).brief and not Plan.load(path).cells, "nothing that runs looks at them"
+    tune.tune([shape], path, ms=(1,), brief=True)
+    assert len(bench) == 1, "nothing is lacking for advice"
+    whole = cell_of(tune.tune([shape], path, ms=(1,)), shape, 1)
+    assert not whole.brief and names(whole.times) == BOTH and len(bench) == 2
+    kept = tune.tune([shape], path, ms=(1, 2), brief=True)
+    assert len(bench) == 3 and {m: cell.brief for m, cell in kept.cells[key].items()} == {1: False, 2: True}
+    assert set(Plan.load(path).cells[key]) == {1} and set(tune.tune([shape], path, ms=(1,)).cells[key]) == {1}
+    tune.tune([shape], path, ms=(1,), brief=True, again=True)
+    assert not cell_of(Plan.load(path), shape, 1).brief, "a whole cell is measured as a whole one"
+
+
+def test_brief_cells_time_few_variants_and_no_restored_weights(bench, tmp_path: Path) -> None:
+    values = {field.name: getattr(EXACT, field.name) for field in dataclasses.fields(EXACT)} | {"worth_timing": True}
+    register(Numbered(**values | {"name": "numbered"}))
+    (shape,) = shapes("6:8 int8")
+    whole = cell_of(tune.tune([shape], tmp_path / "plan.json", ms=(1,), brief=True), shape, 1).times
+    assert names(whole) == {"dense:numbered:0", "dense:numbered:3"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered(DenseKernel):
+    """Five variants that are all the same."""
+
+    def refuses(self, problem: Problem, variant: str = "") -> str | None:
+        return None
+
+    def search(self, problem: Problem, x: torch.Tensor, copy: tuple) -> tuple[str, ...]:
+        return tuple(map(str, range(5)))

@@ -140,9 +140,7 @@ def pools() -> dict[bool, tuple[Callable[[], AbstractContextManager], Callable[[
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize("sleep", [False, True])
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
-def test_a_loaded_model_takes_what_its_layouts_take(
-    scheme: str, sleep: bool, config: VllmConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loaded_model_takes_what_its_layouts_take(scheme: str, sleep: bool, config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     known = pools()
     if sleep not in known:
         pytest.skip("this vLLM was built without its pool for sleep mode")

@@ -15,6 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tables import METHODS, PATTERNS, read
 
+from slidesparse.bench.accuracy import NAMES
+
 COLOURS = {"magnitude": "#999999", "wanda": "#E69F00", "sparsegpt": "#56B4E9", "admm": "#009E73", "auto": "#D55E00"}
 """Of Okabe and Ito, told apart by colour-blind eyes; markers tell the methods apart, too."""
 MARKERS = {"magnitude": "s", "wanda": "^", "sparsegpt": "D", "admm": "v", "auto": "o"}
@@ -28,8 +30,10 @@ def kept(pattern: str) -> float:
 
 def picture(table: Path, place: Path) -> None:
     """A panel per model; the axis of loss is logarithmic, so that magnitude at 2:4 and the best at 8:10 are both seen."""
-    models = {model: cells for model, cells in read(table).items() if loss(cells, "auto") or loss(cells, "magnitude")}
-    figure, axes = plt.subplots(1, len(models), figsize=(5.5 * len(models), 4.5), squeeze=False, layout="constrained")
+    studied = sorted(read(table).items(), key=lambda item: -len(item[1]))  # the most cells first
+    models = {model: cells for model, cells in studied if loss(cells, "auto") or loss(cells, "magnitude")}
+    size = (5.5 * len(models), 4.5)
+    figure, axes = plt.subplots(1, len(models), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained")
     for axis, (model, cells) in zip(axes[0], models.items(), strict=True):
         for method, shown in METHODS.items():
             points = loss(cells, method)
@@ -37,12 +41,13 @@ def picture(table: Path, place: Path) -> None:
                 axis.plot(*zip(*points, strict=True), color=COLOURS[method], marker=MARKERS[method], label=shown)
         axis.set_yscale("log", nonpositive="clip")
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g} %")
+        axis.yaxis.set_minor_formatter(lambda value, _: "")
         axis.set_xticks([kept(pattern) for pattern in PATTERNS], [f"{pattern}\n{kept(pattern):.0f} %" for pattern in PATTERNS])
         axis.set_xlabel("pattern and weights kept")
-        axis.set_title(f"{model}, bf16", fontsize="medium")
+        axis.set_title(f"{NAMES.get(model, model)}, bf16", fontsize="medium")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("WikiText-2 perplexity above the dense model's")
-    axes[0][0].legend(fontsize="small")
+    max(axes[0], key=lambda axis: len(axis.lines)).legend(fontsize="small")
     figure.savefig(place, dpi=110)
 
 

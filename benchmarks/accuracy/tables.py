@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from slidesparse.bench.accuracy import NAMES
+
 PATTERNS = ("8:10", "6:8", "4:6", "2:4")
 """Columns, from the most weights kept to the fewest."""
 METHODS = {
@@ -27,6 +29,9 @@ TASKS = (
 )
 MAIN = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "openbookqa": "acc_norm", "gsm8k": "exact_match:flexible-extract"}
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+NOT_RUN = "not run"
+SCHEMES = ("bf16", "int8", "fp8")
 
 Row = dict[str, str]
 Key = tuple[str, str, str]
@@ -46,7 +51,7 @@ def read(table: Path) -> dict[str, dict[Key, dict[tuple[str, str], Row]]]:
 def tables_of(models: dict[str, dict[Key, dict[tuple[str, str], Row]]]) -> str:
     parts = []
     for model, cells in models.items():
-        parts.append(f"### {model}\n")
+        parts += [f"### {NAMES.get(model, model)}\n", not_run(cells)]
         for metric, title, digits in (
             ("perplexity", "WikiText-2 perplexity", 2),
             ("kl", "KL divergence from dense bf16, nats per token", 4),
@@ -58,18 +63,39 @@ def tables_of(models: dict[str, dict[Key, dict[tuple[str, str], Row]]]) -> str:
 
 
 def text_table(cells: dict[Key, dict[tuple[str, str], Row]], metric: str, title: str, digits: int) -> str:
-    """Methods by patterns; the dense models in a column of their own."""
+    """Methods by patterns; each scheme begins with a row of the dense model, which has a column of its own."""
     lines = []
-    for scheme in ("bf16", "int8", "fp8"):
+    for scheme in SCHEMES:
         dense = value(cells, ("dense", "-", scheme), ("text", metric), digits)
+        if dense:
+            lines.append(["**dense**", scheme, dense, *([""] * len(PATTERNS))])
         for method, shown in METHODS.items():
             found = [value(cells, (method, pattern, scheme), ("text", metric), digits) for pattern in PATTERNS]
             if any(found):
-                lines.append([shown, scheme, dense, *found])
-                dense = ""
-        if dense:
-            lines.append(["dense", scheme, dense, *([""] * len(PATTERNS))])
-    return markdown([title, "scheme", "dense", *PATTERNS], lines)
+                lines.append([shown, scheme, "", *(each or NOT_RUN for each in found)])
+    return markdown([title, "scheme", "not pruned", *PATTERNS], lines)
+
+
+def not_run(cells: dict[Key, dict[tuple[str, str], Row]]) -> str:
+    """One line: by scheme the cells without a perplexity, then those that have one and no task."""
+    names = METHODS | {"auto": "auto"}
+    parts, unscored = [], []
+    for scheme in SCHEMES:
+        lacking: dict[str, list[str]] = {}
+        for method in METHODS:
+            for pattern in PATTERNS:
+                stages = {stage for stage, _ in cells.get((method, pattern, scheme), {})}
+                if "text" not in stages:
+                    lacking.setdefault(method, []).append(pattern)
+                elif not stages & {"mean", *TASKS}:
+                    unscored.append(f"{names[method]} {pattern} {scheme}")
+        whole = [names[method] for method, patterns in lacking.items() if len(patterns) == len(PATTERNS)]
+        told = [] if ("dense", "-", scheme) in cells else ["dense"]
+        told += ["every method"] if len(whole) == len(METHODS) else whole
+        told += [f"{names[method]} at {' and '.join(patterns)}" for method, patterns in lacking.items() if len(patterns) < len(PATTERNS)]
+        parts += [f"in {scheme} {', '.join(told)}"] if told else []
+    parts += [f"on tasks {', '.join(unscored)}"] if unscored else []
+    return f"**Not run:** {'; '.join(parts)}.\n" if parts else ""
 
 
 def value(cells: dict[Key, dict[tuple[str, str], Row]], cell: Key, wanted: tuple[str, str], digits: int) -> str:
@@ -89,8 +115,8 @@ def task_table(cells: dict[Key, dict[tuple[str, str], Row]]) -> str:
             for scheme in ("bf16", "int8", "fp8"):
                 scores = [score(cells.get((method, pattern, scheme), {}), task) for task in columns]
                 if any(scores):
-                    name = "dense" if method == "dense" else f"{METHODS[method]} {pattern}"
-                    lines.append([name, scheme, *scores])
+                    name = "**dense**" if method == "dense" else f"{METHODS[method]} {pattern}"
+                    lines.append([name, scheme, *(each or NOT_RUN for each in scores)])
     return markdown(["tasks, %", "scheme", *(MEANS.get(task, task) for task in columns)], lines)
 
 

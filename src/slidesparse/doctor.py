@@ -83,13 +83,21 @@ def _compiler() -> Finding:
 
 
 def _kernels() -> list[Finding]:
-    """What could run a middling layer here."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    problem = Problem(4096, 4096, Pattern(6, 8), scheme_named("int8"), capability(), torch.bfloat16)
+    """Which ways to multiply run a middling layer here, in which schemes."""
+    cuda = torch.cuda.is_available()
+    types = {"int8": torch.bfloat16, "fp8": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
+    problems = {name: Problem(4096, 4096, Pattern(6, 8), scheme_named(name), capability(), dtype) for name, dtype in types.items()}
     findings = []
     for name, kernel in kernels().items():
-        reason = kernel.refuses(problem) or ""
-        findings.append(Finding(f"kernel {name}", not reason, "cannot run" if reason else f"runs on {device}", reason))
+        reasons = {scheme: kernel.refuses(problem) for scheme, problem in problems.items()}
+        able = [scheme for scheme, reason in reasons.items() if reason is None]
+        if able:
+            findings.append(Finding(f"kernel {name}", True, f"runs on {'cuda' if cuda else 'cpu'}", f"multiplies {', '.join(able)}"))
+        elif not cuda:
+            findings.append(Finding(f"kernel {name}", False, "needs a GPU", "one of several ways to multiply; without a GPU others run"))
+        else:
+            told = [reason for reason in reasons.values() if reason]
+            findings.append(Finding(f"kernel {name}", False, "not on this machine", max(told, key=told.count)))
     return findings
 
 

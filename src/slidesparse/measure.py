@@ -39,11 +39,11 @@ def slots(bytes_per_call: int, *, least: int = 4) -> int:
     return max(least, -(-3 * cache // max(bytes_per_call, 1)))
 
 
-def timed(variants: Mapping[Name, Sequence[Call]], *, rounds: int = 15, repeat: int = 1) -> dict[Name, Timing]:
+def timed(variants: Mapping[Name, Sequence[Call]], *, rounds: int = 15, repeat: int = 1, held: float = _HELD) -> dict[Name, Timing]:
     """Time variants against each other; each is a sequence of calls of equal work on different buffers.
 
     Every variant's calls, ``repeat`` times over, are captured into one CUDA graph. Where each call takes 100 µs or more, a variant's graph
-    is replayed alone for 50 ms, twice, in one order and the other: the power that a kernel draws sets its clock, and its neighbours'.
+    is replayed alone for ``held`` µs, twice, in one order and the other: the power that a kernel draws sets its clock, and its neighbours'.
     Shorter calls take turns: a round replays each graph once. No replay waits for the host, which stays ahead of the device.
 
     Raises:
@@ -59,7 +59,7 @@ def timed(variants: Mapping[Name, Sequence[Call]], *, rounds: int = 15, repeat: 
         graph.replay()
     first = dict(zip(graphs, _replays(list(graphs.values())), strict=True))
     sustained = min(first[name] / calls[name] for name in graphs) >= SUSTAINED
-    samples = _alone(graphs, first) if sustained else _in_turn(graphs, rounds)
+    samples = _alone(graphs, first, held) if sustained else _in_turn(graphs, rounds)
     return {name: _timing([value / calls[name] for value in values], sustained) for name, values in samples.items()}
 
 
@@ -95,11 +95,11 @@ def _in_turn(graphs: Mapping[Name, torch.cuda.CUDAGraph], rounds: int) -> dict[N
     return samples
 
 
-def _alone(graphs: Mapping[Name, torch.cuda.CUDAGraph], first: Mapping[Name, float]) -> dict[Name, list[float]]:
+def _alone(graphs: Mapping[Name, torch.cuda.CUDAGraph], first: Mapping[Name, float], held: float) -> dict[Name, list[float]]:
     """The last 60 % of the replays of each pass, by when clock and power have settled."""
     samples: dict[Name, list[float]] = {name: [] for name in graphs}
     for name in (*graphs, *reversed([*graphs])):
-        values = _replays([graphs[name]] * max(5, math.ceil(_HELD / first[name])))
+        values = _replays([graphs[name]] * max(5, math.ceil(held / first[name])))
         samples[name] += values[len(values) * 2 // 5 :]
     return samples
 

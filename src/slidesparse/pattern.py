@@ -53,10 +53,11 @@ class Pattern:
         if self.group - self.kept != zeros:
             raise ValueError(
                 f"{head}: windows cover a group exactly only when it drops {zeros} of its positions, this one drops "
-                f"{self.group - self.kept}{_nearest(self.kept, self.group, self.n, self.l)}"
+                f"{self.group - self.kept}{_advice(self.kept, self.group, self.n, self.l)}"
             )
         if (self.group - self.l) % self.n:
-            raise ValueError(f"{head}: group must be {self.l} plus a multiple of the stride {self.n}, got {self.group}")
+            raise ValueError(f"{head}: group must be {self.l} plus a multiple of the stride {self.n}, got {self.group}"
+                             f"{_advice(self.kept, self.group, self.n, self.l)}")  # fmt: skip
         unit = f"x{self.unit}" if self.unit != 1 else ""
         hardware = f"@{self.n}:{self.l}" if (self.n, self.l) != (2, 4) else ""
         # Written once: torch.compile may turn numbers into symbols, which it cannot write.
@@ -155,15 +156,22 @@ class Pattern:
         return (group * self.group + self.lift_offsets[slot] - offset) * self.unit + inner
 
 
-def _nearest(kept: int, group: int, n: int, l: int) -> str:  # noqa: E741
-    """The tightest pattern that all weights with ``kept`` of every ``group`` obey, as advice; empty where there is none."""
+def _advice(kept: int, group: int, n: int, l: int) -> str:  # noqa: E741
+    """The patterns that keep about as much, and if there is one the tightest that all weights with ``kept`` of every ``group`` obey."""
+    zeros, asked = l - n, kept / group
+    near = sorted(sorted(range(l, _MAX_GROUP + 1, n), key=lambda size: abs(1 - zeros / size - asked))[:3])
+    names = ", ".join(f"{size - zeros}:{size}" for size in near)
+    return f"; supported ones that keep about as much: {names}{_holds(kept, group, n, l)}"
+
+
+def _holds(kept: int, group: int, n: int, l: int) -> str:  # noqa: E741
     zeros = l - n
     multiples = [group * times for times in range(1, _MAX_GROUP // group + 1)]
     divisors = [part for part in range(l, group) if group % part == 0]
     # The most weights that a group of that size can have: a whole group may lie in a part of it.
     most = {size: min(kept, size) for size in divisors} | {size: kept * size // group for size in multiples}
     valid = [size for size, count in most.items() if count <= size - zeros and size >= l and (size - l) % n == 0]
-    return f"; nearest is {min(valid) - zeros}:{min(valid)}" if valid else ""
+    return f" (weights that are {kept}:{group} obey {min(valid) - zeros}:{min(valid)})" if valid else ""
 
 
 KNOWN = tuple(Pattern(group - 2, group) for group in range(4, 20, 2))

@@ -10,19 +10,16 @@ from ..gemm.choose import GUARD
 from ..gemm.kernels import kernels
 from ..gemm.plan import Plan
 from ..pattern import Pattern
-from .accuracy import Loss, losses, rounded
-from .estimate import DENSE, MEASURED, MODEL, SPARSE, Estimate, Estimates
+from .accuracy import Loss, losses
+from .estimate import DENSE, MEASURED, MODEL, SPARSE, Estimate, Estimates, phase
 from .models import Shape
+from .recommend import recommended
 
 TOKENS = (1, 16, 64, 1024, 4096)
-DECODE = 64
-"""Up to so many tokens in a step the advice calls it decoding, beyond it prefill."""
 SCHEME_NAMES = ("int8", "fp8", "bf16")
 TUNED = ("6:8", "2:4")
 """Patterns that are measured where there is a GPU."""
 PATTERNS = ("2:4", "4:6", "6:8", "8:10", "10:12", "12:14", "14:16")
-MUCH = 0.2
-"""A pattern whose perplexity rose by more than this share in every model of the study is not recommended without training."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,15 @@ class Option:
         found = {each.m: each.against_8_bits if self.rival_bits == 8 else each.against_16_bits for each in self.speeds}
         return {m: gain for m, gain in found.items() if gain is not None}
 
+    def ranges(self, bits: int) -> dict[str, tuple[float, float]]:
+        """Least and most times as fast as the best dense weights of so many bits, in decode and in prefill, as far as is known."""
+        found: dict[str, list[float]] = {}
+        for speed in self.speeds:
+            gain = speed.against_8_bits if bits == 8 else speed.against_16_bits
+            if gain is not None:
+                found.setdefault(phase(speed.m), []).append(gain)
+        return {name: (min(gains), max(gains)) for name, gains in found.items()}
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -96,7 +102,7 @@ def advise(
     dense, options = ([each for each in found if each.speeds] for found in (dense, options))
     layers = {f"{n} × {k}": count for (n, k), count in shapes.items()}
     told = [*notes, *_notes(plan, [*dense, *options])]
-    return Advice(target, plan.machine.gpu, origin, layers, dense, options, recommendation(dense, options), told)
+    return Advice(target, plan.machine.gpu, origin, layers, dense, options, recommended(dense, options), told)
 
 
 def _totals(times: Estimates, shapes: Mapping[Shape, int], scheme: str, pattern: str, tokens: Sequence[int]) -> dict[int, Estimate]:
@@ -152,50 +158,6 @@ def pays_from(gains: Mapping[int, float]) -> int | None:
             break
         found = m
     return found
-
-
-def recommendation(dense: Sequence[Option], options: Sequence[Option]) -> str:
-    """One sentence: which pattern and scheme, or to stay dense."""
-    if not dense or not options:
-        return "Nothing is known of these layers on this card: run the command on the card itself."
-    fastest = min(dense, key=lambda each: sum(speed.us / speed.m for speed in each.speeds) / len(each.speeds))
-    eight = [each for each in options if each.rival_bits == 8 and each.pays_from is not None]
-    kind = [each for each in eight if not _costly(each)]
-    kind = [each for each in kind if all(speed.source == MEASURED for speed in each.speeds)] or kind
-    if kind:
-        best = max(kind, key=lambda each: max(each.gains().values()))
-        return f"Prune to {best.pattern} and serve in {best.scheme}: {_gain(best)}{_loss(best)}."
-    stay = f"Stay dense in {fastest.scheme}: "
-    if not eight:
-        known = [each for each in options if each.gains() and each.rival_bits == 8]
-        if not known:
-            return f"{stay}nothing is known of pruned weights of 8 bits."
-        top = max(known, key=lambda each: max(each.gains().values()))
-        return stay + f"no pattern is faster from some number of tokens on; the best, {top.pattern} {top.scheme}, is at most {_times(top)}."
-    best = max(eight, key=lambda each: max(each.gains().values()))
-    return stay + f"only {best.pattern} gains ({best.scheme}, {_gain(best)}){_loss(best)}, so that it needs training after pruning."
-
-
-def _costly(option: Option) -> bool:
-    """Whether the study found the pattern to cost much, and in every model."""
-    return bool(option.study) and all(loss.perplexity / loss.dense_perplexity > 1 + MUCH for loss in option.study)
-
-
-def _times(option: Option) -> str:
-    return f"{max(option.gains().values()):.2f} times as fast as the best dense weights of {option.rival_bits} bits"
-
-
-def _gain(option: Option) -> str:
-    start = option.pays_from
-    return f"up to {_times(option)}, from {start} {'token' if start == 1 else 'tokens'} in a step on"
-
-
-def _loss(option: Option) -> str:
-    """What the study found, of the model that lost most."""
-    if not option.study:
-        return ""
-    worst = max(option.study, key=lambda loss: loss.perplexity / loss.dense_perplexity)
-    return f"; in our study, not of your model, perplexity went from {rounded(worst.dense_perplexity)} to {rounded(worst.perplexity)}"
 
 
 def _not_timed(plan: Plan) -> list[str]:

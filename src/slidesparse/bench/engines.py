@@ -19,6 +19,8 @@ from .. import env
 from ..errors import UnsupportedError
 
 _PAST = 64
+_ROOM = 32
+"""Tokens behind those: every call of a decoding step takes one, and a turn makes 14 calls at most."""
 _SETTINGS = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """The engine stays in the process that makes it, which answers through a pipe."""
 
@@ -125,17 +127,18 @@ class TransformersEngine:
         """See `Engine`."""
         del self._model
         if self._cuda:
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # what broke the card has a row already
+                torch.cuda.empty_cache()
 
     def _decoding(self, batch: int) -> Callable[[], object]:
         from transformers import StaticCache
 
         model, device = self._model, self._model.device
-        cache = StaticCache(config=model.config, max_cache_len=_PAST + 8)
+        cache = StaticCache(config=model.config, max_cache_len=_PAST + _ROOM)
         start = torch.randint(model.config.vocab_size, (batch, _PAST), device=device)
         model(start, past_key_values=cache, logits_to_keep=1)
         ids, place = start[:, :1].clone(), torch.tensor([[_PAST]], device=device)
-        seen = (torch.arange(_PAST + 8, device=device) <= _PAST).view(1, 1, 1, -1).expand(batch, 1, 1, -1)
+        seen = (torch.arange(_PAST + _ROOM, device=device) <= _PAST).view(1, 1, 1, -1).expand(batch, 1, 1, -1)
         mask = seen if model.config.model_type == "llama" else {"full_attention": seen}
         return lambda: model(ids, past_key_values=cache, position_ids=place, attention_mask=mask, cache_position=place[0])
 

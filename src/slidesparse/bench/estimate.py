@@ -24,8 +24,15 @@ DENSE = "dense"
 """Stands for a pattern where dense weights are meant."""
 FEW = 16
 """So many tokens take hardly longer than one."""
+DECODE = 64
+"""Up to so many tokens in a step advice calls it decode, beyond it prefill."""
 _ENDS = ("2:4", "6:8")
 SPARSE = tuple(name for name in LAYOUTS if name not in ("dense", "packed"))
+
+
+def phase(m: int) -> str:
+    """What so many tokens in a step are, mostly."""
+    return "decode" if m <= DECODE else "prefill"
 
 
 @dataclass(frozen=True)

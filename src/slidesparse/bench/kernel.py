@@ -19,13 +19,15 @@ from ..ops import capability
 from ..pattern import Pattern
 from .models import Shape
 from .rivals import give_up
-from .rows import FAILED, REFUSED, WRONG, Row, Rows, device, first_line, timed
+from .rows import FAILED, OK, REFUSED, WRONG, Row, Rows, device, first_line, timed
 
 CONTROL = "control"
 """γ = 2: a 2:4 product of twice the width, which is what sliding would cost if it saved nothing."""
 PATTERNS = ("2:4", "4:6", "6:8", "8:10", "10:12", "12:14", "14:16", CONTROL)
 SCHEME_NAMES = ("int8", "fp8", "bf16", "fp16", "fp4")
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
+EVERY = "every variant has a row"
+"""Stands in rows of cells that were measured with ``every``."""
 _DENSE = ("dense",)
 _ROUNDS = 7
 Progress = Callable[[int, int, str], None]
@@ -56,14 +58,21 @@ def works(shapes: Iterable[Shape], schemes: Sequence[str], patterns: Sequence[st
 
 
 def run(cells: Sequence[Work], table: Rows, here: Row, *, every: bool = False, progress: Progress | None = None) -> list[Row]:
-    """Measure the cells that the table lacks; ``every`` variant of a kernel gets a row, not the fastest alone. Returns the new rows."""
+    """Measure the cells that the table lacks, and return the new rows.
+
+    With ``every`` each variant of a kernel gets a row, not the fastest alone; cells that were measured without are measured anew.
+    """
     where, made, held = device(), [], _Held()
     told = {_refusal(row) for row in table.rows}
-    lacking = [work for work in cells if not table.has(work.row(here))]
+    lacking = [work for work in cells if not table.has(work.row(here)) or (every and _coarse(table, work.row(here)))]
     for done, work in enumerate(lacking):
         if progress:
             progress(done, len(lacking), str(work))
-        for row in _rows(work, held, here, where, every):
+        found = list(_rows(work, held, here, where, every))
+        if table.has(work.row(here)):
+            table.forget(work.row(here))
+            told = {_refusal(row) for row in table.rows}
+        for row in found:
             if row.status == REFUSED and row.route and _refusal(row) in told:
                 continue  # a kernel is not for this scheme or card, whatever the shape
             told.add(_refusal(row))
@@ -72,6 +81,12 @@ def run(cells: Sequence[Work], table: Rows, here: Row, *, every: bool = False, p
     if progress:
         progress(len(lacking), len(lacking), "")
     return made
+
+
+def _coarse(table: Rows, cell: Row) -> bool:
+    """Whether only the fastest variants of the cell's kernels have rows."""
+    found = [row for row in table.rows if row.cell == cell.cell and row.what == "linear" and row.status == OK]
+    return bool(found) and all(row.why != EVERY for row in found)
 
 
 def _refusal(row: Row) -> tuple[str, ...]:
@@ -133,7 +148,8 @@ def _cell(work: Work, held: _Held, row: Row, device: str, every: bool) -> list[R
     best = fastest_of_each(cell.times)
     dropped: dict[str, str] = {}
     alone = bench.timed(bench.products(best, work.m), dropped, _ROUNDS)
-    found = timed_rows(row, cell.times if every else {route: cell.times[route] for route in best}, cell.errors, device)
+    shown = cell.times if every else {route: cell.times[route] for route in best}
+    found = timed_rows(replace(row, why=EVERY if every else ""), shown, cell.errors, device)
     found += timed_rows(replace(row, what="product"), alone, {}, device)
     failed = [replace(row, what="product", route=each, status=FAILED, why=why) for each, why in dropped.items()]
     return [*found, *_dropped_rows(row, cell), *failed]

@@ -36,6 +36,7 @@ class ModelShape:
 MODELS = {
     "Llama-3.2-1B": ModelShape(2048, 8192, 16, 32, 8, 64, 128256, True, "llama"),
     "Llama-3.2-3B": ModelShape(3072, 8192, 28, 24, 8, 128, 128256, True, "llama"),
+    "Qwen2.5-Coder-1.5B": ModelShape(1536, 8960, 28, 12, 2, 128, 151936, True, "qwen2"),
     "Qwen2.5-7B": ModelShape(3584, 18944, 28, 28, 4, 128, 152064, False, "qwen2"),
     "Qwen2.5-14B": ModelShape(5120, 13824, 48, 40, 8, 128, 152064, False, "qwen2"),
     "Qwen3-8B": ModelShape(4096, 12288, 36, 32, 8, 128, 151936, False, "qwen3"),

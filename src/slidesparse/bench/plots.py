@@ -63,7 +63,7 @@ def _panel(axis: Any, panel: Panel, colours: dict[str, str]) -> None:
         # Speed stands upright where it is the height, and across where it is the width.
         (axis.axhline if panel.log_x else axis.axvline)(panel.level, color=colours["ink"], linewidth=1.2, label="dense")
     for number, line in enumerate(panel.lines):
-        _line(axis, line, _style(line.name, number, colours), left=number % 2 == 1)
+        _line(axis, line, _style(line.name, number, colours), left=number % 2 == 1, page=colours["page"])
     if panel.log_x:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -72,7 +72,7 @@ def _panel(axis: Any, panel: Panel, colours: dict[str, str]) -> None:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_minor_formatter(lambda value, _: "")
-    axis.margins(0.1)
+    axis.margins(0.1, 0.1 if panel.log_y else 0.25)  # the legend finds room
     axis.set_xlabel(panel.x)
     if axis.get_subplotspec().is_first_col():  # the others share it
         axis.set_ylabel(panel.y)
@@ -88,8 +88,11 @@ def _style(name: str, number: int, colours: dict[str, str]) -> tuple[str, str]:
     return (colours["6:8"], "o") if number == 0 else _OTHERS[(number - 1) % len(_OTHERS)]
 
 
-def _line(axis: Any, line: Line, style: tuple[str, str], left: bool) -> None:
-    """Labels stand to the right of points, of every other line to the ``left``: points of two lines may have one height."""
+def _line(axis: Any, line: Line, style: tuple[str, str], left: bool, page: str) -> None:
+    """Labels stand to the right of points, of every other line to the ``left``: points of two lines may have one height.
+
+    Behind them is the colour of the ``page``: lines do not run through.
+    """
     colour, marker = style
     name = "control, γ = 2" if line.name == CONTROL else line.name
     axis.plot(*zip(*line.points, strict=True), color=colour, marker=marker, markersize=5, linewidth=1.6, label=name)
@@ -97,4 +100,5 @@ def _line(axis: Any, line: Line, style: tuple[str, str], left: bool) -> None:
         axis.axhline(line.bound, color=colour, linewidth=1, linestyle=":", alpha=0.8)
     for (x, y), label in zip(line.points, line.labels, strict=False):
         place, side = ((0, -15), "center") if line.name == DENSE else ((-6, -12), "right") if left else ((5, 5), "left")
-        axis.annotate(label, (x, y), xytext=place, textcoords="offset points", ha=side, fontsize=9, color=colour)
+        box = {"boxstyle": "square,pad=0.05", "facecolor": page, "edgecolor": "none", "alpha": 0.85}
+        axis.annotate(label, (x, y), xytext=place, textcoords="offset points", ha=side, fontsize=9, color=colour, bbox=box)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import datetime
+import hashlib
+import io
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -119,16 +121,31 @@ def first_line(error: Exception) -> str:
 
 
 def code_version() -> str:
-    """The commit of the checkout that holds this package, marked where files differ from it; the package's version elsewhere."""
+    """The commit of the checkout that holds this package; the package's version elsewhere.
+
+    Where files differ from the commit, ``-dirty`` and a hash of the differences stand behind: other changes are another version.
+    """
     root = Path(__file__).parents[3]
-    if not (root / ".git").exists():
+    commit = _git(root, "rev-parse", "--short=7", "HEAD") if (root / ".git").exists() else None
+    if commit is None:
         return __version__
-    words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    changed = _git(root, "diff", "HEAD", "--binary") or b""
+    new = (_git(root, "ls-files", "--others", "--exclude-standard", "src") or b"").decode().splitlines()
+    if not changed and not new:
+        return commit.decode().strip()
+    digest = hashlib.sha256(changed)
+    for name in new:
+        digest.update(name.encode() + (root / name).read_bytes())
+    return f"{commit.decode().strip()}-dirty-{digest.hexdigest()[:6]}"
+
+
+def _git(root: Path, *words: str) -> bytes | None:
+    """What git says; None where there is none, or the folder is no checkout."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=False)
     except OSError:
-        return __version__
-    return done.stdout.strip() if done.returncode == 0 else __version__
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 class Rows:
@@ -145,17 +162,32 @@ class Rows:
         """Whether the cell of this row was measured."""
         return row.cell in self._cells
 
+    def forget(self, row: Row) -> None:
+        """Take the rows of this row's cell out: it was measured anew, and times of two runs are not compared."""
+        self.rows = [each for each in self.rows if each.cell != row.cell]
+        self._cells.discard(row.cell)
+        half = self.path.with_name(f"{self.path.name}.partial")
+        half.write_text(_lines([COLUMNS, *map(_values, self.rows)]), encoding="utf-8")
+        half.replace(self.path)
+
     def add(self, row: Row) -> None:
         """Write a row."""
         first = not self.rows
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if first:
-                writer.writerow(COLUMNS)
-            writer.writerow(_text(getattr(row, name)) for name in COLUMNS)
+            file.write(_lines([*([COLUMNS] if first and not file.tell() else []), _values(row)]))
         self.rows.append(row)
         self._cells.add(row.cell)
+
+
+def _values(row: Row) -> list[str]:
+    return [_text(getattr(row, name)) for name in COLUMNS]
+
+
+def _lines(rows: Iterable[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def _mend(path: Path) -> None:

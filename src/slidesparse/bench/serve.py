@@ -107,6 +107,8 @@ def run(asked: Asked, table: Rows, here: Row, progress: Progress | None = None) 
             points = [point for point in asked.points if not _there(table, replace(base, what=point[0], m=point[1]), asked.routes)]
             if not points:
                 continue
+            if progress:
+                progress(0, len(points), f"{base.model} {scheme} {pattern}: checkpoints, then engines")
             with ExitStack() as closing:
                 try:
                     engines = _engines(asked, source, scheme, pattern, closing)
@@ -211,11 +213,13 @@ def kv_bytes(source: Path, asked: Asked) -> int:
     return int(2 * 2 * config["num_hidden_layers"] * heads * width * tokens + (1 << 30))
 
 
-def _compared(
-    asked: Asked, engines: Sequence[Engine], base: Row, points: Sequence[Point], table: Rows, progress: Progress | None
-) -> None:
+def _compared(asked: Asked, engines: Sequence[Engine], base: Row, points: Sequence[Point], table: Rows, progress: Progress | None) -> None:
     """Rows of all points, written point by point."""
-    memory = [engine.gigabytes() for engine in engines]
+    memory = []
+    for engine, route in zip(engines, asked.routes, strict=True):
+        if progress:
+            progress(0, len(points), f"{base.model} {base.scheme} {base.pattern}: {route} starts")
+        memory.append(engine.gigabytes())
     logprobs = [engine.logprobs() for engine in engines]
     apart = [statistics.fmean(abs(a - b) for a, b in zip(logprobs[0], each, strict=True)) if each else None for each in logprobs]
     for done, (phase, m) in enumerate(points):

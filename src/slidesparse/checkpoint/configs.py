@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UnsupportedError
+from ..errors import CheckpointError, UnsupportedError
 from ..format import BLOCK, MARKER, SCHEMES, PackedConfig
 from ..pattern import Pattern
 from ..select import NOT_LINEAR, matches
@@ -20,6 +20,9 @@ from .source import Checkpoint
 from .tensorfile import DTYPE_NAMES, TensorInfo
 
 _COMPRESSED_FORMAT = {"int8": "int-quantized", "fp8": "float-quantized", "nvfp4": "nvfp4-pack-quantized"}
+
+_EXPERTS = re.compile(r"(.+\.experts)(?:\.0)?\.\w+(?<!_scale)(?<!_bias)(?:\.weight)?")
+"""Weights of a first expert, or of all in one tensor."""
 
 _CONFIG_DTYPE = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -36,7 +39,8 @@ class Reader:
     ``modules`` are the linear ones by their names there, with their names in the files; ``match`` is how names are matched; ``fixed`` are
     layers, by their names in the files, that have to stay as they are, each with what it is; ``heads`` are those behind the body of the
     model; ``merged`` are parts of one tensor there, as experts are; ``split`` are modules that hold merged tensors in these files, and
-    single layers where weights are quantised; ``unplaced`` are tensors that have no place there, ``missing`` ones that are asked for.
+    single layers where weights are quantised; ``unplaced`` are tensors that have no place there, ``missing`` ones that are asked for;
+    ``shapes`` are N and K of the linear modules, by their names in the files.
     """
 
     modules: Mapping[str, str]
@@ -47,6 +51,7 @@ class Reader:
     split: tuple[str, ...] = ()
     unplaced: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 FindReader = Callable[[dict[str, Any], list[str]], Reader | None]
@@ -86,7 +91,7 @@ def output_config(
         own = [(plan.layer, overrides.get(plan.layer.name, pattern)) for plan in plans]
         ragged = {layer.name: layer.k for layer, p in own if layer.k % (p.group * p.unit)}
         # Whoever loads it must know that what has no place was no part of the packed form.
-        unplaced = [] if reader is None else reader.unplaced
+        unplaced = checkpoint.strays if reader is None else reader.unplaced
         ignore = _with_head(list(dict.fromkeys((*floating, *unplaced))), converted)
         packed = PackedConfig(pattern, plans[0].scheme, ignore, overrides, ragged)
         config["quantization_config"] = packed.to_dict()
@@ -96,7 +101,7 @@ def output_config(
     if quantised:
         # Readers match entries with the names of modules, which are not those in the files in every class of model.
         modules = [] if reader is None else [module for module, layer in reader.modules.items() if layer not in quantised]
-        ignore = _with_head(list(dict.fromkeys((*floating, *modules))), quantised.keys())
+        ignore = _with_head(list(dict.fromkeys((*floating, *modules, *_first_experts(tensors)))), quantised.keys())
         merged = reader is not None and bool(reader.merged - quantised.keys())
         config["quantization_config"] = _compressed_tensors(next(iter(quantised.values())), ignore, merged)
         if pattern is not None:
@@ -126,6 +131,30 @@ def contradictions(config: dict[str, Any], tensors: Mapping[str, TensorInfo], re
         elif layer in quantised and not claimed:
             found.append(f"{module} is quantised in the files; config.json says that it is not: take it out of ignore")
     return found
+
+
+def check_shapes(checkpoint: Checkpoint, reader: Reader) -> None:
+    """The linear layers of the class must lie in the files, as weights of their shapes.
+
+    Raises:
+        CheckpointError: names the layer.
+    """
+    for name, (n, k) in reader.shapes.items():
+        layer = checkpoint.layers.get(name)
+        if layer is None:
+            told = f"layer {name} should be linear weights [{n}, {k}], but its tensor cannot be read as such"
+            raise CheckpointError(f"{checkpoint.path}: {told}")
+        if (layer.n, layer.k) != (n, k):
+            raise CheckpointError(
+                f"{checkpoint.path}: layer {name} is [{layer.n}, {layer.k}], the class that config.json names needs [{n}, {k}]: "
+                "fetch config.json and weights of one model"
+            )
+
+
+def _first_experts(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Names by which vLLM asks whether experts are quantised, of those that are not: three of the first, whatever the files call them."""
+    stacks = {found[1]: info for name, info in tensors.items() if (found := _EXPERTS.fullmatch(name)) is not None}
+    return [f"{stack}.0.{part}_proj" for stack, info in stacks.items() if info.dtype_name in FLOATS for part in ("gate", "up", "down")]
 
 
 def _with_head(ignore: list[str], elsewhere: Any) -> list[str]:

@@ -15,10 +15,10 @@ import torch
 from .. import __version__
 from ..errors import CheckpointError, UnsupportedError
 from ..format import VERSION
-from .configs import FindReader, Reader, contradictions, output_config
+from .configs import FindReader, Reader, check_shapes, contradictions, output_config
 from .formats import find_layers
 from .norms import NORMS, write_norms
-from .recipe import LayerPlan, Recipe, plan_layers
+from .recipe import RECONSTRUCTION, LayerPlan, Recipe, plan_layers
 from .solved import REPORT, Job, PruningReport, Solver, read_report, remove_blocks, solved_bytes, solved_norms, with_solved
 from .source import INDEX, Checkpoint
 from .staging import Staging, write_json
@@ -90,7 +90,9 @@ def convert(
         WeightError: weights that hold NaN or Inf.
     """
     checkpoint = Checkpoint.open(source)
-    read = find_reader(checkpoint.config, list(checkpoint.tensors)) if find_reader else None
+    read = find_reader(checkpoint.config, checkpoint.names) if find_reader else None
+    if read is not None:
+        check_shapes(checkpoint, read)
     plans = plan_layers(checkpoint, recipe, *((read.fixed, read.heads) if read else ()))
     if read is not None and read.missing and recipe.form == "packed":
         raise CheckpointError(f"{checkpoint.path}: tensor {read.missing[0]} is missing, without which the model cannot be loaded packed")
@@ -165,7 +167,7 @@ class _Conversion:
         remove_blocks(staging.path)
         staging.commit(self._config(staging.path, read))
         report = self._report(staging.out, sum(sizes.values()), len(done), [file.name for file in left])
-        return replace(report, unplaced=list(read.unplaced) if read else [])
+        return replace(report, unplaced=list(read.unplaced if read else self.checkpoint.strays))
 
     def _config(self, path: Path, read: Reader | None) -> dict[str, Any]:
         """config.json of the finished files; both are read back as a reader would."""
@@ -290,6 +292,7 @@ def _job(checkpoint: Checkpoint, recipe: Recipe, device: str) -> dict[str, Any]:
         "files": files,
         "config": checkpoint.config,
         "recipe": recipe.to_dict(),
+        "reconstruction": RECONSTRUCTION if recipe.calibrated and recipe.corrects else None,
         # Calibrated methods choose by sums, which differ in their last bits from one kind of device to another.
         "device": device.partition(":")[0] if recipe.calibrated else None,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,11 +22,13 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 WEIGHTS_IN = ("weight", "weight_packed", "weight_values", "compressed")
 """Suffixes of tensors that hold weights, in every format."""
 
-WITH_WEIGHTS = (
-    *("weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape", "weight_keep", "input_scale", "input_global_scale"),
-    *("bitmask", "shape", "row_offsets"),
+WITH_WEIGHTS = ("weight_scale", "weight_global_scale", "weight_keep", "bitmask")
+"""Suffixes of tensors without which the weights of some format mean nothing."""
+
+OF_QUANTISED = re.compile(
+    r"(weight|bias|input|output|[qkv])_(scale|scale_inv|global_scale|zero_point|g_idx|shape)|g_idx|row_offsets|bitmask"
 )
-"""Suffixes of tensors that say how weights are stored."""
+"""Suffixes of tensors that quantised layers have, and no others."""
 
 # Small enough that a block and its intermediates stay in the second-level cache; on a GPU large enough to hide a few dozen launches.
 _WEIGHTS, _GPU_WEIGHTS = 1 << 18, 1 << 24
@@ -192,3 +195,10 @@ def check_tensors(layer: Layer, specs: tuple[TensorSpec, ...], scales: tuple[str
         allowed = {"weight_keep": ("U8",), "weight_scale": scales}.get(spec.suffix, (info.dtype_name,))
         if info.dtype_name not in allowed:
             raise CheckpointError(f"{info.path}: {info.name} is {info.dtype_name}, expected {' or '.join(allowed)}")
+
+
+def check_zero_points(layer: str, info: TensorInfo) -> None:
+    """Zero points that are all zero say nothing; others shift the weights, which no kernel here undoes."""
+    with TensorReader() as reader:
+        if bool((reader.read(info).float() != 0).any()):
+            raise CheckpointError(f"{info.path}: layer {layer} has zero points other than 0 (asymmetric weights), which are not supported")

@@ -25,6 +25,9 @@ AUTO = "auto"
 
 RECONSTRUCTION_STEPS = 300
 
+RECONSTRUCTION = 2
+"""Another number with every change of what reconstruction trains to: a job goes on from blocks that its own kind has solved."""
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -15,7 +15,7 @@ from ..pattern import Pattern, tightest_first
 from ..select import DEFAULT_IGNORE
 from .formats import find_layers
 from .formats.packed import read_packed_config
-from .layers import Layer
+from .layers import OF_QUANTISED, Layer
 from .tensorfile import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -59,6 +59,17 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor by name."""
         return {name: info for shard in self.shards.values() for name, info in shard.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors without those that a layer has beside its weights."""
+        beside = {info.name for layer in self.layers.values() for info in layer.tensors.values() if info is not layer.main}
+        return [name for name in self.tensors if name not in beside]
+
+    @property
+    def strays(self) -> tuple[str, ...]:
+        """Tensors of quantised layers that belong to none, by their names."""
+        return tuple(name for name in self.names if OF_QUANTISED.fullmatch(name.rpartition(".")[2]))
 
     @property
     def nbytes(self) -> int:
@@ -167,6 +178,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
     file = path / "config.json"
+    _check_links([file])
     try:
         if file.exists() and not file.is_file():
             raise CheckpointError(f"{file} is not a regular file")
@@ -209,6 +221,7 @@ def _check_names(names: object, file: Path) -> None:
 
 
 def _shard_names(path: Path) -> list[str]:
+    _check_links([path / INDEX, *path.glob("*.safetensors")])
     if (path / INDEX).exists():
         names = sorted(set(_weight_map(path).values()))
         if (path / SINGLE).exists() and SINGLE not in names:

@@ -87,7 +87,7 @@ def verify(
     claims = _claims(checkpoint, pattern)
     total = sum(layer.nbytes for layer, _ in claims)
     tensors, quantised = checkpoint.tensors, (checkpoint.config.get("quantization_config") or {}).get("quant_method") == METHOD
-    others = find_reader(checkpoint.config, list(tensors)) if find_reader and quantised else None
+    others = find_reader(checkpoint.config, checkpoint.names) if find_reader and quantised else None
     report, done = VerifyReport(checkpoint.path, contradictions=contradictions(checkpoint.config, tensors, others)), 0
     with TensorReader() as reader:
         for layer, claimed in claims:

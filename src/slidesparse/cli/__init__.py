@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from contextlib import suppress
 from io import TextIOWrapper
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -56,10 +59,15 @@ app.command()(examine.doctor)
 
 def main() -> None:
     """Entry point of the ``slidesparse`` script."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         # Not every terminal can show an arrow or a multiplication sign; that is no reason to fail.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(prog_name="slidesparse", standalone_mode=False)
     except UsageError as error:
@@ -69,8 +77,13 @@ def main() -> None:
             raise
         _fail(" ".join(str(error).split()) or type(error).__name__, 1)
     if code == 130:
-        _fail("interrupted; run again to go on: a conversion from its last finished shard or block, a plan from its last cell", 130)
+        _fail("interrupted; run again to go on: a conversion from its last finished shard or block, a plan or rows from the last cell", 130)
     sys.exit(code or 0)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """Whoever ends the command from outside gets what Ctrl-C gets."""
+    raise KeyboardInterrupt
 
 
 def _refuse(error: Any) -> None:

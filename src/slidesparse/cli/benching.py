@@ -58,6 +58,7 @@ def kernel(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1,16,64,256,1024,4096,16384",
     rivals: Rivals = True,
     every: Annotated[bool, typer.Option("--every", help="A row for every variant of a kernel, not for the fastest alone.")] = False,
+    minutes: screen.Minutes = None,
     commit: Commit = None,
     json: Json = False,
 ) -> None:
@@ -73,22 +74,24 @@ def kernel(
     every_shape = [each for shapes in asked.values() for each in shapes]
     cells = bench.works(every_shape, _listed(schemes, bench.SCHEME_NAMES), _listed(patterns, None), _tokens(tokens))
     table, here = _opened(out, commit)
-    with screen.progress("measuring", count=True) as progress:
+    before = len(table.rows)
+    with screen.measuring("measuring", minutes) as measured:
         if not table.has(replace(here, bench="kernel")):
             for row in [bench.roof(here), *(offer(replace(here, bench="kernel", what="linear")) if rivals else ())]:
                 table.add(row)
         elif rivals:
             offer(here)
-        made = bench.run(cells, table, here, every=every, progress=progress)
+        bench.run(cells, table, here, every=every, progress=measured.progress)
     if json:
         screen.print_json({"out": out, "rows": [vars(row) for row in table.rows]})
-        return
+        return measured.end()
     wanted = {work.row(here).cell for work in cells}
     rows = [row for row in table.rows if row.cell in wanted]
     for name, shapes in asked.items():
         for what in ("linear", "product"):
             _print_curves(curves(rows, shapes, what), f"{name}, {_TITLES[what]}")
-    _told(table, made, rows)
+    _told(table, before, rows)
+    measured.end()
 
 
 @app.command()
@@ -98,6 +101,7 @@ def lift(
     patterns: Annotated[str, typer.Option(help="Patterns.")] = "2:4,4:6,6:8,8:10,14:16",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens.")] = "64,1024,4096,16384",
     widths: Annotated[str, typer.Option(help="Widths K.")] = "3584,18944",
+    minutes: screen.Minutes = None,
     commit: Commit = None,
     json: Json = False,
 ) -> None:
@@ -105,12 +109,14 @@ def lift(
     from ..bench import lift as bench
 
     table, here = _opened(out, commit)
+    before = len(table.rows)
     names, kinds = _listed(schemes, bench.SCHEME_NAMES), _listed(patterns, None)
-    with screen.progress("measuring", count=True) as progress:
-        made = bench.run(table, here, schemes=names, patterns=kinds, tokens=_tokens(tokens), widths=_tokens(widths), progress=progress)
+    with screen.measuring("measuring", minutes) as measured:
+        asked = {"tokens": _tokens(tokens), "widths": _tokens(widths)}
+        bench.run(table, here, schemes=names, patterns=kinds, **asked, progress=measured.progress)
     if json:
         screen.print_json({"out": out, "rows": [vars(row) for row in table.rows]})
-        return
+        return measured.end()
     rows = [row for row in table.rows if row.bench == "lift"]
     shown = screen.table("scheme", "pass", "pattern", ">K", ">M", ">µs", ">of the floor")
     for row in rows:
@@ -118,7 +124,8 @@ def lift(
             share = "-" if row.ratio is None else f"{row.ratio:.2f}"
             shown.add_row(row.scheme, row.what, row.route, str(row.k), str(row.m), f"{row.us:.1f}", share)
     screen.out.print(shown)
-    _told(table, made, rows)
+    _told(table, before, rows)
+    measured.end()
 
 
 @app.command()
@@ -131,6 +138,7 @@ def audit(
     tokens: Annotated[str | None, typer.Option(help="Numbers of tokens.", show_default="all of the plan")] = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="Only cells in which the plan does not run dense weights.")] = False,
     rivals: Rivals = True,
+    minutes: screen.Minutes = None,
     commit: Commit = None,
     json: Json = False,
 ) -> None:
@@ -150,9 +158,9 @@ def audit(
     if plan is None:
         raise ValueError("there is no plan in force here: run `slidesparse tune` on a GPU, or give --plan-file")
     names, ms = _listed(schemes, ("int8", "fp8", "bf16", "fp16")), _tokens(tokens) if tokens else ()
-    with screen.progress("measuring", count=True) as progress:
-        tasks = bench.tasks(plan, here, shapes=asked, schemes=names, tokens=ms, sparse_only=sparse)
-        made = bench.run(plan, tasks, table, progress)
+    before, tasks = len(table.rows), bench.tasks(plan, here, shapes=asked, schemes=names, tokens=ms, sparse_only=sparse)
+    with screen.measuring("measuring", minutes) as measured:
+        bench.run(plan, tasks, table, measured.progress)
     rows = bench.standing(tasks, table)
     lost = bench.losing(rows)
     if json:
@@ -166,7 +174,8 @@ def audit(
             shown.add_row(size, row.pattern, row.scheme, str(row.m), row.route, f"{row.us:.1f}", row.rival, ratio)
         if lost:
             screen.out.print(shown)
-        _told(table, made, rows)
+        _told(table, before, rows)
+    measured.end()
     if lost:
         raise typer.Exit(3)
 
@@ -187,6 +196,7 @@ def serve(
     ] = None,
     graphs: Annotated[str | None, typer.Option(help="Numbers of tokens of vLLM's CUDA graphs.", show_default="its own")] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Without compilation and CUDA graphs.")] = False,
+    minutes: screen.Minutes = None,
     commit: Commit = None,
     json: Json = False,
 ) -> None:
@@ -203,12 +213,13 @@ def serve(
             engine.value, _served_model(model), work, names, kinds, _tokens(prefill), _tokens(decode), settings, captured, eager
         )
     table, here = _opened(out, commit)
-    with screen.progress("measuring", count=True) as progress:
-        made = bench.run(asked, table, here, progress)
+    before = len(table.rows)
+    with screen.measuring("measuring", minutes) as measured:
+        bench.run(asked, table, here, measured.progress)
     rows = [row for row in table.rows if row.bench == "serve"]
     if json:
         screen.print_json({"out": out, "rows": [vars(row) for row in rows]})
-        return
+        return measured.end()
     numbers_of = (">ms", ">kernels ms", ">tokens/s", ">× dense", ">GB", ">J a token")
     shown = screen.table("model", "scheme", "pattern", "phase", ">tokens", "who", *numbers_of)
     for row in rows:
@@ -217,7 +228,8 @@ def serve(
             cells = ["-" if value is None else f"{value:,.2f}" for value in (*numbers, row.ratio, row.gigabytes, row.joules)]
             shown.add_row(row.model, row.scheme, row.pattern, row.what, str(row.m), row.route, *cells)
     screen.out.print(shown)
-    _told(table, made, rows)
+    _told(table, before, rows)
+    measured.end()
 
 
 def _served_model(model: str) -> str:
@@ -238,7 +250,7 @@ def _settings(packed: Sequence[str] | None) -> dict[str, dict[str, object]]:
         try:
             found[name] = dict(json.loads(settings))
         except (ValueError, TypeError) as error:
-            raise typer.BadParameter(f"--packed {text!r}: write NAME=JSON, for example lean={{\"memory\": \"lean\"}}") from error
+            raise typer.BadParameter(f'--packed {text!r}: write NAME=JSON, for example lean={{"memory": "lean"}}') from error
     return found
 
 
@@ -298,7 +310,7 @@ def _gain(gain: float | None, share: float | None) -> str:
     return f"{gain:.2f}×" + ("" if share is None else f" ({100 * share:.0f} %)")
 
 
-def _told(table: Rows, made: Sequence[Row], rows: Sequence[Row]) -> None:
+def _told(table: Rows, before: int, rows: Sequence[Row]) -> None:
     """What was written, and what did not run, by reason."""
     reasons: dict[str, int] = {}
     for row in rows:
@@ -306,4 +318,4 @@ def _told(table: Rows, made: Sequence[Row], rows: Sequence[Row]) -> None:
             reasons[f"{row.status}: {row.why}"] = reasons.get(f"{row.status}: {row.why}", 0) + 1
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:8]:
         screen.out.print(f"{count} rows {reason}", style="dim", markup=False)
-    screen.say(f"{len(made)} new rows, {len(table.rows)} in all, in {table.path}")
+    screen.say(f"{len(table.rows) - before} new rows, {len(table.rows)} in all, in {table.path}")

@@ -320,3 +320,6 @@ def _tell(pruning: PruningReport) -> None:
     if fitted:
         before, after = (sum(block[f"error_{when}"] for block in fitted) / len(fitted) for when in ("before", "after"))
         screen.say(f"  output error of the blocks, on samples held out: {before:.2%} before reconstruction, {after:.2%} after")
+    for last in (block for block in pruning.blocks if "divergence_after" in block):
+        before, after = last["divergence_before"], last["divergence_after"]
+        screen.say(f"  KL divergence of the logits, on the same: {before:.4f} nats before the last block was fitted, {after:.4f} after")

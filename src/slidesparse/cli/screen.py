@@ -7,10 +7,11 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 from rich.console import Console
@@ -21,16 +22,34 @@ UsageError: Any = typer.BadParameter.__base__
 """The error of a command line that cannot be meant; typer says its own name for it only here."""
 
 # A pipe has no width of its own: wide enough for every table.
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False)
 
+Minutes = Annotated[
+    float | None, typer.Option(min=0, help="Begin no measurement after so many minutes; show what there is then.", show_default="no limit")
+]
+
+_INTERRUPTED = "interrupted"
+_EVERY = 5.0
+"""Seconds between two lines of progress in a log."""
 _report: TextIO | None = None
 """Where JSON goes while everything else is kept from stdout."""
 
 
 @contextmanager
 def progress(title: str, *, count: bool = False) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr as the callback the API takes; bytes, or steps with ``count``."""
+    """Progress on stderr as the callback the API takes; bytes, or steps with ``count``. A bar, or where no person looks a line at times."""
+    began = time.monotonic()
+    told = began - (_EVERY if count else 0.0)
+
+    def line(done: int, total: int, what: str) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= _EVERY or (count and done == total):
+            told = now
+            amount = "" if not total else f" {done} of {total}" if count else f" {size(done)} of {size(total)}"
+            err.print(f"{title}{amount}, {now - began:.0f} s{f': {what}' if what else ''}", markup=False)
+
     units = (MofNCompleteColumn(),) if count else (DownloadColumn(binary_units=False), TransferSpeedColumn())
     columns = (TextColumn("{task.description}"), BarColumn(), *units, TimeRemainingColumn(), TextColumn("[dim]{task.fields[what]}"))
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
@@ -38,8 +57,55 @@ def progress(title: str, *, count: bool = False) -> Iterator[Callable[..., None]
 
         def update(done: int, total: int, what: str = "") -> None:
             bar.update(task, completed=done, total=total, what=what)
+            if bar.disable:
+                line(done, total, what)
 
         yield update
+
+
+class _TimeIsUpError(Exception):
+    """Not an error: nothing more is begun."""
+
+
+class Measuring:
+    """A run of measurements that stand each for itself: the callback that the API takes, and how the run ended."""
+
+    def __init__(self, show: Callable[..., None], minutes: float | None) -> None:
+        self._show, self._ends = show, math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._done = self._total = 0
+        self.why = ""
+
+    def progress(self, done: int, total: int, what: str = "") -> None:
+        """Between two measurements; raises where the time is up."""
+        self._done, self._total = done, total
+        self._show(done, total, what)
+        if done < total and time.monotonic() > self._ends:
+            raise _TimeIsUpError
+
+    @property
+    def told(self) -> str:
+        """What was not measured, and why; empty where all was."""
+        return self.why and f"{self.why}: {self._done} of {self._total} were measured; run again to go on"
+
+    def end(self) -> None:
+        """Say so, and end the command where a person or the system asked for that."""
+        if self.why:
+            err.print(self.told, markup=False)
+        if self.why == _INTERRUPTED:
+            raise typer.Exit(130)
+
+
+@contextmanager
+def measuring(title: str, minutes: float | None) -> Iterator[Measuring]:
+    """Measurements until all are made, so many minutes are over, or Ctrl-C or SIGTERM comes: what was measured is shown in any case."""
+    with progress(title, count=True) as show:
+        run = Measuring(show, minutes)
+        try:
+            yield run
+        except _TimeIsUpError:
+            run.why = f"stopped after {minutes:g} minutes"
+        except KeyboardInterrupt:
+            run.why = _INTERRUPTED
 
 
 def say(text: str) -> None:

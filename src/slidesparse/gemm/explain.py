@@ -8,6 +8,7 @@ from .choose import DENSE, choice_of, quickest, route_at
 from .kernels import kernels
 from .layouts import LAYOUTS
 from .plan import Plan, key_of
+from .predict import MANY, predicted_gains, predicted_steps
 from .problem import Problem
 from .route import Route
 
@@ -20,7 +21,13 @@ def elsewhere(plan: Plan, problem: Problem) -> frozenset[Route]:
 def summary(plan: Plan, problem: Problem) -> str:
     """What stays of the layer and how many bytes that takes, in one line."""
     if key_of(problem) not in plan.cells:
-        return "not measured: dense runs"
+        steps = predicted_steps(problem, plan.machine.gpu)
+        if not steps:
+            return "not measured: dense runs"
+        gains = predicted_gains(problem, plan.machine.gpu)
+        least, most = (found(gains[m] for m in MANY) for found in (min, max))
+        layout = steps[-1][1].layout
+        return f"not measured: {layout} runs, predicted {least:.2f} to {most:.2f} times as fast as dense from {MANY[0]} tokens on"
     layouts, _ = choice_of(plan, problem, without=elsewhere(plan, problem))
     nbytes = sum(LAYOUTS[name].nbytes(problem) for name in layouts) / LAYOUTS["dense"].nbytes(problem)
     return f"keeps {' and '.join(layouts)}, {nbytes:.2f} of dense weights' bytes"

@@ -34,6 +34,7 @@ class Cell:
     """One number of tokens: times of whole linears by route, and what was dropped, routes and kernels, with the reason.
 
     ``versions`` are the versions of the kernels that were timed. ``errors`` are largest errors against the oracle; files leave them out.
+    ``brief`` cells hold a choice of routes: advice is made of them, and nothing else.
     """
 
     m: int
@@ -41,6 +42,7 @@ class Cell:
     dropped: dict[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[Route, float] = field(default_factory=dict, compare=False)
+    brief: bool = False
 
 
 @dataclass
@@ -73,6 +75,11 @@ class Plan:
         for key, table in other.cells.items():
             self.cells.setdefault(key, {}).update(table)
 
+    def without_brief(self) -> Plan:
+        """The plan that decides what runs: brief cells are left out."""
+        tables = {key: {m: cell for m, cell in table.items() if not cell.brief} for key, table in self.cells.items()}
+        return Plan(self.machine, {key: table for key, table in tables.items() if table}, self.date)
+
     def keep(self, versions: Mapping[str, str], algorithms: bool) -> frozenset[str]:
         """Drop times of kernels whose version is not that in ``versions``, and return these kernels.
 
@@ -102,8 +109,8 @@ class Plan:
         partial.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
-        """Read and check a plan.
+    def load(cls, path: Path, *, brief: bool = False) -> Plan:
+        """Read and check a plan; with its ``brief`` cells, too, if asked.
 
         Raises:
             CheckpointError: not a plan, another version, or a value that makes no sense; names file and place.
@@ -124,7 +131,7 @@ class Plan:
                     plan.add(key, _checked_cell(cell, versions))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
             raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}): run tune again") from error
-        return plan
+        return plan if brief else plan.without_brief()
 
 
 def _cell_json(cell: Cell, versions: list[Mapping[str, str]]) -> dict[str, Any]:
@@ -133,7 +140,8 @@ def _cell_json(cell: Cell, versions: list[Mapping[str, str]]) -> dict[str, Any]:
     if own not in versions:
         versions.append(own)
     times = {str(route): _timing_json(timing) for route, timing in cell.times.items()}
-    return {"m": cell.m, "kernels": versions.index(own), "us": times} | ({"dropped": cell.dropped} if cell.dropped else {})
+    found: dict[str, Any] = {"m": cell.m, "kernels": versions.index(own), "us": times}
+    return found | ({"dropped": cell.dropped} if cell.dropped else {}) | ({"brief": True} if cell.brief else {})
 
 
 def _timing_json(timing: Timing) -> list[float | str]:
@@ -165,7 +173,7 @@ def _checked_cell(cell: dict[str, Any], versions: list[dict[str, str]]) -> Cell:
     times = {Route.parse(name): Timing(*_checked_times(name, timing)) for name, timing in cell["us"].items()}
     # Files may hold products without scales, too: their times stand apart, what was dropped of them is marked.
     dropped = {str(name): str(reason) for name, reason in cell.get("dropped", {}).items() if not name.startswith("unscaled ")}
-    return Cell(m, times, dropped, versions[at])
+    return Cell(m, times, dropped, versions[at], brief=bool(cell.get("brief")))
 
 
 def _checked_times(name: str, times: Sequence[Any]) -> tuple[float, float, float, bool]:

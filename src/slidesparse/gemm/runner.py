@@ -23,8 +23,10 @@ from . import gradient
 from .choose import Intervals, Steps, choice_of, merged, route_at
 from .kernels import FEW_TOKENS, Pipeline, chosen, kernels, refusal, unmeasured
 from .layouts import LAYOUTS, Copy
+from .machine import this_machine
 from .plan import Plan, key_of
 from .plans import active_plan
+from .predict import predicted_steps
 from .problem import Problem, Weights
 from .route import Route
 
@@ -245,7 +247,7 @@ class Runner:
                 self._copies[layout, problem.compute_dtype] = LAYOUTS[layout].prepare(problem, weights)
 
     def _routes(self, problem: Problem) -> Steps:
-        """The route asked for; or else the plan's, and where it has none, what runs unmeasured."""
+        """The route asked for; or else the plan's; or where it has none, the predicted ones, or what runs unmeasured."""
         if self.asked is not None:
             return merged([(FEW_TOKENS, chosen(self.asked, problem, FEW_TOKENS)), (maxsize, chosen(self.asked, problem, FEW_TOKENS + 1))])
         plan = (self.plan or active_plan().plan) if problem.cuda else None

@@ -44,6 +44,9 @@ FEW_BUCKETS = (16, 256, 1024, 4096, 16384)
 _CHECKED_ROWS = 32
 _MOST_COPIES = 32
 _BLOCK_ROWS = 4096
+_BRIEF_ROUNDS, _BRIEF_HELD = 5, 20e3
+_BRIEF_STEP = 3
+"""Of a kernel's variants, the likely fastest first, brief cells time the first and the fourth: of sm90's the first that splits."""
 _SHIPPED = (9, 0)
 """Compute capability of the cards whose plans come with the package."""
 
@@ -77,6 +80,7 @@ def tune(
     *,
     ms: Sequence[int] | None = None,
     again: bool = False,
+    brief: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Measure what a plan lacks, on the current CUDA device, writing it after every cell.
@@ -85,6 +89,8 @@ def tune(
         path: the plan; by default the user's own. One that was measured with other software or is damaged is renamed to ``.old``.
         ms: numbers of tokens; by default `LinearShape.buckets`.
         again: measure cells that are there, too.
+        brief: for advice, in a fraction of the time: routes that can be the fastest whole linears. Such cells decide nothing that runs,
+            and take no other cell's place.
 
     Raises:
         CheckpointError: a ``path`` was given, is there and is no plan.
@@ -94,7 +100,7 @@ def tune(
     """
     path, plan = (user_plan_path(), _own()) if path is None else (path, _opened(path))
     tasks = [(layer, m) for layer in dict.fromkeys(layers) for m in (ms or layer.buckets)]
-    tasks = [(layer, m) for layer, m in tasks if again or _lacks(plan, layer, m)]
+    tasks = [(layer, m) for layer, m in tasks if again or _lacks(plan, layer, m, brief)]
     if tasks:
         _store(plan, path)  # a place that cannot be written shows now
     bench: Bench | None = None
@@ -105,17 +111,18 @@ def tune(
             del bench
             torch.cuda.empty_cache()
             bench = Bench(layer)
-        _store(plan, path, key_of(layer.problem), bench.cell(m))
+        there = plan.cells.get(key_of(layer.problem), {}).get(m)
+        _store(plan, path, key_of(layer.problem), bench.cell(m, brief=brief and (there is None or there.brief)))
     if progress:
         progress(len(tasks), len(tasks), "")
     forget_plans()
-    return plan
+    return plan if brief else plan.without_brief()
 
 
-def _lacks(plan: Plan, layer: LinearShape, m: int) -> bool:
+def _lacks(plan: Plan, layer: LinearShape, m: int, brief: bool) -> bool:
     """Whether a cell is missing, or was measured without a kernel that there is now, in this version."""
     cell = plan.cells.get(key_of(layer.problem), {}).get(m)
-    if cell is None:
+    if cell is None or (cell.brief and not brief):
         return True
     versions, known, problem = kernel_versions(), kernels(), layer.problem
     if any(versions.get(name, version) != version for name, version in cell.versions.items()):
@@ -163,7 +170,7 @@ def _opened(path: Path, here: Machine | None = None) -> Plan:
     here = here or this_machine()
     if not path.exists():
         return Plan(here)
-    plan = Plan.load(path)
+    plan = Plan.load(path, brief=True)
     differs = here.differences(plan.machine)
     if differs:
         told = "; ".join(f"{name} is {mine!r} here, {theirs!r} there" for name, (mine, theirs) in differs.items())
@@ -186,14 +193,16 @@ class Bench:
         """What a plan calls the layer."""
         return key_of(self.problem)
 
-    def cell(self, m: int, *, rounds: int | None = None, also: Sequence[Route] = (), only: Collection[Route] = ()) -> Cell:
+    def cell(
+        self, m: int, *, rounds: int | None = None, also: Sequence[Route] = (), only: Collection[Route] = (), brief: bool = False
+    ) -> Cell:
         """Check and time ``m`` tokens: what the kernels' searches find worth timing and ``also`` these routes, or ``only`` some."""
         count, inputs = self._count(m), self.inputs(m)
         expected = cache(lambda draw: self._expected(inputs[draw]))
         calls: dict[Route, list[Callable[[], Tensor]]] = {}
         dropped: dict[str, str] = {}
         errors: dict[Route, float] = {}
-        for route in dict.fromkeys([*(only or self._worth(inputs[0], count, dropped)), *also]):
+        for route in dict.fromkeys([*(only or self._worth(inputs[0], count, dropped, brief)), *also]):
             found = [self.call(route, x, copy) for x, copy in zip(inputs, self.copies(route.layout, count), strict=False)]
             checked = self._checked(found, m, expected, roundings=kernels()[route.kernel].roundings(route.variant))
             if isinstance(checked, str):
@@ -201,15 +210,15 @@ class Bench:
                 _LOG.warning("%s, M = %d: %s dropped: %s", self.key, m, route, checked)
             else:
                 calls[route], errors[route] = found, checked.largest
-        times = self.timed(calls, dropped, rounds or _rounds(m, self.problem))
-        return Cell(m, times, dropped, kernel_versions(), errors)
+        rounds = rounds or (_BRIEF_ROUNDS if brief else _rounds(m, self.problem))
+        return Cell(m, self.timed(calls, dropped, rounds, brief=brief), dropped, kernel_versions(), errors, brief)
 
     def inputs(self, m: int) -> list[Tensor]:
         """Random activations ``[M, K]``, as many as keep the L2 cache cold."""
         return [torch.randn(m, self.problem.k, device=self.device, dtype=self.problem.dtype) for _ in range(self._count(m))]
 
-    def _worth(self, x: Tensor, count: int, dropped: dict[str, str]) -> list[Route]:
-        """The routes worth timing; kernels that cannot run are dropped."""
+    def _worth(self, x: Tensor, count: int, dropped: dict[str, str], brief: bool) -> list[Route]:
+        """The routes worth timing; kernels that cannot run are dropped. In ``brief`` few, and none that restores weights in every call."""
         found = []
         for name, kernel in kernels().items():
             reason = kernel.refuses(self.problem)
@@ -217,6 +226,8 @@ class Bench:
                 dropped |= {} if reason is None else {name: reason}
                 continue
             for layout in kernel.layouts:
+                if brief and layout == "packed":
+                    continue
                 try:
                     variants = kernel.search(self.problem, x, self.copies(layout, count)[0])
                 except (UnsupportedError, torch.OutOfMemoryError) as error:
@@ -224,7 +235,7 @@ class Bench:
                     continue
                 if not variants:
                     dropped[name] = "none of its variants gave right results"
-                found += [Route(layout, name, variant) for variant in variants]
+                found += [Route(layout, name, variant) for variant in (variants[::_BRIEF_STEP] if brief else variants)]
         return found or [Route("dense", "exact"), Route("packed", "exact")]
 
     def call(self, route: Route, x: Tensor, copy: Copy) -> Callable[[], Tensor]:
@@ -240,9 +251,13 @@ class Bench:
 
         return timed
 
-    def timed(self, calls: Mapping[Route, Sequence[Callable[[], object]]], dropped: dict[str, str], rounds: int) -> dict[Route, Timing]:
+    def timed(
+        self, calls: Mapping[Route, Sequence[Callable[[], object]]], dropped: dict[str, str], rounds: int, *, brief: bool = False
+    ) -> dict[Route, Timing]:
         """Times by route; where memory does not suffice, none, and the routes are ``dropped``."""
         timer = measure.timed if self.device == "cuda" else measure.timed_by_clock
+        if brief and self.device == "cuda":
+            timer = partial(measure.timed, held=_BRIEF_HELD)
         try:
             return timer(calls, rounds=rounds) if calls else {}
         except torch.OutOfMemoryError as error:

@@ -168,8 +168,12 @@ def evaluate_tasks(
         batch_size: requests per forward pass; when not given by their lengths on a GPU, see `Runner`, and `CPU_BATCH` on a CPU.
 
     Raises:
-        EvaluationError: see `find_tasks`; or lm-eval cannot run a task with this model.
+        EvaluationError: see `find_tasks`; or lm-eval cannot run a task with this model or tokenizer.
     """
+    if tokenizer.eos_token_id is None:
+        raise EvaluationError(
+            "tasks need the token that ends a text, which this tokenizer does not name: set eos_token in tokenizer_config.json"
+        )
     size = batch_size or (CPU_BATCH if model.device.type == "cpu" else "auto:8")  # they are chosen anew as sequences get shorter
     # In bfloat16, lm-eval's default, log-probabilities around -150 are rounded to whole numbers.
     runner = Runner(pretrained=model, tokenizer=tokenizer, batch_size=size, max_batch_size=LARGEST_BATCH, softmax_dtype="float32")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.configs import Reader, same_name
-from ..checkpoint.layers import WEIGHTS_IN, WITH_WEIGHTS
+from ..checkpoint.layers import WEIGHTS_IN
 from ..errors import UnsupportedError
 from ..select import NOT_LINEAR, matches
 
@@ -41,12 +41,12 @@ def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = 
             layers[target.removesuffix(".weight")] = layer
             merged |= {layer} if with_others else set()
             targets[target] = tensor
-        elif suffix not in WITH_WEIGHTS:
+        else:
             targets[target_of(tensor)[0]] = tensor
     modules = dict(model.named_modules())
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     if not linear & layers.keys():
-        return None  # the files are of another class
+        return Reader({}, _matching(), missing=tuple(missing_tensors(model, targets)))  # the files are of another class
     tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
     written = written_layers(model)
     fixed = {}
@@ -67,7 +67,9 @@ def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = 
     linears = {name: name for name in modules if name in linear}
     linears |= {name: layer for name, layer in layers.items() if name in linears}
     missing = tuple(missing_tensors(model, targets))
-    return Reader(linears, _matching(), fixed, heads, frozenset(merged), tuple(sorted(split)), unplaced, missing)
+    alone = {name: layer for name, layer in layers.items() if name in linear and layer not in merged}
+    shapes = {layer: (modules[name].out_features, modules[name].in_features) for name, layer in alone.items()}
+    return Reader(linears, _matching(), fixed, heads, frozenset(merged), tuple(sorted(split)), unplaced, missing, shapes)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def described(config: dict[str, Any]) -> Described:
         raise UnsupportedError(f"transformers cannot build {kind} from config.json alone: give a folder with weights, or shapes NxK")
     from .linears import acts_linear, head_layers
 
+    if any(type(module).__name__ == "Conv1D" for module in model.modules()):
+        raise UnsupportedError(f"{type(model).__name__} has Conv1D in place of nn.Linear: take a model with nn.Linear layers")
     heads = head_layers(model)
     linears = {
         name: (module.out_features, module.in_features)

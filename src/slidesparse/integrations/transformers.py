@@ -5,13 +5,15 @@ Importing it registers the quantisation method ``slidesparse`` with transformers
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.source import read_config
@@ -110,6 +112,17 @@ class SlideSparseQuantizer(HfQuantizer):
                 module.check()
             except WeightError as error:
                 raise CheckpointError(str(error)) from error
+        for inner in model.modules():
+            if inner is not model and isinstance(inner, PreTrainedModel):
+                inner.hf_quantizer = self._of_inner()
+
+    def _of_inner(self) -> SlideSparseQuantizer:
+        """That of a model inside: saved alone, its layers have other names, and often its configuration is one of its own."""
+        own = copy(self)
+        own.quantization_config = SlideSparseConfig(
+            **replace(self.quantization_config.packed, ignore=[], overrides={}, in_features={}).to_dict()
+        )
+        return own
 
     def adjust_max_memory(self, max_memory: dict[int | str, int | str]) -> dict[int | str, int | str]:
         """So much less of a GPU for the packed weights as the dense copies that may run in their place are larger."""
@@ -127,6 +140,9 @@ class SlideSparseQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
         """Nothing; transformers asks before it saves the configuration, which then tells what the model holds: layers may be others."""
         found = model_config(model, self.quantization_config.packed)
+        for inner in model.modules():
+            if isinstance(inner, PreTrainedModel) and inner.config is not model.config:
+                vars(inner.config).pop("quantization_config", None)  # from when it was saved alone
         if found is None:
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...format import QUANT_METHOD
-from ..layers import Layer
+from ..layers import WEIGHTS_IN, WITH_WEIGHTS, Layer, check_zero_points, tensors_of
 from ..tensorfile import TensorInfo
 from . import bitmask, bitnet, compressed_tensors, floating, packed
 
@@ -36,7 +36,10 @@ def find_layers(path: Path, config: dict[str, Any], tensors: dict[str, TensorInf
     """
     transposed = _transposed(config, tensors)
     if transposed:
-        raise CheckpointError(f"{path}: {transposed} stores its linear weights transposed ([K, N]); that is not supported")
+        raise CheckpointError(
+            f"{path}: {transposed} stores its linear weights transposed ([K, N], transformers' Conv1D), which nothing here reads: take a "
+            "model with nn.Linear layers"
+        )
     # Some tools write the second key, beside the first or alone.
     key = "quantization_config" if config.get("quantization_config") else "quantization"
     given = config.get(key)
@@ -48,8 +51,27 @@ def find_layers(path: Path, config: dict[str, Any], tensors: dict[str, TensorInf
     found: dict[str, Layer] = {}
     for find in chain.from_iterable(FORMATS.values()):
         found |= find(path, config, {tensor: info for tensor, info in tensors.items() if tensor.rpartition(".")[0] not in found})
+    _check_alone(found, tensors)
     by_tensor = {layer.main.name: layer for layer in found.values()}
     return {by_tensor[tensor].name: by_tensor[tensor] for tensor in tensors if tensor in by_tensor}
+
+
+def _check_alone(layers: dict[str, Layer], tensors: dict[str, TensorInfo]) -> None:
+    """A layer is there once; beside plain weights nothing says that they are stored in another way."""
+    for name, layer in layers.items():
+        main = layer.main
+        twice = [other for other in tensors_of(name, WEIGHTS_IN, tensors).values() if other.name != main.name]
+        if twice:
+            raise CheckpointError(f"{main.path}: layer {name} is there twice ({main.name} and {twice[0].name}): remove one of them")
+        beside = tensors_of(name, WITH_WEIGHTS, tensors) if layer.plain else {}
+        for other in beside.values():
+            if other.name not in {info.name for info in layer.tensors.values()}:
+                raise CheckpointError(
+                    f"{main.path}: {main.name} is {main.dtype_name} with {other.name} beside it, so it was saved before it was compressed: "
+                    "save it compressed, or start from the 16-bit checkpoint"
+                )
+        if layer.plain and "weight_zero_point" not in layer.tensors and f"{name}.weight_zero_point" in tensors:
+            check_zero_points(name, tensors[f"{name}.weight_zero_point"])
 
 
 def _transposed(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import CheckpointError
 from ...format import SCHEMES, Scheme, dense_tensors
 from ...quantization import canonical_nvfp4
-from ..layers import FLOATS, Block, Layer, check_tensors, float_scheme, matrices, tensors_of
+from ..layers import FLOATS, Block, Layer, check_tensors, check_zero_points, float_scheme, matrices, tensors_of
 from ..tensorfile import TensorInfo, TensorReader
 from .floating import Floating
 
@@ -61,11 +61,6 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
     layers: dict[str, Layer] = {}
     for name, suffix, info in matrices(tensors):
         if info.dtype_name in FLOATS and suffix == "weight":
-            if f"{name}.weight_scale" in tensors:
-                raise CheckpointError(
-                    f"{info.path}: {info.name} is {info.dtype_name} with a scale beside it, so it was saved before it was compressed: "
-                    "save it compressed, or start from the 16-bit checkpoint"
-                )
             layers[name] = Left(name, info.shape[0], info.shape[1], float_scheme(info), {suffix: info})
             continue
         n, k = info.shape[0], info.shape[1] * (2 if quantization.scheme.pair else 1)
@@ -89,14 +84,7 @@ def check_scales(layer: Layer, quantization: Quantization) -> None:
         specs = (replace(specs[0], shape=scale.shape),)
     check_tensors(layer, specs, ("F8_E4M3",) if layer.scheme.pair else FLOATS)
     if "weight_zero_point" in layer.tensors:
-        _check_zero_points(layer.name, layer.tensors["weight_zero_point"])
-
-
-def _check_zero_points(layer: str, info: TensorInfo) -> None:
-    """Zero points that are all zero say nothing; others shift the weights, which no kernel here undoes."""
-    with TensorReader() as reader:
-        if bool((reader.read(info).float() != 0).any()):
-            raise CheckpointError(f"{info.path}: layer {layer} has zero points other than 0 (asymmetric weights), which are not supported")
+        check_zero_points(layer.name, layer.tensors["weight_zero_point"])
 
 
 def read_quantization(path: Path, config: dict[str, Any]) -> Quantization | None:

@@ -10,6 +10,9 @@ from ...errors import CheckpointError
 from ..layers import FLOATS, Block, Layer, float_scheme, matrices
 from ..tensorfile import TensorInfo, TensorReader
 
+_QUANTISED = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4")
+"""Types that mean weights only beside scales."""
+
 
 class Floating(Layer):
     """A layer with nothing but its weights."""
@@ -26,6 +29,6 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
     for name, suffix, info in matrices(tensors):
         if info.dtype_name in FLOATS and suffix == "weight":
             layers[name] = Floating(name, info.shape[0], info.shape[1], float_scheme(info), {suffix: info})
-        elif f"{name}.weight_scale" in tensors or info.dtype_name.startswith("F8"):
-            raise CheckpointError(f"{info.path}: tensor {info.name} is quantised, but config.json does not say how")
+        elif f"{name}.weight_scale" in tensors or info.dtype_name in _QUANTISED:
+            raise CheckpointError(f"{info.path}: tensor {info.name} is quantised ({info.dtype_name}), but config.json does not say how")
     return layers

@@ -31,7 +31,7 @@ class Sm90(Kernel):
     layouts = ("tiled", "dense")
     code = (
         "gemm.kernels.base", "gemm.kernels.sm90", "gemm.layouts", "ops.sm90.device.cu", "ops.sm90.gemm.cu", "ops.sm90.launch",
-        "ops.sm90.layout", "ops.sm90.schedule", "ops.sm90.variants", "ops.prologue", "ops.quantize",
+        "ops.sm90.layout", "ops.sm90.predict", "ops.sm90.schedule", "ops.sm90.variants", "ops.prologue", "ops.quantize",
         "ops.kernels_quantize", "ops.row_config",
     )  # fmt: skip
 
@@ -61,23 +61,21 @@ class Sm90(Kernel):
         return int32_overflow(problem) or sm90.unavailable()
 
     def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
-        """By predicted time on slid weights; split ones last: the prediction is not fitted to their times."""
+        """By predicted time on slid weights; split ones last: their predicted times are less certain."""
         found = self._by_time(problem, m, sparse=True)
         return tuple(map(str, sorted(found, key=lambda variant: variant.split)))
 
     def search(self, problem: Problem, x: Tensor, copy: Copy) -> tuple[str, ...]:
-        """Those of least predicted time: three, the best within 3 % of the fastest for 128 products measured, and two split ones."""
+        """Those of least predicted time: three, the best within 6 % of the fastest for 128 products measured, and two split ones."""
         found = self._by_time(problem, x.shape[0], sparse=copy[0].dim() == 3)
         divided = [variant for variant in found if variant.split]
         return tuple(map(str, [*[variant for variant in found if not variant.split][:3], *divided[:2]]))
 
     def _by_time(self, problem: Problem, m: int, *, sparse: bool) -> list[sm90.Variant]:
-        width, scheme = problem.pattern.slid_k(problem.k) if sparse else problem.k, problem.scheme
-
-        def clocks(variant: sm90.Variant) -> float:
-            return sm90.predicted_clocks(variant, problem.n, width, m, sparse=sparse, size=scheme.dtype.itemsize)
-
-        return sorted((one for one in sm90.VARIANTS if sm90.fits(one, scheme.name, problem.bias is not None)), key=clocks)
+        n, k, scheme = problem.n, problem.k, problem.scheme
+        width, values = problem.pattern.slid_k(k) if sparse else k, str(scheme.dtype).removeprefix("torch.")
+        found = [one for one in sm90.VARIANTS if sm90.fits(one, scheme.name, problem.bias is not None)]
+        return sorted(found, key=lambda variant: sm90.predicted_us(variant, n, k, width, m, values=values, sparse=sparse))
 
     def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, direct: bool) -> Pipeline:
         """See `Kernel`."""

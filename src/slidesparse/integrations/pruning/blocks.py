@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
+from .head import Head
 
 _PROBE = 16
 """Tokens of the forward pass that shows how blocks hand over to each other."""
@@ -49,6 +50,8 @@ class Blocks:
     modules: list[nn.Module]
     tuples: bool = False
     """Whether a block returns a tuple; `check` finds out."""
+    head: Head | None = None
+    """What makes logits of the hidden states behind the last block; `check` finds it, where the model has one."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Blocks:
@@ -113,17 +116,19 @@ class Blocks:
         handles += [block.register_forward_hook(after) for block in self.modules]
         try:
             with torch.no_grad():
-                self._run(probe)
+                output = self._run(probe)
         finally:
             for handle in handles:
                 handle.remove()
         if len(given) != len(self.modules):
             self._refuse(f"{len(given)} of {len(self.modules)} blocks of {self.name} ran")
+        head = Head(self.model, self.modules, self.tuples)
+        self.head = head if head.gives(given[-1], getattr(output, "logits", None)) else None
         return calls
 
-    def _run(self, tokens: Tensor) -> None:
+    def _run(self, tokens: Tensor) -> Any:
         try:
-            self.model(input_ids=tokens, use_cache=False)
+            return self.model(input_ids=tokens, use_cache=False)
         except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError, ImportError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             self._refuse(f"it does not run on {tokens.shape[1]} tokens ({reason})", error)

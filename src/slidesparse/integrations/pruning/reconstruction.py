@@ -2,15 +2,15 @@
 
 After BRECQ's block-wise objective (arXiv 2102.05426), with masks in the place of rounding. The pruned block is judged by what the pruned
 blocks before it give. In training each token lies a random share of the way from there to what the dense model gives at that depth: few
-samples then teach more than their own errors. The output is judged twice: as it is, and behind the next block, still dense, which shows
+samples then teach more than their own errors. The output is judged as it is, and behind each of the next blocks, still dense, which shows
 what errors do there. Each token counts by its error relative to its own size, since a few tokens of language models are a thousand times
-larger than the others.
+larger than the others. The last block is judged by the KL divergence of the logits, where the model has logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch.func import functional_call
 
 from ...format import Scheme
 from ...quantization import quantize_weight
-from .blocks import Call, hidden_states
+from .blocks import Call
+from .head import Head
 from .solving import Solution, Task, dequantized
 
 _HELD_OUT = 8
@@ -32,31 +33,36 @@ _EPSILON = 1e-15
 
 @dataclass
 class Depth:
-    """A block on the device, how each batch calls it, and what the dense model gives behind it, ``[B, L, hidden]``."""
+    """A block on the device, how each batch calls it, and what the dense model gives behind it, ``[B, L, hidden]``.
+
+    With a ``head``, which the last block has in models with logits, those tell how far outputs are from the targets.
+    """
 
     block: nn.Module
     calls: list[Call]
     targets: list[Tensor]
+    head: Head | None = None
 
-    def error(self, number: int, hidden: Tensor, run: Callable[..., Tensor] | None = None) -> Tensor:
-        """Mean over one batch's tokens of the squared error relative to the target's squares, for the hidden states in front of the block.
+    def error(self, number: int, output: Tensor) -> Tensor:
+        """Mean error over the tokens of one batch's hidden states behind the block.
 
-        Args:
-            run: takes the block's place, as with other weights.
+        Of a token: the squared error relative to the target's squares, or KL(dense model || this) in nats.
         """
-        output, target = self.calls[number].run(run or self.block, hidden).float(), self.targets[number].to(hidden.device).float()
-        size = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        return ((output - target).square().sum(-1) / size).mean()
+        target = self.targets[number].to(output.device)
+        if self.head is not None:
+            return self.head.divergence(output, target)
+        size = target.float().square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        return ((output.float() - target.float()).square().sum(-1) / size).mean()
 
 
 @dataclass
 class Batches:
-    """What pruned and dense blocks give in front of a block, ``[B, L, hidden]`` each; the block, and the next one where there is one."""
+    """What pruned and dense blocks give in front of a block, ``[B, L, hidden]`` each; the block, and the dense ones next to it."""
 
     inputs: list[Tensor]
     dense: list[Tensor]
     here: Depth
-    ahead: Depth | None = None
+    ahead: list[Depth] = field(default_factory=list)
 
     def split(self) -> tuple[list[int], list[int]]:
         """Numbers of the batches to train on, and of those held out; none to train on where there is only one."""
@@ -64,16 +70,16 @@ class Batches:
         held = range(count - max(1, count // _HELD_OUT), count)
         return list(range(held.start)), list(held)
 
-    def mixed(self, number: int, generator: torch.Generator) -> Tensor:
+    def mixed(self, number: int, generator: torch.Generator, device: torch.device) -> Tensor:
         """One batch's inputs for training, each token between the pruned blocks' and the dense ones'."""
-        pruned = self.inputs[number]
+        pruned, dense = (stream[number].to(device) for stream in (self.inputs, self.dense))
         share = torch.rand(*pruned.shape[:-1], 1, generator=generator)
-        return torch.lerp(pruned, self.dense[number], share.to(pruned))
+        return torch.lerp(pruned, dense, share.to(pruned))
 
 
 @dataclass
 class Outcome:
-    """Relative error of a block's output on held-out samples, before and after; the weights after are those kept if it fell."""
+    """Error of a block's output on held-out samples (`Depth.error`), before and after; the weights after are those kept if it fell."""
 
     before: float
     after: float
@@ -113,7 +119,7 @@ def reconstruct(
         order = order or [training[i] for i in torch.randperm(len(training), generator=generator)]
         number = order.pop()
         optimizer.zero_grad()
-        scaler.scale(trained.loss(batches, number, batches.mixed(number, generator).to(device))).backward()
+        scaler.scale(trained.loss(batches, number, batches.mixed(number, generator, device))).backward()
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
@@ -140,32 +146,29 @@ class _Trained:
         return [{"params": [weight], "lr": _RATE * error**0.5 * size} for weight, size in sizes]
 
     def loss(self, batches: Batches, number: int, given: Tensor) -> Tensor:
-        """Error of one batch, ``given [B, L, hidden]`` in front of the block: behind the block, and behind the next one."""
-        output: list[Tensor] = []
-        error = batches.here.error(number, given, self._run(rounded=False, keep=output))
-        return error if batches.ahead is None else error + batches.ahead.error(number, output[0])
+        """Error of one batch, ``given [B, L, hidden]`` in front of the block: behind the block, plus those behind the next ones."""
+        hidden = batches.here.calls[number].run(self._run(rounded=False), given)
+        error = batches.here.error(number, hidden)
+        for depth in batches.ahead:
+            hidden = depth.calls[number].run(depth.block, hidden)
+            error = error + depth.error(number, hidden)
+        return error
 
     @torch.no_grad()
     def error(self, batches: Batches, numbers: list[int], device: torch.device) -> float:
         """Mean error behind the block, with weights rounded as they are stored."""
-        run = self._run(rounded=True)
-        return sum(float(batches.here.error(number, batches.inputs[number].to(device), run)) for number in numbers) / len(numbers)
+        run, here = self._run(rounded=True), batches.here
+        outputs = ((number, here.calls[number].run(run, batches.inputs[number].to(device))) for number in numbers)
+        return sum(float(here.error(number, output)) for number, output in outputs) / len(numbers)
 
-    def _run(self, *, rounded: bool, keep: list[Tensor] | None = None) -> Callable[..., Any]:
-        """The block with the weights in training; ``keep`` is given the hidden states behind it."""
+    def _run(self, *, rounded: bool) -> Callable[..., Any]:
+        """The block with the weights in training."""
         weights = {}
         for task in self.tasks:
             masked = self.weights[task.name] * self.masks[task.name]
             seen = masked + (_rounded(masked.detach(), task.scheme) - masked.detach()) if rounded or task.scheme.dynamic else masked
             weights[self.names[task.name]] = seen.to(task.module.weight.dtype)
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            output = functional_call(self.block, weights, args, kwargs)
-            if keep is not None:
-                keep.append(hidden_states(output))
-            return output
-
-        return run
+        return lambda *args, **kwargs: functional_call(self.block, weights, args, kwargs)
 
     @torch.no_grad()
     def solutions(self) -> dict[str, Solution]:

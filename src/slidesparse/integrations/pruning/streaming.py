@@ -23,6 +23,8 @@ from .solving import Solution, Task, dequantized, gather, solve_layers
 
 _BATCH_TOKENS, _BATCHES = 4096, 8
 """Samples run together up to so many tokens, but in at least so many batches, since some are held out."""
+_AHEAD = 3
+"""Dense blocks behind which a block's output is judged, too."""
 _SHARE = 4
 """Hidden states stay on the device where they take at most this fraction of its free memory."""
 
@@ -68,7 +70,7 @@ def solve(job: Job, trust_remote_code: bool = False) -> PruningReport:
 
 
 class _Stream:
-    """Hidden states in front of a block behind the pruned ones; in the dense model before the block, behind it and behind the next."""
+    """Hidden states in front of a block behind the pruned ones; in the dense model in front of it, behind it and behind the next ones."""
 
     def __init__(
         self,
@@ -81,9 +83,10 @@ class _Stream:
         calls: list[list[Call]],
     ) -> None:
         self.job, self.blocks, self.tasks, self.device, self.steps, self.calls = job, blocks, tasks, device, steps, calls
-        self.home = self._home(sum(batch.nbytes for batch in hidden) * (4 if steps else 1))
-        self.pruned = [batch.to(self.home) for batch in hidden]
-        self.front, self.dense, self.ahead = (list(self.pruned) for _ in range(3)) if steps else ([], [], [])
+        self.home = self._home(sum(batch.nbytes for batch in hidden) * (_AHEAD + 3 if steps else 1))
+        self.pruned = [self._kept(batch) for batch in hidden]
+        self.dense = [list(self.pruned)] if steps else []
+        """By depth, the first in front of the block that is next."""
         self.sizes = {task.name: task.module.weight.nbytes for block in tasks for task in block}
         self.bytes = [sum(self.sizes[task.name] for task in block) for block in tasks]
         self.done, self.total = 0, sum(self.bytes) * (2 if steps else 1)
@@ -95,19 +98,26 @@ class _Stream:
         allowed = torch.cuda.get_per_process_memory_fraction(self.device) * total
         return torch.device("cpu") if nbytes * _SHARE > min(free, allowed) else self.device
 
+    def _kept(self, batch: Tensor) -> Tensor:
+        """A batch where its stream lies; from pinned memory a GPU takes it several times as fast."""
+        if self.home == self.device:
+            return batch.to(self.home)
+        return torch.empty_like(batch, device=self.home, pin_memory=True).copy_(batch)
+
     def step(self, index: int) -> dict[str, Any]:
         """Solve one block, or read it if it is solved; take the streams behind it; tell how it went."""
         block, calls = self._on_device(index)
-        ahead = self._look_ahead(index, block, calls) if self.steps else None
+        depths = self._depths(index) if self.steps else [Depth(block, calls, [])]
         found = read_block(self.job.folder, index)
         if found is None:
-            report = self._solve(index, Depth(block, calls, self.dense), ahead)
+            report = self._solve(index, *depths)
         else:
             tensors, report = found
             _place(self.tasks[index], tensors)
             self._advance(self.bytes[index] * (2 if self.steps else 1), f"block {index + 1} is there from an earlier run")
         if index + 1 < len(self.blocks.modules):
             self._through(block, calls, self.pruned, self.pruned)
+        self.dense = self.dense[1:]
         block.to("meta")
         self.calls[index] = []
         return report
@@ -118,20 +128,23 @@ class _Stream:
         if self.device.type == "cpu":
             block.float()
         moved = {id(call): call.to(self.device) for call in self.calls[index]}
-        return block, [moved[id(call)] for call in self.calls[index]]
+        self.calls[index] = [moved[id(call)] for call in self.calls[index]]
+        return block, self.calls[index]
 
-    def _look_ahead(self, index: int, block: nn.Module, calls: list[Call]) -> Depth | None:
-        """Take the dense stream behind the block, and behind the next one, which is returned."""
-        self.front, self.dense, self.ahead = self.dense, self.ahead, self.front
-        if index == 0:
-            self._through(block, calls, self.front, self.dense)
-        if index + 1 == len(self.blocks.modules):
-            return None
-        following, their_calls = self._on_device(index + 1)
-        self._through(following, their_calls, self.dense, self.ahead)
-        return Depth(following, their_calls, self.ahead)
+    def _depths(self, index: int) -> list[Depth]:
+        """A block and the next ones, with the dense stream behind each; all of them are still dense."""
+        depths, last = [], len(self.blocks.modules) - 1
+        for depth, number in enumerate(range(index, min(index + _AHEAD, last) + 1)):
+            block, calls = self._on_device(number)
+            if depth + 1 == len(self.dense):
+                self.dense.append(list(self.dense[depth]))
+                self._through(block, calls, self.dense[depth], self.dense[depth + 1])
+            depths.append(Depth(block, calls, self.dense[depth + 1]))
+        if index == last and self.blocks.head is not None:
+            depths[0].head = self.blocks.head.to(self.device)
+        return depths
 
-    def _solve(self, index: int, here: Depth, ahead: Depth | None) -> dict[str, Any]:
+    def _solve(self, index: int, here: Depth, *ahead: Depth) -> dict[str, Any]:
         tasks, where = self.tasks[index], f"block {index + 1} of {len(self.tasks)}"
         if not tasks:
             return {"block": index, "layers": {}}
@@ -149,7 +162,7 @@ class _Stream:
             outcome = reconstruct(
                 tasks,
                 solutions,
-                Batches(self.pruned, self.front, here, ahead),
+                Batches(self.pruned, self.dense[0], here, list(ahead)),
                 steps=self.steps,
                 seed=self.job.recipe.seed + index,
                 device=self.device,
@@ -158,7 +171,8 @@ class _Stream:
             self._reach(before + self.bytes[index], f"{where}: reconstruction")
             solutions = outcome.solutions
             _put(tasks, solutions)
-            report |= {"error_before": outcome.before, "error_after": min(outcome.before, outcome.after)}
+            measure = "error" if here.head is None else "divergence"
+            report |= {f"{measure}_before": outcome.before, f"{measure}_after": min(outcome.before, outcome.after)}
         report["layers"] = {name: {"error": solution.error} for name, solution in solutions.items()}
         write_block(self.job.folder, index, _tensors(solutions) | norms, report)
         return report
@@ -167,7 +181,7 @@ class _Stream:
     def _through(self, block: nn.Module, calls: list[Call], before: list[Tensor], behind: list[Tensor]) -> None:
         """Hidden states behind the block, batch by batch; the two lists may be one."""
         for number, call in enumerate(calls):
-            behind[number] = call.run(block, before[number].to(self.device)).to(self.home)
+            behind[number] = self._kept(call.run(block, before[number].to(self.device)))
 
     def _pass(self, block: nn.Module, call: Call, batch: Tensor) -> Callable[[], Tensor]:
         return lambda: call.run(block, batch.to(self.device))

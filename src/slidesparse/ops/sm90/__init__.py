@@ -2,17 +2,20 @@
 
 from .launch import Gemm, loaded, unavailable
 from .layout import tile, tiled_bytes, untile
-from .variants import VARIANTS, Types, Variant, constants, fits, predicted_clocks, source
+from .predict import RATES, Rates, predicted_us
+from .variants import VARIANTS, Types, Variant, constants, fits, source
 
 __all__ = [
+    "RATES",
     "VARIANTS",
     "Gemm",
+    "Rates",
     "Types",
     "Variant",
     "constants",
     "fits",
     "loaded",
-    "predicted_clocks",
+    "predicted_us",
     "source",
     "tile",
     "tiled_bytes",

@@ -108,33 +108,6 @@ def shared_bytes(variant: Variant, types: Types) -> int:
     return _fixed_bytes(variant, types) + stages(variant, types) * (types.stage_bytes + variant.tokens * DEPTH)
 
 
-def predicted_clocks(variant: Variant, n: int, k: int, m: int, *, sparse: bool, size: int = 1, multiprocessors: int = 132) -> float:
-    """Clocks of ``[M, K']`` by ``[N, K']``, values of ``size`` bytes.
-
-    Waves of clusters, in each the steps, bound by tensor cores or by copies, and a tile's ends. The constants follow products measured on
-    an H200 (benchmarks/results/archive/h200_sm90_variants.csv). They put variants in order and predict no time: at one clock, 1.9 GHz,
-    they are 13 % off (root mean square). Those of a split are not fitted to its times (h200_sm90_split.csv beside it): steps are divided
-    evenly, and sums go through the second-level cache.
-    """
-    tiles = -(-n // (ROWS * variant.features)) * -(-m // (variant.tokens * variant.along))
-    # Of clusters of eight, 15 fit the 132 multiprocessors of an H200.
-    clusters = multiprocessors // variant.cluster if variant.cluster < 4 else multiprocessors * 10 // 11 // variant.cluster
-    multiply = variant.tokens * (2.4 if sparse else 4.2) + (150 if sparse else 60)
-    weights = tile_bytes(size) if sparse else ROWS * DEPTH
-    bring = (weights / variant.along + variant.tokens * DEPTH / variant.features) / _BYTES_A_CLOCK
-    steps, step, ends = -(-k * size // DEPTH), max(multiply, bring), 1000 + 12 * variant.tokens
-    waves = -(-tiles // clusters)
-    if not variant.split or tiles % clusters == 0:
-        return waves * (steps * step + ends)
-    # One cluster leaves sums and finishes a tile of others, of as many as it takes to share a tile.
-    moved = (1 + max(1, -(-clusters // tiles))) * part_bytes(variant) / _BYTES_A_CLOCK
-    return tiles / clusters * steps * step + waves * ends + moved
-
-
-_BYTES_A_CLOCK = 50
-"""From the second-level cache to a multiprocessor."""
-
-
 def constants(variant: Variant, types: Types, *, delay: bool = False) -> dict[str, int]:
     """The constants that gemm.cu asks for; with ``delay`` every role waits at random, which shows races."""
     return {
