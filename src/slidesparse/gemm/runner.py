@@ -255,6 +255,8 @@ class Runner:
         steps: Intervals = ()
         if plan is not None:
             layouts, steps = choice_of(plan, problem, memory=self.memory, tokens=self.tokens, without=cannot_run(plan, problem))
+        if not steps and problem.cuda and self.memory == "fast":
+            steps = predicted_steps(problem, this_machine().gpu)
         found: list[tuple[int, Route]] = []
         for most, route in steps or ((maxsize, None),):
             ends = dict.fromkeys((min(most, FEW_TOKENS), most)) if route is None else (most,)
