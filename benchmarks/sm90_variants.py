@@ -34,14 +34,14 @@ def rows(bench: Bench, m: int, library: str) -> Iterator[dict[str, object]]:
     for route in routes:
         steps = kernels()[route.kernel].bind(bench.problem, route.layout, route.variant, inputs[0], direct=True)
         copies = bench.copies(route.layout, len(inputs))
-        y = run(steps, inputs[0], copies[0], scale, None)[0].float()
+        y = run(steps, inputs[0], copies[0], scale, None).float()
         expected = y if expected is None else expected
         if float((y - expected).norm() / expected.norm()) > 0.02:
             print(f"{bench.key}, M = {m}: {route} is wrong")
             continue
         q, x_scale = steps.quantise(inputs[0])
         pairs = list(zip(inputs, copies, strict=True))
-        whole[route] = [lambda x=x, copy=copy, steps=steps: run(steps, x, copy, scale, None)[0] for x, copy in pairs]
+        whole[route] = [lambda x=x, copy=copy, steps=steps: run(steps, x, copy, scale, None) for x, copy in pairs]
         products[route] = [
             lambda copy=copy, steps=steps, q=q, x_scale=x_scale: steps.multiply(q, x_scale, copy, scale, None) for copy in copies
         ]

@@ -228,7 +228,7 @@ def test_products_on_a_device_that_is_not_the_current_one(scheme: str) -> None:
         copy = LAYOUTS["tiled"].prepare(problem, weights)
         scale = None if weights.channel_scale is None else weights.channel_scale.contiguous()
     pipeline = Sm90().bind(problem, "tiled", "128 1x1", x, direct=False)
-    y = run(pipeline, x, copy, scale, bias)[0]
+    y = run(pipeline, x, copy, scale, bias)
     assert y.device == x.device and torch.cuda.current_device() == 0
     wanted = oracle(x, weights, dense, bias, x.dtype)
     assert (y.double().cpu() - wanted.double().cpu()).norm() < 3e-3 * wanted.double().norm()
@@ -277,7 +277,7 @@ def test_products_are_the_oracles(pattern: str, n: int, k: int, m: int, variant:
     for layout in ("tiled", "dense"):
         for bias in (None, torch.randn(n, device="cuda").to(x.dtype)):
             pipeline, copy, scale = call(weights, dense, n, k, pattern, scheme, layout, variant, x, bias)
-            y = run(pipeline, x, copy, scale, bias)[0].cpu()
+            y = run(pipeline, x, copy, scale, bias).cpu()
             wanted = oracle(x, weights, dense, bias, x.dtype)
             if scheme == "int8":
                 check_bitwise(y, wanted)
