@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from io import TextIOWrapper
 from typing import Any, NoReturn
 
@@ -67,7 +68,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     with suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, partial(_interrupt, os.getpid()))
     try:
         code = app(prog_name="slidesparse", standalone_mode=False)
     except UsageError as error:
@@ -81,8 +82,10 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _interrupt(*_: object) -> NoReturn:
-    """Whoever ends the command from outside gets what Ctrl-C gets."""
+def _interrupt(process: int, *_: object) -> NoReturn:
+    """Whoever ends the command from outside gets what Ctrl-C gets; processes that a library forks from it end at once, as pools rely on."""
+    if os.getpid() != process:
+        os._exit(128 + signal.SIGTERM)
     raise KeyboardInterrupt
 
 
