@@ -105,7 +105,7 @@ def served_lines(every: Sequence[Row], model: str, cells: Cells) -> list[list[st
             mine = [row for row in mine if GRAPHS in row.route] or mine
             if mine:
                 dense = dense_of(own, mine)
-                speeds = [next((f"{over(row, dense):.2f}×" for row in mine if (row.what, row.m) == at), NOTHING) for at in SHOWN]
+                speeds = [next((_cell(row, dense) for row in mine if (row.what, row.m) == at), NOTHING) for at in SHOWN]
                 size = mine[0].gigabytes / next(iter(dense.values())).gigabytes
                 lines.append([f"{pattern} {scheme}", *losses(cells, pattern, scheme), f"{size:.2f}", *speeds])
     return lines
