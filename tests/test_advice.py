@@ -50,7 +50,9 @@ def test_streams_that_are_closed_are_no_traceback(tmp_path):
     for pipe in (">&-", ">&- 2>&-"):
         assert run("inspect", source, pipe=pipe).stderr == ""
         done = run("convert", source, tmp_path / "out", "--method", "magnitude", "--overwrite", "--json", pipe=pipe)
-        assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "out/config.json").is_file()
+        # A slow machine is told how far the conversion is.
+        told = [line for line in done.stderr.splitlines() if not re.match(r"converting .* of .*, \d+ s: ", line)]
+        assert (done.returncode, told) == (0, []) and (tmp_path / "out/config.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def breaks(*_: object) -> None:
 def test_a_cell_that_a_rival_breaks_is_measured_without_rivals(stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rivals, "_given_up", [])
     monkeypatch.setattr(rivals.TorchCslt, "refuses", lambda self, problem, variant="": "left out" if rivals._given_up else None)
-    monkeypatch.setattr(rivals.TorchLayout, "prepare", lambda *_: (None,))
+    monkeypatch.setattr(rivals.TorchLayout, "prepare", lambda *_: (torch.empty(0),))
     monkeypatch.setattr(rivals.TorchCslt, "search", breaks)
     rivals.offer(rows.here("abc"))
     found = measured(Rows(tmp_path / "rows.csv"), "6:8 int8", "2:4 int8")

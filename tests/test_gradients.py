@@ -163,15 +163,33 @@ def test_weights_are_restored_for_a_gradient_and_not_kept(scheme: str) -> None:
     assert layer.resident_bytes == held
 
 
-def test_a_graph_keeps_the_weights_that_ran() -> None:
-    layer, x = layer_of("bf16"), tokens(3, K).requires_grad_()
+@pytest.mark.parametrize("route", [None, "packed"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_graph_keeps_the_weights_that_ran(scheme: str, route: str | None) -> None:
+    layer, other, x = layer_of(scheme, route=route), layer_of(scheme), tokens(3, K).requires_grad_()
     before, y = layer.dense_weight().double(), layer(x)
-    other = layer_of("bf16")
-    layer.load_state_dict(other.state_dict())
+    for name, tensor in other.named_buffers():
+        setattr(layer, name, tensor)
     layer(x)
     grad = torch.randn(3, N).to(DTYPE)
     y.backward(grad)
     check_close(x.grad, grad.double() @ before, grad @ before.to(DTYPE))
+
+
+@pytest.mark.parametrize("route", [None, "packed"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_that_were_written_into_give_no_gradient(scheme: str, route: str | None) -> None:
+    layer, x = layer_of(scheme, route=route), tokens(3, K).requires_grad_()
+    y = layer(x)
+    layer.load_state_dict(layer_of(scheme).state_dict())
+    for again in (False, True):
+        with pytest.raises(UnsupportedError, match=r"written into between a forward and its backward pass.*call backward first"):
+            y.backward(torch.randn(3, N).to(DTYPE), retain_graph=True)
+        assert x.grad is None
+        if not again:
+            layer(x)
+    layer(x).sum().backward()
+    assert x.grad is not None
 
 
 def test_checkpointed_layers_and_layers_under_autocast_have_gradients() -> None:

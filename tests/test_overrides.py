@@ -183,7 +183,7 @@ def test_a_job_is_another_with_other_overrides(tmp_path, dense):
         ("\x00", "is not JSON"),
         ('[["a", "6:8"]]', "must hold an object"),
         ('"6:8"', "must hold an object"),
-        ('{"a": "7:8"}', "'a': pattern 7:8 .*nearest is 14:16"),
+        ('{"a": "7:8"}', "'a': pattern 7:8 .*12:14, 14:16, 16:18 .weights that are 7:8 obey 14:16"),
         ('{"a": 8}', "'a': cannot read pattern 8"),
         ('{"a": {"b": "6:8"}}', "'a': cannot read pattern"),
         ('{"a": "6:8", "b": "dense"}', "'b': dense is not a pattern.*--ignore"),

@@ -101,7 +101,8 @@ def test_a_study_that_was_killed_goes_on_and_makes_tables(tmp_path: Path, rng: t
         [sys.executable, STUDY / "tables.py", tmp_path / "out" / "results.csv"], capture_output=True, text=True, check=True
     )
     perplexity = [f"{float(found[method, 'bf16', 'text', 'perplexity']['value']):.2f}" for method in ("dense", "magnitude")]
-    assert f"| magnitude | bf16 | {perplexity[0]} |  | {perplexity[1]} |  |  |" in done.stdout
+    assert f"| **dense** | bf16 | {perplexity[0]} |  |  |  |  |" in done.stdout
+    assert f"| magnitude | bf16 |  | not run | {perplexity[1]} | not run | not run |" in done.stdout
 
 
 def test_packed_and_twin_agree_and_dense_8_bits_are_near_dense(tmp_path: Path, rng: torch.Generator) -> None:

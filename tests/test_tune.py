@@ -125,7 +125,7 @@ def test_a_kernel_that_finds_nothing_right_is_named_and_not_asked_again(bench, t
     path, (shape,) = tmp_path / "plan.json", shapes("6:8 int8")
     monkeypatch.setattr(CuSparseLt, "refuses", lambda *_: None)
     monkeypatch.setattr(CuSparseLt, "search", lambda *_: ())
-    monkeypatch.setattr(LAYOUTS["slid"], "prepare", lambda problem, weights: (None, None), raising=False)
+    monkeypatch.setattr(LAYOUTS["slid"], "prepare", lambda problem, weights: (torch.empty(0),), raising=False)
     plan = tune.tune([shape], path, ms=(1,))
     assert cell_of(plan, shape, 1).dropped["cusparselt"] == "none of its variants gave right results"
     tune.tune([shape], path, ms=(1,))

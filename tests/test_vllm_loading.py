@@ -28,6 +28,9 @@ from vllm_layers import model_config  # noqa: E402
 SHAPES = ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944))
 """N and K of a decoder's layers."""
 
+ALLOCATED = 20 << 20
+"""Bytes of the blocks in which torch's allocator takes memory for tensors of 1 to 10 MiB."""
+
 
 @pytest.fixture
 def config(tmp_path: Path, rank: Callable, bfloat16: None) -> Iterator[VllmConfig]:
@@ -161,4 +164,5 @@ def test_a_loaded_model_takes_what_its_layouts_take(scheme: str, sleep: bool, co
     torch.cuda.empty_cache()
     rest = sum(runner.weights.scale.nbytes for runner in runners)
     assert len(runners) == len(model) and not methods.LOADING.held
-    assert taken() - before <= 1.01 * (sum(runner.resident_bytes for runner in runners) + rest)
+    # Besides 1 %, the two blocks of the allocator that layouts and scales leave partly empty, whatever the size of the model.
+    assert taken() - before <= 1.01 * (sum(runner.resident_bytes for runner in runners) + rest) + 2 * ALLOCATED

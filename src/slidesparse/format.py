@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Scheme:
         """Activations are quantised per token to ``dtype`` before the GEMM."""
         return self.bound is not None
 
-    @property
+    @cached_property
     def largest(self) -> float:
         """The bound Q of a scheme that quantises rows.
 

@@ -94,13 +94,8 @@ def convert(
     if read is not None:
         check_shapes(checkpoint, read)
     plans = plan_layers(checkpoint, recipe, *((read.fixed, read.heads) if read else ()))
-    if read is not None and read.missing and recipe.form == "packed":
-        raise CheckpointError(f"{checkpoint.path}: tensor {read.missing[0]} is missing, without which the model cannot be loaded packed")
-    if read is not None and read.split and recipe.form == "dense" and any(plan.scheme.dynamic or plan.scheme.pair for plan in plans):
-        raise UnsupportedError(
-            f"{checkpoint.path}: {read.split[0]} holds its experts in one tensor, which transformers does not read beside quantised "
-            "layers: keep the weights in 16 bits, or take --format packed"
-        )
+    if read is not None:
+        _check_form(checkpoint, recipe, plans, read)
     device = _device(device, recipe)
     progress = progress or (lambda done, total, what: None)
     if recipe.calibrated and solver is None:
@@ -242,6 +237,22 @@ def _copy(source: Path, target: Path) -> None:
         if error.filename != str(source):
             raise
         raise CheckpointError(f"cannot read {source}: {error.strerror}") from error
+
+
+def _check_form(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan], read: Reader) -> None:
+    """Whether what transformers reads can be written in the form that the recipe asks for.
+
+    Raises:
+        CheckpointError: a tensor is missing without which a packed model cannot be loaded.
+        UnsupportedError: quantised dense weights beside experts in one tensor.
+    """
+    if read.missing and recipe.form == "packed":
+        raise CheckpointError(f"{checkpoint.path}: tensor {read.missing[0]} is missing, without which the model cannot be loaded packed")
+    if read.split and recipe.form == "dense" and any(plan.scheme.dynamic or plan.scheme.pair for plan in plans):
+        raise UnsupportedError(
+            f"{checkpoint.path}: {read.split[0]} holds its experts in one tensor, which transformers does not read beside quantised "
+            "layers: keep the weights in 16 bits, or take --format packed"
+        )
 
 
 def _device(name: str, recipe: Recipe) -> str:

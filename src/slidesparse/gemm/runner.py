@@ -102,6 +102,7 @@ class Runner:
             raise ValueError(f"unknown memory policy {memory!r}: choose one of {', '.join(MEMORY)}")
         self.weights, self.memory, self.asked, self.plan = weights, memory, route, plan
         self.tokens, self._unread = tokens, unread
+        self._stored = _with_versions(weights)
         self.ready: Ready | None = None
         """What the last kind of input needs; None before the first call."""
         self._kinds: dict[tuple[Any, ...], Ready] = {}
@@ -157,7 +158,14 @@ class Runner:
 
         Weights are restored for the call and not kept, from a copy that is dense or else from the packed weights. Where these lie on the
         host, they are moved, which cannot happen while a CUDA graph is captured.
+
+        Raises:
+            UnsupportedError: the stored tensors were written into, so the weights that ran are gone.
         """
+        if any(tensor._version != version for tensor, version in self._stored):
+            raise UnsupportedError(
+                "packed weights were written into between a forward and its backward pass, which needs the old ones: call backward first"
+            )
         kinds = [ready for (dtype, device, _), ready in self._kinds.items() if (dtype, device) == (grad.dtype, grad.device)]
         ready = kinds[0] if kinds else self.prepare(grad.dtype, grad.device)
         problem, layouts = ready.problem, tuple(ready.copies)
@@ -220,6 +228,7 @@ class Runner:
             with torch.inference_mode(False):  # they outlive the call, as the copies do
                 moved = replace(packed, values=packed.values.to(self._unread), keep=packed.keep.to(self._unread))
             self.weights = replace(self.weights, packed=moved)
+            self._stored = _with_versions(self.weights)
         self._kinds[dtype, device, bias] = ready
         return ready
 
@@ -269,7 +278,13 @@ def run(call: Pipeline, x: Activations, copy: Copy, scale: Tensor | None, bias: 
     q: Any
     q, x_scale = (x, None) if call.quantise is None else call.quantise(x)
     y = call.multiply(q, x_scale, copy, scale, bias)
-    return y if call.epilogue is None else call.epilogue(y, x_scale, scale, bias)
+    return y if call.epilogue is None else call.epilogue(y, x_scale, None if call.scaled else scale, bias)
+
+
+def _with_versions(weights: Weights) -> list[tuple[Tensor, int]]:
+    """The stored tensors, and how often each was written into, those of inference mode left out, which do not count that."""
+    stored = (weights.packed.values, weights.packed.keep, weights.scale, weights.global_scale)
+    return [(tensor, tensor._version) for tensor in stored if tensor is not None and not tensor.is_inference()]
 
 
 def _first(ready: Ready, x: Activations, bias: Tensor | None, direct: bool) -> Tensor:

@@ -22,13 +22,15 @@ class Pipeline(NamedTuple):
     """The steps of one call of a kernel, decided by shapes and types.
 
     ``quantise`` gives q and the token scales of the activations, None where these are multiplied as they are; ``multiply`` takes q, token
-    scales, the layer's copy, weight scales and bias; ``epilogue``, if there is one, takes the product instead of q and the copy.
+    scales, the layer's copy, weight scales and bias; ``epilogue``, if there is one, takes the product, token scales, weight scales (None if
+    ``scaled``: the product holds them) and bias.
     """
 
     layout: str
     quantise: Callable[[Activations], tuple[Tensor, Tensor | None]] | None
     multiply: Callable[[Tensor, Tensor | None, Copy, Tensor | None, Tensor | None], Tensor]
     epilogue: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor] | None = None
+    scaled: bool = False
 
 
 class Kernel:
@@ -77,12 +79,11 @@ def epilogue(
 ) -> Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]:
     """The pass on CUDA that turns products of type ``sums`` and this row stride into outputs: scales and bias in float32, one rounding.
 
-    Products that are ``scaled`` hold the weight scales. ``direct`` is for schemes that quantise activations; without Triton the op's own
-    road runs all the same.
+    Products that are ``scaled`` hold the weight scales, so the pass is called without them. ``direct`` is for schemes that quantise
+    activations; without Triton the op's own road runs all the same.
     """
-    finish: Callable[..., Tensor] = partial(ops.rescale, out_dtype=problem.dtype, m=m, n=problem.n)
-    if direct and ops.has_triton():
-        types = (sums, problem.dtype, torch.float32, None if scaled else torch.float32, problem.bias)
-        out = (m, problem.n), (problem.n, 1), problem.dtype
-        finish = Producer(rescale_call(types, m, problem.n, stride, None), device, (out,), at=1)
-    return (lambda y, x_scale, scale, bias: finish(y, x_scale, None, bias)) if scaled else finish
+    if not direct or not ops.has_triton():
+        return partial(ops.rescale, out_dtype=problem.dtype, m=m, n=problem.n)
+    types = (sums, problem.dtype, torch.float32, None if scaled else torch.float32, problem.bias)
+    out = (m, problem.n), (problem.n, 1), problem.dtype
+    return Producer(rescale_call(types, m, problem.n, stride, None), device, (out,), at=1)

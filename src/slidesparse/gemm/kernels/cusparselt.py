@@ -87,7 +87,7 @@ class CuSparseLt(Kernel):
         finish: Callable[..., Tensor] = partial(_cut, None if (rows, n) == (m, problem.n) else (m, problem.n))
         if dynamic:
             finish = epilogue(problem, m, between, n, x.device, scaled=scaled, direct=direct)
-        return Pipeline(layout, self._quantise(problem, x, direct), multiply, finish)
+        return Pipeline(layout, self._quantise(problem, x, direct), multiply, finish, scaled)
 
     @staticmethod
     def _quantise(problem: Problem, x: Activations, direct: bool) -> Callable[[Activations], tuple[Tensor, Tensor | None]]:
