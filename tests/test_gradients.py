@@ -183,12 +183,33 @@ def test_weights_that_were_written_into_give_no_gradient(scheme: str, route: str
     y = layer(x)
     layer.load_state_dict(layer_of(scheme).state_dict())
     for again in (False, True):
-        with pytest.raises(UnsupportedError, match=r"written into between a forward and its backward pass.*call backward first"):
+        with pytest.raises(UnsupportedError, match=r"changed between a forward and its backward pass.*call backward first"):
             y.backward(torch.randn(3, N).to(DTYPE), retain_graph=True)
         assert x.grad is None
         if not again:
             layer(x)
     layer(x).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("change", ["load", "write", "replace"])
+def test_a_compiled_graph_gives_no_gradient_of_other_weights(change: str, called: bool) -> None:
+    layer, other, x = layer_of("int8"), layer_of("int8"), tokens(3, K).requires_grad_()
+    run = torch.compile(layer, backend="aot_eager")
+    y = run(x)
+    if change == "load":
+        layer.load_state_dict(other.state_dict())
+    elif change == "write":
+        layer.weight_scale.mul_(2)
+    else:
+        layer.weight_scale = layer.weight_scale * 2
+    if called:
+        run(x.detach())
+    with pytest.raises((RuntimeError, UnsupportedError), match=r"modified by an inplace operation|weights were changed"):
+        y.sum().backward()
+    assert x.grad is None
+    run(x).sum().backward()
     assert x.grad is not None
 
 

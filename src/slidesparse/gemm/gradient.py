@@ -14,6 +14,8 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from .precision import matmul
 
+WEIGHTS_CHANGED = "packed weights were changed between a forward and its backward pass, which needs the old ones: call backward first"
+
 
 def wanted(x: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd must record a linear of these."""

@@ -21,7 +21,7 @@ from ..errors import UnsupportedError
 from ..ops.launch import allocate
 from ..ops.library import define
 from ..ops.prologue import Gated, Normed
-from .gradient import bias_gradient, refuse_second, wanted
+from .gradient import WEIGHTS_CHANGED, bias_gradient, refuse_second, wanted
 from .runner import Ready, Runner
 
 Find = Callable[[torch.dtype, torch.device], Runner]
@@ -76,7 +76,11 @@ def _run(x: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:
 
 def _run_backward(grad: Tensor, name: Tensor, k: int) -> Tensor:
     find, left, _ = _LAYERS[int(name)]
-    return find(grad.dtype, grad.device).input_gradient(grad)[:, left : left + k].contiguous()
+    version = name._version
+    runner = find(grad.dtype, grad.device)
+    if name._version != version:  # the layer has found only here that its tensors are others
+        raise UnsupportedError(WEIGHTS_CHANGED)
+    return runner.input_gradient(grad)[:, left : left + k].contiguous()
 
 
 def _run_silu_mul(gate_up: Tensor, name: Tensor, bias: Tensor | None, n: int) -> Tensor:

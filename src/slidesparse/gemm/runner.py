@@ -163,9 +163,7 @@ class Runner:
             UnsupportedError: the stored tensors were written into, so the weights that ran are gone.
         """
         if any(tensor._version != version for tensor, version in self._stored):
-            raise UnsupportedError(
-                "packed weights were written into between a forward and its backward pass, which needs the old ones: call backward first"
-            )
+            raise UnsupportedError(gradient.WEIGHTS_CHANGED)
         kinds = [ready for (dtype, device, _), ready in self._kinds.items() if (dtype, device) == (grad.dtype, grad.device)]
         ready = kinds[0] if kinds else self.prepare(grad.dtype, grad.device)
         problem, layouts = ready.problem, tuple(ready.copies)

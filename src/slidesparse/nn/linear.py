@@ -10,6 +10,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from ..compat.torch import tracing_state
 from ..errors import UnsupportedError, WeightError
@@ -320,10 +321,15 @@ class SlideSparseLinear(nn.Module):
         return runner
 
     def _let_go(self) -> None:
-        """Give up the copies, once no stream reads them."""
+        """Give up the copies, once no stream reads them.
+
+        Compiled graphs, which save the layer's name for their backward pass, have torch refuse this pass: it would read other weights.
+        """
         made, self._made = self._made, None
         if made is not None:
             made[0].let_go()
+            if not self._named.is_inference():
+                increment_version(self._named)
 
     @property
     def _offloaded(self) -> bool:
