@@ -13,7 +13,7 @@ from plans import HERE, at, plan_of, problem_of, times
 
 vllm = pytest.importorskip("vllm", reason="vllm is not installed: pip install 'slidesparse[vllm]'")
 
-from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.config import VllmConfig  # noqa: E402
 from vllm.model_executor.layers import linear as layers  # noqa: E402
 
 from slidesparse import reference  # noqa: E402
@@ -30,7 +30,7 @@ from slidesparse.pattern import Pattern  # noqa: E402
 from slidesparse.pruning import prune  # noqa: E402
 from slidesparse.quantization import quantize_weight  # noqa: E402
 from slidesparse.tolerance import check_bitwise  # noqa: E402
-from vllm_layers import config_of, load, model_config, part  # noqa: E402
+from vllm_layers import alone, config_of, load, part  # noqa: E402
 
 PATTERN, DTYPE, KEY = Pattern(6, 8), torch.bfloat16, (256, 512, "6:8", "int8")
 
@@ -38,10 +38,7 @@ PATTERN, DTYPE, KEY = Pattern(6, 8), torch.bfloat16, (256, 512, "6:8", "int8")
 @pytest.fixture
 def config(tmp_path: Path, rank: Callable, bfloat16: None) -> Iterator[VllmConfig]:
     """A model's configuration, in force, on a rank that is alone."""
-    rank(0, 1)
-    adapter.register()
-    made = model_config(tmp_path)
-    with set_current_vllm_config(made):
+    with alone(tmp_path, rank) as made:
         yield made
 
 

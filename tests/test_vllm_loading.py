@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 vllm = pytest.importorskip("vllm", reason="vllm is not installed: pip install 'slidesparse[vllm]'")
 
-from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.config import VllmConfig  # noqa: E402
 from vllm.device_allocator import cumem  # noqa: E402
 from vllm.model_executor.layers import linear as layers  # noqa: E402
 
@@ -23,7 +23,7 @@ from slidesparse.gemm import Runner  # noqa: E402
 from slidesparse.integrations import vllm as adapter  # noqa: E402
 from slidesparse.integrations.vllm import loading, methods  # noqa: E402
 from slidesparse.pattern import Pattern  # noqa: E402
-from vllm_layers import model_config  # noqa: E402
+from vllm_layers import alone  # noqa: E402
 
 SHAPES = ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944))
 """N and K of a decoder's layers."""
@@ -35,10 +35,7 @@ ALLOCATED = 20 << 20
 @pytest.fixture
 def config(tmp_path: Path, rank: Callable, bfloat16: None) -> Iterator[VllmConfig]:
     """A model's configuration, in force, on a rank that is alone."""
-    rank(0, 1)
-    adapter.register()
-    made = model_config(tmp_path)
-    with set_current_vllm_config(made):
+    with alone(tmp_path, rank) as made:
         yield made
 
 

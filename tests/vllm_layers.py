@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from vllm.config import DeviceConfig, LoadConfig, VllmConfig
+from vllm.config import DeviceConfig, LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
 import models
@@ -95,3 +97,13 @@ def model_config(folder: Path) -> VllmConfig:
     model = EngineArgs(model=str(folder / "packed"), skip_tokenizer_init=True, enforce_eager=True).create_model_config()
     device = DeviceConfig(device="cuda" if torch.cuda.is_available() else "cpu")
     return VllmConfig(model_config=model, device_config=device, load_config=LoadConfig())
+
+
+@contextmanager
+def alone(folder: Path, rank: Callable) -> Iterator[VllmConfig]:
+    """`model_config`, in force, on a rank that is alone; ``rank`` is the fixture of that name."""
+    rank(0, 1)
+    adapter.register()
+    made = model_config(folder)
+    with set_current_vllm_config(made):
+        yield made
