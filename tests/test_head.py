@@ -106,12 +106,84 @@ def test_logits_of_a_few_tokens_are_there_at_a_time(monkeypatch):
     assert not [shape for shape in kept if tiny.WORDS in shape], "no logits wait for the backward pass"
 
 
-def test_embeddings_stay_where_they_are(monkeypatch):
+@pytest.mark.parametrize("tied", [False, True])
+def test_modules_that_run_move_and_no_others(monkeypatch, tied):
     with torch.no_grad():
         model = built(monkeypatch, "llama")
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.vision = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     checked(model).head.to(torch.device("meta"))
-    parts = (model.model.embed_tokens, model.model.layers[1].mlp.up_proj, model.model.norm, model.lm_head)
-    assert [module.weight.device.type for module in parts] == ["cpu", "cpu", "meta", "meta"]
+    stay = (model.model.embed_tokens, model.model.layers[1].mlp.up_proj, *model.vision)
+    assert [module.weight.device.type for module in (*stay, model.model.norm, model.lm_head)] == ["cpu"] * 4 + ["meta"] * 2
+    assert model.vision[1].running_mean.device.type == "cpu" and model.model.rotary_emb.inv_freq.device.type == "meta"
+
+
+def test_a_forward_that_a_block_has_for_itself_comes_back(monkeypatch):
+    """Hooks and kernels may be set on an instance."""
+    with torch.no_grad():
+        model = built(monkeypatch, "llama")
+    first, second = Blocks.of(model).modules
+    plain, ran = first.forward, []
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        ran.append(1)
+        return plain(*args, **kwargs)
+
+    first.forward = own
+    blocks = checked(model)
+    assert blocks.head is not None and len(ran) == 1, "the model runs as a whole once"
+    assert vars(first)["forward"] is own and "forward" not in vars(second)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Expected all tensors on one device\nMore."), torch.OutOfMemoryError("Expected all tensors")]
+)
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_head_that_does_not_run_on_the_device_gives_way_to_hidden_states(tmp_path, monkeypatch, error, moves):
+    dense, ids = tiny.build(tmp_path / "dense"), tiny.token_ids(tmp_path / "ids.npy")
+    move, told = heads.Head.to, []
+
+    def fail(*args: Any) -> None:
+        raise error
+
+    def to(self: heads.Head, device: torch.device) -> heads.Head:
+        if not moves and not told:
+            told.append("raised while it moves")
+            raise error
+        self.model.lm_head.forward = fail
+        return move(self, device)
+
+    monkeypatch.setattr(heads.Head, "to", to)
+    recipe = tiny.recipe("auto", ids, reconstruction_steps=2)
+    report = convert(dense, tmp_path / "out", recipe, progress=lambda done, total, what: told.append(what))
+    first, last = report.pruning.blocks
+    assert "judged_by_hidden_states" not in first and "divergence_after" not in last and last["error_after"] > 0
+    assert last["judged_by_hidden_states"].startswith("no logits on cpu (Expected all tensors")
+    assert sum("judged by hidden states" in what for what in told) == 1
+
+
+def test_the_head_stays_where_the_last_block_is_solved_already(tmp_path, monkeypatch):
+    dense, ids = tiny.build(tmp_path / "dense"), tiny.token_ids(tmp_path / "ids.npy")
+    recipe, step, move, moved = tiny.recipe("auto", ids, reconstruction_steps=2), streaming._Stream.step, heads.Head.to, []
+
+    def to(self: heads.Head, device: torch.device) -> heads.Head:
+        moved.append(device)
+        return move(self, device)
+
+    def stop(self: Any, index: int) -> Any:
+        report = step(self, index)
+        if index == 1:
+            raise KeyboardInterrupt
+        return report
+
+    monkeypatch.setattr(heads.Head, "to", to)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(streaming._Stream, "step", stop)
+        convert(dense, tmp_path / "out", recipe)
+    assert len(moved) == 1
+    last = convert(dense, tmp_path / "out", recipe).pruning.blocks[1]
+    assert len(moved) == 1 and "divergence_after" in last
 
 
 def test_a_model_without_logits_of_its_own_is_judged_by_hidden_states(tmp_path):

@@ -146,6 +146,25 @@ def test_hidden_states_are_let_go_behind_every_block(tmp_path, monkeypatch):
     assert alive == [12, 0]
 
 
+@pytest.mark.parametrize("refused", [True, False])
+def test_hidden_states_lie_in_ordinary_memory_where_pinning_fails(monkeypatch, refused):
+    asked, plain = [], torch.empty_like
+
+    def empty(batch: Tensor, *, device: torch.device, pin_memory: bool = False) -> Tensor:
+        asked.append(pin_memory)
+        if pin_memory and refused:
+            raise RuntimeError("CUDA error: out of memory")
+        return plain(batch, device=device)
+
+    monkeypatch.setattr(torch, "empty_like", empty)
+    stream = object.__new__(streaming._Stream)
+    stream.device, stream.home = torch.device("cuda", 0), torch.device("cpu")
+    batch = torch.randn(2, 3, 4)
+    kept = stream._kept(batch)
+    assert asked == ([True, False] if refused else [True])
+    assert torch.equal(kept, batch) and kept.data_ptr() != batch.data_ptr()
+
+
 # ---------------------------------------------------------------------------------------------- models that cannot be followed
 
 

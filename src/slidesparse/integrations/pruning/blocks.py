@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
-from .head import Head
+from .head import FAILURES, Head, reason, replaced
 
 _PROBE = 16
 """Tokens of the forward pass that shows how blocks hand over to each other."""
@@ -129,9 +129,8 @@ class Blocks:
     def _run(self, tokens: Tensor) -> Any:
         try:
             return self.model(input_ids=tokens, use_cache=False)
-        except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            self._refuse(f"it does not run on {tokens.shape[1]} tokens ({reason})", error)
+        except FAILURES as error:
+            self._refuse(f"it does not run on {tokens.shape[1]} tokens ({reason(error)})", error)
 
     def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
         """Hidden states and the rest of a block's arguments."""
@@ -182,13 +181,8 @@ class Blocks:
 
             return forward
 
-        for index, block in enumerate(self.modules):
-            block.forward = bypass(index)
-        try:
+        with replaced(self.modules, [bypass(index) for index in range(len(self.modules))]):
             yield
-        finally:
-            for block in self.modules:
-                del block.forward
 
 
 def hidden_states(output: Any) -> Tensor:

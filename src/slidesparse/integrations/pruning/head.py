@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ PIECE = 512
 """Tokens whose logits are there together: with a vocabulary of 150,000 each such matrix takes 0.3 GB in float32."""
 _CLOSE = 0.02
 """Largest difference between two ways to the same logits, as a part of the largest logit: 16-bit sums differ in their last digits."""
+FAILURES = (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError, ImportError)
+"""What models raise that cannot run as they are asked to; among them are tensors on two devices, and memory that ran out."""
 
 
 class Head:
@@ -22,6 +24,8 @@ class Head:
 
     def __init__(self, model: Any, blocks: list[nn.Module], tuples: bool) -> None:
         self.model, self.blocks, self.tuples = model, blocks, tuples
+        self.parts: set[nn.Module] = set()
+        """Modules outside the blocks that run; `gives` finds them."""
 
     @torch.no_grad()
     def gives(self, hidden: Tensor, logits: Any) -> bool:
@@ -29,25 +33,30 @@ class Head:
         if not isinstance(logits, Tensor) or logits.shape[:-1] != hidden.shape[:-1]:
             return False
         half = hidden.shape[1] // 2
+        inside = {module for block in self.blocks for module in block.modules()}
+        outside = [module for module in self.model.modules() if module not in inside]
+        handles = [module.register_forward_pre_hook(lambda module, args: self.parts.add(module)) for module in outside]
         try:
             found = torch.cat([self(hidden[:, half:]), self(hidden[:, :half])], 1)
-        except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError, NotImplementedError):
+        except FAILURES:
             return False  # the class takes no embeddings, or ones of another width
+        finally:
+            for handle in handles:
+                handle.remove()
         wanted = logits.roll(-half, 1)
         return found.shape == logits.shape and bool((found - wanted).abs().max() <= _CLOSE * logits.abs().max())
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits; gradients reach the hidden states."""
-        with self._handed(hidden):
+        given = (hidden,) if self.tuples else hidden
+        with replaced(self.blocks, [lambda *args, **kwargs: given] * len(self.blocks)):
             output: Tensor = self.model(inputs_embeds=hidden.detach(), use_cache=False).logits
         return output
 
     def to(self, device: torch.device) -> Head:
-        """The same; whatever of the model is outside the blocks moves, but for embeddings that the head does not share."""
-        left = {id(module) for block in self.blocks for module in block.modules()} | {id(self.model.get_input_embeddings())}
-        for module in self.model.modules():
-            if id(module) not in left:
-                module._apply(lambda tensor: tensor.to(device), recurse=False)
+        """The same; of the model, the modules that run move, each with its own parameters and buffers."""
+        for module in self.parts:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
         return self
 
     def divergence(self, hidden: Tensor, target: Tensor) -> Tensor:
@@ -66,14 +75,21 @@ class Head:
             wanted = self(target).float().log_softmax(-1)
         return kl_div(self(hidden).float().log_softmax(-1), wanted, reduction="sum", log_target=True)
 
-    @contextmanager
-    def _handed(self, hidden: Tensor) -> Iterator[None]:
-        """While the model runs, its blocks do nothing, and the last one gives the hidden states."""
-        given = (hidden,) if self.tuples else hidden
-        for block in self.blocks:
-            block.forward = lambda *args, **kwargs: given
-        try:
-            yield
-        finally:
-            for block in self.blocks:
-                del block.forward
+
+@contextmanager
+def replaced(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Modules run other functions for a while; a ``forward`` that a module had for itself, as hooks set one, comes back."""
+    before = [{name: value for name, value in vars(module).items() if name == "forward"} for module in modules]
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            del module.forward
+            vars(module).update(own)
+
+
+def reason(error: Exception) -> str:
+    """An error's first line, or its type's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

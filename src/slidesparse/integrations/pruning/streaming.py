@@ -18,6 +18,7 @@ from ..calibration import Samples, calibration_samples
 from ..transformers import open_model, open_tokenizer
 from ..transformers_files import StoredTensors, check_parameters
 from .blocks import Blocks, Call
+from .head import FAILURES, PIECE, reason
 from .reconstruction import Batches, Depth, reconstruct
 from .solving import Solution, Task, dequantized, gather, solve_layers
 
@@ -102,7 +103,11 @@ class _Stream:
         """A batch where its stream lies; from pinned memory a GPU takes it several times as fast."""
         if self.home == self.device:
             return batch.to(self.home)
-        return torch.empty_like(batch, device=self.home, pin_memory=True).copy_(batch)
+        try:
+            kept = torch.empty_like(batch, device=self.home, pin_memory=True)
+        except RuntimeError:  # systems limit what may be pinned
+            kept = torch.empty_like(batch, device=self.home)
+        return kept.copy_(batch)
 
     def step(self, index: int) -> dict[str, Any]:
         """Solve one block, or read it if it is solved; take the streams behind it; tell how it went."""
@@ -140,9 +145,22 @@ class _Stream:
                 self.dense.append(list(self.dense[depth]))
                 self._through(block, calls, self.dense[depth], self.dense[depth + 1])
             depths.append(Depth(block, calls, self.dense[depth + 1]))
-        if index == last and self.blocks.head is not None:
-            depths[0].head = self.blocks.head.to(self.device)
         return depths
+
+    @torch.no_grad()
+    def _take_head(self, last: Depth) -> str | None:
+        """The head to the device for the last block; where it does not run there, which a piece of the stream shows, why."""
+        head = self.blocks.head
+        if head is None:
+            return None
+        try:
+            few = last.targets[0][:1, :PIECE].to(self.device)
+            float(head.to(self.device).divergence(few, few))
+        except FAILURES as error:
+            head.to(torch.device("cpu"))
+            return f"no logits on {self.device} ({reason(error)})"
+        last.head = head
+        return None
 
     def _solve(self, index: int, here: Depth, *ahead: Depth) -> dict[str, Any]:
         tasks, where = self.tasks[index], f"block {index + 1} of {len(self.tasks)}"
@@ -157,6 +175,9 @@ class _Stream:
             del statistics
             _put(tasks, solutions)
         report: dict[str, Any] = {"block": index}
+        if self.steps and index + 1 == len(self.tasks) and (told := self._take_head(here)):
+            self._advance(0, f"{where}: {told}, judged by hidden states")
+            report["judged_by_hidden_states"] = told
         if self.steps:
             share, before = self.bytes[index] / self.steps, self.done
             outcome = reconstruct(
