@@ -1,4 +1,4 @@
-"""Benchmarks on the CPU: rows of one schema, nothing measured twice, failures as rows, speed-ups, the audit, and the commands."""
+"""Benchmarks on the CPU: nothing measured twice, failures as rows, speed-ups, the audit, and the commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 from plans import HERE, at
-from slidesparse import __version__, measure, ops
+from slidesparse import measure, ops
 from slidesparse.bench import audit, kernel, lift, rivals, rows, speedups
-from slidesparse.bench.rows import COLUMNS, FAILED, OK, PUBLISHED, REFUSED, WRONG, Row, Rows
-from slidesparse.errors import CheckpointError, UnsupportedError
+from slidesparse.bench.rows import FAILED, OK, PUBLISHED, REFUSED, WRONG, Row, Rows
+from slidesparse.errors import UnsupportedError
 from slidesparse.gemm import Cell, Kernel, Plan, Problem, Route, Weights, kernels, register
 from slidesparse.gemm.kernels.base import Pipeline
 from slidesparse.gemm.kernels.dense import products
@@ -99,48 +98,6 @@ def measured(table: Rows, *kinds: str, tokens: tuple[int, ...] = (4,)) -> list[R
     return kernel.run(cells, table, rows.here("abc"))
 
 
-# ---------------------------------------------------------------------------------------------- rows
-
-
-def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
-    table = Rows(tmp_path / "new" / "rows.csv")
-    first = replace(rows.here("abc"), bench="kernel", what="linear", m=4, n=8, k=16, us=12.5, ratio=1.25, why='a "word", and more')
-    table.add(first)
-    table.add(replace(first, m=5, us=None, status=FAILED))
-    assert Rows(table.path).rows == table.rows == rows.read_folder(tmp_path / "new")
-    assert first.card == "cpu" and first.torch == torch.__version__ and first.commit == "abc" and first.date
-    assert table.path.read_text().splitlines()[0] == ",".join(COLUMNS)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [(("ok", "fine"), "line 2: status 'fine'"), (("12.5", "fast"), "line 2: could not"), (("us_p20,", ""), "columns are not those")],
-)
-def test_a_file_of_something_else_is_refused_with_its_line(tmp_path: Path, change: tuple[str, str], message: str) -> None:
-    table = Rows(tmp_path / "rows.csv")
-    table.add(replace(rows.here("abc"), bench="kernel", what="linear", us=12.5))
-    table.path.write_text(table.path.read_text().replace(*change, 1))
-    with pytest.raises(CheckpointError, match=message):
-        Rows(table.path)
-
-
-@pytest.mark.parametrize("kept", [0, 5, -1, -30])
-def test_a_run_goes_on_behind_a_line_that_was_cut_off(tmp_path: Path, kept: int) -> None:
-    one = replace(rows.here("abc"), bench="kernel", what="linear")
-    table = Rows(tmp_path / "rows.csv")
-    for m in (1, 2):
-        table.add(replace(one, m=m))
-    table.path.write_bytes(table.path.read_bytes()[:kept])
-    Rows(table.path).add(replace(one, m=3))
-    assert [row.m for row in rows.read(table.path)] == ([3] if kept >= 0 else [1, 3])
-
-
-def test_a_folder_without_rows_says_how_to_get_some(tmp_path: Path) -> None:
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(CheckpointError, match="slidesparse bench kernel --out"):
-        rows.read_folder(tmp_path)
-
-
 # ---------------------------------------------------------------------------------------------- kernel
 
 
@@ -191,25 +148,22 @@ def test_every_variant_completes_cells_that_were_measured_without(stand_in: Stan
     assert not rows_of(True, (4, 5)) and not rows_of(False, (4, 5))
 
 
-def test_other_changes_of_a_checkout_are_other_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "src" / "slidesparse" / "bench").mkdir(parents=True)
-    monkeypatch.setattr(rows, "__file__", str(tmp_path / "src" / "slidesparse" / "bench" / "rows.py"))
-    assert rows.code_version() == __version__
-    file = tmp_path / "src" / "one.py"
-    file.write_text("1")
-    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
-        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    clean = rows.code_version()
-    assert re.fullmatch(r"[0-9a-f]{7}", clean)
-    (tmp_path / "rows.csv").write_text("what a run writes here")
-    assert rows.code_version() == clean
-    file.write_text("2")
-    second = rows.code_version()
-    assert re.fullmatch(clean + r"-dirty-[0-9a-f]{6}", second) and rows.code_version() == second
-    (tmp_path / "src" / "new.py").write_text("3")
-    third = rows.code_version()
-    (tmp_path / "src" / "new.py").write_text("4")
-    assert len({second, third, rows.code_version()}) == 3
+def test_rows_stay_where_every_variant_cannot_be_measured(stand_in: StandIn, tmp_path: Path) -> None:
+    def rows_of_every() -> list[Row]:
+        kernel.run([kernel.Work((64, 64), "int8", "6:8", 4)], Rows(path), rows.here("abc"), every=True)
+        return rows.read(path)
+
+    path = tmp_path / "rows.csv"
+    measured(Rows(path), "6:8 int8", "2:4 int8")
+    good, stand_in.breaks = rows.read(path), True
+    *kept, broken = rows_of_every()
+    assert kept == good and broken.status == FAILED and broken.pattern == "6:8"
+    stand_in.breaks = False
+    other = [row for row in good if row.pattern == "2:4"]
+    found = rows_of_every()
+    new = found[len(other) :]
+    assert found[: len(other)] == other and new and {row.pattern for row in new} == {"6:8"} and list(tmp_path.iterdir()) == [path]
+    assert {row.why for row in new if row.what == "linear" and row.status == OK} == {kernel.EVERY}
 
 
 def test_wrong_and_broken_kernels_are_rows_and_the_next_cell_is_measured(stand_in: StandIn, tmp_path: Path) -> None:

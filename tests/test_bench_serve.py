@@ -90,6 +90,18 @@ def test_an_engine_that_breaks_leaves_its_points_and_a_row_that_says_why(dense: 
     assert table.rows[-1].why == "out of memory"
 
 
+def test_progress_counts_the_points_of_all_schemes_and_patterns(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "VllmEngine", Played)
+    table, seen = Rows(tmp_path / "serve.csv"), []
+    serve.run(asked_of(dense, tmp_path, decode=()), table, rows.here("abc"))
+    asked = asked_of(dense, tmp_path, schemes=("fp8", "int8"), patterns=("6:8", "2:4"))
+    serve.run(asked, table, rows.here("abc"), lambda done, total, what: seen.append((done, total, what)))
+    assert [done for done, *_ in seen] == sorted(done for done, *_ in seen) and {total for _, total, _ in seen} == {7}
+    begun = {what.split(" ", 1)[1]: done for done, _, what in seen if what.endswith(("prefill 64", "decode 4"))}
+    assert list(begun.values()) == list(range(7)) and begun["fp8 6:8: decode 4"] == 0 and begun["int8 2:4: decode 4"] == 6
+    assert seen[-1] == (7, 7, "")
+
+
 def test_each_model_has_checkpoints_of_its_own(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = []
 

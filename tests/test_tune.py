@@ -352,6 +352,20 @@ def test_brief_cells_are_for_advice_alone_and_take_no_place(bench, tmp_path: Pat
     assert not cell_of(Plan.load(path), shape, 1).brief, "a whole cell is measured as a whole one"
 
 
+def test_brief_cells_do_not_replace_whole_ones_that_came_meanwhile(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, (shape,), measured = tmp_path / "plan.json", shapes("6:8 int8"), tune.Bench.cell
+    whole = Cell(1, {Route("dense", "exact"): at(1.0)})
+
+    def cell(self: tune.Bench, m: int, **options: object) -> Cell:
+        tune._store(Plan(HERE), path, self.key, whole)
+        return measured(self, m, **options)
+
+    monkeypatch.setattr(tune.Bench, "cell", cell)
+    for found in (tune.tune([shape], path, ms=(1,), brief=True), Plan.load(path, brief=True)):
+        kept = cell_of(found, shape, 1)
+        assert not kept.brief and kept.times == whole.times
+
+
 def test_brief_cells_time_few_variants_and_no_restored_weights(bench, tmp_path: Path) -> None:
     values = {field.name: getattr(EXACT, field.name) for field in dataclasses.fields(EXACT)} | {"worth_timing": True}
     register(Numbered(**values | {"name": "numbered"}))

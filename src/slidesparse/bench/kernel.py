@@ -61,6 +61,7 @@ def run(cells: Sequence[Work], table: Rows, here: Row, *, every: bool = False, p
     """Measure the cells that the table lacks, and return the new rows.
 
     With ``every`` each variant of a kernel gets a row, not the fastest alone; cells that were measured without are measured anew.
+    Their rows stay where that fails, beside those that say why.
     """
     where, made, held = device(), [], _Held()
     told = {_refusal(row) for row in table.rows}
@@ -68,16 +69,22 @@ def run(cells: Sequence[Work], table: Rows, here: Row, *, every: bool = False, p
     for done, work in enumerate(lacking):
         if progress:
             progress(done, len(lacking), str(work))
-        found = list(_rows(work, held, here, where, every))
-        if table.has(work.row(here)):
-            table.forget(work.row(here))
-            told = {_refusal(row) for row in table.rows}
+        found, cell = list(_rows(work, held, here, where, every)), work.row(here)
+        anew = table.has(cell) and any(row.what == "linear" and row.status == OK for row in found)
+        if anew:
+            told = {_refusal(row) for row in table.rows if row.cell != cell.cell}
+        new = []
         for row in found:
             if row.status == REFUSED and row.route and _refusal(row) in told:
                 continue  # a kernel is not for this scheme or card, whatever the shape
             told.add(_refusal(row))
-            table.add(row)
-            made.append(row)
+            new.append(row)
+        if anew:
+            table.replace(cell, new)
+        else:
+            for row in new:
+                table.add(row)
+        made += new
     if progress:
         progress(len(lacking), len(lacking), "")
     return made

@@ -6,6 +6,7 @@ import csv
 import datetime
 import hashlib
 import io
+import os
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -123,19 +124,20 @@ def first_line(error: Exception) -> str:
 def code_version() -> str:
     """The commit of the checkout that holds this package; the package's version elsewhere.
 
-    Where files differ from the commit, ``-dirty`` and a hash of the differences stand behind: other changes are another version.
+    Where files of ``src`` differ from the commit, ``-dirty`` and a hash of the differences stand behind: other changes are another version.
     """
     root = Path(__file__).parents[3]
     commit = _git(root, "rev-parse", "--short=7", "HEAD") if (root / ".git").exists() else None
     if commit is None:
         return __version__
-    changed = _git(root, "diff", "HEAD", "--binary") or b""
-    new = (_git(root, "ls-files", "--others", "--exclude-standard", "src") or b"").decode().splitlines()
+    changed = _git(root, "diff", "HEAD", "--binary", "--", "src") or b""
+    names = (_git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", "src") or b"").split(b"\0")
+    new = [name for name in names if (root / os.fsdecode(name)).is_file()]  # a checkout within this one is listed as a folder
     if not changed and not new:
         return commit.decode().strip()
     digest = hashlib.sha256(changed)
     for name in new:
-        digest.update(name.encode() + (root / name).read_bytes())
+        digest.update(name + (root / os.fsdecode(name)).read_bytes())
     return f"{commit.decode().strip()}-dirty-{digest.hexdigest()[:6]}"
 
 
@@ -162,13 +164,13 @@ class Rows:
         """Whether the cell of this row was measured."""
         return row.cell in self._cells
 
-    def forget(self, row: Row) -> None:
-        """Take the rows of this row's cell out: it was measured anew, and times of two runs are not compared."""
-        self.rows = [each for each in self.rows if each.cell != row.cell]
-        self._cells.discard(row.cell)
+    def replace(self, row: Row, new: Sequence[Row]) -> None:
+        """Put ``new`` rows in place of those of this row's cell, in one step: times of two runs are not compared."""
+        rows = [*(each for each in self.rows if each.cell != row.cell), *new]
         half = self.path.with_name(f"{self.path.name}.partial")
-        half.write_text(_lines([COLUMNS, *map(_values, self.rows)]), encoding="utf-8")
+        half.write_text(_lines([COLUMNS, *map(_values, rows)]), encoding="utf-8")
         half.replace(self.path)
+        self.rows, self._cells = rows, {each.cell for each in rows}
 
     def add(self, row: Row) -> None:
         """Write a row."""

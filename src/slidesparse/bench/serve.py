@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -101,21 +102,32 @@ class Asked:
 def run(asked: Asked, table: Rows, here: Row, progress: Progress | None = None) -> list[Row]:
     """Measure the points that the table lacks, and return the new rows; a scheme whose engine fails has a row that says why."""
     source, before = _source(asked), len(table.rows)
-    for scheme in asked.schemes:
-        for pattern in asked.patterns:
-            base = replace(here, bench="serve", model=asked.name, scheme=scheme, pattern=pattern, timer="wall")
-            points = [point for point in asked.points if not _there(table, replace(base, what=point[0], m=point[1]), asked.routes)]
-            if not points:
-                continue
-            if progress:
-                progress(0, len(points), f"{base.model} {scheme} {pattern}: checkpoints, then engines")
-            with ExitStack() as closing:
-                try:
-                    engines = _engines(asked, source, scheme, pattern, closing)
-                    _compared(asked, engines, base, points, table, progress)
-                except (UnsupportedError, RuntimeError) as error:
-                    table.add(replace(base, what=points[0][0], m=points[0][1], status=FAILED, why=first_line(error)))
+    lacking: dict[Row, list[Point]] = {}
+    for scheme, pattern in product(asked.schemes, asked.patterns):
+        base = replace(here, bench="serve", model=asked.name, scheme=scheme, pattern=pattern, timer="wall")
+        points = [point for point in asked.points if not _there(table, replace(base, what=point[0], m=point[1]), asked.routes)]
+        if points:
+            lacking[base] = points
+    passed, total = 0, sum(map(len, lacking.values()))
+    for base, points in lacking.items():
+        tell = partial(_tell, progress, base, passed, total)
+        tell(0, "checkpoints, then engines")
+        with ExitStack() as closing:
+            try:
+                engines = _engines(asked, source, base.scheme, base.pattern, closing)
+                _compared(asked, engines, base, points, table, tell)
+            except (UnsupportedError, RuntimeError) as error:
+                table.add(replace(base, what=points[0][0], m=points[0][1], status=FAILED, why=first_line(error)))
+        passed += len(points)
+    if progress:
+        progress(total, total, "")
     return table.rows[before:]
+
+
+def _tell(progress: Progress | None, base: Row, passed: int, total: int, done: int, what: str) -> None:
+    """Progress by points of all schemes and patterns; ``passed`` were of those before this row's."""
+    if progress:
+        progress(passed + done, total, f"{base.model} {base.scheme} {base.pattern}: {what}")
 
 
 def _there(table: Rows, row: Row, routes: Sequence[str]) -> bool:
@@ -213,18 +225,18 @@ def kv_bytes(source: Path, asked: Asked) -> int:
     return int(2 * 2 * config["num_hidden_layers"] * heads * width * tokens + (1 << 30))
 
 
-def _compared(asked: Asked, engines: Sequence[Engine], base: Row, points: Sequence[Point], table: Rows, progress: Progress | None) -> None:
+def _compared(
+    asked: Asked, engines: Sequence[Engine], base: Row, points: Sequence[Point], table: Rows, tell: Callable[[int, str], None]
+) -> None:
     """Rows of all points, written point by point."""
     memory = []
     for engine, route in zip(engines, asked.routes, strict=True):
-        if progress:
-            progress(0, len(points), f"{base.model} {base.scheme} {base.pattern}: {route} starts")
+        tell(0, f"{route} starts")
         memory.append(engine.gigabytes())
     logprobs = [engine.logprobs() for engine in engines]
     apart = [statistics.fmean(abs(a - b) for a, b in zip(logprobs[0], each, strict=True)) if each else None for each in logprobs]
     for done, (phase, m) in enumerate(points):
-        if progress:
-            progress(done, len(points), f"{base.model} {base.scheme} {base.pattern}: {phase} {m}")
+        tell(done, f"{phase} {m}")
         times: list[list[float]] = [[] for _ in engines]
         energy: list[list[float | None]] = [[] for _ in engines]
         for turn in range(TURNS):
@@ -239,8 +251,6 @@ def _compared(asked: Asked, engines: Sequence[Engine], base: Row, points: Sequen
             row = replace(base, what=phase, m=m, route=route, rival=asked.routes[0], us=us[number], ratio=us[0] / us[number], status=OK)
             row = replace(row, gigabytes=memory[number], error=apart[number], kernels_us=engines[number].kernels(phase, m))
             table.add(replace(row, joules=per_token(energy[number], asked.engine, phase, m)))
-    if progress:
-        progress(len(points), len(points), "")
 
 
 def per_token(energy: Sequence[float | None], engine: str, phase: str, m: int) -> float | None:

@@ -40,7 +40,7 @@ _NUMBERS = itertools.count(1)
 def handle(owner: object, find: Find, margins: tuple[int, int] = (0, 0)) -> Tensor:
     """The tensor that names a layer to the ops of this module, as long as ``owner`` lives.
 
-    ``margins`` are zeros put to the left and right of the activations, see `slidesparse.pack.Shard`.
+    ``margins`` are zeros put to the left and right of the activations, see `slidesparse.packing.Shard`.
     """
     number = next(_NUMBERS)
     _LAYERS[number] = (find, *margins)

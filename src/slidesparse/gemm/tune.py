@@ -132,12 +132,17 @@ def _lacks(plan: Plan, layer: LinearShape, m: int, brief: bool) -> bool:
 
 
 def _store(plan: Plan, path: Path, key: Key | None = None, cell: Cell | None = None) -> None:
-    """Put a new cell into the plan and its file; whatever another process wrote there meanwhile stays, and is in the plan, too."""
+    """Put a new cell into the plan and its file; whatever another process wrote there meanwhile stays, and is in the plan, too.
+
+    A brief cell does not replace a whole one.
+    """
     with _alone(path):
         if path.exists():
             plan.cells = _opened(path, plan.machine).cells
         if key is not None and cell is not None:
-            plan.add(key, cell)
+            there = plan.cells.get(key, {}).get(cell.m)
+            if there is None or there.brief or not cell.brief:
+                plan.add(key, cell)
         plan.save(path)
 
 

@@ -1,7 +1,7 @@
 """Packed weights expanded on the device, to dense or to slid rows, each a ``torch.library`` op.
 
 On CUDA a Triton kernel runs for every pattern up to 16:18 of single elements of 1 or 2 bytes on 2:4 hardware; for the rest, without
-Triton and on other devices the PyTorch of `slidesparse.pack` does. Both are bitwise the oracle.
+Triton and on other devices the PyTorch of `slidesparse.packing` does. Both are bitwise the oracle.
 """
 
 from __future__ import annotations

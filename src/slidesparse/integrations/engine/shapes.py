@@ -32,7 +32,7 @@ def merged_layers(layers: Mapping[str, LinearShape]) -> dict[str, LinearShape]:
 def rank_layers(layers: Mapping[str, LinearShape], ranks: int) -> list[LinearShape]:
     """The distinct layers that ``ranks`` tensor-parallel ranks hold: part of the rows, or of the columns where outputs are summed.
 
-    Columns that begin inside a group are widened to its start, see `slidesparse.pack.Shard`. Layers that cannot be divided are left out.
+    Columns that begin inside a group are widened to its start, see `slidesparse.packing.Shard`. Layers that cannot be divided are left out.
     Names say which layers are split by columns. Layers that every rank holds whole are not known here, nor are key and value heads that
     ranks repeat because they are fewer: give such shapes by hand.
     """
