@@ -59,6 +59,13 @@ def test_inspect_says_that_a_route_is_predicted() -> None:
     assert summary(plan, posed(4608, 3584, "6:8", "fp8")) == "not measured: dense runs"
 
 
+@pytest.mark.usefixtures("compiler")
+def test_the_numbers_of_tokens_that_are_asked_for_decide() -> None:
+    many, few = posed(4608, 3584, "2:4", "fp8"), posed(37888, 3584, "2:4", "fp8")
+    assert not predicted_steps(many, CARD, tokens=(1, 16)), "1.07 for few tokens is not clear"
+    assert predicted_steps(few, CARD, tokens=(1, 16)) and predicted_steps(many, CARD, tokens=(4096,))
+
+
 @pytest.mark.needs_gpu
 def test_a_layer_that_nobody_measured_runs_the_predicted_route() -> None:
     if torch.cuda.get_device_name() not in sm90.RATES:

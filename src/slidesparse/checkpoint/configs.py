@@ -91,7 +91,7 @@ def output_config(
         own = [(plan.layer, overrides.get(plan.layer.name, pattern)) for plan in plans]
         ragged = {layer.name: layer.k for layer, p in own if layer.k % (p.group * p.unit)}
         # Whoever loads it must know that what has no place was no part of the packed form.
-        unplaced = checkpoint.strays if reader is None else reader.unplaced
+        unplaced = unplaced_of(checkpoint, reader)
         ignore = _with_head(list(dict.fromkeys((*floating, *unplaced))), converted)
         packed = PackedConfig(pattern, plans[0].scheme, ignore, overrides, ragged)
         config["quantization_config"] = packed.to_dict()
@@ -111,13 +111,18 @@ def output_config(
     return config
 
 
+def unplaced_of(checkpoint: Checkpoint, reader: Reader | None) -> tuple[str, ...]:
+    """Tensors that no layer takes: by the class, or by their names where the class is not known or the files are not its own."""
+    return tuple(checkpoint.strays) if reader is None or not reader.modules else reader.unplaced
+
+
 def contradictions(config: dict[str, Any], tensors: Mapping[str, TensorInfo], reader: Reader | None = None) -> list[str]:
     """Linear modules of which a compressed-tensors configuration says something else than the files, a sentence each."""
     quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") != METHOD:
         return []
     quantised, floating = stored_layers(tensors)
-    if reader is None:
+    if reader is None or not reader.modules:
         linear = [name for name in floating if not matches(name, NOT_LINEAR)]
         reader = Reader({name: name for name in (*quantised, *linear)})
     targets = {target for group in (quantization.get("config_groups") or {}).values() for target in group.get("targets") or ()}

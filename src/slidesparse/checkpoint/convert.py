@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..errors import CheckpointError, UnsupportedError
 from ..format import VERSION
-from .configs import FindReader, Reader, check_shapes, contradictions, output_config
+from .configs import FindReader, Reader, check_shapes, contradictions, output_config, unplaced_of
 from .formats import find_layers
 from .norms import NORMS, write_norms
 from .recipe import RECONSTRUCTION, LayerPlan, Recipe, plan_layers
@@ -162,7 +162,7 @@ class _Conversion:
         remove_blocks(staging.path)
         staging.commit(self._config(staging.path, read))
         report = self._report(staging.out, sum(sizes.values()), len(done), [file.name for file in left])
-        return replace(report, unplaced=list(read.unplaced if read else self.checkpoint.strays))
+        return replace(report, unplaced=list(unplaced_of(self.checkpoint, read)))
 
     def _config(self, path: Path, read: Reader | None) -> dict[str, Any]:
         """config.json of the finished files; both are read back as a reader would."""

@@ -25,10 +25,14 @@ _chosen: list[Plan] = []
 
 @dataclass(frozen=True)
 class Active:
-    """The plan in force, and one line about every source: what was taken from where, what was left out and why."""
+    """The plan in force, and one line about every source: what was taken from where, what was left out and why.
+
+    ``alone`` plans were chosen by the program: nothing else decides.
+    """
 
     plan: Plan | None
     sources: tuple[str, ...]
+    alone: bool = False
 
 
 def use_plan(plan: Plan | Path | str | None) -> None:
@@ -50,7 +54,7 @@ def user_plan_path() -> Path:
 def active_plan() -> Active:
     """The plan in force on the current CUDA device; without one there is none."""
     if _chosen:
-        return Active(_chosen[0], ("chosen by the program",))
+        return Active(_chosen[0], ("chosen by the program",), alone=True)
     if not torch.cuda.is_available():
         return Active(None, ("no CUDA device",))
     return _gather(torch.cuda.current_device())

@@ -25,7 +25,7 @@ from .kernels import FEW_TOKENS, Pipeline, chosen, kernels, refusal, unmeasured
 from .layouts import LAYOUTS, Copy
 from .machine import this_machine
 from .plan import Plan, key_of
-from .plans import active_plan
+from .plans import Active, active_plan
 from .predict import predicted_steps
 from .problem import Problem, Weights
 from .route import Route
@@ -257,13 +257,14 @@ class Runner:
         """The route asked for; or else the plan's; or where it has none, the predicted ones, or what runs unmeasured."""
         if self.asked is not None:
             return merged([(FEW_TOKENS, chosen(self.asked, problem, FEW_TOKENS)), (maxsize, chosen(self.asked, problem, FEW_TOKENS + 1))])
-        plan = (self.plan or active_plan().plan) if problem.cuda else None
+        active = active_plan() if self.plan is None and problem.cuda else Active(self.plan, (), alone=True)
+        plan = active.plan if problem.cuda else None
         layouts: tuple[str, ...] = ("packed",) if self.memory == "lean" else ("dense",)
         steps: Intervals = ()
         if plan is not None:
             layouts, steps = choice_of(plan, problem, memory=self.memory, tokens=self.tokens, without=cannot_run(plan, problem))
-        if not steps and problem.cuda and self.memory == "fast":
-            steps = predicted_steps(problem, this_machine().gpu)
+        if not steps and problem.cuda and self.memory == "fast" and not active.alone:
+            steps = predicted_steps(problem, this_machine().gpu, self.tokens)
         found: list[tuple[int, Route]] = []
         for most, route in steps or ((maxsize, None),):
             ends = dict.fromkeys((min(most, FEW_TOKENS), most)) if route is None else (most,)
