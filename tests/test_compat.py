@@ -318,6 +318,7 @@ def test_versions_newer_than_the_newest_tested_are_told_and_others_are_not(monke
         assert untested(library, tested.oldest) is None and untested(library, f"{tested.newest}.9+cpu") is None
         for version in (f"{major}.{minor + 1}.0", f"{major + 1}.0"):
             assert tested.newest in untested(library, version)
+    assert untested("vllm", "0.33.0"), "its Python part was tested, without a GPU"
     assert untested("anything", "99.0") is None
     assert "of unknown version has no name" in lacks("vllm", "name") or "vllm" in lacks("vllm", "name")
     monkeypatch.setattr(torch, "__version__", "99.1.0")

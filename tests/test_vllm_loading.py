@@ -116,6 +116,50 @@ def test_a_layer_that_is_gone_is_not_waited_for(config: VllmConfig, room: Callab
     assert all(one.expired() for one in stored)
 
 
+def test_tensors_that_share_memory_count_once(config: VllmConfig, room: Callable) -> None:
+    model = [unfilled(16, 32) for _ in range(2)]
+    for layer in model:
+        fill(layer)
+    first = model[0]
+    stored = loaded(first)
+    room(loading.ROOM * sum(getattr(first, name).nbytes for name in ("weight_values", "weight_keep", "weight_scale")))
+    ready(first)
+    assert not any(one.expired() for one in stored)
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["built on meta", "moved to meta"])
+def test_a_layer_that_has_no_memory_is_not_waited_for(built: bool, config: VllmConfig, room: Callable) -> None:
+    """vLLM builds parts that the model can do without on the meta device, or moves them there, keeps them, and never makes them ready."""
+    room(1 << 60)
+    layer = unfilled(16, 32)
+    with torch.device("meta" if built else "cpu"):
+        without = unfilled(16, 32)
+    without.to("meta")
+    fill(layer)
+    stored = loaded(layer)
+    ready(layer)
+    assert all(parameter.is_meta for parameter in without.parameters())
+    assert all(one.expired() for one in stored)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_is_held_once_a_layer_runs(compiled: bool, config: VllmConfig, room: Callable) -> None:
+    """Not even for a layer that has memory, and is never made ready; nor does a layer that is made ready later wait for this one."""
+    room(1 << 60)
+    first, second, never = [unfilled(16, 32) for _ in range(3)]
+    stored = loaded(first), loaded(second)
+    for layer in (first, second):
+        fill(layer)
+    ready(first)
+    assert not any(one.expired() for one in stored[0])
+    run = torch.compile(first, backend="eager", fullgraph=True) if compiled else first
+    with torch.inference_mode():
+        run(torch.randn(3, 32, dtype=torch.bfloat16))
+    assert all(one.expired() for one in stored[0])
+    ready(second)
+    assert all(one.expired() for one in stored[1]) and never.weight_values.numel()
+
+
 @contextmanager
 def as_vllm_loads() -> Iterator[None]:
     """Blocks of more than 20 MB are not split."""

@@ -21,7 +21,7 @@ TESTED = {
     "torch": Tested("2.11", "2.14"),
     "triton": Tested("3.6", "3.9"),
     "transformers": Tested("5.6", "5.24"),
-    "vllm": Tested("0.26", "0.33"),
+    "vllm": Tested("0.26", "0.26"),
     "nvmath-python": Tested("1.0", "1.0"),
 }
 """By the package's name. Floors in pyproject.toml are the oldest ones; a newer version than the newest runs, and `doctor` says so."""

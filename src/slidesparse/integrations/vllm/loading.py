@@ -31,12 +31,31 @@ class Loading:
         """The layer is ready, and does not need these tensors; once no layer waits, none is held."""
         self._waiting.discard(layer)
         self.held += (tensors := list(loaded))
-        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        if not self._waiting or any(free_bytes(device) < ROOM * nbytes for device in {tensor.device for tensor in tensors}):
+        storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+        nbytes = sum(storage.nbytes() for storage in storages.values())
+        waits = any(map(has_memory, self._waiting))
+        if not waits or any(free_bytes(device) < ROOM * nbytes for device in {tensor.device for tensor in tensors}):
             self.held.clear()
+
+    def over(self) -> None:
+        """No layer is waited for, ready or not."""
+        self._waiting.clear()
+        self.held.clear()
 
 
 LOADING = Loading()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def let_go() -> None:
+    """A layer runs, so loading is over. Compiled code calls this while it is traced, and never when it runs."""
+    if LOADING.held:
+        LOADING.over()
+
+
+def has_memory(layer: nn.Module) -> bool:
+    """False of a layer on the meta device: vLLM puts those there that the model can do without, and makes none of them ready."""
+    return not any(parameter.is_meta for parameter in layer.parameters())
 
 
 def free_bytes(device: torch.device) -> int:

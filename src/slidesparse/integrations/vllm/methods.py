@@ -35,7 +35,7 @@ from ..vllm_facts import ENOUGH
 from .dense import Apply, can_give_back, decided, give_back
 from .fusion import behind_swiglu, fuses
 from .graph import compiles, enter_cache_key
-from .loading import LOADING
+from .loading import LOADING, let_go
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
 
@@ -105,6 +105,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., K]`` → ``[..., N]``."""
+        let_go()
         if self.stock is not None:
             return self.stock(layer, x, bias)
         if x.dim() != 2:
