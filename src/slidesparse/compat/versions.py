@@ -38,7 +38,7 @@ def untested(library: str, version: str) -> str | None:
     known = TESTED.get(library)
     if known is None or numbers(version) <= numbers(known.newest):
         return None
-    return f"newer than {known.newest}, the newest version tested: where something fails, install '{library}<={known.newest}.*'"
+    return f"newer than {known.newest}, the newest version tested: where something fails, install '{library}=={known.newest}.*'"
 
 
 def lacks(library: str, name: str) -> str:
@@ -53,7 +53,8 @@ def not_imported(library: str, error: ImportError) -> str:
 
 def _remedy(library: str) -> str:
     known = TESTED[library]
-    return f"install {library} {known.oldest} to {known.newest}, with which it was tested, or a newer slidesparse"
+    tested = known.oldest if known.oldest == known.newest else f"{known.oldest} to {known.newest}"
+    return f"install {library} {tested}, with which it was tested, or a newer slidesparse"
 
 
 def installed(library: str) -> str:
