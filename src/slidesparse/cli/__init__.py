@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import suppress
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from io import TextIOWrapper
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -58,6 +58,10 @@ app.command(name="eval")(evaluating.eval_)
 app.command()(examine.doctor)
 
 
+_MEASURE = ("advise", "bench", "tune")
+"""Commands that show what they measured when they are ended."""
+
+
 def main() -> None:
     """Entry point of the ``slidesparse`` script."""
     for name in ("stdout", "stderr"):
@@ -67,10 +71,9 @@ def main() -> None:
         # Not every terminal can show an arrow or a multiplication sign; that is no reason to fail.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
-    with suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, partial(_interrupt, os.getpid()))
     try:
-        code = app(prog_name="slidesparse", standalone_mode=False)
+        with _ended_as_by_ctrl_c() if sys.argv[1:2] and sys.argv[1] in _MEASURE else nullcontext():
+            code = app(prog_name="slidesparse", standalone_mode=False)
     except UsageError as error:
         _refuse(error)
     except (SlideSparseError, ValueError, OSError) as error:
@@ -82,11 +85,18 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _interrupt(process: int, *_: object) -> NoReturn:
-    """Whoever ends the command from outside gets what Ctrl-C gets; processes that a library forks from it end at once, as pools rely on."""
-    if os.getpid() != process:
-        os._exit(128 + signal.SIGTERM)
-    raise KeyboardInterrupt
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Whoever ends a command from outside gets what Ctrl-C gets. Not for commands whose libraries fork: pools end their workers so, too."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse(error: Any) -> None:
