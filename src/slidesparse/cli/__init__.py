@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from io import TextIOWrapper
 from typing import Any
 
@@ -58,10 +55,6 @@ app.command(name="eval")(evaluating.eval_)
 app.command()(examine.doctor)
 
 
-_MEASURE = ("advise", "bench", "tune")
-"""Commands that show what they measured when they are ended."""
-
-
 def main() -> None:
     """Entry point of the ``slidesparse`` script."""
     for name in ("stdout", "stderr"):
@@ -72,8 +65,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        with _ended_as_by_ctrl_c() if sys.argv[1:2] and sys.argv[1] in _MEASURE else nullcontext():
-            code = app(prog_name="slidesparse", standalone_mode=False)
+        code = app(prog_name="slidesparse", standalone_mode=False)
     except UsageError as error:
         _refuse(error)
     except (SlideSparseError, ValueError, OSError) as error:
@@ -83,20 +75,6 @@ def main() -> None:
     if code == 130:
         _fail("interrupted; run again to go on: a conversion from its last finished shard or block, a plan or rows from the last cell", 130)
     sys.exit(code or 0)
-
-
-@contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """Whoever ends a command from outside gets what Ctrl-C gets. Not for commands whose libraries fork: pools end their workers so, too."""
-    try:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:  # not in the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse(error: Any) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -96,9 +97,23 @@ class Measuring:
 
 
 @contextmanager
+def stoppable() -> Iterator[None]:
+    """Whoever ends the command from outside gets what Ctrl-C gets. Not around libraries that fork: pools end their workers so, too."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def measuring(title: str, minutes: float | None) -> Iterator[Measuring]:
     """Measurements until all are made, so many minutes are over, or Ctrl-C or SIGTERM comes: what was measured is shown in any case."""
-    with progress(title, count=True) as show:
+    with progress(title, count=True) as show, stoppable():
         run = Measuring(show, minutes)
         try:
             yield run

@@ -74,7 +74,7 @@ def tune(
         raise ValueError("tune measures on a GPU, and torch finds none here: see `slidesparse doctor`")
     if vllm:
         offer_vllm()
-    with screen.progress("tuning", count=True) as progress:
+    with screen.progress("tuning", count=True) as progress, screen.stoppable():
         plan = api_tune(layers, out, ms=ms, again=again, progress=progress)
     path = out or user_plan_path()
     if json:
