@@ -15,27 +15,18 @@ from sys import maxsize
 from ..ops import sm90
 from .choose import Steps, cell_of, geometric_mean
 from .kernels import kernels
+from .kernels.sm90 import Sm90
 from .problem import Problem
 from .route import Route
 
 EVEN, WANTED, ASKED = 1.05, 1.1, 1.2
 MANY = (1024, 2048, 4096, 8192, 16384)
 FEW = (1, 16, 64, 256)
-_DENSE, _SPARSE = "dense", "tiled"
-
-
-def predicted_us(problem: Problem, route: Route, m: int, rates: sm90.Rates) -> float:
-    """Microseconds of a whole linear by a route of the kernel for compute capability 9.0."""
-    sparse = route.layout == _SPARSE
-    width = problem.pattern.slid_k(problem.k) if sparse else problem.k
-    values = str(problem.scheme.dtype).removeprefix("torch.")
-    variant = sm90.Variant.parse(route.variant)
-    return sm90.predicted_us(variant, problem.n, problem.k, width, m, values=values, sparse=sparse, rates=rates)
 
 
 def predicted_gains(problem: Problem, card: str) -> dict[int, float]:
     """By number of tokens, how many times as fast as dense weights sparse ones are; empty for cards without constants, or no kernel."""
-    if card not in sm90.RATES or kernels()["sm90"].refuses(problem) is not None:
+    if card not in sm90.RATES or kernels()[Sm90.name].refuses(problem) is not None:
         return {}
     return {m: _gain(problem, card, m) for m in (*FEW, *MANY)}
 
@@ -54,18 +45,17 @@ def predicted_steps(problem: Problem, card: str, tokens: Collection[int] | None 
     if min(few, default=EVEN) < EVEN or min(many, default=WANTED) < WANTED or geometric_mean(many or few) < ASKED:
         return ()
     numbers = (*FEW, *MANY)
-    routes = (_best(problem, card, _SPARSE, m)[1] for m in numbers)
+    routes = (Route("tiled", Sm90.name, str(_best(problem, card, m, sparse=True)[1])) for m in numbers)
     return tuple(zip((*numbers[:-1], maxsize), routes, strict=True))
 
 
 def _gain(problem: Problem, card: str, m: int) -> float:
-    dense, sparse = (_best(problem, card, layout, m)[0] for layout in (_DENSE, _SPARSE))
+    dense, sparse = (_best(problem, card, m, sparse=sparse)[0] for sparse in (False, True))
     return dense / sparse
 
 
 @lru_cache(maxsize=4096)
-def _best(problem: Problem, card: str, layout: str, m: int) -> tuple[float, Route]:
+def _best(problem: Problem, card: str, m: int, *, sparse: bool) -> tuple[float, sm90.Variant]:
     """The variant of least predicted time, of those without a split: what a split takes is less certain."""
-    kernel, rates = kernels()["sm90"], sm90.RATES[card]
-    routes = [Route(layout, "sm90", one) for one in kernel.variants(problem, m) if not sm90.Variant.parse(one).split]
-    return min((predicted_us(problem, route, m, rates), route) for route in routes)
+    found = Sm90.predicted(problem, m, sparse=sparse, rates=sm90.RATES[card])
+    return min(((us, variant) for us, variant in found if not variant.split), key=lambda timed: (timed[0], str(timed[1])))

@@ -62,20 +62,23 @@ class Sm90(Kernel):
 
     def variants(self, problem: Problem, m: int) -> tuple[str, ...]:
         """By predicted time on slid weights; split ones last: their predicted times are less certain."""
-        found = self._by_time(problem, m, sparse=True)
+        found = [variant for _, variant in self.predicted(problem, m, sparse=True)]
         return tuple(map(str, sorted(found, key=lambda variant: variant.split)))
 
     def search(self, problem: Problem, x: Tensor, copy: Copy) -> tuple[str, ...]:
         """Those of least predicted time: three, the best within 6 % of the fastest for 128 products measured, and two split ones."""
-        found = self._by_time(problem, x.shape[0], sparse=copy[0].dim() == 3)
+        found = [variant for _, variant in self.predicted(problem, x.shape[0], sparse=copy[0].dim() == 3)]
         divided = [variant for variant in found if variant.split]
         return tuple(map(str, [*[variant for variant in found if not variant.split][:3], *divided[:2]]))
 
-    def _by_time(self, problem: Problem, m: int, *, sparse: bool) -> list[sm90.Variant]:
+    @staticmethod
+    def predicted(problem: Problem, m: int, *, sparse: bool, rates: sm90.Rates = sm90.H200) -> list[tuple[float, sm90.Variant]]:
+        """Microseconds of a whole linear of ``m`` tokens by every variant, the least first, on ``sparse`` slid weights or on dense ones."""
         n, k, scheme = problem.n, problem.k, problem.scheme
         width, values = problem.pattern.slid_k(k) if sparse else k, str(scheme.dtype).removeprefix("torch.")
-        found = [one for one in sm90.VARIANTS if sm90.fits(one, scheme.name, problem.bias is not None)]
-        return sorted(found, key=lambda variant: sm90.predicted_us(variant, n, k, width, m, values=values, sparse=sparse))
+        able = [one for one in sm90.VARIANTS if sm90.fits(one, scheme.name, problem.bias is not None)]
+        found = [(sm90.predicted_us(one, n, k, width, m, values=values, sparse=sparse, rates=rates), one) for one in able]
+        return sorted(found, key=lambda timed: timed[0])
 
     def bind(self, problem: Problem, layout: str, variant: str, x: Activations, *, direct: bool) -> Pipeline:
         """See `Kernel`."""

@@ -2,10 +2,11 @@
 
 from .launch import Gemm, loaded, unavailable
 from .layout import tile, tiled_bytes, untile
-from .predict import RATES, Rates, predicted_us
+from .predict import H200, RATES, Rates, predicted_us
 from .variants import VARIANTS, Types, Variant, constants, fits, source
 
 __all__ = [
+    "H200",
     "RATES",
     "VARIANTS",
     "Gemm",
