@@ -30,7 +30,7 @@ from slidesparse.checkpoint import NORMS, Calibration, ConversionReport, inspect
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
-CONTEXT, STRIDE = 512, 256
+CONTEXT = STRIDE = 512
 SAMPLES, LENGTH = 16, 512
 ARITHMETIC = torch.float32
 """Models run in this type, which holds their weights exactly: bfloat16 is slow on processors without instructions for it, and every kind

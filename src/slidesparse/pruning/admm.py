@@ -19,7 +19,7 @@ _FIRST_RHO, _CHECK_EVERY, _RESTARTS = 0.1, 3, 4
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """A larger share of the support changed between two checks → ρ grows by this factor."""
 _STILL = 1e-4
-"""A first check with fewer changes than this share says that ρ is too large to begin with."""
+"""A smaller share ends the steps; at the first check it says that ρ is too large to begin with."""
 
 
 def admm(
@@ -30,19 +30,19 @@ def admm(
     damping: float = 0.01,
     iterations: int = 300,
     refinements: int = 40,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-3,
 ) -> Tensor:
     """Pruned and corrected weights, float32 ``[N, K]``.
 
-    Two supports are tried, ADMM's and SparseGPT's; each row keeps the one whose best weights give the smaller output error.
+    Each row's support is ADMM's, or SparseGPT's where that gives the smaller output error.
 
     Args:
         weight: ``[N, K]``, any float type.
         statistics: with the Hessian.
         damping: this part of the mean of diag H is added to the diagonal.
-        iterations: ADMM steps at most; they end when the support stands still.
-        refinements: steps of conjugate gradients on a support at most.
-        tolerance: relative residual at which conjugate gradients end.
+        iterations: ADMM steps at most; they end when the support all but stands still.
+        refinements: steps of conjugate gradients on the support at most.
+        tolerance: conjugate gradients end where the output error is within this share of the least that the support allows.
 
     Raises:
         WeightError: a Hessian that cannot be factorised.
@@ -52,17 +52,17 @@ def admm(
     target = (weight.float() * problem.scale).t().contiguous()
     # NaN until a solution takes its place: a row whose errors all overflow must not look like a pruned one.
     best, least = torch.full_like(target, torch.nan), target.new_full((target.shape[1],), torch.inf, dtype=torch.float64)
-    supports: tuple[Callable[[], Tensor], ...] = (
+    ways: tuple[Callable[[], Tensor], ...] = (
         lambda: _support(target, pattern, problem.hessian, iterations),
         lambda: sweep(target.t(), pattern, problem).t(),
+        # Last, and of what is the best so far: rounding may spoil it in a row where the Hessian is close to singular.
+        lambda: refine(target, best != 0, best, problem, refinements, tolerance * float(least.sum())),
     )
-    for support in supports:
-        start = support()
-        # The start as well: rounding may spoil the refinement of a row where the Hessian is close to singular.
-        for found in (start, refine(target, start != 0, start, problem, refinements, tolerance)):
-            error = row_errors(target.t(), found.t(), problem.hessian)
-            best = torch.where(error < least, found, best)
-            least = torch.where(error < least, error, least)
+    for way in ways:
+        found = way()
+        error = row_errors(target.t(), found.t(), problem.hessian)
+        best = torch.where(error < least, found, best)
+        least = torch.where(error < least, error, least)
     return (best.t() / problem.scale).contiguous() + 0.0
 
 
@@ -97,7 +97,7 @@ def _iterate(
         changed, support = int(torch.count_nonzero(now != support)) / kept, now
         if step == _CHECK_EVERY and changed < _STILL and not patient:
             return point, False
-        if changed == 0:
+        if changed < _STILL:
             break
         rho *= next(factor for share, factor in _GROWTH if changed > share)
         inverse = None  # [K, K]: gone before the next one is made
@@ -119,21 +119,22 @@ def project(point: Tensor, pattern: Pattern) -> Tensor:
     return point * keep.to(point.dtype)  # floats: a product with booleans is slow on a CPU
 
 
-def refine(target: Tensor, keep: Tensor, start: Tensor, problem: Scaled, steps: int, tolerance: float) -> Tensor:
+def refine(target: Tensor, keep: Tensor, start: Tensor, problem: Scaled, steps: int, excess: float) -> Tensor:
     """The least-squares weights ``[K, N]`` on a support, by conjugate gradients for all outputs at once.
 
     The preconditioner is the Hessian's inverse on the support. It is the inverse that is wanted but for a part whose rank is at most the
-    number of weights that went, so that few steps suffice, however ill-conditioned the Hessian is.
+    number of weights that went, so that few steps suffice, however ill-conditioned the Hessian is. They end early where the output error
+    (s − w) H (s − w)ᵀ of all rows lies at most ``excess`` above the least: the residual's size by that inverse is never below the rest.
     """
     hessian, inverse, keep = problem.hessian, problem.inverse, keep.to(target.dtype)
     wanted = (hessian @ target).mul_(keep)
     solution = start.clone()
     residual = wanted - (hessian @ solution).mul_(keep)
     direction = (inverse @ residual).mul_(keep)
-    tiny, limit = torch.finfo(target.dtype).tiny, (tolerance * wanted.norm()) ** 2
+    tiny = torch.finfo(target.dtype).tiny
     size = (residual * direction).sum(0)
     for _ in range(steps):
-        if residual.square().sum() <= limit:
+        if size.sum() <= excess:
             break
         image = (hessian @ direction).mul_(keep)
         length = size / (direction * image).sum(0).clamp(min=tiny)

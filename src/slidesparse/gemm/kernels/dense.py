@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from ...reference import scaled
 from ..layouts import LAYOUTS
 from ..precision import matmul
 from ..problem import Problem
+from ..products import products
 from .base import Kernel, Pipeline, epilogue, int32_overflow
 
 FEW_TOKENS = 64
@@ -178,52 +179,6 @@ def _of_pairs(q: Tensor, weight: Tensor, scale: Tensor, global_scale: Tensor) ->
     return matmul(q.to(torch.float32), scaled_nvfp4(weight, scale, global_scale).t())
 
 
-_CHUNK = 1024  # 1024 products of at most 128 · 128 sum to at most 2^24, which float32 still holds exactly
-
-
-def products(q: Tensor, dense: Tensor) -> Tensor:
-    """Sums of 8-bit products, ``[M, K]`` · ``[N, K]``ᵀ: int32 and exact of int8, float32 of the others."""
-    return int_matmul(q, dense) if q.dtype == torch.int8 else q.to(torch.float32) @ dense.to(torch.float32).t()
-
-
-def int_matmul(q: Tensor, weight: Tensor) -> Tensor:
-    """Exact int8 product ``[M, K]`` · ``[N, K]``ᵀ → int32 ``[M, N]``; K at most `slidesparse.ops.w8a8.WIDEST_K`.
-
-    `int_mm` wherever it is there, exact and takes the shape: on a CPU with int8 dot products it was 3 to 5 times as fast as float32
-    (4096 × 4096, 2 cores: 0.3 against 1.3 ms at M = 1, 8 against 32 ms at M = 128, 27 against 59 ms at M = 512), needs no float copy
-    of the weights, and takes every shape but K = 1, where it is wrong (torch 2.13). Elsewhere float32 in chunks of K short enough to
-    be exact.
-    """
-    usable = _int_mm_takes(q, weight) if q.device.type == "cuda" else q.shape[1] > 1 and _int_mm_is_exact(q.device.type)
-    if usable:
-        return int_mm(q, weight.t())
-    total = torch.zeros(q.shape[0], weight.shape[0], dtype=torch.int32, device=q.device)
-    for start in range(0, q.shape[1], _CHUNK):
-        columns = slice(start, start + _CHUNK)
-        total += (q[:, columns].to(torch.float32) @ weight[:, columns].to(torch.float32).t()).to(torch.int32)
-    return total
-
-
-def _int_mm_takes(q: Tensor, weight: Tensor) -> bool:
-    """cuBLASLt's limits: more than 16 rows, K and N multiples of 8."""
-    return HAS_INT_MM and q.shape[0] > 16 and q.shape[1] % 8 == 0 and weight.shape[0] % 8 == 0
-
-
-@cache
-def _int_mm_is_exact(device: str) -> bool:
-    """Whether int8 products are summed exactly here: CPUs without int8 dot products may saturate pairs of them at 16 bits."""
-    for left, right in ((127, 127), (127, -128)):
-        q = torch.full((17, 256), left, dtype=torch.int8, device=device)
-        weight = torch.full((32, 256), right, dtype=torch.int8, device=device)
-        try:
-            product = int_mm(q, weight.t())
-        except (RuntimeError, NotImplementedError):
-            return False
-        if not bool((product == 256 * left * right).all()):
-            return False
-    return True
-
-
 ROWS = ("ops.prologue", "ops.quantize", "ops.kernels_quantize", "ops.row_config")
 EPILOGUE = ("ops.rescale", "ops.kernels_rescale")
 HERE = ("gemm.kernels.base", "gemm.kernels.dense", "gemm.layouts", "ops.expand", "ops.kernels_expand")
@@ -239,6 +194,6 @@ DENSE_KERNELS = (
     # The library wants more than 16 rows.
     DenseKernel("cublaslt", _not_cublaslt, sums=_cublaslt, rows=32, code=(*HERE, *ROWS, *EPILOGUE)),
     DenseKernel(
-        "exact", int32_overflow, sums=_exact, worth_timing=False, code=(*HERE, *ROWS, *EPILOGUE, "gemm.precision"),
+        "exact", int32_overflow, sums=_exact, worth_timing=False, code=(*HERE, *ROWS, *EPILOGUE, "gemm.precision", "gemm.products"),
     ),
 )  # fmt: skip
