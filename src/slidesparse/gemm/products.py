@@ -69,7 +69,7 @@ def _int_mm_pays(device: str) -> bool:
     Both give the same bits, so that the clock may decide.
     """
     q, weight = (torch.ones(rows, 512, dtype=torch.int8, device=device) for rows in (32, 512))
-    took = {}
+    took: dict[object, float] = {}
     for way in (int_mm, _in_floats) * 3:
         start = time.perf_counter()
         way(q, weight.t() if way is int_mm else weight)
