@@ -105,7 +105,7 @@ def served_lines(every: Sequence[Row], model: str, cells: Cells) -> list[list[st
             mine = [row for row in mine if GRAPHS in row.route] or mine
             if mine:
                 dense = dense_of(own, mine)
-                speeds = [next((_cell(row, dense) for row in mine if (row.what, row.m) == at), NOTHING) for at in SHOWN]
+                speeds = [next((_by_kernels(row, dense) for row in mine if (row.what, row.m) == at), NOTHING) for at in SHOWN]
                 size = mine[0].gigabytes / next(iter(dense.values())).gigabytes
                 lines.append([f"{pattern} {scheme}", *losses(cells, pattern, scheme), f"{size:.2f}", *speeds])
     return lines
@@ -165,6 +165,12 @@ def served(card: str, phase: str) -> str:
 def _cell(row: Row, dense: Dense) -> str:
     theirs = dense[row.what, row.m, row.commit].kernels_us
     return f"{over(row, dense):.2f}×" + (f" ({theirs / row.kernels_us:.2f})" if theirs and row.kernels_us else "")
+
+
+def _by_kernels(row: Row, dense: Dense) -> str:
+    """Kernels' time, which a busy host does not change, where it was measured, and the wall's in brackets."""
+    theirs, wall = dense[row.what, row.m, row.commit].kernels_us, f"(wall {over(row, dense):.2f}×)"
+    return f"{theirs / row.kernels_us:.2f}× {wall}" if theirs and row.kernels_us else wall
 
 
 def measured(card: str) -> str:
