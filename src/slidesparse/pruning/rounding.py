@@ -20,20 +20,19 @@ def round_to_grid(solution: Tensor, weight: Tensor, statistics: Statistics, sche
     nearest rounding.
     """
     nearest, scale = quantize_rows(solution.float(), scheme)
-    hessian = statistics.moments
-    start = nearest.float() * scale
-    found = _descend(start, solution != 0, weight.float(), hessian, scale, scheme, sweeps)
-    better = row_errors(weight, found * scale, hessian) < row_errors(weight, start, hessian)
-    values = torch.where(better.unsqueeze(-1), found, nearest.float())
+    hessian, start = statistics.moments, nearest.float()
+    found = _descend(start, solution != 0, weight.float() / scale, hessian, scheme, sweeps)
+    better = row_errors(weight, found * scale, hessian) < row_errors(weight, start * scale, hessian)
+    values = torch.where(better.unsqueeze(-1), found, start)
     # -0.0 is a zero like any other.
     return (values + 0.0).to(scheme.dtype), scale
 
 
-def _descend(start: Tensor, keep: Tensor, weight: Tensor, hessian: Tensor, scale: Tensor, scheme: Scheme, sweeps: int) -> Tensor:
-    """Grid values (not yet scaled) float32 ``[N, K]`` after the sweeps, which end when nothing moves."""
+def _descend(start: Tensor, keep: Tensor, weight: Tensor, hessian: Tensor, scheme: Scheme, sweeps: int) -> Tensor:
+    """Values ``[N, K]`` after the sweeps, which end when nothing moves; all in units of the rows' scales, float32."""
     # Transposed, [K, N]: a column is a contiguous row.
     point = start.t().clone(memory_format=torch.contiguous_format)
-    keep, scale = keep.t().float(), scale.t()
+    keep = keep.t().float()
     gradient = hessian @ (point - weight.t())
     diagonal = hessian.diagonal()
     # An input that was never seen gives no reason to move.
@@ -45,14 +44,14 @@ def _descend(start: Tensor, keep: Tensor, weight: Tensor, hessian: Tensor, scale
             near, local, before = gradient[first:last].clone(), hessian[first:last, first:last], point[first:last].clone()
             for column in range(last - first):
                 row = point[first + column]
-                wanted = torch.add(row, near[column], alpha=-step[first + column])
-                moved = _on_grid(wanted.div_(scale[0]), scheme).mul_(scale[0]).mul_(keep[first + column])
-                near.addr_(local[:, column], moved - row)
-                point[first + column] = moved
+                moved = _on_grid(torch.add(row, near[column], alpha=-step[first + column]), scheme).mul_(keep[first + column])
+                # For the columns behind; a row of the symmetric Hessian is contiguous.
+                near[column + 1 :].addr_(local[column, column + 1 :], moved - row)
+                row.copy_(moved)
             gradient.addmm_(hessian[:, first:last], point[first:last] - before)
         if torch.equal(point, last_point):
             break
-    return _on_grid(point / scale, scheme).t()
+    return point.t()
 
 
 def _on_grid(x: Tensor, scheme: Scheme) -> Tensor:
