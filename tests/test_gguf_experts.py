@@ -51,12 +51,16 @@ def test_a_layers_experts_are_written_when_they_are_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     values = write_experts(tmp_path / "tiny.gguf")
-    own, parsed, order = gguf.GGUFReader, [], []
-    monkeypatch.setattr(gguf, "GGUFReader", lambda *given: parsed.append(given) or own(*given))
+    parsed: list[object] = []
+    named: list[object] = []
+    order: list[str] = []
+    own, table = gguf.GGUFReader.__init__, gguf.get_tensor_name_map
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda *given: parsed.append(given) or own(*given))
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *given: named.append(given) or table(*given))
     add = module._Shards.add
     monkeypatch.setattr(module._Shards, "add", lambda self, name, tensor: order.append(name) or add(self, name, tensor))
     out = import_gguf(tmp_path / "tiny.gguf", tmp_path / "dense")
-    assert len(parsed) == 1 and "does not read these keys" not in caplog.text
+    assert len(parsed) == len(named) == 1 and "does not read these keys" not in caplog.text
     assert order.index("model.layers.0.mlp.experts.gate_up_proj") < order.index("model.layers.1.self_attn.q_proj.weight")
     tensors = load_file(out / "model.safetensors")
     for layer in range(LAYERS):

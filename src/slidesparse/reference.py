@@ -135,7 +135,9 @@ def slide(weight: Tensor, pattern: Pattern, offset: int = 0) -> tuple[Tensor, Te
 def lift(x: Tensor, pattern: Pattern, offset: int = 0) -> Tensor:
     """Lift activations ``[M, K]`` → ``[M, K']``: position o reads `Pattern.lift_index` (o), 0 outside the row."""
     k = x.shape[1]
-    index = torch.tensor([pattern.lift_index(o, offset) for o in range(pattern.slid_k(k, offset))], dtype=torch.int64, device=x.device)
+    wide = pattern.group * pattern.unit
+    first = torch.tensor([pattern.lift_index(o, offset) for o in range(pattern.slid_group * pattern.unit)], device=x.device)
+    index = (torch.arange(pattern.groups(k, offset), device=x.device).unsqueeze(-1) * wide + first).flatten()  # every group reads alike
     inside = (index >= 0) & (index < k)
     lifted = x.view(_bits(x.dtype))[:, index.clamp(0, max(k - 1, 0))] if k else x.view(_bits(x.dtype))
     return lifted.masked_fill(~inside, 0).view(x.dtype)

@@ -38,11 +38,11 @@ class GgufFile:
         if magic != _MAGIC:
             raise CheckpointError(f"{path}: not a GGUF file (it begins with {magic!r}, not {_MAGIC!r})")
         try:
-            from gguf import GGUFReader
+            from ..compat.gguf import Reader
         except ImportError as error:
             raise UnsupportedError("reading GGUF needs the package gguf: pip install slidesparse[gguf]") from error
         try:
-            self.reader = GGUFReader(path)
+            self.reader = Reader(path)
         except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
             # The reader checks nothing itself: a file cut short shows as a numpy view that does not fit.
             raise CheckpointError(f"{path}: damaged or cut short ({error})") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..format import Packed
 from ..pattern import Pattern
-from .codes import integer_view, pad_to_groups, unit_codes
+from .codes import by_group, by_position, integer_view, pad_to_groups, unit_codes
 from .obeys import violation
 
 # Multiplying eight 0/1 bytes by this gathers their lowest bits into the top byte, first byte lowest.
@@ -88,7 +88,7 @@ def _filled_keep(codes: Tensor, pattern: Pattern) -> Tensor | None:
     None where a group has too few zeros.
     """
     zero = codes == 0
-    lanes = zero.view(-1, pattern.group).t().contiguous()  # one contiguous row per position: every step below is a vector operation
+    lanes = by_position(zero.view(-1, pattern.group))  # one contiguous row per position: every step below is a vector operation
     count = torch.zeros(lanes.shape[1], dtype=torch.uint8, device=codes.device)
     for position in reversed(range(pattern.group)):
         lane = lanes[position]
@@ -96,7 +96,7 @@ def _filled_keep(codes: Tensor, pattern: Pattern) -> Tensor | None:
         count += lane
     if bool((count < pattern.dropped).any()):
         return None
-    return lanes.t().contiguous().logical_not_().view(zero.shape)
+    return by_group(lanes.logical_not_()).view(zero.shape)
 
 
 def _pack_bits(keep: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..packing.codes import integer_view, pad_to_groups
+from ..packing.codes import by_group, by_position, integer_view, pad_to_groups
 from ..pattern import Pattern
 
 _POSITION_BITS = 6  # groups hold at most 64 units
@@ -19,10 +19,10 @@ def zero_smallest(weight: Tensor, score: Tensor, pattern: Pattern, offset: int =
     """
     # Score and position in one integer: all keys of a group differ, so the threshold zeroes exactly `dropped` of them.
     padded = pad_to_groups(score + 1, pattern, offset)
-    keys = padded.view(-1, pattern.group).t().contiguous()
+    keys = by_position(padded.view(-1, pattern.group))
     keys <<= _POSITION_BITS
     keys += torch.arange(pattern.group, dtype=keys.dtype, device=keys.device).unsqueeze(-1)
-    keep = (keys > threshold(keys, pattern)).t().contiguous().view(padded.shape)
+    keep = by_group(keys > threshold(keys, pattern)).view(padded.shape)
     keep = keep[:, offset : offset + score.shape[1]]
     codes = integer_view(weight, pattern.unit)
     return (codes * keep.to(codes.dtype)).view(weight.dtype)
