@@ -38,7 +38,7 @@ of processor sums it in another way."""
 METHODS = {"admm": "ADMM", "wanda": "Wanda"}
 SIZE_PATTERNS = ("2:4", "4:6", "6:8", "8:10")
 PROMPTS = ("Why is the sky blue? Answer in two sentences.", "Name three things to see in Paris.", "Write one sentence about the sea.")
-NEW_TOKENS = 48
+NEW_TOKENS = 32
 console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
 

@@ -50,13 +50,14 @@ def admm(
     problem = Scaled.of(statistics, damping)
     # Transposed, [K, N]: a group's positions are whole rows, and both products read contiguous memory.
     target = (weight.float() * problem.scale).t().contiguous()
+    product = problem.hessian @ target
     # NaN until a solution takes its place: a row whose errors all overflow must not look like a pruned one.
     best, least = torch.full_like(target, torch.nan), target.new_full((target.shape[1],), torch.inf, dtype=torch.float64)
     ways: tuple[Callable[[], Tensor], ...] = (
-        lambda: _support(target, pattern, problem.hessian, iterations),
+        lambda: _support(target, product, pattern, problem.hessian, iterations),
         lambda: sweep(target.t(), pattern, problem).t(),
         # Last, and of what is the best so far: rounding may spoil it in a row where the Hessian is close to singular.
-        lambda: refine(target, best != 0, best, problem, refinements, tolerance * float(least.sum())),
+        lambda: refine(product, best != 0, best, problem, refinements, tolerance * float(least.sum())),
     )
     for way in ways:
         found = way()
@@ -66,9 +67,8 @@ def admm(
     return (best.t() / problem.scale).contiguous() + 0.0
 
 
-def _support(target: Tensor, pattern: Pattern, hessian: Tensor, iterations: int) -> Tensor:
-    """The feasible point ``[K, N]`` that ADMM arrives at."""
-    product = hessian @ target
+def _support(target: Tensor, product: Tensor, pattern: Pattern, hessian: Tensor, iterations: int) -> Tensor:
+    """The feasible point ``[K, N]`` that ADMM arrives at; ``product`` is ``hessian @ target``."""
     rho = _FIRST_RHO
     for attempt in range(_RESTARTS + 1):
         point, moved = _iterate(target, product, pattern, hessian, rho, iterations, patient=attempt == _RESTARTS)
@@ -119,19 +119,18 @@ def project(point: Tensor, pattern: Pattern) -> Tensor:
     return point * keep.to(point.dtype)  # floats: a product with booleans is slow on a CPU
 
 
-def refine(target: Tensor, keep: Tensor, start: Tensor, problem: Scaled, steps: int, excess: float) -> Tensor:
-    """The least-squares weights ``[K, N]`` on a support, by conjugate gradients for all outputs at once.
+def refine(product: Tensor, keep: Tensor, start: Tensor, problem: Scaled, steps: int, excess: float) -> Tensor:
+    """The least-squares weights ``[K, N]`` on a support, by conjugate gradients for all outputs at once, for ``product`` H w.
 
     The preconditioner is the Hessian's inverse on the support. It is the inverse that is wanted but for a part whose rank is at most the
     number of weights that went, so that few steps suffice, however ill-conditioned the Hessian is. They end early where the output error
     (s − w) H (s − w)ᵀ of all rows lies at most ``excess`` above the least: the residual's size by that inverse is never below the rest.
     """
-    hessian, inverse, keep = problem.hessian, problem.inverse, keep.to(target.dtype)
-    wanted = (hessian @ target).mul_(keep)
+    hessian, inverse, keep = problem.hessian, problem.inverse, keep.to(product.dtype)
     solution = start.clone()
-    residual = wanted - (hessian @ solution).mul_(keep)
+    residual = (product - hessian @ solution).mul_(keep)
     direction = (inverse @ residual).mul_(keep)
-    tiny = torch.finfo(target.dtype).tiny
+    tiny = torch.finfo(product.dtype).tiny
     size = (residual * direction).sum(0)
     for _ in range(steps):
         if size.sum() <= excess:
