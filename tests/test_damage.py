@@ -276,7 +276,7 @@ def test_ctrl_c_for_real(tmp_path):
     # Of a class that transformers does not know, which asks for no further tensors.
     source = models.write(tmp_path / "dense", tensors, models.LLAMA | {"architectures": ["OwnForCausalLM"]})
     out = tmp_path / "out"
-    command = [sys.executable, "-c", "from slidesparse.cli import main; main()", *CONVERT, str(source), str(out)]
+    command = [sys.executable, "-m", "slidesparse", *CONVERT, str(source), str(out)]
     # A shell that runs the tests in the background has told its children to ignore the signal.
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(), preexec_fn=listen)
