@@ -63,7 +63,12 @@ def stored_layers(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, str], li
     quantised: dict[str, str] = {}
     floating: list[str] = []
     schemes = {DTYPE_NAMES[scheme.dtype]: name for name, scheme in SCHEMES.items()}
-    for name, _, info in matrices(tensors):
+    sparse = (
+        (name.removesuffix(".compressed").removesuffix(".weight"), "", info)
+        for name, info in tensors.items()
+        if name.endswith(".compressed")
+    )
+    for name, _, info in (*matrices(tensors), *sparse):
         if f"{name}.weight_scale" in tensors:
             quantised[name] = schemes.get(info.dtype_name, info.dtype_name)
         elif info.dtype_name in FLOATS:
