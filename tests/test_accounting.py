@@ -102,6 +102,25 @@ def test_side_files(dense: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
 
+def test_weights_in_forms_of_other_frameworks_are_left_out_and_named(dense: Path, tmp_path: Path) -> None:
+    stale = {
+        "rust_model.ot",
+        "model.tflite",
+        "model.onnx_data",
+        "model.pdparams",
+        "saved_model.pb",
+        "model.keras",
+        "model.nemo",
+        "weights.npz",
+    }
+    stale |= {"model.ckpt-10.data-00000-of-00001", "model.ckpt-10.index", "openvino_model.xml", "openvino_model.bin", "vae.mlmodel"}
+    for name in (*stale, "vocab.txt", "spiece.model", "mel_filters.npz"):
+        (dense / name).write_bytes(b"?")
+    report = convert(dense, tmp_path / "packed", Recipe(tiny.SIX, "magnitude"))
+    assert set(report.left_out) == stale
+    assert {"vocab.txt", "spiece.model", "mel_filters.npz"} <= {file.name for file in (tmp_path / "packed").iterdir()}
+
+
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     models.save_file({"a.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "adapter_model.safetensors")

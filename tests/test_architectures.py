@@ -14,7 +14,7 @@ from slidesparse.compat.versions import TESTED, numbers
 
 # FalconLinear rounds once more, before it adds the bias.
 PACKED = {"falcon": 0.02}
-REFUSED = {"llama4-text": "experts in one tensor.* --format packed"}
+REFUSED = {"llama4-text": "experts in one tensor.*slidesparse convert"}
 STAY = {
     "rwkv": "attention.output|feed_forward.value|head|embed",  # the model divides two of these in place
     "mixtral": "lm_head|embed|gate|experts",

@@ -10,6 +10,7 @@ from compressed_tensors.utils.helpers import pack_bitmasks
 
 import models
 from slidesparse import packing, reference
+from slidesparse import verify as verify_with_readers
 from slidesparse.checkpoint import Checkpoint, Recipe, convert, inspect, verify
 from slidesparse.checkpoint.tensorfile import TensorReader
 from slidesparse.errors import CheckpointError, UnsupportedError
@@ -116,6 +117,7 @@ def test_inspect_and_verify_read_the_sparse_checkpoint_itself(tmp_path):
     assert found.kind == "quantised" and found.pattern == "2:4" and found.scheme == "fp8" and len(found.layers) == 14
     assert found.layer_bytes < 0.7 * found.dense_layer_bytes and found.dense_layer_bytes == inspect(dense).layer_bytes
     assert verify(source, dense, pattern=TWO).ok and verify(source, pattern=SIX).ok
+    assert verify_with_readers(source, pattern=TWO).ok
     assert inspect(source, scan=False).layers[0].form == "sparse weights with a bit mask"
 
 

@@ -285,11 +285,13 @@ def test_float32_needs_a_scheme_and_fp16_overflow_is_refused(tmp_path):
 
 
 def test_a_cast_changes_the_models_type(tmp_path):
-    source = models.write(tmp_path / "dense")
+    parts = {"text_config": {"dtype": "bfloat16"}, "vision_config": {"torch_dtype": None, "depth": 2}}
+    source = models.write(tmp_path / "dense", config=models.LLAMA | parts | {"dtype": "bfloat16"})
     for scheme, dtype in (("fp16", "float16"), ("bf16", "bfloat16"), ("int8", "bfloat16")):
         for form in ("packed", "dense"):
             convert(source, tmp_path / f"{scheme}-{form}", Recipe(SIX, "magnitude", scheme, form))
-            assert models.config_of(tmp_path / f"{scheme}-{form}")["dtype"] == dtype
+            config = models.config_of(tmp_path / f"{scheme}-{form}")
+            assert config["dtype"] == config["text_config"]["dtype"] == dtype and config["vision_config"] == parts["vision_config"]
 
 
 def test_byte_counts_are_those_of_the_format(tmp_path):

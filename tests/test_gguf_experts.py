@@ -28,6 +28,7 @@ def write_experts(path: Path, drop: str = "") -> dict[str, np.ndarray]:
     writer.add_expert_count(EXPERTS)
     writer.add_expert_used_count(2)
     writer.add_key_length(HIDDEN // HEADS)
+    writer.add_expert_feed_forward_length(INNER)
     random, values = np.random.default_rng(0), {}
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (len(TOKENS), HIDDEN), "output_norm": (HIDDEN,), "output": (len(TOKENS), HIDDEN)}
     for layer in range(LAYERS):

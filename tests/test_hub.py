@@ -146,6 +146,18 @@ def test_what_the_hub_does_not_give_is_one_clear_line(hub, tmp_path: Path, name:
     assert answer.startswith(f"refused: {name} is no folder here, and ") and told in answer and "\n" not in answer
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("https://huggingface.co/org/tiny/tree/main", "is an address: give the model's name on the hub, org/tiny"),
+        ("hf://org/tiny", "is an address: give the model's name on the hub, org/tiny"),
+        ("tiny", "no such directory, and on the hub a model's name is org/name"),
+    ],
+)
+def test_what_is_nearly_a_name_is_told_apart(hub, tmp_path: Path, name: str, told: str) -> None:
+    assert told in ask(hub, name, tmp_path) and not hub.RequestHandlerClass.asked
+
+
 def test_a_cache_that_cannot_be_written_is_no_fault_of_the_hub(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     answer = ask(hub, "org/tiny", tmp_path, HF_HOME=str(tmp_path / "file" / "home"))

@@ -64,3 +64,10 @@ def test_adapters_on_packed_layers(scheme: str | None, tmp_path: Path) -> None:
     assert (logits(merged) - logits(adapted)).float().norm() < 0.1 * logits(adapted).float().norm()
     merged.save_pretrained(tmp_path / "merged")
     check_bitwise(logits(load(tmp_path / "merged")), logits(merged))
+
+
+def test_all_linear_layers_are_not_the_packed_ones() -> None:
+    from slidesparse.integrations.peft import packed_lora
+
+    with pytest.raises(UnsupportedError, match="name these in target_modules"):
+        packed_lora(peft.LoraConfig(target_modules="all-linear"))

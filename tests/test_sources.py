@@ -14,7 +14,7 @@ from slidesparse import convert as convert_with_readers
 from slidesparse import reference
 from slidesparse import verify as verify_with_readers
 from slidesparse.checkpoint import Recipe, convert, inspect, verify
-from slidesparse.errors import CheckpointError, UnsupportedError
+from slidesparse.errors import CheckpointError, PatternError, UnsupportedError
 from slidesparse.format import PackedConfig
 from slidesparse.pattern import Pattern
 
@@ -241,6 +241,8 @@ def test_64_bit_weights_are_cast_and_otherwise_named(tmp_path):
     for recipe in (Recipe(SIX, "magnitude", "int8"), Recipe(SIX, "magnitude", form="dense"), Recipe(SIX)):
         with pytest.raises(UnsupportedError, match=r"q_proj is float64.*slidesparse quantize --scheme bf16"):
             convert(source, tmp_path / "no", recipe)
+    with pytest.raises(UnsupportedError, match=r"float64, which is not packed: cast it first \(slidesparse quantize --scheme bf16\)$"):
+        convert(source, tmp_path / "no", Recipe(SIX))
     convert(source, tmp_path / "cast", Recipe(scheme="bf16", form="dense", obey=False))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(models.read(tmp_path / "cast")[name], tensors[name].bfloat16())
@@ -249,6 +251,12 @@ def test_64_bit_weights_are_cast_and_otherwise_named(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- what the class of model says
+
+
+def test_layers_that_cannot_stay_are_not_to_be_ignored(tmp_path):
+    source = models.write(tmp_path / "w8a8", models.w8a8(models.llama_tensors()), models.w8a8_config())
+    with pytest.raises(PatternError, match=r"obeys no pattern.*Prune it$"):
+        convert(source, tmp_path / "out", Recipe())
 
 
 def test_embeddings_of_any_name_and_tied_heads_stored_twice_stay_as_they_are(tmp_path):

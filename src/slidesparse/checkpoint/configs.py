@@ -63,7 +63,12 @@ def stored_layers(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, str], li
     quantised: dict[str, str] = {}
     floating: list[str] = []
     schemes = {DTYPE_NAMES[scheme.dtype]: name for name, scheme in SCHEMES.items()}
-    for name, _, info in matrices(tensors):
+    sparse = (
+        (name.removesuffix(".compressed").removesuffix(".weight"), "", info)
+        for name, info in tensors.items()
+        if name.endswith(".compressed")
+    )
+    for name, _, info in (*matrices(tensors), *sparse):
         if f"{name}.weight_scale" in tensors:
             quantised[name] = schemes.get(info.dtype_name, info.dtype_name)
         elif info.dtype_name in FLOATS:
@@ -83,8 +88,10 @@ def output_config(
     pattern, overrides = _common_pattern(plans)
     if recipe.scheme in _CONFIG_DTYPE and any(plan.scheme is not plan.layer.scheme for plan in plans):
         # The weights' new type is the model's: a loader would cast them, or all activations, from the old one.
-        for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
-            config[key] = _CONFIG_DTYPE[recipe.scheme]
+        config |= {key: _CONFIG_DTYPE[recipe.scheme] for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}}
+        for part in config.values():  # such as text_config, which a loader of that part alone reads
+            if isinstance(part, dict):
+                part |= {key: _CONFIG_DTYPE[recipe.scheme] for key in ("dtype", "torch_dtype") if part.get(key)}
     if recipe.form == "packed":
         if pattern is None:
             raise UnsupportedError(f"{checkpoint.path}: the packed form needs a pattern for every layer that is converted")

@@ -93,7 +93,8 @@ def convert(
     read = find_reader(checkpoint.config, checkpoint.names) if find_reader else None
     if read is not None:
         check_shapes(checkpoint, read)
-    plans = plan_layers(checkpoint, recipe, *((read.fixed, read.heads) if read else ()))
+    known = read is not None and bool(read.modules)
+    plans = plan_layers(checkpoint, recipe, read.fixed if read else {}, read.heads if read and known else checkpoint.of_vocabulary)
     if read is not None:
         _check_form(checkpoint, recipe, plans, read)
     device = _device(device, recipe)
@@ -251,7 +252,7 @@ def _check_form(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan], 
     if read.split and recipe.form == "dense" and any(plan.scheme.dynamic or plan.scheme.pair for plan in plans):
         raise UnsupportedError(
             f"{checkpoint.path}: {read.split[0]} holds its experts in one tensor, which transformers does not read beside quantised "
-            "layers: keep the weights in 16 bits, or take --format packed"
+            "layers: keep the weights in 16 bits, or store them packed (slidesparse convert)"
         )
 
 

@@ -66,7 +66,8 @@ def inspect(path: str | Path, *, scan: bool = True, progress: Callable[[int, int
         CheckpointError: the directory cannot be read as a checkpoint.
     """
     checkpoint = Checkpoint.open(path)
-    layers = [layer for layer in checkpoint.layers.values() if layer.pattern or not matches(layer.name, DEFAULT_IGNORE)]
+    unlisted = (*DEFAULT_IGNORE, *checkpoint.of_vocabulary)
+    layers = [layer for layer in checkpoint.layers.values() if layer.pattern or not matches(layer.name, unlisted)]
     total, done, rows = sum(layer.nbytes for layer in layers), 0, []
     with TensorReader() as reader:
         for layer in layers:

@@ -176,7 +176,7 @@ def plan_layers(
         statistics = None if recipe.statistics is None else _statistics(layer, norms, recipe)
         plans.append(LayerPlan(layer, scheme, pattern, statistics=statistics))
     if not plans:
-        raise UnsupportedError(f"{checkpoint.path}: no layer to convert: {_why_none(checkpoint, recipe)}")
+        raise UnsupportedError(f"{checkpoint.path}: no layer to convert: {_why_none(checkpoint, recipe, fixed)}")
     check_overrides({plan.layer.name: plan.pattern for plan in plans}, recipe.overrides, checkpoint.path)
     _check_schemes(checkpoint, recipe, plans, left)
     if checkpoint.packed and recipe.form == "packed" and not any(p.requantize or p.pattern != p.layer.pattern for p in plans):
@@ -207,14 +207,19 @@ def _cannot_stay(layer: Layer, recipe: Recipe, fixed: bool) -> str:
     return f"{told}: name it in --only, beside the others" + ("" if recipe.only else " (--only '*')")
 
 
-def _why_none(checkpoint: Checkpoint, recipe: Recipe) -> str:
+def _why_none(checkpoint: Checkpoint, recipe: Recipe, fixed: Mapping[str, str]) -> str:
     """Why there is nothing to convert."""
     if not checkpoint.layers:
         return "it has no linear weights that can be read (16- to 64-bit, or quantised in a known way)"
     given = " and ".join(option for option, value in (("--only", recipe.only), ("--ignore", recipe.ignore)) if value)
     count = len(checkpoint.layers)
     kinds = "embeddings, norms, heads, experts, or layers that a quantised checkpoint keeps in 16 bits"
-    return f"{given} leave none of {count}" if given else f"its matrices are {kinds}: name a layer in --only to convert it"
+    if given:
+        return f"{given} leave none of {count}"
+    others = [name for name in checkpoint.layers if not matches(name, NOT_LINEAR)]
+    stay, free = ([name for name in others if (name in fixed) is fixes] for fixes in (True, False))
+    why = f"layer {stay[0]} {fixed[stay[0]]}, and {len(stay)} stay for such reasons" if stay else f"its matrices are {kinds}"
+    return why + (f": name a layer in --only to convert it, such as {free[0]}" if free else "")
 
 
 def _check_schemes(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan], left: list[Scheme]) -> None:
@@ -240,13 +245,12 @@ def _target(layer: Layer, recipe: Recipe) -> Scheme:
         raise UnsupportedError(f"layer {layer.name} {refusal}")
     scheme = SCHEMES[recipe.scheme] if recipe.scheme else layer.scheme
     cast = "cast it first (slidesparse quantize --scheme bf16)"
+    at_once = ", or quantise and pack in one go (slidesparse convert --scheme int8)" if scheme is FP32 else ""
     if layer.scheme is FP64 and recipe.method:
         raise UnsupportedError(f"layer {layer.name} is float64, which is not pruned: {cast}")
     if scheme in (FP32, FP64) and recipe.form == "packed":
-        raise UnsupportedError(
-            f"layer {layer.name} is {'float32' if scheme is FP32 else 'float64'}, which is not packed: {cast}, or quantise and pack in one "
-            "go (slidesparse convert --scheme int8)"
-        )
+        told = "float32" if scheme is FP32 else "float64"
+        raise UnsupportedError(f"layer {layer.name} is {told}, which is not packed: {cast}{at_once}")
     if scheme.pair and layer.k % BLOCK:
         raise UnsupportedError(f"layer {layer.name}: nvfp4 needs K to be a multiple of {BLOCK}, got {layer.k}: leave it out with --ignore")
     return scheme

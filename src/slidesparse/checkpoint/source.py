@@ -22,7 +22,36 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 _SETTINGS_BYTES = 1 << 17
-_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.safetensors")
+_OTHER_WEIGHTS = (
+    *(
+        "*.bin",
+        "*.pt",
+        "*.pth",
+        "*.ckpt",
+        "*.gguf",
+        "*.ggml",
+        "*.h5",
+        "*.keras",
+        "*.msgpack",
+        "*.ot",
+        "*.safetensors",
+        "*.nemo",
+        "weights*.npz",
+    ),
+    *(
+        "*.onnx",
+        "*.onnx_data*",
+        "*.onnx.data",
+        "*.tflite",
+        "saved_model.pb",
+        "*.data-?????-of-?????",
+        "*.ckpt-*.index",
+        "*.pdparams",
+        "*.pdmodel",
+    ),
+    *("*.mlmodel", "*.mlpackage", "*.mlmodelc", "*.pte", "*.engine", "openvino_*.xml"),
+)
+"""Names of weights in forms that are not read, in files that other frameworks and engines write."""
 
 
 @dataclass
@@ -72,6 +101,14 @@ class Checkpoint:
         return tuple(name for name in self.names if OF_QUANTISED.fullmatch(name.rpartition(".")[2]))
 
     @property
+    def of_vocabulary(self) -> frozenset[str]:
+        """Matrices outside the repeated blocks with a row for every token: embeddings and heads, whatever they are called."""
+        places = [self.config, *(part for part in self.config.values() if isinstance(part, dict))]
+        sizes = {place.get(key) for place in places for key in ("vocab_size", "padded_vocab_size")}
+        outside = (layer for name, layer in self.layers.items() if not any(part.isdigit() for part in name.split(".")))
+        return frozenset(layer.name for layer in outside if layer.n in sizes)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
@@ -87,7 +124,7 @@ class Checkpoint:
     @property
     def marked_ignore(self) -> tuple[str, ...]:
         """Layers the dense twin's marker makes no claim about: what is never converted by default where it does not say."""
-        return tuple((self.marker or {}).get("ignore", DEFAULT_IGNORE))
+        return tuple((self.marker or {}).get("ignore", (*DEFAULT_IGNORE, *self.of_vocabulary)))
 
     def marked_pattern(self, layer: str) -> Pattern | None:
         """The pattern the dense twin's marker claims for a layer.

@@ -76,9 +76,8 @@ def detect_pattern(reader: TensorReader, layer: Layer, advance: Advance, *, unit
     try:
         return replace(packing.detect(rows(), candidates), unit=unit)
     except PatternError as error:
-        raise error.reworded(
-            f"layer {layer.name} obeys no pattern from {KNOWN[0]} to {KNOWN[-1]}: {error}. Prune it, or leave it dense with --ignore"
-        ) from error
+        way_out = "Prune it, or leave it dense with --ignore" if "packed" in layer.may_stay else "Prune it"
+        raise error.reworded(f"layer {layer.name} obeys no pattern from {KNOWN[0]} to {KNOWN[-1]}: {error}. {way_out}") from error
 
 
 def _share(layer: Layer, block: Block) -> int:

@@ -91,9 +91,10 @@ INITIALISED = "_is_hf_initialized"
 
 
 class GgufTables(NamedTuple):
-    """How transformers reads GGUF: the keys it knows by architecture, what gives tensors their layout, names, and the file's parts."""
+    """How transformers reads GGUF: the keys it knows, what gives tensors their layout, names, and the file's parts."""
 
     GGUF_CONFIG_MAPPING: Mapping[str, Any]
+    GGUF_TOKENIZER_MAPPING: Mapping[str, Mapping[str, str]]
     TENSOR_PROCESSORS: Mapping[str, Any]
     TensorProcessor: Any
     get_gguf_hf_weights_map: Callable[..., dict[str, str]]
@@ -109,6 +110,7 @@ def gguf_tables() -> GgufTables:
     try:
         from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
         from transformers.modeling_gguf_pytorch_utils import (
+            GGUF_TOKENIZER_MAPPING,
             TENSOR_PROCESSORS,
             TensorProcessor,
             get_gguf_hf_weights_map,
@@ -116,4 +118,6 @@ def gguf_tables() -> GgufTables:
         )
     except ImportError as error:
         raise UnsupportedError(not_imported("transformers", error)) from error
-    return GgufTables(GGUF_CONFIG_MAPPING, TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map, load_gguf_checkpoint)
+    return GgufTables(
+        GGUF_CONFIG_MAPPING, GGUF_TOKENIZER_MAPPING, TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map, load_gguf_checkpoint
+    )

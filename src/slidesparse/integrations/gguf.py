@@ -20,13 +20,21 @@ from ..checkpoint.staging import Staging, write_json
 from ..checkpoint.tensorfile import DTYPE_NAMES, TensorWriter
 from ..errors import CheckpointError, UnsupportedError
 from .faults import one_line
-from .gguf_file import ROPE_FREQUENCIES, GgufFile
+from .gguf_file import ROPE_FREQUENCIES, ROPE_KEYS, GgufFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_SETTINGS = {
+    "attention.key_length": "head_dim",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+"""Keys of the file that transformers leaves unread for some architectures, with the setting that each is."""
 _SHARD_BYTES = 2_000_000_000
 
 
@@ -133,6 +141,10 @@ def _understood(file: GgufFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             config.rope_parameters = dict(config.rope_parameters or {}) | rope
         model, names = _named(file, config)
         tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+    if templates := file.chat_templates:
+        tokenizer.chat_template = {"default": tokenizer.chat_template or next(iter(templates.values()))} | templates
+    if len(ends := file.ends_of_text) > 1 and model.generation_config is not None:
+        model.generation_config.eos_token_id = ends
     for name, index in file.special_tokens.items():
         # transformers guesses special tokens from the tokenizer's family; the file says which they are.
         text = tokenizer.convert_ids_to_tokens(index)
@@ -150,30 +162,58 @@ def _named(file: GgufFile, config: PreTrainedConfig) -> tuple[PreTrainedModel, _
     keys = tables.GGUF_CONFIG_MAPPING
     named = (config.model_type, file.architecture.replace("-", "_"), file.architecture)
     read = {*next((keys[name] for name in named if name in keys), {}), "vocab_size"}
-    if left := [key for key in file.own_keys if key not in read and not key.startswith("rope.scaling.")]:
+    for key, name in _SETTINGS.items():
+        value = file.own(key)
+        if key not in read and isinstance(value, int | float) and hasattr(config, name):
+            setattr(config, name, value)
+            read.add(key)
+    if "attention.key_length" in read:
+        read.add("attention.value_length")  # another length of values shows as another shape of tensors
+    read |= ROPE_KEYS | {key for key in file.own_keys if config.model_type == "gpt_oss" and key.startswith("rope.scaling.")}
+    left = [key for key in file.own_keys if key not in read]
+    if left := [*left, *file.unread_of_tokenizer(tables.GGUF_TOKENIZER_MAPPING)]:
         _LOG.warning("%s: transformers does not read these keys of the model: %s", file.path, ", ".join(left))
     if any(name.endswith(".attn_q.bias") for name in file.tensors) and getattr(config, "attention_bias", None) is False:
         config.attention_bias = True
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+        if not _turns(model, file.rotary) and "rope_type" in (config.rope_parameters or {}):
+            head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            config.rope_parameters = dict(config.rope_parameters) | {"partial_rotary_factor": file.rotary / head}
+            model = AutoModelForCausalLM.from_config(config)
+    if not _turns(model, file.rotary):
+        raise CheckpointError(
+            f"{file.path}: rope turns {file.rotary} dimensions of each head, transformers' class turns another number: import the original "
+            "checkpoint"
+        )
     parsed = tables.load_gguf_checkpoint(str(file.path)) | {"tensors": {}}
     processor = tables.TENSOR_PROCESSORS.get(file.architecture, tables.TensorProcessor)(config=parsed["config"])
     return model, _Names(tables.get_gguf_hf_weights_map(model, processor), processor, parsed)
+
+
+def _turns(model: PreTrainedModel, dimensions: int | None) -> bool:
+    """Whether rope turns so many dimensions of a head in a model; true where the file or the model does not tell."""
+    found = {2 * buffer.shape[-1] for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    return dimensions is None or not found or dimensions in found
 
 
 def _write_tensors(file: GgufFile, model: PreTrainedModel, names: _Names, dtype: torch.dtype | None, folder: Path) -> None:
     """All tensors in the model's names, in files of about 2 GB; ``dtype`` is for all where it is given.
 
     Raises:
-        CheckpointError: the model lacks a tensor, or has no place for one.
+        CheckpointError: the model lacks a tensor, has no place for one, or needs one of another shape.
     """
-    missing, shards = set(model.state_dict()), _Shards(folder)
+    shapes, shards = {name: tensor.shape for name, tensor in model.state_dict().items()}, _Shards(folder)
+    missing = set(shapes)
     if model.config.tie_word_embeddings:
         from ..compat.transformers import tied_weights
 
         missing -= set(tied_weights(model))
     for name, tensor in names.tensors(file, dtype):
         missing.discard(name)
+        if tensor.shape != shapes.get(name, tensor.shape):
+            told = f"{name} is {list(tensor.shape)}, the model that the file's keys describe needs {list(shapes[name])}"
+            raise CheckpointError(f"{file.path}: {told}: import the original checkpoint")
         shards.add(name, tensor)
     if missing:
         raise CheckpointError(f"{file.path}: the file does not hold the whole model, missing keys: {', '.join(sorted(missing)[:3])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,16 @@ from torch import Tensor
 from ..errors import CheckpointError, UnsupportedError
 
 _MAGIC = b"GGUF"
+_ENDS = ("eos", "eot", "eom")
+"""Tokens at which llama.cpp ends a text."""
+_TEMPLATE = "tokenizer.chat_template."
 _TOKEN_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BETAS = ("beta_fast", "beta_slow")
+ROPE_KEYS = {
+    f"rope.scaling.{key}" for key in ("type", "factor", "original_context_length", "finetuned", *(f"yarn_{key}" for key in _BETAS))
+}
+"""Keys that `GgufFile.rope_parameters` reads, and one that changes no number."""
 ROPE_FREQUENCIES = "rope_freqs.weight"
 """A tensor that stands for a rope scaling, as of Llama 3.1 and later."""
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -47,6 +56,8 @@ class GgufFile:
             # The reader checks nothing itself: a file cut short shows as a numpy view that does not fit.
             raise CheckpointError(f"{path}: damaged or cut short ({error})") from error
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        if (kind := self.value("general.type") or "model") != "model":
+            raise CheckpointError(f"{path}: holds no model, but what llama.cpp calls {kind}: import the model's own file")
         count = self.value("split.count") or 1
         if count > 1:
             number = (self.value("split.no") or 0) + 1
@@ -75,6 +86,30 @@ class GgufFile:
         """Their ids, by the names that transformers gives them."""
         found = {token: self.value(f"tokenizer.ggml.{key}_token_id") for token, key in _TOKEN_KEYS.items()}
         return {token: int(index) for token, index in found.items() if index is not None}
+
+    @property
+    def ends_of_text(self) -> list[int]:
+        """Ids of the tokens that end a text."""
+        found = (self.value(f"tokenizer.ggml.{key}_token_id") for key in _ENDS)
+        return list(dict.fromkeys(int(index) for index in found if index is not None))
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """Chat templates beside the one without a name, by theirs."""
+        return {key.removeprefix(_TEMPLATE): self.value(key) for key in self.reader.fields if key.startswith(_TEMPLATE)}
+
+    def unread_of_tokenizer(self, tables: Mapping[str, Mapping[str, str]]) -> list[str]:
+        """The tokenizer's keys that are read neither here nor by transformers, whose ``tables`` name those that it reads."""
+        read = {f"tokenizer.{key}" for table in tables.values() for key in table} | {"tokenizer.chat_templates"}
+        read |= {f"tokenizer.ggml.{key}_token_id" for key in (*_TOKEN_KEYS.values(), *_ENDS)}
+        own = (key for key in self.reader.fields if key.startswith("tokenizer.") and not key.startswith(_TEMPLATE))
+        return [key for key in own if key not in read]
+
+    @property
+    def rotary(self) -> int | None:
+        """How many dimensions of a head rope turns, None where the file does not say one number."""
+        told = self.own("rope.dimension_count")
+        return told if isinstance(told, int) else None
 
     @cached_property
     def main_dtype(self) -> torch.dtype:
@@ -120,7 +155,8 @@ class GgufFile:
         if kind == "linear" and factor is not None:
             return {"rope_type": "linear", "factor": float(factor)}
         if kind == "yarn" and factor is not None and original is not None:
-            return {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": int(original)}
+            betas = {key: float(told) for key in _BETAS if (told := self.own(f"rope.scaling.yarn_{key}")) is not None}
+            return {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": int(original)} | betas
         raise CheckpointError(f"{self.path}: rope scaling {kind!r} with factor {factor} is not known here: import the original checkpoint")
 
     def _llama3(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ..errors import CheckpointError
 from .calibration import TOKENIZER_FILES
 
 _NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
+_ADDRESS = re.compile(r"(?:https?|hf):/+(?:[\w-]+(?:\.[\w-]+)+/)?([\w-][\w.-]*/[\w-][\w.-]*).*")
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 _OTHER_FORMS = ("consolidated*", "original/*", "onnx/*")
 """The same weights once more."""
@@ -39,6 +40,10 @@ def model_folder(model: str | Path) -> Path:
         CheckpointError: neither; one line says what the hub answered, or that it or the cache could not be reached.
     """
     path, asked = Path(model), _NAME.fullmatch(str(model))
+    if (address := _ADDRESS.fullmatch(str(model))) is not None:
+        raise CheckpointError(f"{model} is an address: give the model's name on the hub, {address[1]}")
+    if len(path.parts) == 1 and not path.exists() and not path.suffix:
+        raise CheckpointError(f"{model}: no such directory, and on the hub a model's name is org/name")
     if path.exists() or asked is None or path.parent.is_dir():
         return path
     name, revision = asked.groups()

@@ -36,7 +36,11 @@ def packed_lora(config: Any) -> Any:
     """The LoraConfig itself, which knows packed layers afterwards; one that is read from a folder has to be told again.
 
     Raises:
-        UnsupportedError: this version of peft takes no layers of others.
+        UnsupportedError: this version of peft takes no layers of others, or the layers are meant by ``all-linear``.
     """
+    if getattr(config, "target_modules", None) == "all-linear":
+        raise UnsupportedError(
+            "peft means nn.Linear by all-linear, not packed layers: name these in target_modules, as ['q_proj', 'v_proj']"
+        )
     register_layer(config, SlideSparseLinear, LoraPackedLinear)
     return config

@@ -233,7 +233,10 @@ def _batch_size(samples: Samples) -> int:
 
 def _open(job: Job, trust: bool) -> Any:
     """The model, in a type that holds every layer's weights exactly: config.json may name a narrower one than the files have."""
-    model = open_model(job.checkpoint.path, trust_remote_code=trust)
+    try:
+        model = open_model(job.checkpoint.path, trust_remote_code=trust)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --method magnitude does not run the model") from error
     exact = reduce(torch.promote_types, (plan.layer.main.dtype for plan in job.plans), model.dtype)
     model = model if exact == model.dtype else open_model(job.checkpoint.path, exact, trust_remote_code=trust)
     # Reconstruction trains copies of some weights: gradients of all the others would be for nothing.
