@@ -15,7 +15,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 vllm = pytest.importorskip("vllm", reason="vllm is not installed: pip install 'slidesparse[vllm]'")
 
 from vllm.config import VllmConfig  # noqa: E402
-from vllm.device_allocator import cumem  # noqa: E402
 from vllm.model_executor.layers import linear as layers  # noqa: E402
 
 from slidesparse.format import SCHEMES, PackedConfig  # noqa: E402
@@ -172,6 +171,8 @@ def as_vllm_loads() -> Iterator[None]:
 
 def pools() -> dict[bool, tuple[Callable[[], AbstractContextManager], Callable[[], int]]]:
     """The pool that loading runs in, and the bytes that the driver gave to it, without and with sleep mode."""
+    from vllm.device_allocator import cumem  # which may want a driver
+
     if not cumem.cumem_available:
         return {False: (nullcontext, torch.cuda.memory_reserved)}
     sleeper = cumem.CuMemAllocator.get_instance()
