@@ -163,6 +163,7 @@ def served(card: str, phase: str) -> str:
 
 
 def _cell(row: Row, dense: Dense) -> str:
+    """The wall's time, and kernels' in brackets where it was measured."""
     theirs = dense[row.what, row.m, row.commit].kernels_us
     return f"{over(row, dense):.2f}×" + (f" ({theirs / row.kernels_us:.2f})" if theirs and row.kernels_us else "")
 

@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruning_oracles import Layer, best_on_support, damped, layer_error_oracle, random_layer, sparsegpt_oracle, wanda_oracle
+from pruning_oracles import Layer, best_on_support, damped, layer_error_oracle, output_errors, random_layer, sparsegpt_oracle, wanda_oracle
 from slidesparse import reference
 from slidesparse.errors import WeightError
 from slidesparse.packing import find_violation, integer_view
 from slidesparse.pattern import Pattern
 from slidesparse.pruning import Statistics, admm, layer_error, prune, sparsegpt, wanda
+from slidesparse.pruning.admm import _support
+from slidesparse.pruning.sparsegpt import sweep
+from slidesparse.pruning.statistics import Scaled
 from test_prune import EVERY
 
 METHODS = {"wanda": wanda, "sparsegpt": sparsegpt, "admm": admm}
@@ -153,6 +156,19 @@ def test_admm_is_no_worse_than_sparsegpt_on_99_of_100_layers(rng):
     assert len(lost) <= len(cases) // 100, lost
 
 
+def test_each_row_has_the_better_of_both_supports_once_they_are_corrected(rng):
+    """A support is worth what its best weights are: SparseGPT's own weights are far from these."""
+    behind = []
+    for pattern, layer in varied_layers(40, rng):
+        problem, h = Scaled.of(statistics_of(layer), 0.01), damped(layer.hessian, 0.01)
+        target = (layer.weight * problem.scale).t().contiguous()
+        supports = _support(target, problem.hessian @ target, pattern, problem.hessian, 300).t(), sweep(target.t(), pattern, problem)
+        least = [output_errors(layer.weight, best_on_support(layer.weight, support != 0, h), h) for support in supports]
+        ours = output_errors(layer.weight, run("admm", layer, pattern), h)
+        behind.append(float(ours.sum() / torch.minimum(*least).sum()) - 1)
+    assert sorted(behind)[len(behind) * 9 // 10] < 0.03, behind
+
+
 def excess(layer: Layer, solution: Tensor, damping: float = 0.01) -> float:
     """How far a solution's damped error lies above the least that its own support allows, as a share of that."""
     h = damped(layer.hessian, damping)
@@ -166,7 +182,7 @@ def test_admms_weights_are_the_best_on_their_support(rng):
         solution = run("admm", layer, pattern, refinements=300, tolerance=1e-7)
         assert find_violation(solution, pattern) is None
         assert -1e-6 < excess(layer, solution) < 1e-3, case
-        assert excess(layer, run("admm", layer, pattern)) < 5e-2, case
+        assert excess(layer, run("admm", layer, pattern)) < 5e-3, case
         assert excess(layer, torch.where(solution != 0, layer.weight, 0)) > 1e-3, "uncorrected weights would pass, too"
 
 

@@ -32,13 +32,13 @@ def parsed_once(path: Path, reader: Any) -> Iterator[None]:
     Parsing takes seconds, for the vocabulary; configuration, tokenizer and names are three calls of transformers'. It asks for the table
     of names for every module of the model, which takes longer than all the rest of an import.
     """
-    own = gguf.GGUFReader, gguf.get_tensor_name_map
+    reading, naming = gguf.GGUFReader, gguf.get_tensor_name_map
 
     def read(given: Any, *more: Any) -> Any:
-        return reader if Path(given).resolve() == path.resolve() else own[0](given, *more)
+        return reader if Path(given).resolve() == path.resolve() else reading(given, *more)
 
-    gguf.GGUFReader, gguf.get_tensor_name_map = read, cache(own[1])
+    gguf.GGUFReader, gguf.get_tensor_name_map = read, cache(naming)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = own
+        gguf.GGUFReader, gguf.get_tensor_name_map = reading, naming

@@ -62,7 +62,10 @@ def pad_to_groups(codes: Tensor, pattern: Pattern, offset: int = 0) -> Tensor:
 
 
 def by_position(groups: Tensor) -> Tensor:
-    """``[M, group]`` → contiguous ``[group, M]``: the transposed copy, which torch makes three times faster row by row on a CPU."""
+    """``[M, group]`` → contiguous ``[group, M]``: the transposed copy.
+
+    Row by row, which on a CPU is up to four times as fast as torch's own way for bytes and int16.
+    """
     return torch.stack(groups.unbind(1))
 
 

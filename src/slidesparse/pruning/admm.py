@@ -18,6 +18,8 @@ from .statistics import Scaled, Statistics, positive_inverse, row_errors
 _FIRST_RHO, _CHECK_EVERY, _RESTARTS = 0.1, 3, 4
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """A larger share of the support changed between two checks → ρ grows by this factor."""
+_ROUGHLY = 0.1
+"""Supports are compared when at most this share of the output error of each is left to gain."""
 _STILL = 1e-4
 """A smaller share ends the steps; at the first check it says that ρ is too large to begin with."""
 
@@ -34,15 +36,15 @@ def admm(
 ) -> Tensor:
     """Pruned and corrected weights, float32 ``[N, K]``.
 
-    Each row's support is ADMM's, or SparseGPT's where that gives the smaller output error.
+    Two supports are tried, ADMM's and SparseGPT's; each row keeps the one whose best weights give the smaller output error.
 
     Args:
         weight: ``[N, K]``, any float type.
         statistics: with the Hessian.
         damping: this part of the mean of diag H is added to the diagonal.
         iterations: ADMM steps at most; they end when the support all but stands still.
-        refinements: steps of conjugate gradients on the support at most.
-        tolerance: conjugate gradients end where the output error is within this share of the least that the support allows.
+        refinements: steps of conjugate gradients on a support at most.
+        tolerance: conjugate gradients end where less than this share of the output error before them is left to gain.
 
     Raises:
         WeightError: a Hessian that cannot be factorised.
@@ -56,14 +58,16 @@ def admm(
     ways: tuple[Callable[[], Tensor], ...] = (
         lambda: _support(target, product, pattern, problem.hessian, iterations),
         lambda: sweep(target.t(), pattern, problem).t(),
-        # Last, and of what is the best so far: rounding may spoil it in a row where the Hessian is close to singular.
-        lambda: refine(product, best != 0, best, problem, refinements, tolerance * float(least.sum())),
+        lambda: best,
     )
-    for way in ways:
-        found = way()
-        error = row_errors(target.t(), found.t(), problem.hessian)
-        best = torch.where(error < least, found, best)
-        least = torch.where(error < least, error, least)
+    for way, share in zip(ways, (_ROUGHLY, _ROUGHLY, tolerance), strict=True):
+        start = way()
+        error = row_errors(target.t(), start.t(), problem.hessian)
+        found = refine(product, start != 0, start, problem, refinements, share * float(error.sum()))
+        # The start as well: rounding may spoil the refinement of a row where the Hessian is close to singular.
+        for weights, size in ((start, error), (found, row_errors(target.t(), found.t(), problem.hessian))):
+            best = torch.where(size < least, weights, best)
+            least = torch.where(size < least, size, least)
     return (best.t() / problem.scale).contiguous() + 0.0
 
 
