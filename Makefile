@@ -5,7 +5,7 @@ VENV := .venv/bin
 .PHONY: help setup demo test dist docs tables compat lint launches mutate clean
 
 help:
-	@echo "make demo   prune, pack, check and measure a small language model (six to twenty minutes on two cores)"
+	@echo "make demo   prune, pack, check and measure a small language model (seven minutes on two cores)"
 	@echo "make test   style, layers, types and tests"
 	@echo "make dist   sdist and wheel, each tried in an environment of its own (five minutes on two cores)"
 	@echo "make docs   the pages of docs as a site in .cache/site, from an environment of its own"
