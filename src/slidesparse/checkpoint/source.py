@@ -23,33 +23,9 @@ SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 _SETTINGS_BYTES = 1 << 17
 _OTHER_WEIGHTS = (
-    *(
-        "*.bin",
-        "*.pt",
-        "*.pth",
-        "*.ckpt",
-        "*.gguf",
-        "*.ggml",
-        "*.h5",
-        "*.keras",
-        "*.msgpack",
-        "*.ot",
-        "*.safetensors",
-        "*.nemo",
-        "weights*.npz",
-    ),
-    *(
-        "*.onnx",
-        "*.onnx_data*",
-        "*.onnx.data",
-        "*.tflite",
-        "saved_model.pb",
-        "*.data-?????-of-?????",
-        "*.ckpt-*.index",
-        "*.pdparams",
-        "*.pdmodel",
-    ),
-    *("*.mlmodel", "*.mlpackage", "*.mlmodelc", "*.pte", "*.engine", "openvino_*.xml"),
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.keras", "*.msgpack", "*.ot", "*.safetensors", "*.nemo"),
+    *("weights*.npz", "*.onnx", "*.onnx_data*", "*.onnx.data", "*.tflite", "saved_model.pb", "*.data-?????-of-?????"),
+    *("*.ckpt-*.index", "*.pdparams", "*.pdmodel", "*.mlmodel", "*.mlpackage", "*.mlmodelc", "*.pte", "*.engine", "openvino_*.xml"),
 )
 """Names of weights in forms that are not read, in files that other frameworks and engines write."""
 
