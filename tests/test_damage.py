@@ -83,6 +83,7 @@ def test_missing_shard_and_index_outside_the_folder(run, tmp_path):
 
 def test_not_a_model(run, tmp_path, dense):
     refused(run("inspect", tmp_path / "nowhere"), "no such directory")
+    refused(run("inspect", "nowhere"), "nowhere: no such directory, and on the hub a model's name is org/name")
     refused(run("inspect", tmp_path), "no config.json")
     refused(run("inspect", dense / "config.json"), "is a file")
     (dense / "model.safetensors").rename(dense / "pytorch_model.bin")

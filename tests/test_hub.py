@@ -151,7 +151,6 @@ def test_what_the_hub_does_not_give_is_one_clear_line(hub, tmp_path: Path, name:
     [
         ("https://huggingface.co/org/tiny/tree/main", "is an address: give the model's name on the hub, org/tiny"),
         ("hf://org/tiny", "is an address: give the model's name on the hub, org/tiny"),
-        ("tiny", "no such directory, and on the hub a model's name is org/name"),
     ],
 )
 def test_what_is_nearly_a_name_is_told_apart(hub, tmp_path: Path, name: str, told: str) -> None:

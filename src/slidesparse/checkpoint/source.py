@@ -189,7 +189,8 @@ def read_config(path: Path) -> dict[str, Any]:
         hint = "import it first: slidesparse import" if path.suffix == ".gguf" else "name the directory that holds config.json"
         raise CheckpointError(f"{path} is a file, not a model directory: {hint}")
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory")
+        on_the_hub = "" if len(path.parts) > 1 or path.suffix else ", and on the hub a model's name is org/name"
+        raise CheckpointError(f"{path}: no such directory{on_the_hub}")
     file = path / "config.json"
     _check_links([file])
     try:

@@ -42,8 +42,6 @@ def model_folder(model: str | Path) -> Path:
     path, asked = Path(model), _NAME.fullmatch(str(model))
     if (address := _ADDRESS.fullmatch(str(model))) is not None:
         raise CheckpointError(f"{model} is an address: give the model's name on the hub, {address[1]}")
-    if len(path.parts) == 1 and not path.exists() and not path.suffix:
-        raise CheckpointError(f"{model}: no such directory, and on the hub a model's name is org/name")
     if path.exists() or asked is None or path.parent.is_dir():
         return path
     name, revision = asked.groups()
