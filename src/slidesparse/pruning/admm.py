@@ -55,19 +55,23 @@ def admm(
     product = problem.hessian @ target
     # NaN until a solution takes its place: a row whose errors all overflow must not look like a pruned one.
     best, least = torch.full_like(target, torch.nan), target.new_full((target.shape[1],), torch.inf, dtype=torch.float64)
-    ways: tuple[Callable[[], Tensor], ...] = (
+
+    def keep(found: Tensor) -> Tensor:
+        """Take the rows that are the best so far; give the errors of all."""
+        nonlocal best, least
+        error = row_errors(target.t(), found.t(), problem.hessian)
+        best, least = torch.where(error < least, found, best), torch.where(error < least, error, least)
+        return error
+
+    supports: tuple[Callable[[], Tensor], ...] = (
         lambda: _support(target, product, pattern, problem.hessian, iterations),
         lambda: sweep(target.t(), pattern, problem).t(),
-        lambda: best,
     )
-    for way, share in zip(ways, (_ROUGHLY, _ROUGHLY, tolerance), strict=True):
-        start = way()
-        error = row_errors(target.t(), start.t(), problem.hessian)
-        found = refine(product, start != 0, start, problem, refinements, share * float(error.sum()))
-        # The start as well: rounding may spoil the refinement of a row where the Hessian is close to singular.
-        for weights, size in ((start, error), (found, row_errors(target.t(), found.t(), problem.hessian))):
-            best = torch.where(size < least, weights, best)
-            least = torch.where(size < least, size, least)
+    # What refinement starts from counts, too: rounding may spoil a row where the Hessian is close to singular.
+    for support in supports:
+        start = support()
+        keep(refine(product, start != 0, start, problem, refinements, _ROUGHLY * float(keep(start).sum())))
+    keep(refine(product, best != 0, best, problem, refinements, tolerance * float(least.sum())))
     return (best.t() / problem.scale).contiguous() + 0.0
 
 
