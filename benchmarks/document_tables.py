@@ -105,7 +105,7 @@ def served_lines(every: Sequence[Row], model: str, cells: Cells) -> list[list[st
             mine = [row for row in mine if GRAPHS in row.route] or mine
             if mine:
                 dense = dense_of(own, mine)
-                speeds = [next((_by_kernels(row, dense) for row in mine if (row.what, row.m) == at), NOTHING) for at in SHOWN]
+                speeds = [next((_kernels_first(row, dense) for row in mine if (row.what, row.m) == at), NOTHING) for at in SHOWN]
                 size = mine[0].gigabytes / next(iter(dense.values())).gigabytes
                 lines.append([f"{pattern} {scheme}", *losses(cells, pattern, scheme), f"{size:.2f}", *speeds])
     return lines
@@ -162,16 +162,22 @@ def served(card: str, phase: str) -> str:
     return markdown([*heads, *(["GB of weights"] if phase == "prefill" else [])], lines)
 
 
-def _cell(row: Row, dense: Dense) -> str:
-    """The wall's time, and kernels' in brackets where it was measured."""
+def _by_kernels(row: Row, dense: Dense) -> float | None:
+    """The dense engine's kernels' time over this one's, where both were measured."""
     theirs = dense[row.what, row.m, row.commit].kernels_us
-    return f"{over(row, dense):.2f}×" + (f" ({theirs / row.kernels_us:.2f})" if theirs and row.kernels_us else "")
+    return theirs / row.kernels_us if theirs and row.kernels_us else None
 
 
-def _by_kernels(row: Row, dense: Dense) -> str:
-    """Kernels' time, which a busy host does not change, where it was measured, and the wall's in brackets."""
-    theirs, wall = dense[row.what, row.m, row.commit].kernels_us, f"(wall {over(row, dense):.2f}×)"
-    return f"{theirs / row.kernels_us:.2f}× {wall}" if theirs and row.kernels_us else wall
+def _cell(row: Row, dense: Dense) -> str:
+    """By the wall's time, and in brackets by kernels'."""
+    kernels = _by_kernels(row, dense)
+    return f"{over(row, dense):.2f}×" + (f" ({kernels:.2f})" if kernels else "")
+
+
+def _kernels_first(row: Row, dense: Dense) -> str:
+    """By kernels' time, which a busy host does not change, and in brackets by the wall's."""
+    kernels = _by_kernels(row, dense)
+    return (f"{kernels:.2f}× " if kernels else "") + f"(wall {over(row, dense):.2f}×)"
 
 
 def measured(card: str) -> str:
