@@ -21,7 +21,6 @@ from slidesparse.compat import torch as torch_names
 from slidesparse.compat import versions
 from slidesparse.compat.versions import TESTED, lacks, numbers, untested
 from slidesparse.errors import UnsupportedError
-from slidesparse.gemm import products
 from slidesparse.gemm.kernels import dense
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,16 +203,15 @@ def test_the_public_scaled_product_is_the_private_one(
 
 def test_without_the_integer_product_sums_stay_exact_and_its_kernel_says_so(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
     bare = without(monkeypatch, torch, "_int_mm")
-    for module in (dense, products):
-        monkeypatch.setattr(module, "HAS_INT_MM", bare.HAS_INT_MM)
-        monkeypatch.setattr(module, "int_mm", bare.int_mm)
+    monkeypatch.setattr(dense, "HAS_INT_MM", bare.HAS_INT_MM)
+    monkeypatch.setattr(dense, "int_mm", bare.int_mm)
     q, weight = (torch.randint(-128, 128, (n, 2080), generator=rng).to(torch.int8) for n in (5, 7))
-    products._int_mm_is_exact.cache_clear()
+    dense._int_mm_is_exact.cache_clear()
     try:
-        assert torch.equal(products.int_matmul(q, weight).long(), q.long() @ weight.long().t())
-        assert not products._int_mm_is_exact("cpu") and not products._int_mm_takes(weight.repeat(8, 1), weight.repeat(8, 1))
+        assert torch.equal(dense.int_matmul(q, weight).long(), q.long() @ weight.long().t())
+        assert not dense._int_mm_is_exact("cpu") and not dense._int_mm_takes(weight.repeat(8, 1), weight.repeat(8, 1))
     finally:
-        products._int_mm_is_exact.cache_clear()
+        dense._int_mm_is_exact.cache_clear()
     problem = SimpleNamespace(scheme=SimpleNamespace(name="int8"), cuda=True, n=64, k=64)
     assert "has no _int_mm" in dense._not_cublaslt(problem)
 

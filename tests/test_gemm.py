@@ -13,7 +13,6 @@ from layers import DTYPE, made, oracle, quantised, tokens
 from slidesparse.errors import UnsupportedError
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Problem, Route, Runner, Weights, register
-from slidesparse.gemm import products as eight_bit
 from slidesparse.gemm.kernels import Pipeline, chosen, kernels, refusal, unmeasured
 from slidesparse.gemm.kernels import dense as dense_kernels
 from slidesparse.gemm.layouts import LAYOUTS
@@ -64,19 +63,19 @@ def test_int8_sums_are_exact_at_the_extremes() -> None:
         weight = torch.full((5, k), 127, dtype=torch.int8)
         weight[1:3] = -128
         exact = (q.double() @ weight.double().t()).to(torch.int32)
-        assert torch.equal(eight_bit.int_matmul(q, weight), exact)
+        assert torch.equal(dense_kernels.int_matmul(q, weight), exact)
 
 
 def test_int8_without_integer_products_is_as_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eight_bit, "_int_mm_is_exact", lambda device: False)
-    monkeypatch.setattr(eight_bit, "int_mm", None)
+    monkeypatch.setattr(dense_kernels, "_int_mm_is_exact", lambda device: False)
+    monkeypatch.setattr(dense_kernels, "int_mm", None)
     # Odd products, whose sums float32 does not hold beyond 2^24.
     q, weight = torch.full((2, 3001), 127, dtype=torch.int8), torch.full((3, 3001), -127, dtype=torch.int8)
-    assert torch.equal(eight_bit.int_matmul(q, weight).double(), q.double() @ weight.double().t())
+    assert torch.equal(dense_kernels.int_matmul(q, weight).double(), q.double() @ weight.double().t())
     q = torch.randint(-127, 128, (9, 3001), dtype=torch.int8)
     weight = torch.randint(-128, 128, (21, 3001), dtype=torch.int8)
-    assert torch.equal(eight_bit.int_matmul(q, weight).double(), q.double() @ weight.double().t())
-    assert torch.equal(eight_bit.int_matmul(q.fill_(-127), weight.fill_(-128)).double(), q.double() @ weight.double().t())
+    assert torch.equal(dense_kernels.int_matmul(q, weight).double(), q.double() @ weight.double().t())
+    assert torch.equal(dense_kernels.int_matmul(q.fill_(-127), weight.fill_(-128)).double(), q.double() @ weight.double().t())
 
 
 def test_saturating_integer_products_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,10 +84,10 @@ def test_saturating_integer_products_are_found_out(monkeypatch: pytest.MonkeyPat
         pairs = ((q.int() + 128).unsqueeze(-1) * weight.int().unsqueeze(0)).unflatten(1, (-1, 2)).sum(2)
         return pairs.clamp(-32768, 32767).sum(1) - 128 * weight.int().sum(0)
 
-    monkeypatch.setattr(eight_bit, "int_mm", saturating)
-    assert not eight_bit._int_mm_is_exact.__wrapped__("cpu")
-    monkeypatch.setattr(eight_bit, "int_mm", lambda q, weight: q.int() @ weight.int())
-    assert eight_bit._int_mm_is_exact.__wrapped__("cpu")
+    monkeypatch.setattr(dense_kernels, "int_mm", saturating)
+    assert not dense_kernels._int_mm_is_exact.__wrapped__("cpu")
+    monkeypatch.setattr(dense_kernels, "int_mm", lambda q, weight: q.int() @ weight.int())
+    assert dense_kernels._int_mm_is_exact.__wrapped__("cpu")
 
 
 def test_integer_products_that_are_slower_than_floats_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,10 +95,10 @@ def test_integer_products_that_are_slower_than_floats_are_left_alone(monkeypatch
         time.sleep(0.2)
         return q.int() @ weight.int()
 
-    monkeypatch.setattr(eight_bit, "int_mm", slow)
-    assert not eight_bit._int_mm_pays.__wrapped__("cpu")
-    monkeypatch.setattr(eight_bit, "int_mm", lambda q, weight: torch.ones(q.shape[0], weight.shape[1], dtype=torch.int32))
-    assert eight_bit._int_mm_pays.__wrapped__("cpu")
+    monkeypatch.setattr(dense_kernels, "int_mm", slow)
+    assert not dense_kernels._int_mm_pays.__wrapped__("cpu")
+    monkeypatch.setattr(dense_kernels, "int_mm", lambda q, weight: torch.ones(q.shape[0], weight.shape[1], dtype=torch.int32))
+    assert dense_kernels._int_mm_pays.__wrapped__("cpu")
 
 
 @pytest.mark.parametrize("route", [None, "dense", "packed"])

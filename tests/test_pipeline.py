@@ -15,7 +15,6 @@ from slidesparse.errors import UnsupportedError
 from slidesparse.gemm import Problem, Runner, Weights, kernels
 from slidesparse.gemm.kernels import Pipeline
 from slidesparse.gemm.layouts import LAYOUTS, Copy
-from slidesparse.gemm.products import int_matmul
 from slidesparse.ops import cusparselt, prologue
 from slidesparse.ops.prologue import Activations
 from slidesparse.tolerance import check_bitwise
@@ -33,7 +32,7 @@ ROUTES = [
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """The CPU plays a card; the plans that the library was asked for."""
-    exact = lambda q, dense: int_matmul(q, dense) if q.dtype == torch.int8 else (q.double() @ dense.double().t()).float()  # noqa: E731
+    exact = lambda q, dense: kernels.dense.int_matmul(q, dense) if q.dtype == torch.int8 else (q.double() @ dense.double().t()).float()  # noqa: E731
     monkeypatch.setattr(kernels.dense, "products", exact)
     return stand_ins.pretend_a_card(monkeypatch)
 

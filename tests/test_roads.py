@@ -55,11 +55,11 @@ def files_of(call: Callable[[], object]) -> list[str]:
     return sorted(map(str, seen))
 
 
-def test_a_warm_call_on_a_cpu_runs_code_of_five_files() -> None:
+def test_a_warm_call_on_a_cpu_runs_code_of_four_files() -> None:
     layer, x = layer_of(32, 64, "int8"), tokens(5, 64)
-    assert len(files_of(lambda: layer(x))) > 5, "the first call makes everything ready"
+    assert len(files_of(lambda: layer(x))) > 4, "the first call makes everything ready"
     found = files_of(lambda: layer(x))
-    assert "nn/linear.py" in found and "gemm/runner.py" in found and len(found) <= 5, found
+    assert "nn/linear.py" in found and "gemm/runner.py" in found and len(found) <= 4, found
 
 
 def tile_call(*arguments: object) -> Callable:
