@@ -12,8 +12,9 @@ import transformers
 from architectures import ARCHITECTURES, run
 from slidesparse.compat.versions import TESTED, numbers
 
-# FalconLinear rounds once more, before it adds the bias.
-PACKED = {"falcon": 0.02}
+NEWEST = numbers(transformers.__version__) >= numbers(TESTED["transformers"].newest)
+# FalconLinear rounds once more, before it adds the bias. So does torch for strided inputs, which dt_proj of Mamba gets in transformers 5.6.
+PACKED = {"falcon": 0.02} if NEWEST else {"falcon": 0.02, "mamba": 0.01}
 REFUSED = {"llama4-text": "experts in one tensor.*slidesparse convert"}
 STAY = {
     "rwkv": "attention.output|feed_forward.value|head|embed",  # the model divides two of these in place
@@ -32,7 +33,7 @@ FLOAT32_SCALES = ("gemma3", "llava", "paligemma", "qwen2-vl", "qwen2.5-vl")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_form_and_twin_answer_as_the_masked_model(name: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    twin = name not in FLOAT32_SCALES or numbers(transformers.__version__) >= numbers(TESTED["transformers"].newest)
+    twin = NEWEST or name not in FLOAT32_SCALES
     outcome = run(name, tmp_path, twin_int8=twin)
     converted = [layer for layer in outcome.layers if "shared_expert." not in layer and "shared_experts." not in layer]
     assert converted and not any(re.search(STAY.get(name, "lm_head|embed"), layer) for layer in converted)
