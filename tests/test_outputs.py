@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import models
-from slidesparse.checkpoint import Recipe, convert, inspect, verify
+from slidesparse.checkpoint import Recipe, convert, inspect, staging, verify
 from slidesparse.checkpoint.norms import write_norms
 from slidesparse.errors import CheckpointError, OutputExistsError, PatternError
 from slidesparse.pattern import Pattern
@@ -86,6 +86,21 @@ def test_a_failed_rename_puts_everything_back_and_can_be_resumed(tmp_path, dense
     assert not (tmp_path / "out.incomplete/config.json").exists()
     assert convert(dense, tmp_path / "out", other, overwrite=True).resumed_shards == 1
     assert {file.name for file in tmp_path.iterdir()} == {"dense", "out"}
+
+
+def test_a_disk_that_is_full_at_the_last_file_leaves_the_old_output(tmp_path, dense, monkeypatch):
+    convert(dense, tmp_path / "out", RECIPE)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+
+    def full(path: Path, data: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(staging, "write_json", full)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match=r"out\.incomplete is full: free space and run the same command again"):
+        convert(dense, tmp_path / "out", Recipe(Pattern.parse("4:6"), "magnitude"), overwrite=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    assert {file.name for file in tmp_path.iterdir()} == {"dense", "out", "out.incomplete"}
 
 
 def test_links_and_roots_are_refused_at_once(tmp_path, dense):

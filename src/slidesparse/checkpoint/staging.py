@@ -53,12 +53,14 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None and self.path.exists() and not any(self.path.glob(_FINISHED)):
-            self._clear()
-            with contextlib.suppress(OSError):
-                (self.path / _JOB).unlink()
-                self.path.rmdir()
-        os.close(self._lock)
+        try:
+            if kind is not None and self.path.exists() and not any(self.path.glob(_FINISHED)):
+                self._clear()
+                with contextlib.suppress(OSError):
+                    (self.path / _JOB).unlink()
+                    self.path.rmdir()
+        finally:
+            os.close(self._lock)
 
     @property
     def nbytes(self) -> int:
@@ -70,27 +72,26 @@ class Staging:
 
         Raises:
             OutputExistsError: something appeared at the output during the run; the finished work is kept and can be resumed.
-            OSError: a rename failed; everything is as it was before.
+            OSError: the disk is full, or a rename failed; everything is as it was before.
         """
         if not self._replaces and os.path.lexists(self.out):
             raise OutputExistsError(f"{self.out} appeared while this run was writing: move it and run the same command again")
         refuse_existing(self.out, self.overwrite)
         aside = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent)) if self._replaces else None
         try:
+            write_json(self.path / "config.json", config)  # before anything moves: this may find the disk full
             if aside is not None:
                 os.rename(self.out, aside / "old")
-            write_json(self.path / "config.json", config)
-            (self.path / _JOB).unlink()
             os.rename(self.path, self.out)
         except BaseException:
-            (self.path / "config.json").unlink(missing_ok=True)
-            (self.path / _JOB).write_text(self._fingerprint)
-            if aside is not None and (aside / "old").exists():
+            if aside is not None and not self.out.exists():
                 os.rename(aside / "old", self.out)
+            (self.path / "config.json").unlink(missing_ok=True)
             raise
         finally:
-            if aside is not None:
+            if aside is not None and self.out.exists():
                 shutil.rmtree(aside, ignore_errors=True)
+        (self.out / _JOB).unlink()
 
     def _check_places(self) -> None:
         if self.out.is_symlink():
