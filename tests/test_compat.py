@@ -6,6 +6,7 @@ import ast
 import csv
 import importlib.util
 import logging
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+import models
 from slidesparse import doctor
 from slidesparse.compat import torch as torch_names
 from slidesparse.compat import versions
@@ -279,6 +281,14 @@ def test_a_name_that_transformers_lacks_is_told_with_its_version(monkeypatch: py
             patch.delattr(HfQuantizer, hook)
             with pytest.raises(UnsupportedError, match=rf"has no HfQuantizer.{hook}"):
                 names.register_method("anything", object, object)
+
+
+def test_transformers_that_is_not_there_is_named_with_a_way_out(tmp_path: Path) -> None:
+    models.write(tmp_path / "dense")
+    code = "import sys; sys.modules['transformers'] = None; from slidesparse.cli import main; main()"
+    for words in (("generate", tmp_path / "dense", "Hello"), ("eval", tmp_path / "dense", "--text", __file__)):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+        assert done.stderr == "error: transformers is not installed: pip install 'transformers>=5.6'\n" and done.returncode == 1
 
 
 def test_a_name_that_vllm_lacks_is_told_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Names of transformers beyond its public classes, and the attributes by which it and its models are told things.
+"""What of transformers is imported with `integrations`, private names too, and the attributes by which it and its models are told things.
 
 Importing this imports transformers, so only `integrations` may. A name that is missing raises `UnsupportedError` with the way out.
 """
@@ -10,22 +10,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.quantizers import HfQuantizer
-from transformers.utils import logging
 
 from ..errors import UnsupportedError
 from .versions import lacks, not_imported
 
 try:
+    from transformers import AutoTokenizer, PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
+    from transformers.quantizers import HfQuantizer
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, register_quantizer
+    from transformers.utils import logging
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
     raise UnsupportedError(not_imported("transformers", error)) from error
 
-__all__ = ["INITIALISED", "HfQuantizer", "QuantizationConfigMixin", "gguf_tables", "ignored_keys", "logging", "names_when_loading",
-           "names_when_saving", "register_method", "split_where_quantised", "tied_weights"]  # fmt: skip
+__all__ = ["INITIALISED", "AutoTokenizer", "HfQuantizer", "PreTrainedModel", "QuantizationConfigMixin", "gguf_tables", "ignored_keys",
+           "logging", "names_when_loading", "names_when_saving", "register_method", "split_where_quantised", "tied_weights"]  # fmt: skip
 
 HOOKS = ("_process_model_before_weight_loading", "_process_model_after_weight_loading")
 """Methods of `HfQuantizer` that transformers calls around the loading of weights."""

@@ -48,6 +48,8 @@ def lacks(library: str, name: str) -> str:
 
 def not_imported(library: str, error: ImportError) -> str:
     """The sentence about an import that fails, which names what is missing."""
+    if isinstance(error, ModuleNotFoundError) and error.name == library:
+        return f"{library} is not installed: pip install '{library}>={TESTED[library].oldest}'"
     return f"slidesparse uses what {library} {installed(library)} does not have ({error}): {_remedy(library)}"
 
 

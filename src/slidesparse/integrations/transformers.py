@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.source import read_config
 from ..compat.transformers import (
     INITIALISED,
+    AutoTokenizer,
     HfQuantizer,
+    PreTrainedModel,
     QuantizationConfigMixin,
     logging,
     register_method,
@@ -202,7 +203,7 @@ def load(
     model = open_model(path, dtype, named_class(checkpoint.config), trust_remote_code)
     if checkpoint.marker is not None:
         pack_model(model, ignore=checkpoint.marked_ignore, candidates=checkpoint.marked_patterns())
-        restore_scales(model, [str(file) for file in sorted(path.glob("*.safetensors"))])
+        restore_scales(model, [str(path / shard) for shard in checkpoint.shards])
     _LOG.info("%s", place(model.eval(), device, memory=memory))
     return model, words
 
