@@ -127,6 +127,9 @@ def test_cells_of_another_plan_win() -> None:
     plan.merge(other)
     assert {m: one[Route("dense", "triton")].p50 for m, one in plan.times(KEY).items()} == {1: 1, 16: 3, 64: 4}
     assert list(plan.times((64, 64, "2:4", "bf16"))) == [1]
+    before = plan.times(KEY)
+    plan.merge(Plan(HERE, {KEY: {1: Cell(1), 128: Cell(128, dropped={"dense:triton": "wrong"})}}))
+    assert plan.times(KEY) == before and plan.cells[KEY][128].dropped, "a cell whose times have gone hides none"
 
 
 def test_times_of_changed_kernels_go() -> None:

@@ -71,9 +71,10 @@ class Plan:
         return sorted({route for cell in self.cells.get(key, {}).values() for route in cell.times})
 
     def merge(self, other: Plan) -> None:
-        """Take over the other plan's cells; they win."""
+        """Take over the other plan's cells; they win, but one without times does not hide one with times."""
         for key, table in other.cells.items():
-            self.cells.setdefault(key, {}).update(table)
+            own = self.cells.setdefault(key, {})
+            own |= {m: cell for m, cell in table.items() if cell.times or m not in own}
 
     def without_brief(self) -> Plan:
         """The plan that decides what runs: brief cells are left out."""
