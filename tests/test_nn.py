@@ -228,6 +228,11 @@ def test_pack_model_with_a_pattern_is_all_or_nothing() -> None:
         pack_model(model, pattern="6:8")
     assert (caught.value.row, caught.value.group, caught.value.values) == (7, 2, tuple(range(1, 9)))
     assert type(model.up) is nn.Linear, "nothing was swapped"
+    late = Block()
+    late.down.weight.data[7, 0] = torch.nan
+    with pytest.raises(WeightError, match=r"layer down: .*row 7, column 0 is nan"):
+        pack_model(late)
+    assert type(late.up) is nn.Linear, "nothing was swapped before the last layer was found wrong"
     pack_model(model)
     assert type(model.down) is nn.Linear and "obeys none" in packing_report(model).dense["down"]
     with pytest.raises(ValueError, match="not called"):

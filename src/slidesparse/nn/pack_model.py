@@ -69,9 +69,11 @@ def pack_model(
         memory: see `SlideSparseLinear`.
 
     Raises:
-        PatternError: ``pattern`` was given and a layer does not obey it: names layer, row, group and values. No layer was swapped.
+        PatternError: ``pattern`` was given and a layer does not obey it: names layer, row, group and values.
         WeightError: weights with NaN or Inf, broken scales, or float32 weights with ``pattern`` and no ``scheme``; names the layer.
         ValueError: an unknown pattern or scheme, or ``model`` is itself a linear layer.
+
+    Where an error is raised, no layer was swapped.
     """
     if isinstance(model, nn.Linear):
         raise ValueError("a lone linear layer cannot be swapped in place: use SlideSparseLinear.from_dense")
@@ -79,13 +81,13 @@ def pack_model(
     target = scheme_named(scheme) if isinstance(scheme, str) else scheme
     report = PackingReport()
     steps = _survey(model, wanted, target, ignore, tuple(candidates), report)
-    replaced: dict[int, SlideSparseLinear] = {}
+    layers: dict[int, SlideSparseLinear] = {}
     for step in steps:
-        linear = step.source.module
-        if id(linear) not in replaced:
-            replaced[id(linear)] = _convert(step, memory)
+        if id(step.source.module) not in layers:
+            layers[id(step.source.module)] = _convert(step, memory)
+    for step in steps:
         parent, _, child = step.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, replaced[id(linear)])
+        setattr(model.get_submodule(parent), child, layers[id(step.source.module)])
         report.packed[step.name] = (step.pattern, step.scheme)
     setattr(model, _REPORT, report)
     if report.packed:
@@ -116,7 +118,7 @@ def _survey(
     candidates: tuple[Pattern, ...],
     report: PackingReport,
 ) -> list[_Step]:
-    """Everything that can fail for a reason in the weights fails here, before the model is touched."""
+    """Which layers are packed, and how; the others go into the report with the reason."""
     uses = Counter(id(parameter) for module in set(model.modules()) for parameter in module._parameters.values() if parameter is not None)
     steps = []
     for name, module in model.named_modules(remove_duplicate=False):
