@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +15,7 @@ from slidesparse.checkpoint.formats.bitnet import ternarize, unpack_ternary
 from slidesparse.errors import WeightError
 from slidesparse.format import SCHEMES, scheme_of_dtype
 from slidesparse.pattern import KNOWN, Pattern
-from slidesparse.quantization import check_finite, quantize_weight
+from slidesparse.quantization import check_finite, quantize_nvfp4, quantize_weight
 
 INT8, FP8 = SCHEMES["int8"], SCHEMES["fp8"]
 INPUTS = (torch.bfloat16, torch.float16, torch.float32)
@@ -209,6 +210,18 @@ def test_weights_must_be_finite(name, rng):
         with pytest.raises(WeightError, match="row 3, column 7"):
             quantize_weight(weight, SCHEMES[name])
     check_finite(torch.full((2, 9), 3e38))
+
+
+def test_weights_must_fit_float32():
+    weight = torch.ones(4, 16, dtype=torch.float64)
+    weight[3, 7] = 1e200
+    for quantize in (
+        partial(quantize_weight, scheme="int8"),
+        partial(quantize_weight, scheme="fp8"),
+        partial(quantize_nvfp4, global_scale=1.0),
+    ):
+        with pytest.raises(WeightError, match="row 3, column 7 is inf"):
+            quantize(weight)
 
 
 def test_weights_must_fit_16_bits():

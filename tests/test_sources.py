@@ -14,7 +14,7 @@ from slidesparse import convert as convert_with_readers
 from slidesparse import reference
 from slidesparse import verify as verify_with_readers
 from slidesparse.checkpoint import Recipe, convert, inspect, verify
-from slidesparse.errors import CheckpointError, PatternError, UnsupportedError
+from slidesparse.errors import CheckpointError, PatternError, UnsupportedError, WeightError
 from slidesparse.format import PackedConfig
 from slidesparse.pattern import Pattern
 
@@ -238,16 +238,19 @@ def test_weights_quantised_in_unknown_ways_are_said_to_be(tmp_path):
 def test_64_bit_weights_are_cast_and_otherwise_named(tmp_path):
     tensors = {name: t.double() if "q_proj" in name else t for name, t in models.llama_tensors().items()}
     source = models.write(tmp_path / "merged", tensors)
-    for recipe in (Recipe(SIX, "magnitude", "int8"), Recipe(SIX, "magnitude", form="dense"), Recipe(SIX)):
-        with pytest.raises(UnsupportedError, match=r"q_proj is float64.*slidesparse quantize --scheme bf16"):
+    for recipe in (Recipe(SIX, "magnitude", "int8"), Recipe(SIX, "magnitude", form="dense"), Recipe(SIX), Recipe(SIX, form="dense")):
+        with pytest.raises(UnsupportedError, match=r"q_proj is float64, .*: cast it first \(slidesparse quantize --scheme bf16\)$"):
             convert(source, tmp_path / "no", recipe)
-    with pytest.raises(UnsupportedError, match=r"float64, which is not packed: cast it first \(slidesparse quantize --scheme bf16\)$"):
-        convert(source, tmp_path / "no", Recipe(SIX))
     convert(source, tmp_path / "cast", Recipe(scheme="bf16", form="dense", obey=False))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(models.read(tmp_path / "cast")[name], tensors[name].bfloat16())
     convert(tmp_path / "cast", tmp_path / "out", Recipe(SIX, "magnitude", "int8"))
     assert {layer.scheme for layer in inspect(source).layers} == {"bf16", "fp64"}
+    tensors[name][3, 5] = 1e200
+    wide = models.write(tmp_path / "wide", tensors)
+    for scheme in ("int8", "fp8", "bf16"):
+        with pytest.raises(WeightError, match=r"q_proj: .*row 3, column 5 is inf"):
+            convert(wide, tmp_path / "no", Recipe(SIX, scheme=scheme, form="dense", obey=False))
 
 
 # ---------------------------------------------------------------------------------------------- what the class of model says

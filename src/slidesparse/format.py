@@ -75,7 +75,7 @@ SCHEMES = {
 }
 
 FP32, FP64 = Scheme("fp32", torch.float32), Scheme("fp64", torch.float64)
-"""32- and 64-bit weights: read and pruned, but with no packed form, so not among `SCHEMES`."""
+"""Types without a packed form, so not among `SCHEMES`: 32-bit weights are read and pruned, 64-bit ones read and cast."""
 
 
 def scheme_named(name: str) -> Scheme:

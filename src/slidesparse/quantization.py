@@ -63,7 +63,7 @@ def quantize_rows(weight: Tensor, scheme: Scheme, *, first_row: int = 0) -> tupl
         WeightError: a weight is NaN or Inf.
         ValueError: the scheme is not of 8 bits.
     """
-    given, weight, bound = weight, weight.float(), scheme.largest
+    weight, bound = weight.float(), scheme.largest
     # Two passes that only read cost less than one that writes magnitudes.
     ends = (weight.amax(-1, keepdim=True), -weight.amin(-1, keepdim=True)) if weight.shape[1] else (weight.new_zeros(len(weight), 1),) * 2
     largest = torch.maximum(*ends)
@@ -71,7 +71,7 @@ def quantize_rows(weight: Tensor, scheme: Scheme, *, first_row: int = 0) -> tupl
     scale = largest / torch.full_like(largest, bound)
     scale.masked_fill_(scale == 0, 1.0)
     if not _finite(scale):
-        check_finite(given, first_row=first_row)
+        check_finite(weight, first_row=first_row)
     q = (weight / scale).clamp_(-bound, bound)
     return (q.round_() if scheme.dtype == torch.int8 else q).to(scheme.dtype), scale
 
@@ -97,7 +97,7 @@ def quantize_nvfp4(weight: Tensor, global_scale: float, *, first_row: int = 0) -
     blocks = weight.to(torch.float32).view(n, k // BLOCK, BLOCK)
     largest = blocks.abs().amax(-1)
     if not _finite(largest):
-        check_finite(weight, first_row=first_row)
+        check_finite(blocks.flatten(1), first_row=first_row)
     factor = torch.full_like(largest, global_scale)
     scale = (largest / torch.full_like(largest, _FP4_MAX) * factor).clamp(max=_FP8_MAX).to(torch.float8_e4m3fn)
     divisor = (scale.to(torch.float32) / factor).unsqueeze(-1)

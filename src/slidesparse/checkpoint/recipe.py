@@ -245,12 +245,11 @@ def _target(layer: Layer, recipe: Recipe) -> Scheme:
         raise UnsupportedError(f"layer {layer.name} {refusal}")
     scheme = SCHEMES[recipe.scheme] if recipe.scheme else layer.scheme
     cast = "cast it first (slidesparse quantize --scheme bf16)"
-    at_once = ", or quantise and pack in one go (slidesparse convert --scheme int8)" if scheme is FP32 else ""
-    if layer.scheme is FP64 and recipe.method:
-        raise UnsupportedError(f"layer {layer.name} is float64, which is not pruned: {cast}")
-    if scheme in (FP32, FP64) and recipe.form == "packed":
-        told = "float32" if scheme is FP32 else "float64"
-        raise UnsupportedError(f"layer {layer.name} is {told}, which is not packed: {cast}{at_once}")
+    if layer.scheme is FP64 and (recipe.method or scheme is FP64):
+        raise UnsupportedError(f"layer {layer.name} is float64, which is neither pruned nor packed: {cast}")
+    if scheme is FP32 and recipe.form == "packed":
+        at_once = "quantise and pack in one go (slidesparse convert --scheme int8)"
+        raise UnsupportedError(f"layer {layer.name} is float32, which is not packed: {cast}, or {at_once}")
     if scheme.pair and layer.k % BLOCK:
         raise UnsupportedError(f"layer {layer.name}: nvfp4 needs K to be a multiple of {BLOCK}, got {layer.k}: leave it out with --ignore")
     return scheme
