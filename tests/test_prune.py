@@ -11,7 +11,7 @@ from slidesparse import reference
 from slidesparse.errors import WeightError
 from slidesparse.packing import find_violation, integer_view
 from slidesparse.pattern import KNOWN, Pattern
-from slidesparse.pruning import METHODS, prune
+from slidesparse.pruning import METHODS, Statistics, prune
 
 EVERY = [*KNOWN, *(Pattern.parse(t) for t in ("2:3@1:2", "3:4@1:2", "8:12@4:8", "12:16@4:8", "6:8x2", "2:4x2", "8:12x2@4:8"))]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8)
@@ -117,6 +117,12 @@ def test_refusals():
         prune(torch.ones(1, 8), pattern, "psychic")
     with pytest.raises(ValueError):
         prune(torch.ones(1, 7), Pattern.parse("6:8x2"))
+    with pytest.raises(ValueError, match="magnitude takes no statistics"):
+        prune(torch.ones(1, 8), pattern, statistics=Statistics(None, torch.ones(8)))
+    with pytest.raises(ValueError, match=r"wanda needs statistics of the layer's inputs"):
+        prune(torch.ones(1, 8), pattern, "wanda")
+    with pytest.raises(ValueError, match="wanda prunes rows that start with a group, got offset 3"):
+        prune(torch.ones(1, 8), pattern, "wanda", statistics=Statistics(None, torch.ones(8)), offset=3)
 
 
 def test_no_rows_or_columns():

@@ -82,9 +82,13 @@ def prune(
     pattern.units(weight.shape[1])
     check_finite(weight)
     if not chosen.calibrated:
+        if statistics is not None:
+            raise ValueError(f"{method} takes no statistics: leave them out, or choose a calibrated method")
         return chosen.run(weight, pattern, offset, generator or torch.Generator().manual_seed(0))
-    if statistics is None or offset:
-        raise ValueError(f"{method} needs statistics of the layer's inputs, and rows that start with a group (offset 0, got {offset})")
+    if statistics is None:
+        raise ValueError(f"{method} needs statistics of the layer's inputs (slidesparse.pruning.Statistics)")
+    if offset:
+        raise ValueError(f"{method} prunes rows that start with a group, got offset {offset}: prune whole rows")
     if weight.dtype.itemsize == 1:
         raise WeightError(f"{method} cannot prune {weight.dtype} weights: prune the 16-bit ones")
     statistics.check(weight.shape[1], hessian=chosen.corrects)
