@@ -127,7 +127,7 @@ def test_a_kernel_that_finds_nothing_right_is_named_and_not_asked_again(bench, t
     monkeypatch.setattr(CuSparseLt, "search", lambda *_: ())
     monkeypatch.setattr(LAYOUTS["slid"], "prepare", lambda problem, weights: (torch.empty(0),), raising=False)
     plan = tune.tune([shape], path, ms=(1,))
-    assert cell_of(plan, shape, 1).dropped["cusparselt"] == "none of its variants gave right results"
+    assert cell_of(plan, shape, 1).dropped["slid:cusparselt"] == "none of its variants gave right results"
     tune.tune([shape], path, ms=(1,))
     assert len(bench) == 1
 

@@ -15,7 +15,7 @@ from ..gemm.tune import Bench, LinearShape
 from ..pattern import Pattern
 from .kernel import Progress, timed_rows
 from .models import Shape
-from .rows import FAILED, OK, REFUSED, WRONG, Row, Rows, device, first_line
+from .rows import FAILED, OK, Row, Rows, device, first_line, status_of
 
 
 def tasks(
@@ -98,7 +98,7 @@ def _row(plan: Plan, bench: Bench, task: Row) -> Row:
         return replace(task, status=FAILED, why=first_line(error))
     if runs not in cell.times:
         why = cell.dropped.get(str(runs), "it was not timed")
-        return replace(task, status=WRONG if why.startswith("max error") else REFUSED, why=why)
+        return replace(task, status=status_of(why), why=why)
     return next(each for each in timed_rows(task, cell.times, cell.errors, device()) if each.route == task.route)
 
 

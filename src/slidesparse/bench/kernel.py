@@ -19,7 +19,7 @@ from ..ops import capability
 from ..pattern import Pattern
 from .models import Shape
 from .rivals import give_up
-from .rows import FAILED, OK, REFUSED, WRONG, Row, Rows, device, first_line, timed
+from .rows import FAILED, OK, REFUSED, Row, Rows, device, first_line, status_of, timed
 
 CONTROL = "control"
 """γ = 2: a 2:4 product of twice the width, which is what sliding would cost if it saved nothing."""
@@ -200,11 +200,7 @@ def timed_rows(row: Row, times: Mapping[Route, Timing], errors: Mapping[Route, f
 
 def _dropped_rows(row: Row, cell: Cell) -> list[Row]:
     """What did not run, and why."""
-    rows = []
-    for name, why in cell.dropped.items():
-        wrong = why.startswith(("max error", "returned", "none of its variants"))
-        rows.append(replace(row, route=name, status=WRONG if wrong else FAILED if "memory" in why else REFUSED, why=why))
-    return rows
+    return [replace(row, route=name, status=status_of(why), why=why) for name, why in cell.dropped.items()]
 
 
 def roof(here: Row) -> Row:

@@ -116,6 +116,13 @@ def timed(row: Row, timing: Timing, device: str) -> Row:
     return replace(row, us=timing.p50, us_p20=timing.p20, us_p80=timing.p80, timer=timer, status=OK)
 
 
+def status_of(why: str) -> str:
+    """The status of a route that `slidesparse.gemm.tune` dropped, by its reason."""
+    if why.startswith(("max error", "returned", "none of its variants")):
+        return WRONG
+    return FAILED if "memory" in why else REFUSED
+
+
 def first_line(error: Exception) -> str:
     """What an error says, or its kind where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -236,10 +236,10 @@ class Bench:
                 try:
                     variants = kernel.search(self.problem, x, self.copies(layout, count)[0])
                 except (UnsupportedError, torch.OutOfMemoryError) as error:
-                    dropped[name] = str(error).splitlines()[0]
+                    dropped[f"{layout}:{name}"] = str(error).splitlines()[0]
                     continue
                 if not variants:
-                    dropped[name] = "none of its variants gave right results"
+                    dropped[f"{layout}:{name}"] = "none of its variants gave right results"
                 found += [Route(layout, name, variant) for variant in (variants[::_BRIEF_STEP] if brief else variants)]
         return found or [Route("dense", "exact"), Route("packed", "exact")]
 
