@@ -29,12 +29,12 @@ Apply = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 
 def can_give_back(scheme: Scheme, device: torch.device) -> bool:
     """Whether vLLM multiplies weights and activations of this scheme here."""
-    return device.type == "cuda" and (not scheme.dynamic or _multiplies(scheme))
+    return device.type == "cuda" and (not scheme.dynamic or _multiplies(scheme, ops.capability(device)))
 
 
-def _multiplies(scheme: Scheme) -> bool:
-    """Whether vLLM's W8A8 kernels run on this card: fp8 from compute capability 8.9, int8 before 10.0."""
-    return ops.capability() >= (8, 9) if scheme.name == "fp8" else (7, 5) <= ops.capability() < (10, 0)
+def _multiplies(scheme: Scheme, capability: tuple[int, int]) -> bool:
+    """Whether vLLM's W8A8 kernels run on such a card: fp8 from compute capability 8.9, int8 before 10.0."""
+    return capability >= (8, 9) if scheme.name == "fp8" else (7, 5) <= capability < (10, 0)
 
 
 def decided(problem: Problem, *, most: int, swiglu: bool) -> Decision:
@@ -85,8 +85,8 @@ def _refuses(problem: Problem) -> str | None:
         return f"N = {problem.n} and K = {problem.k} must be multiples of 16"
     if not has_cutlass():
         return "this vLLM was built without its CUTLASS kernels"
-    if not _multiplies(problem.scheme):
-        return f"vLLM's {problem.scheme.name} kernels do not run on compute capability {'.'.join(map(str, ops.capability()))}"
+    if not _multiplies(problem.scheme, problem.capability):
+        return f"vLLM's {problem.scheme.name} kernels do not run on compute capability {'.'.join(map(str, problem.capability))}"
     return int32_overflow(problem)
 
 
