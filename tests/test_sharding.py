@@ -152,7 +152,13 @@ def test_markers_are_read_or_refused() -> None:
     claims = Claims.of_marker({"pattern": "6:8", "overrides": {"a": "4:6"}, "ignore": ["b"]})
     assert str(claims.pattern) == "6:8" and str(claims.overrides["a"]) == "4:6" and claims.ignore == ("b",)
     assert Claims.of_marker(None).pattern is None and "lm_head" in Claims.of_marker(None).ignore
-    for wrong in ("6:8", {"pattern": "7:8"}, {"pattern": "6:8", "overrides": ["a"]}, {"pattern": "6:8", "ignore": [1]}):
+    for wrong in (
+        "6:8",
+        {"pattern": "7:8"},
+        {"pattern": "6:8", "overrides": ["a"]},
+        {"pattern": "6:8", "ignore": [1]},
+        {"pattern": "6:8", "ignore": "lm_head"},
+    ):
         with pytest.raises(CheckpointError, match="slidesparse"):
             Claims.of_marker(wrong)
 

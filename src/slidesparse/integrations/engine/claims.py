@@ -44,7 +44,8 @@ class Claims:
         if not isinstance(marker, dict):
             raise CheckpointError(f"config.json: slidesparse must be an object with a pattern, got {marker!r}")
         ignore, overrides = marker.get("ignore", DEFAULT_IGNORE), marker.get("overrides") or {}
-        if not isinstance(overrides, dict) or not all(isinstance(entry, str) for entry in ignore):
+        listed = isinstance(ignore, list | tuple) and all(isinstance(entry, str) for entry in ignore)
+        if not listed or not isinstance(overrides, dict):
             raise CheckpointError("config.json: slidesparse.overrides must map layers to patterns, slidesparse.ignore list layers")
         try:
             return cls(
