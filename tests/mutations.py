@@ -27,7 +27,7 @@ ROOMS = {
     "format": (["format.py"], ["format", "convert", "nn", "state"]),
     "packing": (["packing"], ["pack", "bitmask", "sharding", "format"]),
     "plan": (["gemm/plan.py", "gemm/choose.py", "gemm/route.py"], ["plan", "choose", "layouts", "frozen_choices"]),
-    "quantization": (["quantization"], ["quant", "nvfp4", "rounding", "reference"]),
+    "quantization": (["quantization.py"], ["quant", "nvfp4", "rounding", "reference"]),
 }
 """Modules, and tests that are about them."""
 
