@@ -7,6 +7,7 @@ weight is kept.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,22 @@ def random_layer(
     return Layer(weight, (x.T @ x / tokens).float(), tokens)
 
 
+def varied_layers(count: int, patterns: Sequence[Pattern], rng: torch.Generator) -> list[tuple[Pattern, Layer]]:
+    """Inputs from independent to nearly of low rank, with channels of all loudnesses, and calibration on few and on many tokens."""
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=rng))
+
+    cases = []
+    for i in range(count):
+        k = 2 * draw(10, 100)
+        decay, mixed, loud = 2 * float(torch.rand(1, generator=rng)), (0, 0.1, 1)[draw(0, 3)], (1, 5, 20)[draw(0, 3)]
+        shape = draw(1, 40), k, draw(4, 6 * k)
+        layer = random_layer(*shape, rng, decay=decay * mixed, mixed=mixed, loud=loud, dead=draw(0, 3))
+        cases.append((patterns[i % len(patterns)], layer))
+    return cases
+
+
 # What is lost.
 
 
@@ -71,6 +88,18 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     """H + damping · mean(diag H) · I in float64."""
     h = hessian.double()
     return h + damping * h.diagonal().mean() * torch.eye(h.shape[0], dtype=torch.float64)
+
+
+def damped_error(layer: Layer, solution: Tensor, damping: float = 0.01) -> float:
+    """What ADMM makes small. Without the damping, loud or dead inputs may turn the order of two solutions around."""
+    return layer_error_oracle(layer.weight, solution, damped(layer.hessian, damping))
+
+
+def excess(layer: Layer, solution: Tensor, damping: float = 0.01) -> float:
+    """How far a solution's damped error lies above the least that its own support allows, as a share of that."""
+    h = damped(layer.hessian, damping)
+    least = layer_error_oracle(layer.weight, best_on_support(layer.weight, solution != 0, h), h)
+    return layer_error_oracle(layer.weight, solution, h) / least - 1
 
 
 # Masks.

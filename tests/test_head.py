@@ -207,7 +207,7 @@ def test_logits_that_mix_tokens_do_not_count(monkeypatch):
 def test_the_last_block_is_judged_by_the_models_divergence(tmp_path, monkeypatch, family):
     """What the report says is what whole models, dense and pruned, give on the samples held out."""
     monkeypatch.setattr(tiny, "FAMILIES", tiny.FAMILIES | SCALED)
-    dense, ids = tiny.build(tmp_path / "dense", family, dtype=torch.float32), tiny.token_ids(tmp_path / "ids.npy", samples=160)
+    dense, ids = tiny.build(tmp_path / "dense", family, dtype=torch.float32), tiny.token_ids(tmp_path / "ids.npy", samples=160, words=9)
     report = convert(dense, tmp_path / "out", tiny.recipe("auto", ids, samples=160, reconstruction_steps=60)).pruning
     first, last = report.blocks
     assert "error_after" in first and "error_after" not in last
@@ -216,7 +216,7 @@ def test_the_last_block_is_judged_by_the_models_divergence(tmp_path, monkeypatch
     with torch.no_grad():
         wanted, own = (model(input_ids=held, use_cache=False).logits.log_softmax(-1) for model in models)
     found = float(nn.functional.kl_div(own, wanted, reduction="sum", log_target=True)) / held.numel()
-    assert last["divergence_after"] == pytest.approx(found, rel=1e-2)
+    assert last["divergence_after"] == pytest.approx(found, rel=1e-3)
     assert 0 < last["divergence_after"] < last["divergence_before"]
 
 

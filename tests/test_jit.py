@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 
@@ -198,7 +199,9 @@ def test_eight_processes_compile_a_kernel_once() -> None:
     assert out.split() == ["built", "8", "True"] and not err
 
 
-def test_a_process_killed_while_it_writes_leaves_nothing_wrong(folder: Path, builds: list[str]) -> None:
+def test_a_process_killed_while_it_writes_leaves_nothing_wrong(
+    folder: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     script = """
     import time
     def hanging(*_):
@@ -212,9 +215,9 @@ def test_a_process_killed_while_it_writes_leaves_nothing_wrong(folder: Path, bui
     assert any((folder / "tmp").iterdir()) and not entries(folder)
     process.kill()
     process.communicate()
-    began = time.monotonic()
+    monkeypatch.setattr(cache, "_PATIENCE", 0)
     assert fill().cubin and fill().cubin and builds == ["fill"]
-    assert time.monotonic() - began < 20, "the dead process's lock still holds"
+    assert not caplog.records, "the dead process's lock still holds"
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:500] + bytes([data[500] ^ 1]) + data[501:], lambda _: b""])
@@ -288,12 +291,13 @@ def test_the_cache_stays_small(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert 0 < sum(path.stat().st_size for path in entries(folder)) <= 20_000
 
 
-def test_a_cached_kernel_is_there_at_once(builds: list[str]) -> None:
+def test_a_cached_kernel_is_there_at_once(builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     fill()
-    began = time.perf_counter()
+    monkeypatch.setattr(filelock.FileLock, "acquire", lambda *_: pytest.fail("waits for a lock"))
+    began = time.process_time()  # what others do on the machine does not count
     for _ in range(10):
         fill()
-    assert (time.perf_counter() - began) / 10 < 0.05 and len(builds) == 1
+    assert (time.process_time() - began) / 10 < 0.05 and len(builds) == 1
 
 
 def test_the_wrong_nvrtc_and_none_are_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

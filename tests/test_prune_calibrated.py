@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from statistics import geometric_mean
 
 import pytest
 import torch
 from torch import Tensor
 
-from pruning_oracles import Layer, best_on_support, damped, layer_error_oracle, output_errors, random_layer, sparsegpt_oracle, wanda_oracle
+from pruning_oracles import (
+    Layer,
+    best_on_support,
+    damped,
+    damped_error,
+    excess,
+    layer_error_oracle,
+    output_errors,
+    random_layer,
+    sparsegpt_oracle,
+    varied_layers,
+    wanda_oracle,
+)
 from slidesparse import reference
 from slidesparse.errors import WeightError
 from slidesparse.packing import find_violation, integer_view
@@ -39,10 +52,6 @@ def run(method: str, layer: Layer, pattern: Pattern, **options: float) -> Tensor
 
 def error(layer: Layer, solution: Tensor) -> float:
     return layer_error_oracle(layer.weight, solution, layer.hessian)
-
-
-def draw(rng: torch.Generator, low: int, high: int) -> int:
-    return int(torch.randint(low, high, (1,), generator=rng))
 
 
 def bitwise(one: Tensor, other: Tensor) -> bool:
@@ -135,31 +144,22 @@ def test_sparsegpt_is_below_wanda(rng):
 # ADMM.
 
 
-def varied_layers(count: int, rng: torch.Generator) -> list[tuple[Pattern, Layer]]:
-    """Inputs from independent to nearly of low rank, with channels of all loudnesses, and calibration on few and on many tokens."""
-    cases = []
-    for i in range(count):
-        k = 2 * draw(rng, 10, 100)
-        decay, mixed, loud = 2 * float(torch.rand(1, generator=rng)), (0, 0.1, 1)[draw(rng, 0, 3)], (1, 5, 20)[draw(rng, 0, 3)]
-        shape = draw(rng, 1, 40), k, draw(rng, 4, 6 * k)
-        layer = random_layer(*shape, rng, decay=decay * mixed, mixed=mixed, loud=loud, dead=draw(rng, 0, 3))
-        cases.append((PATTERNS[i % len(PATTERNS)], layer))
-    return cases
-
-
-def test_admm_is_no_worse_than_sparsegpt_on_99_of_100_layers(rng):
-    lost, cases = [], varied_layers(150, rng)
-    for pattern, layer in cases:
-        ours, theirs = (error(layer, run(method, layer, pattern)) for method in ("admm", "sparsegpt"))
-        if ours > theirs:
-            lost.append((str(pattern), tuple(layer.weight.shape), layer.tokens, ours / theirs))
-    assert len(lost) <= len(cases) // 100, lost
+def test_admm_is_no_worse_than_sparsegpt_on_any_row_and_far_better_on_most(rng):
+    """Each row keeps the better of two solutions, one of them SparseGPT's, as the damped Hessian has it."""
+    shares = []
+    for pattern, layer in varied_layers(150, PATTERNS, rng):
+        solutions, h = [run(method, layer, pattern) for method in ("admm", "sparsegpt")], damped(layer.hessian, 0.01)
+        ours, theirs = (output_errors(layer.weight, solution, h) for solution in solutions)
+        noise = 1e-6 * output_errors(layer.weight, torch.zeros_like(layer.weight), h)
+        assert (ours <= theirs * (1 + 1e-5) + noise).all(), (str(pattern), layer.weight.shape, layer.tokens)
+        shares.append(error(layer, solutions[0]) / error(layer, solutions[1]))
+    assert geometric_mean(shares) < 0.6
 
 
 def test_each_row_has_the_better_of_both_supports_once_they_are_corrected(rng):
     """A support is worth what its best weights are: SparseGPT's own weights are far from these."""
     behind = []
-    for pattern, layer in varied_layers(40, rng):
+    for pattern, layer in varied_layers(40, PATTERNS, rng):
         problem, h = Scaled.of(statistics_of(layer), 0.01), damped(layer.hessian, 0.01)
         target = (layer.weight * problem.scale).t().contiguous()
         supports = _support(target, problem.hessian @ target, pattern, problem.hessian, 300).t(), sweep(target.t(), pattern, problem)
@@ -169,15 +169,8 @@ def test_each_row_has_the_better_of_both_supports_once_they_are_corrected(rng):
     assert sorted(behind)[len(behind) * 9 // 10] < 0.03, behind
 
 
-def excess(layer: Layer, solution: Tensor, damping: float = 0.01) -> float:
-    """How far a solution's damped error lies above the least that its own support allows, as a share of that."""
-    h = damped(layer.hessian, damping)
-    least = layer_error_oracle(layer.weight, best_on_support(layer.weight, solution != 0, h), h)
-    return layer_error_oracle(layer.weight, solution, h) / least - 1
-
-
 def test_admms_weights_are_the_best_on_their_support(rng):
-    for pattern, layer in varied_layers(60, rng):
+    for pattern, layer in varied_layers(60, PATTERNS, rng):
         case = str(pattern), layer.weight.shape, layer.tokens
         solution = run("admm", layer, pattern, refinements=300, tolerance=1e-7)
         assert find_violation(solution, pattern) is None
@@ -250,9 +243,14 @@ def test_dead_inputs_and_silent_layers(method, pattern, rng):
     assert (layer.norms == 0).sum() == 20
     solution = run(method, layer, pattern)
     assert bool(torch.isfinite(solution).all()) and find_violation(solution, pattern) is None
-    oracle, _ = sparsegpt_oracle(layer.weight, pattern, layer.hessian)
-    room = {"wanda": float("inf"), "sparsegpt": 1.01, "admm": 1.5}[method]
-    assert error(layer, solution) <= room * error(layer, oracle)
+    oracle, keep = sparsegpt_oracle(layer.weight, pattern, layer.hessian)
+    if method == "sparsegpt":
+        same = ((solution != 0) == keep).all(-1)
+        assert same.sum() >= 7, "a score that differs in its last bit may change a row"
+        ours, theirs = (output_errors(layer.weight, one, layer.hessian)[same].sum() for one in (solution, oracle))
+        assert ours <= 1.01 * theirs
+    if method == "admm":
+        assert damped_error(layer, solution) <= 1.001 * damped_error(layer, oracle)
     silent = Layer(layer.weight, torch.zeros(64, 64), 300)
     solution = run(method, silent, pattern)
     assert bool(torch.isfinite(solution).all()) and (units_gone(solution, pattern) == going(pattern, 64)).all()
@@ -261,7 +259,9 @@ def test_dead_inputs_and_silent_layers(method, pattern, rng):
 @every_correcting
 @pytest.mark.parametrize("pattern", EVERY, ids=str)
 def test_inputs_that_tell_nothing_give_magnitude(method, pattern, rng):
-    weight = torch.randn(16, 70, generator=rng)
+    """No two weights are of one size, or nearly so: which of these goes may turn on a last bit."""
+    weight = (torch.randperm(16 * 70, generator=rng) + 1.0).view(16, 70) / 400
+    weight *= torch.randint(2, weight.shape, generator=rng) * 2 - 1
     for loudness in (1e-6, 1.0, 1e6):
         layer = Layer(weight, loudness * torch.eye(70), 200)
         solution, expected = run(method, layer, pattern), reference.prune(weight, pattern)
@@ -304,7 +304,7 @@ def test_two_inputs_that_are_one(method, rng):
         layer = dataclasses.replace(layer, hessian=hessian)
         solution = run(method, layer, Pattern(6, 8))
         oracle, _ = sparsegpt_oracle(layer.weight, Pattern(6, 8), layer.hessian)
-        assert error(layer, solution) < 1.05 * error(layer, oracle) + 1e-9
+        assert damped_error(layer, solution) < {"sparsegpt": 1.05, "admm": 1.001}[method] * damped_error(layer, oracle)
 
 
 @every_correcting

@@ -134,8 +134,11 @@ def test_dtypes_never_touch_what_is_stored(scheme: str, dtype: torch.dtype | str
             check_bitwise(state[name], written.tensors[name])
         else:
             assert state[name].dtype == wanted
-    difference = (logits(model).float() - logits(written.model.to(wanted)).float()).norm()
-    assert difference <= (1e-5 if scheme == "bf16" and dtype == torch.float32 else 0.2) * logits(written.model).float().norm()
+    size = logits(written.model.to(wanted)).float().norm()
+    # Against the same rounding in plain arithmetic: some random models amplify what rounding to fp8 changes beyond any bound that tells.
+    expected = written.model if scheme == "bf16" else simulate(written.model, scheme)
+    difference = (logits(model).float() - logits(expected).float()).norm()
+    assert difference <= (1e-5 if scheme == "bf16" and dtype == torch.float32 else 0.2) * size
 
 
 def test_overrides_ignore_and_a_packed_head(tmp_path: Path) -> None:
