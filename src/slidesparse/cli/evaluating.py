@@ -173,7 +173,8 @@ def _by_transformers(asked: _Asked) -> Report:
 
 def _load(path: Path, asked: _Asked) -> tuple[Any, Any]:
     from ..evaluate import check_predicts
-    from ..integrations.transformers import hide_progress_bars, load
+    from ..integrations.conversion import hide_progress_bars
+    from ..integrations.transformers import load
 
     hide_progress_bars()  # the status line is ours
     with screen.err.status(f"loading {escape(str(path))}"):

@@ -37,7 +37,8 @@ def generate(
 ) -> None:
     """Continue a prompt."""
     from ..evaluate import complete
-    from ..integrations.transformers import hide_progress_bars, load
+    from ..integrations.conversion import hide_progress_bars
+    from ..integrations.transformers import load
 
     hide_progress_bars()  # the status line is ours
 
