@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, first_line
 from ..format import SCHEMES
 from ..gemm import Plan, Problem, Route
 from ..gemm.choose import GUARD, choice_of, route_at
@@ -15,7 +15,7 @@ from ..gemm.tune import Bench, LinearShape
 from ..pattern import Pattern
 from .kernel import Progress, timed_rows
 from .models import Shape
-from .rows import FAILED, OK, REFUSED, WRONG, Row, Rows, device, first_line
+from .rows import FAILED, OK, REFUSED, WRONG, Row, Rows, device
 
 
 def tasks(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .. import measure
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, first_line
 from ..format import SCHEMES
 from ..gemm import Cell, Route
 from ..gemm.choose import quickest
@@ -19,7 +19,7 @@ from ..ops import capability
 from ..pattern import Pattern
 from .models import Shape
 from .rivals import give_up
-from .rows import FAILED, OK, REFUSED, WRONG, Row, Rows, device, first_line, timed
+from .rows import FAILED, OK, REFUSED, WRONG, Row, Rows, device, timed
 
 CONTROL = "control"
 """γ = 2: a 2:4 product of twice the width, which is what sliding would cost if it saved nothing."""

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import measure, ops, reference
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, first_line
 from ..format import SCHEMES, Scheme
 from ..pattern import Pattern
 from .kernel import Progress, cannot
-from .rows import FAILED, REFUSED, WRONG, Row, Rows, device, first_line, timed
+from .rows import FAILED, REFUSED, WRONG, Row, Rows, device, timed
 
 TOKENS = (64, 1024, 4096, 16384)
 WIDTHS = (3584, 18944)

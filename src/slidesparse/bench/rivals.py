@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..compat import torch as private
 from ..compat import torchao
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, first_line
 from ..gemm import Problem, Weights, register
 from ..gemm.kernels import Kernel, Pipeline, kernels
 from ..gemm.layouts import Copy
@@ -166,7 +166,7 @@ def _tried(call: Callable[[], Tensor | tuple[Tensor, Tensor]]) -> Any:
     try:
         return call()
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        raise UnsupportedError(str(error).splitlines()[0]) from error
+        raise UnsupportedError(first_line(error)) from error
 
 
 def offer(row: Row) -> list[Row]:

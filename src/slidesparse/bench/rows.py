@@ -116,11 +116,6 @@ def timed(row: Row, timing: Timing, device: str) -> Row:
     return replace(row, us=timing.p50, us_p20=timing.p20, us_p80=timing.p80, timer=timer, status=OK)
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, or its kind where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def code_version() -> str:
     """The commit of the checkout that holds this package; the package's version elsewhere.
 

@@ -18,12 +18,12 @@ import torch
 
 from ..checkpoint import Recipe, convert
 from ..checkpoint.staging import SUFFIX
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, first_line
 from ..pattern import Pattern
 from .engines import Engine, TransformersEngine, VllmEngine, joules
 from .kernel import Progress
 from .models import MODELS
-from .rows import FAILED, OK, Row, Rows, device, first_line
+from .rows import FAILED, OK, Row, Rows, device
 from .vllm_engine import OUTPUTS, PROMPT, check
 
 PREFILL = (512, 1024, 2048, 4096, 8192, 16384, 32768)

@@ -92,7 +92,7 @@ def eval_(
     _check_output(output, overwrite)
     import torch
 
-    from ..errors import EvaluationError
+    from ..errors import EvaluationError, first_line
 
     with screen.stdout_on_stderr():
         _check_files(model, reference, text, runtime)
@@ -104,8 +104,8 @@ def eval_(
         try:
             report = (_by_vllm if runtime == Runtime.vllm else _by_transformers)(asked)
         except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
-            raise EvaluationError(f"out of memory: give a smaller --batch-size or --context, or --memory lean ({reason})") from error
+            way_out = "give a smaller --batch-size or --context, or --memory lean"
+            raise EvaluationError(f"out of memory: {way_out} ({first_line(error)})") from error
     _show(report, output, json)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..errors import first_line
 from . import screen
 from .produce import Json, Model, Trust
 
@@ -64,5 +65,5 @@ def checked_device(name: str) -> str:
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"--device {name} cannot be used here: {first_line(error)}") from error
     return name
