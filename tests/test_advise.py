@@ -227,7 +227,7 @@ def test_layers_of_another_class_are_said_to_be_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("0x64", "write NxK"), ("17", "no name on the hub"), ("{}", "not a config.json"), ("[1]", "does not hold a model configuration")],
+    [("0x64", "no shape NxK"), ("17", "no name on the hub"), ("{}", "not a config.json"), ("[1]", "does not hold a model configuration")],
 )
 def test_what_is_none_of_these_is_refused_in_one_line(tmp_path: Path, target: str, message: str) -> None:
     file = tmp_path / "config.json"

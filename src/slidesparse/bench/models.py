@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 Shape = tuple[int, int]
@@ -43,6 +44,13 @@ MODELS = {
     "BitNet-2B": ModelShape(2560, 6912, 30, 20, 5, 128, 128256, True, "bitnet"),
 }
 SQUARES = (2048, 4096, 8192)
+
+
+def shape_of(text: str) -> Shape | None:
+    """The shape that ``4096x14336`` names, also with × or a comma; None where a text is none, or one of its numbers is 0."""
+    match = re.fullmatch(r"(\d+)[x×,](\d+)", text.strip())
+    n, k = map(int, match.groups()) if match else (0, 0)
+    return (n, k) if n and k else None
 
 
 def shapes_of(name: str) -> list[Shape]:

@@ -12,7 +12,7 @@ import typer
 
 from . import screen
 from .produce import Json
-from .tuning import _tokens
+from .tuning import _tokens, shapes_named
 
 if TYPE_CHECKING:
     from ..bench.rows import Row, Rows
@@ -263,12 +263,11 @@ def _opened(out: Path, commit: str | None) -> tuple[Rows, Row]:
 def _shapes(models: Sequence[str] | None, shapes: Sequence[str] | None) -> dict[str, list[tuple[int, int]]]:
     """The shapes asked for, by model; those given by hand are each their own."""
     from ..bench.models import MODELS, shapes_of
-    from .tuning import _shapes as parsed
 
     names = models if models else [] if shapes else [*MODELS, "square"]
     with screen.options_at_fault():
         found = {name: shapes_of(name) for name in names}
-    return found | {f"{layer.n} × {layer.k}": [(layer.n, layer.k)] for layer in parsed(list(shapes or []), None, None)}
+    return found | {f"{n} × {k}": [(n, k)] for n, k in shapes_named(shapes or ())}
 
 
 def _listed(text: str, known: Sequence[str] | None) -> list[str]:
