@@ -23,9 +23,7 @@ from .rows import FAILED, OK, REFUSED, WRONG, Row, Rows, device, timed
 
 CONTROL = "control"
 """γ = 2: a 2:4 product of twice the width, which is what sliding would cost if it saved nothing."""
-PATTERNS = ("2:4", "4:6", "6:8", "8:10", "10:12", "12:14", "14:16", CONTROL)
 SCHEME_NAMES = ("int8", "fp8", "bf16", "fp16", "fp4")
-TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 EVERY = "every variant has a row"
 """Stands in rows of cells that were measured with ``every``."""
 _DENSE = ("dense",)
