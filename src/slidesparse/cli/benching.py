@@ -16,6 +16,7 @@ from .tuning import _tokens, shapes_named
 
 if TYPE_CHECKING:
     from ..bench.rows import Row, Rows
+    from ..bench.speedups import Curve
 
 app = typer.Typer(
     name="bench",
@@ -285,10 +286,10 @@ def _listed(text: str, known: Sequence[str] | None) -> list[str]:
     return names
 
 
-def _print_curves(found: Sequence[object], title: str) -> None:
-    from ..bench.speedups import CAVEAT, FORMULA, Curve, efficiencies
+def _print_curves(found: Sequence[Curve], title: str) -> None:
+    from ..bench.speedups import CAVEAT, FORMULA, efficiencies
 
-    kept = [curve for curve in found if isinstance(curve, Curve) and curve.speedups()]
+    kept = [curve for curve in found if curve.speedups()]
     if not kept:
         return
     tokens = sorted({m for curve in kept for m in curve.speedups()})
