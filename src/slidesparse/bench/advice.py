@@ -12,7 +12,7 @@ from ..gemm.plan import Plan
 from ..pattern import Pattern
 from .accuracy import Loss, losses
 from .estimate import MEASURED, MODEL, UNPRUNED, Estimate, Estimates, phase
-from .models import Shape
+from .models import Shape, slid_bytes
 from .recommend import recommended
 
 TOKENS = (1, 16, 64, 1024, 4096)
@@ -143,9 +143,9 @@ def _stored(n: int, k: int, scheme: str, pattern: str) -> int:
 
 
 def _resident(n: int, k: int, scheme: str, pattern: str) -> int:
-    """Bytes in memory on sparse tensor cores: half of the slid weights, and two bits for each of these."""
+    """Bytes in memory, as slid weights where they are not dense."""
     item = SCHEMES[scheme].dtype.itemsize
-    return n * k * item if pattern == UNPRUNED else n * Pattern.parse(pattern).slid_k(k) * (4 * item + 1) // 8
+    return n * k * item if pattern == UNPRUNED else slid_bytes(n, k, Pattern.parse(pattern), item)
 
 
 def pays_from(gains: Mapping[int, float]) -> int | None:

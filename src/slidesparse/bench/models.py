@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ..pattern import Pattern
+
 Shape = tuple[int, int]
 """N, K."""
 
@@ -44,6 +46,11 @@ MODELS = {
     "BitNet-2B": ModelShape(2560, 6912, 30, 20, 5, 128, 128256, True, "bitnet"),
 }
 SQUARES = (2048, 4096, 8192)
+
+
+def slid_bytes(n: int, k: int, pattern: Pattern, item: int) -> int:
+    """Half of the slid weights of ``item`` bytes each, and two bits for each of these."""
+    return n * pattern.slid_k(k) * (4 * item + 1) // 8
 
 
 def shape_of(text: str) -> Shape | None:
