@@ -121,7 +121,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
         try:
             weights, margins = self._weights(layer)
         except PatternError as error:
-            raise PatternError(f"layer {self.layer}: {error}", row=error.row, group=error.group, values=error.values) from error
+            raise error.reworded(f"layer {self.layer}: {error}") from error
         except WeightError as error:
             raise WeightError(f"layer {self.layer}: {error}") from error
         loaded = [weights.packed.values, weights.packed.keep]
