@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 _TEXT = re.compile(r"(\d+):(\d+)(?:x(\d+))?(?:@(\d+):(\d+))?")
 _MAX_GROUP = 64
@@ -153,6 +153,10 @@ class Pattern:
         unit, inner = divmod(o, self.unit)
         group, slot = divmod(unit, self.slid_group)
         return (group * self.group + self.lift_offsets[slot] - offset) * self.unit + inner
+
+
+parsed = lru_cache(Pattern.parse)
+"""`Pattern.parse` for what is asked in every call."""
 
 
 def _advice(kept: int, group: int, n: int, l: int) -> str:  # noqa: E741
