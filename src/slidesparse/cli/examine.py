@@ -65,7 +65,7 @@ def _inspect_plan(model: Path, file: Path | None, vllm: bool, json: bool) -> Non
         plan, sources = Plan.load(file), (str(file),)
     found = shapes.checkpoint_layers(model)
     layers = shapes.served_layers(found) if vllm else tuning.distinct(found, merged=True)
-    swiglu = shapes.behind_swiglu(model, found) if vllm else frozenset()
+    swiglu = shapes.layers_behind_swiglu(model, found) if vllm else frozenset()
     if json:
         screen.print_json({"sources": sources, "layers": [] if plan is None else tuning.plan_rows(plan, layers, vllm, swiglu)})
         return

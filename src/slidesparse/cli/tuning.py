@@ -67,7 +67,7 @@ def tune(
     if model is not None:
         found = shapes.checkpoint_layers(model, pattern, name)
         layers = [*(shapes.served_layers(found, tensor_parallel) if vllm else distinct(found, merged)), *layers]
-        swiglu = shapes.behind_swiglu(model, found, tensor_parallel) if vllm else swiglu
+        swiglu = shapes.layers_behind_swiglu(model, found, tensor_parallel) if vllm else swiglu
     if not layers:
         raise typer.BadParameter("nothing to measure: name a model or give --shape NxK")
     ms = None if tokens is None else _tokens(tokens)
