@@ -43,7 +43,7 @@ class ImportType(StrEnum):
 
 
 class Method(StrEnum):
-    """Names of `slidesparse.prune.METHODS`, and the best of them."""
+    """Names of `slidesparse.pruning.METHODS`, and the best of them."""
 
     auto = "auto"
     admm = "admm"
