@@ -317,7 +317,10 @@ class Bench:
     def _checked(
         self, calls: Sequence[Callable[[], Tensor]], m: int, expected: Callable[[int], tuple[Tensor, Tensor]], roundings: int = 1
     ) -> Deviation | str:
-        """How far outputs lie from the oracle, or why they are wrong, which they must be for two draws: one may have one large error."""
+        """How far outputs lie from the oracle, or why they are wrong.
+
+        A route is wrong only if two draws fail: a single draw may hold one large error by chance.
+        """
         reason = "there was nothing to check"
         for draw, call in enumerate(calls[:2]):
             try:

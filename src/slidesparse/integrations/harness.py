@@ -257,7 +257,7 @@ def _number(value: Any) -> int | None:
 
 
 def hush() -> None:
-    """Let lm-eval and the hub's client report errors, and prompts that were cut, for programs that say themselves what they do."""
+    """Silence lm-eval's and the hub's logs, except errors and warnings about cut prompts."""
     disable_progress_bars()
     for name in ("lm_eval", "huggingface_hub", "datasets"):
         getLogger(name).setLevel(ERROR)
