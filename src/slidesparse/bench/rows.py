@@ -206,7 +206,8 @@ def read(path: Path) -> list[Row]:
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise CheckpointError(f"{path}: its columns are not those of benchmark rows: {', '.join(COLUMNS[:8])} …")
+            differ = ", ".join(sorted({*COLUMNS} ^ {*(reader.fieldnames or ())})) or "their order"
+            raise CheckpointError(f"{path}: its columns are not those of benchmark rows; what differs: {differ}")
         return [_parsed(path, line, values) for line, values in enumerate(reader, 2)]
 
 

@@ -120,7 +120,7 @@ def _check_output(output: Path | None, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise OutputExistsError(f"{output} is there: name another file, or give --overwrite")
     if not output.parent.is_dir():
-        raise OSError(f"cannot write {output}: there is no folder {output.parent}")
+        raise typer.BadParameter(f"--output {output}: there is no folder {output.parent}: make it, or name another file")
 
 
 def _check_files(model: Path, reference: Path | None, text: Path | None, runtime: Runtime) -> None:

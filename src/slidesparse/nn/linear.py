@@ -16,7 +16,7 @@ from ..compat.torch import tracing_state
 from ..errors import UnsupportedError, WeightError
 from ..format import BLOCK, Packed, Scheme, packed_tensors, scheme_named
 from ..gemm import MEMORY, Route, Runner, Weights, refuse_capture
-from ..gemm.op import handle, linear
+from ..gemm.op import LAYER_GONE, handle, linear
 from ..packing import check_packed, find_violation, pack, restore
 from ..packing.checks import check_scale
 from ..pattern import Pattern
@@ -386,7 +386,7 @@ def _name(layer: SlideSparseLinear) -> Tensor:
     def ready(dtype: torch.dtype, device: torch.device) -> Runner:
         layer = found()
         if layer is None:
-            raise RuntimeError("a compiled call runs a layer that is gone")
+            raise UnsupportedError(LAYER_GONE)
         return layer._ready(dtype, device)
 
     return handle(layer, ready)
