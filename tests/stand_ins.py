@@ -91,7 +91,7 @@ def norm_call(x: Tensor, residual: Tensor, eps: float, dtype: torch.dtype, patte
     return call
 
 
-def rescale_call(types: tuple, m: int, n: int, stride: int, tile: None) -> Callable:
+def rescale_call(types: tuple, m: int, n: int, stride: int) -> Callable:
     """The pass behind the product; launches are shared by what they were made for, which must be what comes."""
 
     def call(acc: Tensor, y: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None) -> None:

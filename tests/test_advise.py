@@ -13,7 +13,7 @@ from plans import HERE, times
 from slidesparse.bench import accuracy, advice, recommend
 from slidesparse.bench.accuracy import Loss
 from slidesparse.bench.advice import TOKENS, Option, Speed, advise, pays_from
-from slidesparse.bench.estimate import DENSE, MEASURED, MODEL, Estimates
+from slidesparse.bench.estimate import MEASURED, MODEL, UNPRUNED, Estimates
 from slidesparse.bench.models import MODELS
 from slidesparse.bench.recommend import recommended
 from slidesparse.bench.targets import Target, target_of
@@ -43,7 +43,7 @@ def option(found: advice.Advice, pattern: str, scheme: str) -> Option:
 
 def test_times_and_bytes_are_summed_over_layers_as_often_as_they_are_there() -> None:
     found = advise("some", {(64, 64): 2, (128, 64): 1}, plan_with(p2=2.0, p6=1.25), "here", tokens=(16, 1024))
-    dense, half, most = option(found, DENSE, "int8"), option(found, "2:4", "int8"), option(found, "6:8", "int8")
+    dense, half, most = option(found, UNPRUNED, "int8"), option(found, "2:4", "int8"), option(found, "6:8", "int8")
     assert [each.us for each in dense.speeds] == [30.0, 300.0] and dense.stored_bytes == dense.resident_bytes == 64 * 64 * 4
     assert [(each.against_8_bits, each.against_16_bits) for each in half.speeds] == [(2.0, 4.0)] * 2
     assert half.stored_bytes == 64 * 64 * 4 * 5 // 8 and half.resident_bytes == half.stored_bytes, "no window holds a weight twice"
@@ -142,7 +142,7 @@ def test_dense_weights_may_be_best_in_other_schemes_for_decode_and_for_prefill()
         speeds = [Speed(m, each, 0.5, 0.5, MEASURED, m) for m, each in zip((1, 4096), us, strict=True)]
         return Option(pattern, scheme, 1, 1, 1.0, speeds, None)
 
-    text = recommended([made(DENSE, "int8", 2.0, 3.0), made(DENSE, "fp8", 1.0, 4.0)], [made("6:8", "int8", 4.0, 6.0)])
+    text = recommended([made(UNPRUNED, "int8", 2.0, 3.0), made(UNPRUNED, "fp8", 1.0, 4.0)], [made("6:8", "int8", 4.0, 6.0)])
     assert text.startswith("Stay dense, in fp8 for decode or int8 for prefill: no pattern is faster")
 
 
@@ -227,7 +227,7 @@ def test_layers_of_another_class_are_said_to_be_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("0x64", "write NxK"), ("17", "no name on the hub"), ("{}", "not a config.json"), ("[1]", "does not hold a model configuration")],
+    [("0x64", "no shape NxK"), ("17", "no name on the hub"), ("{}", "not a config.json"), ("[1]", "does not hold a model configuration")],
 )
 def test_what_is_none_of_these_is_refused_in_one_line(tmp_path: Path, target: str, message: str) -> None:
     file = tmp_path / "config.json"

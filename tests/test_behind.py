@@ -91,7 +91,7 @@ def test_the_ops_know_a_layer_as_long_as_its_owner_lives() -> None:
     assert run_op(swiglu(3, 64), name, None, 32).shape == (3, 32)
     del owner
     for x in (swiglu(3, 64), normed(3, 64)):
-        with pytest.raises(UnsupportedError, match="there is no layer"):
+        with pytest.raises(UnsupportedError, match="a layer that is gone"):
             run_op(x, name, None, 32)
 
 

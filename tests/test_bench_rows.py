@@ -28,7 +28,11 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(("ok", "fine"), "line 2: status 'fine'"), (("12.5", "fast"), "line 2: could not"), (("us_p20,", ""), "columns are not those")],
+    [
+        (("ok", "fine"), "line 2: status 'fine'"),
+        (("12.5", "fast"), "line 2: could not"),
+        (("us_p20,", ""), "columns are not those of benchmark rows; what differs: us_p20$"),
+    ],
 )
 def test_a_file_of_something_else_is_refused_with_its_line(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     table = Rows(tmp_path / "rows.csv")

@@ -56,7 +56,8 @@ class Played:
 
 
 def asked_of(dense: Path, work: Path, **changes: object) -> Asked:
-    return Asked(**{"engine": "vllm", "model": str(dense), "work": work, "prefill": (64,), "decode": (4,)} | changes)
+    small = {"schemes": ("fp8",), "patterns": ("6:8",), "prefill": (64,), "decode": (4,)}
+    return Asked(**{"engine": "vllm", "model": str(dense), "work": work} | small | changes)
 
 
 def test_engines_take_turns_and_every_point_has_their_rows(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,7 @@ def test_a_file_that_is_no_plan_is_named(run, packed: Path, file: Path) -> None:
         (("tune",), "nothing to measure: name a model or give --shape NxK"),
         (("tune", "--shape", "64"), "write NxK"),
         (("tune", "--shape", "64x0"), "write NxK"),
+        (("tune", "--shape", "00x64"), "write NxK"),
         (("tune", "--shape", "64x64", "--tokens", "16,0"), "write positive numbers"),
         (("tune", "--shape", "64x64", "--tensor-parallel", "2"), "--tensor-parallel goes with --vllm"),
         (("tune", "64x96"), "64x96 is a layer's shape: give --shape 64x96"),

@@ -9,7 +9,7 @@ import pytest
 
 import tiny
 from slidesparse.checkpoint import Recipe, convert
-from slidesparse.errors import CheckpointError
+from slidesparse.errors import CheckpointError, first_line
 from slidesparse.integrations import transformers as adapter
 from slidesparse.pattern import Pattern
 
@@ -32,6 +32,12 @@ def test_a_mistake_of_this_package_while_a_model_loads_is_raised_as_it_is(
     monkeypatch.setattr(adapter, "check_layer", mistaken)
     with pytest.raises(kind, match="a mistake"):
         adapter.open_model(packed)
+
+
+def test_an_error_is_told_by_its_first_line_or_by_its_kind() -> None:
+    assert first_line(ValueError("\n one\ntwo")) == "one" and first_line(KeyError()) == "KeyError"
+    assert first_line(TypeError(" \n")) == "TypeError" and first_line(OSError("x" * 301)) == "x" * 300
+    assert first_line(CheckpointError("x" * 301)) == "x" * 301, "ours are written to be read, and end with the way out"
 
 
 def test_values_that_make_transformers_fail_are_a_checkpoints_fault(packed: Path) -> None:

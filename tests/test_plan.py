@@ -65,16 +65,6 @@ def test_a_plan_comes_back_from_its_file(tmp_path: Path) -> None:
     assert data["version"] == 2 and len(data["kernels"]) == 4, "cells of the same kernels share their versions"
 
 
-def test_of_a_file_that_also_times_products_without_scales_the_whole_linears_count(tmp_path: Path) -> None:
-    path = saved(tmp_path / "plan.json", cell(16))
-    plan, data = Plan.load(path), json.loads(path.read_text(encoding="utf-8"))
-    marked = {"unscaled dense:other": "wrong", "slid": "refused"}
-    data["layers"][0]["cells"][0] |= {"unscaled_us": {"dense:gone": [1, 1, 1]}, "dropped": marked}
-    path.write_text(json.dumps(data), encoding="utf-8")
-    plan.cells[KEY][16].dropped["slid"] = "refused"
-    assert Plan.load(path) == plan
-
-
 def test_a_file_names_the_versions_of_timed_kernels_only(tmp_path: Path) -> None:
     path = saved(tmp_path / "plan.json", cell(16, versions={"cusparselt": "1-a", "triton": "1-b", "native": "1-c"}))
     assert json.loads(path.read_text())["kernels"] == [{"cusparselt": "1-a", "triton": "1-b"}]

@@ -43,7 +43,7 @@ every_correcting = pytest.mark.parametrize("method", CORRECTING)
 
 
 def statistics_of(layer: Layer) -> Statistics:
-    return Statistics(layer.hessian, layer.norms, layer.tokens)
+    return Statistics(layer.hessian, layer.norms)
 
 
 def run(method: str, layer: Layer, pattern: Pattern, **options: float) -> Tensor:
@@ -86,7 +86,7 @@ def test_wanda_is_bitwise_the_oracle(pattern, dtype, rng):
         keep = wanda_oracle(weight, pattern, norms.double().square().diag())
         expected = torch.where(keep & (weight != 0), weight, torch.zeros((), dtype=dtype))
         for hessian in (None, norms.square().diag()):
-            assert bitwise(wanda(weight, pattern, Statistics(hessian, norms, 7)), expected)
+            assert bitwise(wanda(weight, pattern, Statistics(hessian, norms)), expected)
 
 
 @pytest.mark.parametrize("pattern", EVERY, ids=str)
@@ -332,7 +332,7 @@ def test_layer_error(rng):
     for solution in (run("wanda", layer, Pattern(2, 4)), run("sparsegpt", layer, Pattern(2, 4)), torch.zeros(20, 64)):
         assert layer_error(layer.weight, solution, statistics_of(layer)) == pytest.approx(error(layer, solution), rel=1e-3)
     assert layer_error(layer.weight, layer.weight.clone(), statistics_of(layer)) == 0
-    assert layer_error(layer.weight, solution, Statistics(torch.zeros(64, 64), torch.zeros(64), 1)) == 0
+    assert layer_error(layer.weight, solution, Statistics(torch.zeros(64, 64), torch.zeros(64))) == 0
 
 
 # The door.
@@ -386,7 +386,7 @@ def test_statistics_that_are_refused(method, damage, named, rng):
 @every_method
 def test_other_refusals(method, rng):
     layer, pattern = random_layer(4, 16, 50, rng), Pattern(6, 8)
-    norms_only = Statistics(None, layer.norms, 50)
+    norms_only = Statistics(None, layer.norms)
     with pytest.raises(ValueError, match="statistics"):
         prune(layer.weight, pattern, method)
     if method in CORRECTING:

@@ -21,7 +21,7 @@ PATTERNS = [Pattern.parse(text) for text in ("2:4", "6:8", "14:16", "6:8x2")]
 
 
 def statistics_of(layer: Layer) -> Statistics:
-    return Statistics(layer.hessian, layer.norms, layer.tokens)
+    return Statistics(layer.hessian, layer.norms)
 
 
 def draw(rng: torch.Generator, low: int, high: int) -> int:
@@ -99,10 +99,10 @@ def test_odd_inputs(scheme: Scheme, rng):
     half = layer.weight.bfloat16()
     plain = round_to_grid(solution, half.float(), statistics_of(layer), scheme)[0]
     assert torch.equal(integer_view(round_to_grid(solution, half, statistics_of(layer), scheme)[0]), integer_view(plain))
-    silent = Statistics(torch.zeros(24, 24), torch.zeros(24), 60)
+    silent = Statistics(torch.zeros(24, 24), torch.zeros(24))
     unmoved = round_to_grid(solution, layer.weight, silent, scheme)[0]
     assert torch.equal(unmoved.float(), reference.quantize(solution, scheme)[0].float()), "no input gives a reason to move"
     for n, k in ((0, 24), (3, 0), (1, 1)):
-        values, scale = round_to_grid(torch.ones(n, k), torch.ones(n, k), Statistics(torch.eye(k), torch.ones(k), 9), scheme)
+        values, scale = round_to_grid(torch.ones(n, k), torch.ones(n, k), Statistics(torch.eye(k), torch.ones(k)), scheme)
         assert values.shape == (n, k) and scale.shape == (n, 1)
         assert bool((values.abs().float() == scheme.bound).all())

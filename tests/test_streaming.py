@@ -54,7 +54,7 @@ def inputs_of(model: nn.Module, layers: dict[str, nn.Linear], tokens: Tensor) ->
 def statistics_of(x: Tensor) -> Statistics:
     """Means over the tokens, in float64."""
     hessian = (x.double().t() @ x.double() / len(x)).float()
-    return Statistics(hessian, hessian.diagonal().sqrt(), len(x))
+    return Statistics(hessian, hessian.diagonal().sqrt())
 
 
 @pytest.mark.parametrize("family", BLOCKS)
@@ -124,7 +124,6 @@ def test_layers_with_the_same_input_share_its_statistics(tmp_path):
     found = solving.gather(tasks, [lambda x=x: block(x, position_embeddings=(half.repeat(1, 1, 2), half.repeat(1, 1, 2)))] * 2)
     shared = {id(statistics) for statistics in found.values()}
     assert len(found) == 7 and len(shared) == 4, "q, k, v and gate, up have one input each"
-    assert all(statistics.tokens == 32 for statistics in found.values())
     assert len({id(found[f"self_attn.{part}_proj"]) for part in "qkv"}) == 1
 
 

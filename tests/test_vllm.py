@@ -294,7 +294,7 @@ def test_layers_are_forgotten_with_their_model(rank: Callable) -> None:
     assert len(op._LAYERS) == before + 1
     del layer
     assert len(op._LAYERS) == before
-    with pytest.raises(UnsupportedError, match="there is no layer"):
+    with pytest.raises(UnsupportedError, match="a layer that is gone"):
         op.linear(torch.randn(1, 64), name, None, 8)
 
 

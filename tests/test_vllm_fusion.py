@@ -203,16 +203,16 @@ def test_the_pass_is_put_where_vllm_looks_for_one(tmp_path: Path, rank: Callable
     config.model_config.hf_text_config.hidden_act = "silu"
     settings = config.compilation_config
     settings.custom_ops[:] = ["none"]
-    assert fusion.behind_swiglu(config, "m.down_proj") and not fusion.behind_swiglu(config, "m.o_proj")
+    assert fusion.sees_swiglu(config, "m.down_proj") and not fusion.sees_swiglu(config, "m.o_proj")
     for asked in (["none", "+silu_and_mul"], ["all"]):
         settings.custom_ops[:] = asked
-        assert not fusion.behind_swiglu(config, "m.down_proj")
+        assert not fusion.sees_swiglu(config, "m.down_proj")
     settings.custom_ops[:], settings.backend = ["all", "-silu_and_mul"], "eager"
-    assert not fusion.behind_swiglu(config, "m.down_proj")
+    assert not fusion.sees_swiglu(config, "m.down_proj")
     settings.backend = "inductor"
-    assert fusion.behind_swiglu(config, "m.down_proj")
+    assert fusion.sees_swiglu(config, "m.down_proj")
     config.model_config = None
-    assert not fusion.behind_swiglu(config, "m.down_proj")
+    assert not fusion.sees_swiglu(config, "m.down_proj")
 
 
 @pytest.mark.parametrize(("scheme", "asks"), [("int8", True), ("fp8", True), ("bf16", False)])

@@ -47,3 +47,9 @@ class EvaluationError(SlideSparseError):
 
 class CompileError(UnsupportedError):
     """The source of a kernel does not compile, or not to what was asked for."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing; of another library's at most 300 characters."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if isinstance(error, SlideSparseError) else line[:300]

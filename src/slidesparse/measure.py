@@ -115,9 +115,9 @@ def _replays(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
     return [start.elapsed_time(end) * 1e3 for start, end in pairwise(events)]
 
 
-def copy_rate(gigabytes: float = 1.0) -> float:
-    """Bytes per microsecond of a large copy in device memory, reads and writes counted: by the faster of a memcpy and a kernel."""
-    count = int(gigabytes * (1 << 28))
+def copy_rate() -> float:
+    """Bytes per microsecond of a copy of 1 GiB in device memory, reads and writes counted: by the faster of a memcpy and a kernel."""
+    count = 1 << 28
     source = torch.randint(1 << 30, (count,), dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
     variants = {"memcpy": [lambda: target.copy_(source)], "kernel": [lambda: torch.neg(source, out=target)]}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import ClassVar
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 _TEXT = re.compile(r"(\d+):(\d+)(?:x(\d+))?(?:@(\d+):(\d+))?")
 _MAX_GROUP = 64
@@ -31,8 +30,8 @@ class Pattern:
     n: int = 2
     l: int = 4  # noqa: E741 - the paper's letter
     unit: int = 1
-    text: ClassVar[str]
-    """As `parse` reads it; every pattern has its own."""
+    text: str = field(init=False, repr=False, compare=False)
+    """As `parse` reads it."""
 
     def __post_init__(self) -> None:
         for name in ("kept", "group", "n", "l", "unit"):
@@ -154,6 +153,10 @@ class Pattern:
         unit, inner = divmod(o, self.unit)
         group, slot = divmod(unit, self.slid_group)
         return (group * self.group + self.lift_offsets[slot] - offset) * self.unit + inner
+
+
+parsed = lru_cache(Pattern.parse)
+"""`Pattern.parse` for what is asked in every call."""
 
 
 def _advice(kept: int, group: int, n: int, l: int) -> str:  # noqa: E741

@@ -169,7 +169,7 @@ def quantize(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 def linear(
     q: Tensor, x_scale: Tensor | None, weight: Tensor, w_scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """y = (Σ q_w·q_x) · s_w + bias after · s_x: ``q [M, K]``, ``weight [N, K]`` → ``[M, N]``, one rounding to ``out_dtype``.
+    """y = (Σ q_w·q_x) · s_w · s_x + bias: ``q [M, K]``, ``weight [N, K]`` → ``[M, N]``, one rounding to ``out_dtype``.
 
     The sum is exact for integers (float64 holds it) and rounded once to float32; scales and bias act in float32.
     """
@@ -183,7 +183,7 @@ def linear(
 def scaled(acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Scales ``[M, 1]`` and ``[N]`` or ``[1, N]``, then a bias ``[N]``, in float32, rounded once to ``dtype``: ``acc [M, N]`` → ``[M, N]``.
 
-    What changes nothing may be acc itself.
+    Without scales and bias, and in acc's own type, the result may be acc itself.
     """
     y = acc.to(torch.float32)
     if w_scale is not None:

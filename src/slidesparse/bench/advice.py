@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..format import SCHEMES, packed_tensors
-from ..gemm.choose import GUARD
+from ..gemm.choose import DENSE, GUARD
 from ..gemm.kernels import kernels
 from ..gemm.plan import Plan
 from ..pattern import Pattern
 from .accuracy import Loss, losses
-from .estimate import DENSE, MEASURED, MODEL, SPARSE, Estimate, Estimates, phase
-from .models import Shape
+from .estimate import MEASURED, MODEL, UNPRUNED, Estimate, Estimates, phase
+from .models import Shape, slid_bytes
 from .recommend import recommended
 
 TOKENS = (1, 16, 64, 1024, 4096)
@@ -91,9 +91,9 @@ def advise(
 ) -> Advice:
     """Advice for layers of these shapes, so many of each, from the times of a plan; ``notes`` are what the target has besides."""
     times = Estimates(plan)
-    totals = {scheme: _totals(times, shapes, scheme, DENSE, tokens) for scheme in SCHEME_NAMES}
+    totals = {scheme: _totals(times, shapes, scheme, UNPRUNED, tokens) for scheme in SCHEME_NAMES}
     best = {8: _best([totals["int8"], totals["fp8"]]), 16: _best([totals["bf16"]])}
-    dense = [_option(DENSE, scheme, shapes, totals[scheme], best) for scheme in SCHEME_NAMES]
+    dense = [_option(UNPRUNED, scheme, shapes, totals[scheme], best) for scheme in SCHEME_NAMES]
     options = [
         _option(pattern, scheme, shapes, _totals(times, shapes, scheme, pattern, tokens), best)
         for pattern in PATTERNS
@@ -131,23 +131,21 @@ def _option(
         speeds.append(Speed(m, total.us, eight, of_16, total.source, total.at))
     stored, resident = (sum(count * size(n, k, scheme, pattern) for (n, k), count in shapes.items()) for size in (_stored, _resident))
     sixteen = sum(2 * n * k * count for (n, k), count in shapes.items())
-    found = Option(pattern, scheme, stored, resident, stored / sixteen, speeds, None, [] if pattern == DENSE else losses(pattern))
-    if pattern == DENSE:
-        return found
-    return Option(**(vars(found) | {"pays_from": pays_from(found.gains())}))
+    option = Option(pattern, scheme, stored, resident, stored / sixteen, speeds, None, [] if pattern == UNPRUNED else losses(pattern))
+    return option if pattern == UNPRUNED else replace(option, pays_from=pays_from(option.gains()))
 
 
 def _stored(n: int, k: int, scheme: str, pattern: str) -> int:
     """Bytes on disk, and in memory where the packed form alone is kept; scales, which every form needs, are not counted."""
-    if pattern == DENSE:
+    if pattern == UNPRUNED:
         return n * k * SCHEMES[scheme].dtype.itemsize
     return sum(spec.nbytes for spec in packed_tensors(SCHEMES[scheme], Pattern.parse(pattern), n, k)[:2])
 
 
 def _resident(n: int, k: int, scheme: str, pattern: str) -> int:
-    """Bytes in memory on sparse tensor cores: half of the slid weights, and two bits for each of these."""
+    """Bytes in memory, as slid weights where they are not dense."""
     item = SCHEMES[scheme].dtype.itemsize
-    return n * k * item if pattern == DENSE else n * Pattern.parse(pattern).slid_k(k) * (4 * item + 1) // 8
+    return n * k * item if pattern == UNPRUNED else slid_bytes(n, k, Pattern.parse(pattern), item)
 
 
 def pays_from(gains: Mapping[int, float]) -> int | None:
@@ -165,7 +163,7 @@ def _not_timed(plan: Plan) -> list[str]:
     cells = [cell for table in plan.cells.values() for cell in table.values()]
     met = {route.kernel for cell in cells for route in cell.times}
     met |= {name.split(":")[1] if ":" in name else name for cell in cells for name in cell.dropped}
-    return [name for name, kernel in kernels().items() if kernel.worth_timing and set(kernel.layouts) & set(SPARSE) and name not in met]
+    return [name for name, kernel in kernels().items() if kernel.worth_timing and not set(kernel.layouts) <= set(DENSE) and name not in met]
 
 
 def _notes(plan: Plan, options: Sequence[Option]) -> list[str]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, first_line
 from ..format import SCHEMES
 from ..gemm import Plan, Problem, Route
 from ..gemm.choose import GUARD, choice_of, route_at
-from ..gemm.kernels import refusal
 from ..gemm.plan import Key
+from ..gemm.runner import cannot_run
 from ..gemm.tune import Bench, LinearShape
 from ..pattern import Pattern
 from .kernel import Progress, timed_rows
 from .models import Shape
-from .rows import FAILED, OK, Row, Rows, device, first_line, status_of
+from .rows import FAILED, OK, Row, Rows, device, status_of
 
 
 def tasks(
@@ -27,7 +27,7 @@ def tasks(
     With ``sparse_only`` cells in which the plan runs dense weights are left out: there is nothing to lose there.
     """
     keys = [key for key in sorted(plan.cells) if (not shapes or key[:2] in shapes) and (not schemes or key[3] in schemes)]
-    steps = {key: choice_of(plan, _problem(key), without=_absent(plan, key))[1] for key in keys}
+    steps = {key: choice_of(plan, _problem(key), without=cannot_run(plan, _problem(key)))[1] for key in keys}
     found = [
         (key, m, route_at(steps[key], m) or Route("dense", "exact"))
         for key in keys
@@ -82,15 +82,10 @@ def _problem(key: Key) -> Problem:
     return problem if device() == "cuda" else replace(problem, capability=(0, 0))
 
 
-def _absent(plan: Plan, key: Key) -> frozenset[Route]:
-    """Routes of the plan that cannot run here."""
-    return frozenset(route for route in plan.routes(key) if refusal(route, _problem(key)) is not None)
-
-
 def _row(plan: Plan, bench: Bench, task: Row) -> Row:
     """What runs, against the fastest dense route."""
     key, runs = _key(task), Route.parse(task.route)
-    without = _absent(plan, key)
+    without = cannot_run(plan, _problem(key))
     dense = [route for route in plan.cells[key][task.m].times if route.layout == "dense" and route not in without]
     try:
         cell = bench.cell(task.m, only=list(dict.fromkeys([*(dense or [Route("dense", "exact")]), runs])), rounds=9)

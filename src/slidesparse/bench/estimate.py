@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..gemm.choose import quickest
+from ..gemm.choose import DENSE, quickest
 from ..gemm.layouts import LAYOUTS
 from ..gemm.plan import Key, Plan
 from ..gemm.route import Route
@@ -20,14 +20,13 @@ from ..pattern import Pattern
 
 MEASURED = "measured"
 MODEL = "model"
-DENSE = "dense"
+UNPRUNED = "dense"
 """Stands for a pattern where dense weights are meant."""
 FEW = 16
 """So many tokens take hardly longer than one."""
 DECODE = 64
 """Up to so many tokens in a step advice calls it decode, beyond it prefill."""
 _ENDS = ("2:4", "6:8")
-SPARSE = tuple(name for name in LAYOUTS if name not in ("dense", "packed"))
 
 
 def phase(m: int) -> str:
@@ -52,9 +51,9 @@ class Estimates:
         self._fits: dict[tuple[str, str, int], tuple[float, float] | None] = {}
 
     def of(self, n: int, k: int, scheme: str, pattern: str, m: int) -> Estimate | None:
-        """The fastest whole linear on sparse tensor cores, or of `DENSE` weights; None where nothing tells."""
+        """The fastest whole linear on sparse tensor cores, or of `UNPRUNED` weights; None where nothing tells."""
         found = self._measured(n, k, scheme, pattern, m)
-        if found is not None or pattern == DENSE or pattern in _ENDS:
+        if found is not None or pattern == UNPRUNED or pattern in _ENDS:
             return found or self._fitted(n, k, scheme, pattern, m)
         ends = [self._measured(n, k, scheme, end, m) for end in _ENDS]
         return self._between(pattern, ends) or self._fitted(n, k, scheme, pattern, m) or self._between(
@@ -63,8 +62,8 @@ class Estimates:
 
     def _measured(self, n: int, k: int, scheme: str, pattern: str, m: int) -> Estimate | None:
         """Dense weights were timed beside every pattern: the quickest counts, of those measured closest to ``m``."""
-        patterns = self._patterns if pattern == DENSE else (pattern,)
-        layouts = ("dense",) if pattern == DENSE else SPARSE
+        patterns = self._patterns if pattern == UNPRUNED else (pattern,)
+        layouts = ["dense"] if pattern == UNPRUNED else [name for name in LAYOUTS if name not in DENSE]
         found: list[tuple[int, float]] = []
         for each in patterns:
             # More than twice as many tokens take other times.

@@ -13,7 +13,7 @@ from ..pattern import Pattern
 from . import accuracy
 from .accuracy import Loss
 from .kernel import CONTROL
-from .models import MODELS, Shape
+from .models import MODELS, Shape, slid_bytes
 from .rows import OK, Row, newest
 from .speedups import Curve, curves
 
@@ -130,8 +130,8 @@ def _point(m: int, us: float, shapes: Sequence[Shape], scheme: str, pattern: str
     """Operations of the dense product, over bytes that are moved at least, and over time in units of 10^12 a second."""
     item = _BITS[scheme]
     operations = sum(2.0 * m * n * k for n, k in shapes)
-    share = 1.0 if pattern is None else Pattern.parse(pattern).gamma * (4 * item + 1) / (8 * item)
-    moved = sum(share * item * n * k + 2.0 * m * (n + k) for n, k in shapes)
+    weights = sum(item * n * k if pattern is None else slid_bytes(n, k, Pattern.parse(pattern), item) for n, k in shapes)
+    moved = weights + sum(2.0 * m * (n + k) for n, k in shapes)
     return operations / moved, operations / us / 1e6
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from .. import measure
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, first_line
 from ..format import SCHEMES
 from ..gemm import Cell, Route
-from ..gemm.choose import quickest
+from ..gemm.choose import DENSE, quickest
 from ..gemm.kernels import kernels
 from ..gemm.tune import Bench, LinearShape
 from ..measure import Timing
@@ -19,16 +19,13 @@ from ..ops import capability
 from ..pattern import Pattern
 from .models import Shape
 from .rivals import give_up
-from .rows import FAILED, OK, REFUSED, Row, Rows, device, first_line, status_of, timed
+from .rows import FAILED, OK, REFUSED, Row, Rows, device, status_of, timed
 
 CONTROL = "control"
 """γ = 2: a 2:4 product of twice the width, which is what sliding would cost if it saved nothing."""
-PATTERNS = ("2:4", "4:6", "6:8", "8:10", "10:12", "12:14", "14:16", CONTROL)
 SCHEME_NAMES = ("int8", "fp8", "bf16", "fp16", "fp4")
-TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 EVERY = "every variant has a row"
 """Stands in rows of cells that were measured with ``every``."""
-_DENSE = ("dense",)
 _ROUNDS = 7
 Progress = Callable[[int, int, str], None]
 
@@ -167,7 +164,7 @@ def _control(work: Work, held: _Held, row: Row, device: str) -> list[Row]:
     (n, k), scheme, pattern = work.shape, SCHEMES[work.scheme], Pattern(2, 4)
     narrow, wide = held.benches([LinearShape(n, k, pattern, scheme), LinearShape(n, 2 * k, pattern, scheme)], device)
     row, cell = replace(row, what="product"), wide.cell(work.m, rounds=3)
-    sparse = [route for route in fastest_of_each(cell.times) if route.layout not in ("dense", "packed")]
+    sparse = [route for route in fastest_of_each(cell.times) if route.layout not in DENSE]
     if not sparse:
         return [replace(row, status=REFUSED, why="no kernel on sparse tensor cores runs here")]
     able = [each for each in kernels().values() if each.worth_timing and "dense" in each.layouts and each.refuses(narrow.problem) is None]
@@ -190,7 +187,7 @@ def fastest_of_each(times: Mapping[Route, Timing]) -> list[Route]:
 
 def timed_rows(row: Row, times: Mapping[Route, Timing], errors: Mapping[Route, float], device: str) -> list[Row]:
     """A row for each route, against the fastest dense one."""
-    rival = quickest(times, _DENSE)
+    rival = quickest(times, ("dense",))
     rows = []
     for route, timing in times.items():
         ratio = None if rival is None else times[rival].p50 / timing.p50

@@ -9,16 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import measure, ops, reference
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, first_line
 from ..format import SCHEMES, Scheme
 from ..pattern import Pattern
 from .kernel import Progress, cannot
-from .rows import FAILED, REFUSED, WRONG, Row, Rows, device, first_line, timed
+from .rows import FAILED, REFUSED, WRONG, Row, Rows, device, timed
 
-TOKENS = (64, 1024, 4096, 16384)
-WIDTHS = (3584, 18944)
 SCHEME_NAMES = ("int8", "fp8", "bf16")
-PATTERNS = ("2:4", "4:6", "6:8", "8:10", "14:16")
 FLOOR = "bytes in and out at the copy rate"
 _EPS = 1e-6
 _CHECKED = 32
@@ -38,8 +35,8 @@ class Pass:
 
 
 def run(
-    table: Rows, here: Row, *, schemes: Sequence[str] = SCHEME_NAMES, patterns: Sequence[str] = PATTERNS, tokens: Sequence[int] = TOKENS,
-    widths: Collection[int] = WIDTHS, progress: Progress | None = None,
+    table: Rows, here: Row, *, schemes: Sequence[str] = SCHEME_NAMES, patterns: Sequence[str], tokens: Sequence[int],
+    widths: Collection[int], progress: Progress | None = None,
 ) -> list[Row]:  # fmt: skip
     """Measure the cells that the table lacks, and return the new rows; a ratio is the floor's time over the pass's."""
     where = device()

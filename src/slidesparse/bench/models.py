@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+from ..pattern import Pattern
 
 Shape = tuple[int, int]
 """N, K."""
@@ -43,6 +46,18 @@ MODELS = {
     "BitNet-2B": ModelShape(2560, 6912, 30, 20, 5, 128, 128256, True, "bitnet"),
 }
 SQUARES = (2048, 4096, 8192)
+
+
+def slid_bytes(n: int, k: int, pattern: Pattern, item: int) -> int:
+    """Half of the slid weights of ``item`` bytes each, and two bits for each of these."""
+    return n * pattern.slid_k(k) * (4 * item + 1) // 8
+
+
+def shape_of(text: str) -> Shape | None:
+    """The shape that ``4096x14336`` names, also with × or a comma; None where a text is none, or one of its numbers is 0."""
+    match = re.fullmatch(r"(\d+)[x×,](\d+)", text.strip())
+    n, k = map(int, match.groups()) if match else (0, 0)
+    return (n, k) if n and k else None
 
 
 def shapes_of(name: str) -> list[Shape]:

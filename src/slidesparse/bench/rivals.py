@@ -13,12 +13,13 @@ from torch import Tensor
 from .. import ops
 from ..compat import torch as private
 from ..compat import torchao
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, first_line
 from ..gemm import Problem, Weights, register
 from ..gemm.kernels import Kernel, Pipeline, kernels
 from ..gemm.layouts import Copy
 from ..ops.cusparselt import alignment, token_step
 from ..ops.prologue import Activations, quantiser
+from .models import slid_bytes
 from .rows import PUBLISHED, REFUSED, Row
 
 HUMMING = (
@@ -45,9 +46,8 @@ class SlidCopy:
     name: str
 
     def nbytes(self, problem: Problem) -> int:
-        """Half of the slid weights, and two bits for each of these."""
-        item = problem.scheme.dtype.itemsize
-        return problem.n * problem.pattern.slid_k(problem.k) * (4 * item + 1) // 8
+        """What compressed weights take at least."""
+        return slid_bytes(problem.n, problem.k, problem.pattern, problem.scheme.dtype.itemsize)
 
     def dense(self, problem: Problem, copy: Copy) -> Tensor:
         """Rivals' forms are not read back.
@@ -166,7 +166,7 @@ def _tried(call: Callable[[], Tensor | tuple[Tensor, Tensor]]) -> Any:
     try:
         return call()
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        raise UnsupportedError(str(error).splitlines()[0]) from error
+        raise UnsupportedError(first_line(error)) from error
 
 
 def offer(row: Row) -> list[Row]:

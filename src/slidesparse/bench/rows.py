@@ -123,11 +123,6 @@ def status_of(why: str) -> str:
     return FAILED if "memory" in why else REFUSED
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, or its kind where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def code_version() -> str:
     """The commit of the checkout that holds this package; the package's version elsewhere.
 
@@ -218,7 +213,8 @@ def read(path: Path) -> list[Row]:
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise CheckpointError(f"{path}: its columns are not those of benchmark rows: {', '.join(COLUMNS[:8])} …")
+            differ = ", ".join(sorted({*COLUMNS} ^ {*(reader.fieldnames or ())})) or "their order"
+            raise CheckpointError(f"{path}: its columns are not those of benchmark rows; what differs: {differ}")
         return [_parsed(path, line, values) for line, values in enumerate(reader, 2)]
 
 

@@ -18,16 +18,14 @@ import torch
 
 from ..checkpoint import Recipe, convert
 from ..checkpoint.staging import SUFFIX
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, first_line
 from ..pattern import Pattern
 from .engines import Engine, TransformersEngine, VllmEngine, joules
 from .kernel import Progress
 from .models import MODELS
-from .rows import FAILED, OK, Row, Rows, device, first_line
+from .rows import FAILED, OK, Row, Rows, device
 from .vllm_engine import OUTPUTS, PROMPT, check
 
-PREFILL = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-DECODE = (1, 16, 64, 128, 256, 512)
 TURNS = 4
 """Each engine goes first as often."""
 PLAIN = "as the plan has it"
@@ -55,10 +53,10 @@ class Asked:
     engine: str
     model: str
     work: Path
-    schemes: Sequence[str] = ("fp8",)
-    patterns: Sequence[str] = ("6:8",)
-    prefill: Sequence[int] = PREFILL
-    decode: Sequence[int] = DECODE
+    schemes: Sequence[str]
+    patterns: Sequence[str]
+    prefill: Sequence[int]
+    decode: Sequence[int]
     packed: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {PLAIN: {}})
     graphs: Sequence[int] = ()
     eager: bool = False

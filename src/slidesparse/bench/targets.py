@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,10 +18,9 @@ from ..gemm.tune import LinearShape
 from ..integrations.engine.shapes import checkpoint_layers, merged_layers
 from ..integrations.reading import described
 from ..pattern import Pattern
-from .models import MODELS, Shape
+from .models import MODELS, Shape, shape_of
 
 Weights = Mapping[str, tuple[tuple[int, ...], int]]
-_SHAPE = re.compile(r"(\d+)[x×,](\d+)")
 
 
 @dataclass(frozen=True)
@@ -43,15 +41,11 @@ def target_of(target: str) -> Target:
         CheckpointError: none of these, or nothing linear in it.
         UnsupportedError: a configuration alone that transformers is needed for, or that it cannot build; or experts are most of it.
     """
-    match = _SHAPE.fullmatch(target.strip())
-    if match is not None:
-        n, k = int(match[1]), int(match[2])
-        if not n or not k:
-            raise CheckpointError(f"{target!r} is no shape: write NxK, for example 4096x14336")
-        return Target(Counter({(n, k): 1}))
+    if shape := shape_of(target):
+        return Target(Counter({shape: 1}))
     if target in MODELS and not Path(target).exists():
-        shape = MODELS[target]
-        return Target(Counter(dict.fromkeys(shape.linears.values(), shape.layers)))
+        model = MODELS[target]
+        return Target(Counter(dict.fromkeys(model.linears.values(), model.layers)))
     linears, weights = _described(target)
     notes = _experts(target, weights)
     layers = {name: LinearShape(n, k, Pattern(6, 8), SCHEMES["int8"]) for name, (n, k) in linears.items()}

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 
 PIECE = 1 << 18
 """Characters after which a piece of text ends, at the next end of a line or document."""
@@ -166,7 +166,7 @@ def read_token_ids(path: Path) -> np.ndarray:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"cannot read token ids from {path}: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"cannot read token ids from {path}: {first_line(error)}") from error
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
         found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else type(ids).__name__
         raise CheckpointError(f"{path}: token ids must be integers [S, T] or [T], found {found}")

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import CheckpointError, UnsupportedError
 from ..format import BLOCK, MARKER, SCHEMES, PackedConfig
@@ -56,6 +56,11 @@ class Reader:
 
 FindReader = Callable[[dict[str, Any], list[str]], Reader | None]
 """Called with config.json and the names of the tensors; None where the class of model is not known."""
+
+
+def of_class(reader: Reader | None) -> TypeGuard[Reader]:
+    """Whether the class of model is known, and the files are its own."""
+    return reader is not None and bool(reader.modules)
 
 
 def stored_layers(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, str], list[str]]:
@@ -120,7 +125,7 @@ def output_config(
 
 def unplaced_of(checkpoint: Checkpoint, reader: Reader | None) -> tuple[str, ...]:
     """Tensors that no layer takes: by the class, or by their names where the class is not known or the files are not its own."""
-    return tuple(checkpoint.strays) if reader is None or not reader.modules else reader.unplaced
+    return reader.unplaced if of_class(reader) else tuple(checkpoint.strays)
 
 
 def contradictions(config: dict[str, Any], tensors: Mapping[str, TensorInfo], reader: Reader | None = None) -> list[str]:
@@ -129,7 +134,7 @@ def contradictions(config: dict[str, Any], tensors: Mapping[str, TensorInfo], re
     if quantization.get("quant_method") != METHOD:
         return []
     quantised, floating = stored_layers(tensors)
-    if reader is None or not reader.modules:
+    if not of_class(reader):
         linear = [name for name in floating if not matches(name, NOT_LINEAR)]
         reader = Reader({name: name for name in (*quantised, *linear)})
     targets = {target for group in (quantization.get("config_groups") or {}).values() for target in group.get("targets") or ()}

@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..errors import CheckpointError, UnsupportedError
 from ..format import VERSION
-from .configs import FindReader, Reader, check_shapes, contradictions, output_config, unplaced_of
+from .configs import FindReader, Reader, check_shapes, contradictions, of_class, output_config, unplaced_of
 from .formats import find_layers
 from .norms import NORMS, write_norms
 from .recipe import RECONSTRUCTION, LayerPlan, Recipe, plan_layers
@@ -93,8 +93,7 @@ def convert(
     read = find_reader(checkpoint.config, checkpoint.names) if find_reader else None
     if read is not None:
         check_shapes(checkpoint, read)
-    known = read is not None and bool(read.modules)
-    plans = plan_layers(checkpoint, recipe, read.fixed if read else {}, read.heads if read and known else checkpoint.of_vocabulary)
+    plans = plan_layers(checkpoint, recipe, read.fixed if read else {}, read.heads if of_class(read) else checkpoint.of_vocabulary)
     if read is not None:
         _check_form(checkpoint, recipe, plans, read)
     device = _device(device, recipe)

@@ -35,7 +35,7 @@ class Recipe:
 
     Attributes:
         pattern: what the layers obey afterwards; without ``method`` they must obey it already (None: as marked, else detected).
-        method: how to prune: a name in `slidesparse.prune.METHODS`, ``auto`` for ``admm`` with reconstruction of the blocks, or None.
+        method: how to prune: a name in `slidesparse.pruning.METHODS`, ``auto`` for ``admm`` with reconstruction of the blocks, or None.
         scheme: ``int8``, ``fp8``, ``bf16``, ``fp16``, ``nvfp4``; None keeps the layers' own.
         form: ``packed``, or ``dense`` for the portable twin.
         ignore: layers to leave alone besides `select.DEFAULT_IGNORE`.

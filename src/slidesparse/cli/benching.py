@@ -12,10 +12,11 @@ import typer
 
 from . import screen
 from .produce import Json
-from .tuning import _tokens
+from .tuning import _tokens, shapes_named
 
 if TYPE_CHECKING:
     from ..bench.rows import Row, Rows
+    from ..bench.speedups import Curve
 
 app = typer.Typer(
     name="bench",
@@ -263,12 +264,11 @@ def _opened(out: Path, commit: str | None) -> tuple[Rows, Row]:
 def _shapes(models: Sequence[str] | None, shapes: Sequence[str] | None) -> dict[str, list[tuple[int, int]]]:
     """The shapes asked for, by model; those given by hand are each their own."""
     from ..bench.models import MODELS, shapes_of
-    from .tuning import _shapes as parsed
 
     names = models if models else [] if shapes else [*MODELS, "square"]
     with screen.options_at_fault():
         found = {name: shapes_of(name) for name in names}
-    return found | {f"{layer.n} × {layer.k}": [(layer.n, layer.k)] for layer in parsed(list(shapes or []), None, None)}
+    return found | {f"{n} × {k}": [(n, k)] for n, k in shapes_named(shapes or ())}
 
 
 def _listed(text: str, known: Sequence[str] | None) -> list[str]:
@@ -286,10 +286,10 @@ def _listed(text: str, known: Sequence[str] | None) -> list[str]:
     return names
 
 
-def _print_curves(found: Sequence[object], title: str) -> None:
-    from ..bench.speedups import CAVEAT, FORMULA, Curve, efficiencies
+def _print_curves(found: Sequence[Curve], title: str) -> None:
+    from ..bench.speedups import CAVEAT, FORMULA, efficiencies
 
-    kept = [curve for curve in found if isinstance(curve, Curve) and curve.speedups()]
+    kept = [curve for curve in found if curve.speedups()]
     if not kept:
         return
     tokens = sorted({m for curve in kept for m in curve.speedups()})

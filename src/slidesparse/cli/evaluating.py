@@ -92,7 +92,7 @@ def eval_(
     _check_output(output, overwrite)
     import torch
 
-    from ..errors import EvaluationError
+    from ..errors import EvaluationError, first_line
 
     with screen.stdout_on_stderr():
         _check_files(model, reference, text, runtime)
@@ -104,8 +104,8 @@ def eval_(
         try:
             report = (_by_vllm if runtime == Runtime.vllm else _by_transformers)(asked)
         except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
-            raise EvaluationError(f"out of memory: give a smaller --batch-size or --context, or --memory lean ({reason})") from error
+            way_out = "give a smaller --batch-size or --context, or --memory lean"
+            raise EvaluationError(f"out of memory: {way_out} ({first_line(error)})") from error
     _show(report, output, json)
 
 
@@ -120,7 +120,7 @@ def _check_output(output: Path | None, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise OutputExistsError(f"{output} is there: name another file, or give --overwrite")
     if not output.parent.is_dir():
-        raise OSError(f"cannot write {output}: there is no folder {output.parent}")
+        raise typer.BadParameter(f"--output {output}: there is no folder {output.parent}: make it, or name another file")
 
 
 def _check_files(model: Path, reference: Path | None, text: Path | None, runtime: Runtime) -> None:
@@ -173,7 +173,8 @@ def _by_transformers(asked: _Asked) -> Report:
 
 def _load(path: Path, asked: _Asked) -> tuple[Any, Any]:
     from ..evaluate import check_predicts
-    from ..integrations.transformers import hide_progress_bars, load
+    from ..integrations.conversion import hide_progress_bars
+    from ..integrations.transformers import load
 
     hide_progress_bars()  # the status line is ours
     with screen.err.status(f"loading {escape(str(path))}"):

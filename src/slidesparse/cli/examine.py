@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -65,7 +65,7 @@ def _inspect_plan(model: Path, file: Path | None, vllm: bool, json: bool) -> Non
         plan, sources = Plan.load(file), (str(file),)
     found = shapes.checkpoint_layers(model)
     layers = shapes.served_layers(found) if vllm else tuning.distinct(found, merged=True)
-    swiglu = shapes.behind_swiglu(model, found) if vllm else frozenset()
+    swiglu = shapes.layers_behind_swiglu(model, found) if vllm else frozenset()
     if json:
         screen.print_json({"sources": sources, "layers": [] if plan is None else tuning.plan_rows(plan, layers, vllm, swiglu)})
         return
@@ -79,10 +79,9 @@ def _inspect_plan(model: Path, file: Path | None, vllm: bool, json: bool) -> Non
 
 
 def _layer_table(rows: list[Any], every: bool) -> Table:
-    table = Table(box=None, header_style="bold")
-    for name in ("layer", "N", "K", "type", "pattern", "bytes", "of dense"):
-        side: Literal["left", "right"] = "left" if name in ("layer", "type", "pattern") else "right"
-        table.add_column(name, justify=side, no_wrap=name != "layer", overflow="fold")
+    table = screen.table("layer", ">N", ">K", "type", "pattern", ">bytes", ">of dense", overflow="fold")
+    for column in table.columns[1:]:
+        column.no_wrap = True
     kinds: dict[tuple[Any, ...], list[Any]] = {}
     for row in rows:
         kind = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
@@ -143,9 +142,7 @@ def doctor(json: Json = False) -> None:
     if json:
         screen.print_json([dataclasses.asdict(finding) for finding in findings])
         return
-    table = Table(box=None, header_style="bold")
-    for name in ("", "what", "found", "means"):
-        table.add_column(name)
+    table = screen.table("", "what", "found", "means")
     for finding in findings:
         table.add_row("[green]✓[/]" if finding.ok else "[yellow]–[/]", finding.what, escape(finding.found), escape(finding.means))
     screen.out.print(table)

@@ -43,7 +43,7 @@ class ImportType(StrEnum):
 
 
 class Method(StrEnum):
-    """Names of `slidesparse.prune.METHODS`, and the best of them."""
+    """Names of `slidesparse.pruning.METHODS`, and the best of them."""
 
     auto = "auto"
     admm = "admm"
@@ -262,8 +262,8 @@ def import_(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a GGUF file into a dense checkpoint (weights are dequantised; needs the gguf extra)."""
+    from ..integrations.conversion import hide_progress_bars
     from ..integrations.gguf import import_gguf
-    from ..integrations.transformers import hide_progress_bars
 
     hide_progress_bars()
     with screen.err.status(f"importing {escape(str(gguf))}"):
@@ -280,13 +280,12 @@ def _read(overrides: Path | None) -> dict[str, Pattern]:
 def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwrite: bool, trust: bool, as_json: bool) -> None:
     from ..checkpoint.staging import refuse_existing
     from ..integrations.conversion import convert as api_convert
+    from ..integrations.conversion import hide_progress_bars
 
     if not model.exists():
         refuse_existing(out, overwrite)  # before a model is fetched
         model = model_folder(model) or model
     if recipe.calibrated:
-        from ..integrations.conversion import hide_progress_bars
-
         hide_progress_bars()
     with screen.stdout_on_stderr(), screen.progress(title) as progress:
         report = api_convert(model, out, recipe, device=device, overwrite=overwrite, progress=progress, trust_remote_code=trust)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..errors import first_line
 from . import screen
 from .produce import Json, Model, Trust
 
@@ -37,7 +38,8 @@ def generate(
 ) -> None:
     """Continue a prompt."""
     from ..evaluate import complete
-    from ..integrations.transformers import hide_progress_bars, load
+    from ..integrations.conversion import hide_progress_bars
+    from ..integrations.transformers import load
 
     hide_progress_bars()  # the status line is ours
 
@@ -63,5 +65,5 @@ def checked_device(name: str) -> str:
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"--device {name} cannot be used here: {first_line(error)}") from error
     return name

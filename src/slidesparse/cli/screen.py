@@ -20,7 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.table import Table
 
 UsageError: Any = typer.BadParameter.__base__
-"""The error of a command line that cannot be meant; typer says its own name for it only here."""
+"""The error of a command line that cannot be meant: typer exports no name for it; it is BadParameter's base class."""
 
 # A pipe has no width of its own: wide enough for every table.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else 140)

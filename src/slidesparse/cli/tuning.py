@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from ..bench.models import Shape, shape_of
 from ..pattern import Pattern
 from . import screen
 from .produce import Json, _pattern, model_folder
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ..gemm import Plan
     from ..gemm.tune import LinearShape
     from ..integrations.engine.policy import Decision
-
-_SHAPE = re.compile(r"(\d+)[x×,](\d+)")
 
 
 class Tuned(StrEnum):
@@ -52,21 +50,24 @@ def tune(
     """Measure which route runs each layer fastest on this GPU. Goes on where it was interrupted."""
     import torch
 
+    from ..format import scheme_named
     from ..gemm import user_plan_path
+    from ..gemm.tune import LinearShape
     from ..gemm.tune import tune as api_tune
     from ..integrations.engine import shapes
 
     if tensor_parallel > 1 and not vllm:
         raise typer.BadParameter("--tensor-parallel goes with --vllm")
-    if model is not None and re.fullmatch(r"\d+x\d+", str(model)) and not model.exists():
+    if model is not None and shape_of(str(model)) and not model.exists():
         raise typer.BadParameter(f"{model} is a layer's shape: give --shape {model}")
     name = None if scheme is None else scheme.value
-    layers = _shapes(shape or [], pattern, name)
+    kind = scheme_named(name or "int8")
+    layers = [LinearShape(n, k, pattern or Pattern(6, 8), kind) for n, k in shapes_named(shape or [])]
     swiglu: frozenset[LinearShape] = frozenset()
     if model is not None:
         found = shapes.checkpoint_layers(model, pattern, name)
         layers = [*(shapes.served_layers(found, tensor_parallel) if vllm else distinct(found, merged)), *layers]
-        swiglu = shapes.behind_swiglu(model, found, tensor_parallel) if vllm else swiglu
+        swiglu = shapes.layers_behind_swiglu(model, found, tensor_parallel) if vllm else swiglu
     if not layers:
         raise typer.BadParameter("nothing to measure: name a model or give --shape NxK")
     ms = None if tokens is None else _tokens(tokens)
@@ -165,18 +166,15 @@ def distinct(layers: dict[str, LinearShape], merged: bool) -> list[LinearShape]:
     return list(dict.fromkeys([*layers.values(), *(merged_layers(layers).values() if merged else ())]))
 
 
-def _shapes(texts: list[str], pattern: Pattern | None, scheme: str | None) -> list[LinearShape]:
-    from ..format import scheme_named
-    from ..gemm.tune import LinearShape
-    from ..pattern import Pattern
-
-    layers = []
+def shapes_named(texts: Iterable[str]) -> list[Shape]:
+    """What ``--shape`` names."""
+    shapes = []
     for text in texts:
-        match = _SHAPE.fullmatch(text.strip())
-        if match is None or "0" in match.groups():
+        shape = shape_of(text)
+        if shape is None:
             raise typer.BadParameter(f"--shape {text!r}: write NxK, for example 4096x14336")
-        layers.append(LinearShape(int(match[1]), int(match[2]), Pattern.parse(pattern or "6:8"), scheme_named(scheme or "int8")))
-    return layers
+        shapes.append(shape)
+    return shapes
 
 
 def _tokens(text: str) -> list[int]:

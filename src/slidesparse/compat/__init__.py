@@ -1,4 +1,4 @@
-"""Names of other libraries that their next version may drop: one file per library, and nothing else here uses such names.
+"""Names of other libraries that their next version may drop: each library has files of its own, and nothing else here uses such names.
 
 Each name has what runs without it, or one sentence that names the library's version and the way out. `versions` says which versions were
 tested.

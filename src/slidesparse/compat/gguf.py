@@ -1,4 +1,4 @@
-"""The one place where another library is given something else than its own: transformers parses a GGUF file anew for each of its parts."""
+"""A GGUF file parsed once: transformers parses it anew for each of its parts, unless it is given a reader that has."""
 
 from __future__ import annotations
 

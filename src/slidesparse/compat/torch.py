@@ -15,8 +15,9 @@ from ..errors import UnsupportedError
 from .versions import lacks
 
 
-def found(name: str, home: object = torch) -> Any:
-    """What has this dotted name; None where this torch has nothing of the name."""
+def found(name: str) -> Any:
+    """What torch has under this dotted name; None where this one has nothing of the name."""
+    home: object = torch
     for part in name.split("."):
         home = getattr(home, part, None)
     return home

@@ -36,7 +36,7 @@ def register_method(name: str, config: type, quantizer: type) -> None:
     """Make a quantisation method known to transformers; does nothing the second time.
 
     Raises:
-        UnsupportedError: transformers no longer calls the hooks by their names, so that models would load unchecked.
+        UnsupportedError: transformers does not call the hooks by their names, so that models would load unchecked.
     """
     for hook in HOOKS:
         if not hasattr(HfQuantizer, hook):

@@ -38,12 +38,12 @@ SECOND = 1.03
 BUDGET = 1.25
 
 
-def fastest(times: Times, layouts: Collection[str], guard: float = GUARD) -> Route | None:
-    """The fastest route in these layouts, one outside `DENSE` only if it is more than ``guard`` times as fast; None if none is timed."""
+def fastest(times: Times, layouts: Collection[str]) -> Route | None:
+    """The fastest route in these layouts, one outside `DENSE` only if it is more than `GUARD` times as fast; None if none is timed."""
     dense, other = (quickest(times, [name for name in layouts if (name in DENSE) == kind]) for kind in (True, False))
     if dense is None or other is None:
         return dense or other
-    return other if times[other].p50 * guard < times[dense].p50 else dense
+    return other if times[other].p50 * GUARD < times[dense].p50 else dense
 
 
 DENSE = ("dense", "packed")

@@ -28,9 +28,12 @@ Find = Callable[[torch.dtype, torch.device], Runner]
 """Gives the runner of a layer for activations of this type on this device."""
 
 
+LAYER_GONE = "a compiled or traced call runs a layer that is gone: keep its model, and compile or trace anew in another process"
+
+
 class _ByNumber(dict[int, tuple[Find, int, int]]):
     def __missing__(self, number: int) -> tuple[Find, int, int]:
-        raise UnsupportedError(f"there is no layer {number}: its model was deleted, or it belongs to another process")
+        raise UnsupportedError(LAYER_GONE)
 
 
 _LAYERS = _ByNumber()

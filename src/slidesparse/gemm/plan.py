@@ -91,7 +91,7 @@ class Plan:
             for cell in table.values():
                 changed = {name for name, version in cell.versions.items() if versions.get(name, version) != version}
                 stale |= changed
-                for route in [r for r in cell.times if r.kernel in changed or not (algorithms or "alg=" not in r.variant)]:
+                for route in [r for r in cell.times if r.kernel in changed or (not algorithms and "alg=" in r.variant)]:
                     del cell.times[route]
         return frozenset(stale)
 
@@ -172,8 +172,7 @@ def _checked_cell(cell: dict[str, Any], versions: list[dict[str, str]]) -> Cell:
     if type(m) is not int or m < 1 or type(at) is not int or at < 0:
         raise ValueError(f"{m!r} tokens, kernels {at!r}")
     times = {Route.parse(name): Timing(*_checked_times(name, timing)) for name, timing in cell["us"].items()}
-    # Files may hold products without scales, too: their times stand apart, what was dropped of them is marked.
-    dropped = {str(name): str(reason) for name, reason in cell.get("dropped", {}).items() if not name.startswith("unscaled ")}
+    dropped = {str(name): str(reason) for name, reason in cell.get("dropped", {}).items()}
     return Cell(m, times, dropped, versions[at], brief=bool(cell.get("brief")))
 
 

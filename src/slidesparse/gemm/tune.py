@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import measure, ops, reference
 from ..compat.torch import scaled_mm
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError, first_line
 from ..format import Scheme
 from ..measure import Timing
 from ..ops.launch import can_bypass_dispatcher
@@ -236,7 +236,7 @@ class Bench:
                 try:
                     variants = kernel.search(self.problem, x, self.copies(layout, count)[0])
                 except (UnsupportedError, torch.OutOfMemoryError) as error:
-                    dropped[f"{layout}:{name}"] = str(error).splitlines()[0]
+                    dropped[f"{layout}:{name}"] = first_line(error)
                     continue
                 if not variants:
                     dropped[f"{layout}:{name}"] = "none of its variants gave right results"
@@ -266,7 +266,7 @@ class Bench:
         try:
             return timer(calls, rounds=rounds) if calls else {}
         except torch.OutOfMemoryError as error:
-            dropped |= dict.fromkeys(map(str, calls), str(error).splitlines()[0])
+            dropped |= dict.fromkeys(map(str, calls), first_line(error))
             return {}
 
     def products(self, routes: Iterable[Route], m: int) -> dict[Route, list[Callable[[], Tensor]]]:
@@ -317,13 +317,16 @@ class Bench:
     def _checked(
         self, calls: Sequence[Callable[[], Tensor]], m: int, expected: Callable[[int], tuple[Tensor, Tensor]], roundings: int = 1
     ) -> Deviation | str:
-        """How far outputs lie from the oracle, or why they are wrong, which they must be for two draws: one may have one large error."""
+        """How far outputs lie from the oracle, or why they are wrong.
+
+        A route is wrong only if two draws fail: a single draw may hold one large error by chance.
+        """
         reason = "there was nothing to check"
         for draw, call in enumerate(calls[:2]):
             try:
                 out = call()
             except (UnsupportedError, torch.OutOfMemoryError) as error:
-                return str(error).splitlines()[0]
+                return first_line(error)
             if tuple(out.shape) != (m, self.layer.n):
                 return f"returned {list(out.shape)}"
             measured = deviation(_ends(out), *expected(draw), roundings=roundings)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.calibration import Calibration, Texts, document_of, in_pieces, read_texts, read_token_ids
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError, first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """One of these is in every model directory that has a tokenizer."""
@@ -132,7 +132,6 @@ def _rows(load_dataset: Callable[..., Iterable[Any]], source: str) -> Iterator[s
         for number, row in enumerate(load_dataset(name, config or None, split="train", streaming=True)):
             yield document_of(row, f"data set {source}, row {number}")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise CheckpointError(
-            f"there is no file {source}, and no data set of that name can be read ({reason}): name a text file"
+            f"there is no file {source}, and no data set of that name can be read ({first_line(error)}): name a text file"
         ) from error

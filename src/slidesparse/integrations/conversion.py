@@ -87,6 +87,6 @@ def verify(
 def hide_progress_bars() -> None:
     """Switch transformers' own progress bars off where it is there, for programs that show theirs."""
     if find_spec("transformers") is not None:
-        from .transformers import hide_progress_bars as hide
+        from ..compat.transformers import logging
 
-        hide()
+        logging.disable_progress_bar()

@@ -10,7 +10,7 @@ from traceback import walk_tb
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from ..errors import CheckpointError, SlideSparseError
+from ..errors import CheckpointError, SlideSparseError, first_line
 
 _LIBRARIES = ("accelerate", "gguf", "huggingface_hub", "safetensors", "tokenizers", "transformers")
 _LOADING = (
@@ -36,8 +36,7 @@ def one_line(path: Path) -> Iterator[None]:
     except _LOADING as error:
         if not is_a_librarys(error):
             raise
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(f"{path}: transformers cannot load it ({reason[0][:300] if reason else type(error).__name__})") from error
+        raise CheckpointError(f"{path}: transformers cannot load it ({first_line(error)})") from error
 
 
 def is_a_librarys(error: BaseException) -> bool:

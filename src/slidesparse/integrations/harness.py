@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 from yaml import YAMLError
 
-from ..errors import EvaluationError, UnsupportedError
+from ..errors import EvaluationError, UnsupportedError, first_line
 from ..evaluate import windows_per_pass
 from ..evaluate.scores import TaskScore, items_of_mean
 
@@ -122,9 +122,9 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
     try:
         loaded = manager.load([name])
     except (OSError, DatasetsError) as error:
-        raise EvaluationError(f"task {name}: its data cannot be read or fetched ({_line(error)})") from error
+        raise EvaluationError(f"task {name}: its data cannot be read or fetched ({first_line(error)})") from error
     except _UNUSABLE as error:
-        raise EvaluationError(f"task {name}: lm-eval cannot set it up ({_line(error)})") from error
+        raise EvaluationError(f"task {name}: lm-eval cannot set it up ({first_line(error)})") from error
     groups = loaded.get("groups", {})
     inner = {child for children in loaded.get("group_map", {}).values() for child in children}
     return [item for key, item in (groups | loaded["tasks"]).items() if key not in inner]
@@ -200,7 +200,7 @@ def run_tasks(
     try:
         results = evaluate(lm=runner, task_dict=tasks.loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=True)
     except (ValueError, KeyError, AssertionError, NotImplementedError) as error:
-        raise EvaluationError(f"lm-eval cannot run the tasks: {_line(error)}") from error
+        raise EvaluationError(f"lm-eval cannot run the tasks: {first_line(error)}") from error
     return _scores(results)
 
 
@@ -256,13 +256,8 @@ def _number(value: Any) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
-
-
 def hush() -> None:
-    """Let lm-eval and the hub's client report errors, and prompts that were cut, for programs that say themselves what they do."""
+    """Silence lm-eval's and the hub's logs, except errors and warnings about cut prompts."""
     disable_progress_bars()
     for name in ("lm_eval", "huggingface_hub", "datasets"):
         getLogger(name).setLevel(ERROR)

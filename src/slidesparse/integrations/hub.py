@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 from .calibration import TOKENIZER_FILES
 
 _NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
@@ -100,5 +100,4 @@ def _answer(error: Exception, name: str, revision: str | None) -> str:
         return f"the hub's {name} has no revision {revision or 'main'}"
     if isinstance(error, RepositoryNotFoundError):
         return f"the hub knows no model {name} (or it is private: hf auth login)"
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"the hub cannot be reached to download it ({first})"
+    return f"the hub cannot be reached to download it ({first_line(error)})"

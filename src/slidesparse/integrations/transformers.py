@@ -22,7 +22,6 @@ from ..compat.transformers import (
     HfQuantizer,
     PreTrainedModel,
     QuantizationConfigMixin,
-    logging,
     register_method,
     tied_weights,
 )
@@ -233,11 +232,6 @@ def open_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     check_code(path, read_config(path), trust_remote_code)
     with one_line(path):
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-
-
-def hide_progress_bars() -> None:
-    """Switch transformers' own progress bars off, for programs that show theirs."""
-    logging.disable_progress_bar()
 
 
 def _packed_share(scheme: Scheme, pattern: Pattern) -> float:

@@ -102,16 +102,14 @@ def check_rest(stored: StoredTensors, model: nn.Module, ignore: Collection[str] 
         CheckpointError: names the tensor.
     """
     expected = model.state_dict()
-    tied = tied_weights(model)
-    partners = {**tied, **{source: target for target, source in tied.items()}}
     for name, tensor in expected.items():
         found = stored.tensors.get(name)
         if found is not None and found.shape is not None and found.shape != tuple(tensor.shape):
             raise CheckpointError(f"{stored.where}: {found.key} has shape {list(found.shape)}, the model needs {list(tensor.shape)}")
-        if found is None and stored.strict and partners.get(name) not in stored.tensors and not _listed(name, model, "missing"):
-            raise CheckpointError(f"{stored.where}: tensor {name} is missing")
     if not stored.strict:
         return
+    for name in missing_tensors(model, stored.tensors):
+        raise CheckpointError(f"{stored.where}: tensor {name} is missing")
     for name, found in stored.tensors.items():
         if name not in expected and found.key not in ignore and not may_be_left_over(name, model):
             raise CheckpointError(f"{stored.where}: the model has no place for tensor {found.key}")
@@ -123,9 +121,9 @@ def check_parameters(stored: StoredTensors, model: nn.Module, prefix: str) -> No
     Raises:
         CheckpointError: names the tensor.
     """
-    tied = tied_weights(model)
-    for name, _ in model.named_parameters():
-        if name.startswith(prefix) and name not in stored.tensors and name not in tied and not _listed(name, model, "missing"):
+    parameters = dict(model.named_parameters())
+    for name in missing_tensors(model, stored.tensors):
+        if name.startswith(prefix) and name in parameters:
             raise CheckpointError(f"{stored.where}: tensor {name} is missing")
 
 

@@ -16,8 +16,8 @@ from ..compat.torch import tracing_state
 from ..errors import UnsupportedError, WeightError
 from ..format import BLOCK, Packed, Scheme, packed_tensors, scheme_named
 from ..gemm import MEMORY, Route, Runner, Weights, refuse_capture
-from ..gemm.op import handle, linear
-from ..packing import check_packed, pack, restore
+from ..gemm.op import LAYER_GONE, handle, linear
+from ..packing import check_packed, find_violation, pack, restore
 from ..packing.checks import check_scale
 from ..pattern import Pattern
 from ..quantization import dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4, quantize_weight
@@ -138,13 +138,14 @@ class SlideSparseLinear(nn.Module):
             scale = scale.detach() if scheme.pair else scale.detach().to(torch.float32)
         elif weight.dtype == scheme.dtype and (scheme.dynamic or scheme.pair):
             raise WeightError(f"{scheme.name} weights need their scale")
-        elif scheme.pair:
-            pack(weight, replace(pattern, unit=2))  # before rounding hides a violation
-            global_scale = torch.tensor([nvfp4_global_scale(float(weight.float().abs().amax()))], device=weight.device)
-            weight, scale = quantize_nvfp4(weight, float(global_scale))
         else:
-            pack(weight, pattern)
-            weight, scale = quantize_weight(weight, scheme)
+            if violation := find_violation(weight, replace(pattern, unit=2) if scheme.pair else pattern):
+                raise violation  # before rounding hides it
+            if scheme.pair:
+                global_scale = torch.tensor([nvfp4_global_scale(float(weight.float().abs().amax()))], device=weight.device)
+                weight, scale = quantize_nvfp4(weight, float(global_scale))
+            else:
+                weight, scale = quantize_weight(weight, scheme)
         packed = pack(weight, scheme.pattern_stored(pattern))
         tensors = {"scale": scale, "global_scale": global_scale, "bias": bias}
         return cls.from_packed(packed, scheme, pattern=pattern, **tensors, dtype=dtype, memory=memory)
@@ -385,7 +386,7 @@ def _name(layer: SlideSparseLinear) -> Tensor:
     def ready(dtype: torch.dtype, device: torch.device) -> Runner:
         layer = found()
         if layer is None:
-            raise RuntimeError("a compiled call runs a layer that is gone")
+            raise UnsupportedError(LAYER_GONE)
         return layer._ready(dtype, device)
 
     return handle(layer, ready)

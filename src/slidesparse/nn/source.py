@@ -103,11 +103,12 @@ def _check_arithmetic(module: nn.Linear, scheme: Scheme) -> None:
             raise NotConvertible("quantises its activations to 4 bits; NVFP4 weights with 16-bit activations are supported", fault=True)
         return
     kind = "int" if scheme.dtype == torch.int8 else "float"
-    found = None if inputs is None else (inputs.num_bits, _text(inputs.type), _text(inputs.strategy), inputs.symmetric, inputs.dynamic)
+    found = None if inputs is None else (inputs.num_bits, text_of(inputs.type), text_of(inputs.strategy), inputs.symmetric, inputs.dynamic)
     if found != (8, kind, "token", True, True):
         described = "leaves its activations as they are" if inputs is None else f"quantises activations as {found}"
         raise NotConvertible(f"{described}; dynamic symmetric per-token {kind} 8-bit is supported", fault=True)
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """What compressed-tensors means by a value: the text itself, or a member of an enumeration."""
     return str(getattr(value, "value", value))

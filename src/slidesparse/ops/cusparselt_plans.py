@@ -26,9 +26,6 @@ from ..compat.nvmath import numbers
 from ..errors import UnsupportedError
 from .launch import allocate, allocator, current_stream
 
-BUILD_UNDER_CAPTURE = False
-"""Whether a plan may be made while a CUDA graph is captured. The library's documents do not promise that it then leaves streams alone."""
-
 _ALIGNMENT = 16
 
 # Host scalars that the library reads during every call.
@@ -259,7 +256,8 @@ class Plans:
             if plan is not None:  # another thread was faster
                 return plan
             multiplication = Multiplication(*wanted)
-            if not BUILD_UNDER_CAPTURE and torch.cuda.is_current_stream_capturing():
+            # The library's documents do not promise that making a plan leaves streams alone.
+            if torch.cuda.is_current_stream_capturing():
                 raise UnsupportedError(f"no plan yet for {multiplication}: run it once before capturing a CUDA graph")
             plan = self._plans[wanted] = LibraryPlan(multiplication)
             while len(self._plans) > self.bound:

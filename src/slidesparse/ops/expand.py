@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import packing
 from ..format import Packed
-from ..pattern import Pattern
+from ..pattern import Pattern, parsed
 from .launch import CALLS, Launch, allocate
 from .library import define, has_triton
 
@@ -102,11 +102,11 @@ def _takes(values: Tensor, pattern: Pattern) -> bool:
 
 
 def _restore_oracle(values: Tensor, keep: Tensor, pattern: str, k: int) -> Tensor:
-    return packing.restore(Packed(values, keep, Pattern.parse(pattern), k))
+    return packing.restore(Packed(values, keep, parsed(pattern), k))
 
 
 def _slide_oracle(values: Tensor, keep: Tensor, pattern: str, k: int, width: int, rows: int) -> Tensor:
-    slid = packing.slide(Packed(values, keep, Pattern.parse(pattern), k))
+    slid = packing.slide(Packed(values, keep, parsed(pattern), k))
     n = -(-slid.shape[0] // rows) * rows
     if slid.shape == (n, width):
         return slid
@@ -117,15 +117,15 @@ def _slide_oracle(values: Tensor, keep: Tensor, pattern: str, k: int, width: int
 
 
 def _restore_cuda(values: Tensor, keep: Tensor, pattern: str, k: int) -> Tensor:
-    parsed = Pattern.parse(pattern)
-    return launch_restore(values, keep, parsed, k) if _takes(values, parsed) else _restore_oracle(values, keep, pattern, k)
+    own = parsed(pattern)
+    return launch_restore(values, keep, own, k) if _takes(values, own) else _restore_oracle(values, keep, pattern, k)
 
 
 def _slide_cuda(values: Tensor, keep: Tensor, pattern: str, k: int, width: int, rows: int) -> Tensor:
-    parsed = Pattern.parse(pattern)
-    if not _takes(values, parsed):
+    own = parsed(pattern)
+    if not _takes(values, own):
         return _slide_oracle(values, keep, pattern, k, width, rows)
-    return launch_slide(values, keep, parsed, k, width, rows)
+    return launch_slide(values, keep, own, k, width, rows)
 
 
 def _aligned(values: Tensor) -> Tensor:

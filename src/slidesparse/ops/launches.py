@@ -153,8 +153,8 @@ def _expand() -> Made:
 
 def _rescale() -> Made:
     for acc, y, (x, w, bias) in product(_SUMS, _OUTPUTS, product((None, FP32), (None, FP32), (None, BF16))):
-        yield rescale_call((acc, y, x, w, bias), 4096, 3584, 3584, None), (acc, y, x, w, bias)
-    yield rescale_call((torch.int32, BF16, FP32, FP32, FP32), 4096, 515, 528, None), (torch.int32, BF16, FP32, FP32, FP32)
+        yield rescale_call((acc, y, x, w, bias), 4096, 3584, 3584), (acc, y, x, w, bias)
+    yield rescale_call((torch.int32, BF16, FP32, FP32, FP32), 4096, 515, 528), (torch.int32, BF16, FP32, FP32, FP32)
 
 
 def _w8a8(card: Card) -> Made:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from ..format import SCHEMES, Scheme
-from ..pattern import Pattern
+from ..pattern import Pattern, parsed
 from .launch import CALLS, Launch, allocate
 from .library import define, runs_kernels
 from .row_config import BOUNDS, RowConfig, gather_constants, is_hopper, row_config, row_constants
@@ -21,7 +21,6 @@ from .row_config import BOUNDS, RowConfig, gather_constants, is_hopper, row_conf
 _INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 _SCHEME_OF = {scheme.dtype: scheme for scheme in SCHEMES.values() if scheme.dynamic}
-parsed = lru_cache(Pattern.parse)
 
 
 def quantize(x: Tensor, scheme: Scheme, *, width: int | None = None, rows: int = 1) -> tuple[Tensor, Tensor]:

@@ -68,25 +68,24 @@ def _rescale_cuda(
 
 
 def launch_rescale(
-    acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype, m: int, n: int,
-    tile: tuple[int, int] | None = None,
-) -> Tensor:  # fmt: skip
-    """Run the kernel on the current device and stream; ``tile`` is columns a program, and warps."""
+    acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype, m: int, n: int
+) -> Tensor:
+    """Run the kernel on the current device and stream."""
     acc = acc if acc.stride(1) == 1 else acc.contiguous()
     y = allocate(acc, m, n, dtype)
     if m and n:
         tensors = (acc, y, _flat(x_scale), _flat(w_scale), _flat(bias))
         types = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
-        rescale_call(types, m, n, acc.stride(0), tile)(*tensors)
+        rescale_call(types, m, n, acc.stride(0))(*tensors)
     return y
 
 
 @lru_cache(CALLS)
-def rescale_call(types: tuple[torch.dtype | None, ...], m: int, n: int, stride: int, tile: tuple[int, int] | None) -> Launch:
+def rescale_call(types: tuple[torch.dtype | None, ...], m: int, n: int, stride: int) -> Launch:
     """The launch, to be called with sums of this row stride, outputs ``[m, n]``, token scales, weight scales and bias of these types."""
     from .kernels_rescale import rescale_kernel
 
-    block, warps = tile or _tile(n)
+    block, warps = _tile(n)
     _, _, x, w, bias = types
     constants = {"X": x is not None, "W": w is not None, "BIAS": bias is not None, "BLOCK": block, "num_warps": warps}
     return Launch(rescale_kernel, (-(-n // block) * m,), (n, stride), constants | {"enable_fp_fusion": False})

@@ -66,4 +66,5 @@ def check_scale(
     bad = ~(torch.isfinite(values) & ((values >= 0) if zero_allowed else (values > 0)))
     if bool(bad.any()):
         row, column = (int(i) for i in bad.nonzero()[0])
-        raise WeightError(f"{name}: row {first_row + row} holds {float(values[row, column])}; scales must be finite and positive")
+        wanted = "not negative" if zero_allowed else "positive"
+        raise WeightError(f"{name}: row {first_row + row} holds {float(values[row, column])}; scales must be finite and {wanted}")

@@ -20,12 +20,10 @@ class Statistics:
     Attributes:
         hessian: x xᵀ, float32 ``[K, K]``; None where only the norms are known.
         norms: root of the mean x_k², float32 ``[K]``.
-        tokens: how many inputs were seen; 0 where that is not known.
     """
 
     hessian: Tensor | None
     norms: Tensor
-    tokens: int = 0
 
     @property
     def moments(self) -> Tensor:
@@ -72,11 +70,6 @@ class Gathering:
         self._sum = part if self._sum is None else self._sum.add_(part)
         self._tokens += rows.shape[0]
 
-    @property
-    def tokens(self) -> int:
-        """How many inputs were added."""
-        return self._tokens
-
     def statistics(self) -> Statistics:
         """The means; nothing may be added afterwards.
 
@@ -86,7 +79,7 @@ class Gathering:
         if self._sum is None or self._tokens == 0:
             raise WeightError("no calibration token reached the layer")
         hessian, self._sum = self._sum.div_(self._tokens), None
-        return Statistics(hessian, hessian.diagonal().clamp(min=0).sqrt(), self._tokens)
+        return Statistics(hessian, hessian.diagonal().clamp(min=0).sqrt())
 
 
 @dataclass(frozen=True)

@@ -86,4 +86,4 @@ def epilogue(
         return partial(ops.rescale, out_dtype=problem.dtype, m=m, n=problem.n)
     types = (sums, problem.dtype, torch.float32, None if scaled else torch.float32, problem.bias)
     out = (m, problem.n), (problem.n, 1), problem.dtype
-    return Producer(rescale_call(types, m, problem.n, stride, None), device, (out,), at=1)
+    return Producer(rescale_call(types, m, problem.n, stride), device, (out,), at=1)

@@ -78,7 +78,7 @@ def served_layers(layers: Mapping[str, LinearShape], ranks: int = 1) -> list[Lin
     return rank_layers(merged_layers(layers), ranks)
 
 
-def behind_swiglu(model: Path, layers: Mapping[str, LinearShape], ranks: int = 1) -> frozenset[LinearShape]:
+def layers_behind_swiglu(model: Path, layers: Mapping[str, LinearShape], ranks: int = 1) -> frozenset[LinearShape]:
     """Those of `served_layers`, 8 bits in a bfloat16 model, whose input is silu(gate) · up."""
     config = Checkpoint.open(model).config
     text = config.get("text_config") or config

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ...errors import UnsupportedError
-from .head import FAILURES, Head, reason, replaced
+from ...errors import UnsupportedError, first_line
+from .head import FAILURES, Head, replaced
 
 _PROBE = 16
 """Tokens of the forward pass that shows how blocks hand over to each other."""
@@ -130,7 +130,7 @@ class Blocks:
         try:
             return self.model(input_ids=tokens, use_cache=False)
         except FAILURES as error:
-            self._refuse(f"it does not run on {tokens.shape[1]} tokens ({reason(error)})", error)
+            self._refuse(f"it does not run on {tokens.shape[1]} tokens ({first_line(error)})", error)
 
     def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
         """Hidden states and the rest of a block's arguments."""

@@ -88,8 +88,3 @@ def replaced(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]
         for module, own in zip(modules, before, strict=True):
             del module.forward
             vars(module).update(own)
-
-
-def reason(error: Exception) -> str:
-    """An error's first line, or its type's name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ...checkpoint.recipe import AUTO, RECONSTRUCTION_STEPS, LayerPlan
 from ...checkpoint.solved import INPUT_NORMS, Job, PruningReport, read_block, solved_scheme, write_block
 from ...checkpoint.tensorfile import TensorInfo, TensorReader
-from ...errors import CheckpointError, UnsupportedError
+from ...errors import CheckpointError, UnsupportedError, first_line
 from ...quantization import check_finite
 from ..calibration import Samples, calibration_samples
 from ..transformers import open_model, open_tokenizer
 from ..transformers_files import StoredTensors, check_parameters
 from .blocks import Blocks, Call
-from .head import FAILURES, PIECE, reason
+from .head import FAILURES, PIECE
 from .reconstruction import Batches, Depth, reconstruct
 from .solving import Solution, Task, dequantized, gather, solve_layers
 
@@ -158,7 +158,7 @@ class _Stream:
             float(head.to(self.device).divergence(few, few))
         except FAILURES as error:
             head.to(torch.device("cpu"))
-            return f"no logits on {self.device} ({reason(error)})"
+            return f"no logits on {self.device} ({first_line(error)})"
         last.head = head
         return None
 

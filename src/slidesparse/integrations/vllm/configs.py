@@ -20,6 +20,7 @@ from ...compat.vllm import (
 )
 from ...errors import UnsupportedError
 from ...format import MARKER, QUANT_METHOD, PackedConfig, Scheme, scheme_named
+from ...nn.source import text_of
 from ..engine.claims import Claims, part_names
 from .methods import DenseLinearMethod, PackedLinearMethod
 
@@ -145,7 +146,7 @@ class MaskedCompressedTensorsConfig(_Chosen, CompressedTensorsConfig):
             arguments = self.get_scheme_dict(layer, prefix)
             scheme = _w8a8(arguments)
             if scheme is not None:
-                return DenseLinearMethod(scheme, self.claims, prefix, parts, per_part=_text(arguments["weights"].strategy) == "tensor")
+                return DenseLinearMethod(scheme, self.claims, prefix, parts, per_part=text_of(arguments["weights"].strategy) == "tensor")
             if arguments is not None:
                 _report_other(prefix.rpartition(".")[2])
         return super().get_quant_method(layer, prefix)
@@ -157,16 +158,12 @@ def _w8a8(arguments: dict[str, Any] | None) -> Scheme | None:
     weights, inputs = given.get("weights"), given.get("input_activations")
     if weights is None or inputs is None or given.get("output_activations") is not None:
         return None
-    kind = _text(weights.type)
+    kind = text_of(weights.type)
     asked = (weights.num_bits, weights.symmetric, weights.dynamic, inputs.num_bits, inputs.symmetric, inputs.dynamic)
-    same = kind == _text(inputs.type) and _text(inputs.strategy) == "token" and _text(weights.strategy) in ("channel", "tensor")
+    same = kind == text_of(inputs.type) and text_of(inputs.strategy) == "token" and text_of(weights.strategy) in ("channel", "tensor")
     if asked != (8, True, False, 8, True, True) or not same:
         return None
     return scheme_named({"int": "int8", "float": "fp8"}[kind])
-
-
-def _text(value: Any) -> str:
-    return str(getattr(value, "value", value))
 
 
 @cache

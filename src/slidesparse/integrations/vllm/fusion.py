@@ -60,7 +60,7 @@ def _can_match() -> bool:
     return True
 
 
-def behind_swiglu(config: VllmConfig, layer: str) -> bool:
+def sees_swiglu(config: VllmConfig, layer: str) -> bool:
     """Whether the pass will find SwiGLU in front of the layer of that name."""
     settings, text = config.compilation_config, None if config.model_config is None else config.model_config.hf_text_config
     asked = settings.custom_ops  # vLLM's own kernel is not what the pass looks for

@@ -33,7 +33,7 @@ from ..engine.policy import Decision
 from ..engine.rank_weights import blank, cut, made_up, pack
 from ..vllm_facts import ENOUGH
 from .dense import Apply, can_give_back, decided, give_back
-from .fusion import behind_swiglu, fuses
+from .fusion import fuses, sees_swiglu
 from .graph import compiles, enter_cache_key
 from .loading import LOADING, let_go
 
@@ -121,7 +121,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
         try:
             weights, margins = self._weights(layer)
         except PatternError as error:
-            raise PatternError(f"layer {self.layer}: {error}", row=error.row, group=error.group, values=error.values) from error
+            raise error.reworded(f"layer {self.layer}: {error}") from error
         except WeightError as error:
             raise WeightError(f"layer {self.layer}: {error}") from error
         loaded = [weights.packed.values, weights.packed.keep]
@@ -141,7 +141,7 @@ class SlideSparseLinearMethod(LinearMethodBase):
         if layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0):
             bias = None  # vLLM adds it elsewhere
         problem = weights.problem(layer.params_dtype, device, None if bias is None else bias.dtype)
-        behind = self.fuses and layer.params_dtype == torch.bfloat16 and behind_swiglu(self.config, self.layer)
+        behind = self.fuses and layer.params_dtype == torch.bfloat16 and sees_swiglu(self.config, self.layer)
         decision = self._decision(problem, device, behind)
         if decision.why is not None and enter_cache_key(configs, self.layer, "vllm"):
             dense = ops.restore(weights.packed)[:, margins[0] : weights.k - margins[1]]

@@ -104,9 +104,9 @@ class Gemm:
     def table(self, m: int, n: int, k: int) -> Table:
         """What clusters work on in a product ``[M, N]`` of K' columns; see `table`."""
         variant = self.variant
-        down, across = -(-n // (ROWS * variant.features)), -(-m // (variant.tokens * variant.along))
+        down, across = -(-n // (ROWS * variant.cluster_features)), -(-m // (variant.tile_tokens * variant.cluster_tokens))
         steps = tiles(n, k, self.types.size)[1]
-        return table(down, across, max(1, _GROUP // variant.along), steps, self.clusters, variant.split, self.device)
+        return table(down, across, max(1, _GROUP // variant.cluster_tokens), steps, self.clusters, variant.split, self.device)
 
     def __call__(
         self, q: Tensor, x_scale: Tensor | None, weights: Tensor, w_scale: Tensor | None, bias: Tensor | None, work: Table, y: Tensor,
@@ -117,8 +117,8 @@ class Gemm:
         if m == 0:
             return
         sparse, driver, variant = self.types.sparse, _driver(), self.variant
-        x_map = self._map(q, variant.tokens // variant.features)
-        w_map = x_map if sparse else self._map(weights, ROWS // variant.along)
+        x_map = self._map(q, variant.tile_tokens // variant.cluster_features)
+        w_map = x_map if sparse else self._map(weights, ROWS // variant.cluster_tokens)
         y_map = self._map(y, CHUNK, written=True)
         steps, blocks = tiles(n, q.shape[1], self.types.size)[1], work.clusters * variant.cluster
         sums = allocator(y.device)((blocks * part_bytes(variant),), (1,), torch.uint8) if work.shared else None

@@ -61,8 +61,11 @@ def tile(slid: Tensor) -> Tensor:
     bits = F.pad(slid.view(_BITS[size]), (0, across * DEPTH // size - k, 0, down * ROWS - n))
     windows = bits.unflatten(1, (-1, 4))
     mask = ((windows & _magnitude(slid.dtype)) != 0).long() @ torch.tensor([1, 2, 4, 8], device=bits.device)
-    if bool(torch.tensor([found.bit_count() > 2 for found in range(16)], device=bits.device)[mask].any()):
-        raise ValueError("slid weights have a window of more than two non-zeros")
+    wrong = torch.tensor([found.bit_count() > 2 for found in range(16)], device=bits.device)[mask]
+    if bool(wrong.any()):
+        row, window = (int(i) for i in wrong.nonzero()[0])
+        held = slid[row, 4 * window : 4 * window + 4].float().tolist()
+        raise ValueError(f"row {row}, window {window} holds more than 2 non-zeros: {held}")
     first, second = torch.tensor(_PAIRS, device=bits.device)[mask].unbind(-1)
     values = torch.stack((windows.gather(2, first[..., None]), windows.gather(2, second[..., None])), 2).flatten(1)
     nibbles = (first | second << 2).to(torch.uint8)

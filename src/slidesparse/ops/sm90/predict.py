@@ -61,7 +61,7 @@ def predicted_us(variant: Variant, n: int, k: int, width: int, m: int, *, values
         values: torch's name of the type that is multiplied. 16-bit activations are lifted where ``width`` is more than K.
     """
     size, index = 1 if values in ("int8", "float8_e4m3fn") else 2, int(sparse)
-    tiles = -(-n // (ROWS * variant.features)) * -(-m // (variant.tokens * variant.along))
+    tiles = -(-n // (ROWS * variant.cluster_features)) * -(-m // (variant.tile_tokens * variant.cluster_tokens))
     clusters = rates.clusters_of_eight * 8 // variant.cluster if variant.cluster >= 4 else rates.multiprocessors // variant.cluster
     steps, waves = -(-width * size // DEPTH), -(-tiles // clusters)
     (per_token, fixed), (end_per_token, end) = rates.step[index], rates.end
@@ -69,7 +69,7 @@ def predicted_us(variant: Variant, n: int, k: int, width: int, m: int, *, values
     if variant.split and tiles % clusters:
         # Steps are divided evenly. A cluster leaves sums, and finishes a tile of as many others as it takes to share one.
         rounds, moved = tiles / clusters, (1 + max(1, -(-clusters // tiles))) * part_bytes(variant) / rates.sums
-    clocks = rounds * steps * (per_token * variant.tokens + fixed) + waves * (end_per_token * variant.tokens + end) + moved
+    clocks = rounds * steps * (per_token * variant.tile_tokens + fixed) + waves * (end_per_token * variant.tile_tokens + end) + moved
     multiplications = m * n * width / (2 if sparse else 1)
     weights = n * width * tile_bytes(size) / (ROWS * DEPTH) if sparse else n * width * size
     bounds = (

@@ -21,13 +21,13 @@ class Variant(NamedTuple):
     With ``split`` the steps of the last tiles are divided evenly among clusters, see `schedule`.
     """
 
-    tokens: int
-    features: int
-    along: int
+    tile_tokens: int
+    cluster_features: int
+    cluster_tokens: int
     split: bool = False
 
     def __str__(self) -> str:
-        return f"{self.tokens} {self.features}x{self.along}{' split' if self.split else ''}"
+        return f"{self.tile_tokens} {self.cluster_features}x{self.cluster_tokens}{' split' if self.split else ''}"
 
     @classmethod
     def parse(cls, text: str) -> Variant:
@@ -44,29 +44,26 @@ class Variant(NamedTuple):
     @property
     def cluster(self) -> int:
         """Blocks of a cluster."""
-        return self.features * self.along
+        return self.cluster_features * self.cluster_tokens
 
 
 VARIANTS = (
-    *(Variant(256, features, along) for features, along in ((2, 1), (4, 2), (1, 1))),
-    *(Variant(128, features, along) for features, along in ((2, 1), (1, 2), (1, 1))),
-    *(Variant(64, 1, along) for along in (2, 1)),
-    *(
-        Variant(tokens, features, along, True)
-        for tokens, features, along in ((256, 2, 1), (128, 2, 1), (128, 1, 2), (128, 1, 1), (64, 1, 1))
-    ),
+    *(Variant(256, *cluster) for cluster in ((2, 1), (4, 2), (1, 1))),
+    *(Variant(128, *cluster) for cluster in ((2, 1), (1, 2), (1, 1))),
+    *(Variant(64, *cluster) for cluster in ((1, 2), (1, 1))),
+    *(Variant(*tile, split=True) for tile in ((256, 2, 1), (128, 2, 1), (128, 1, 2), (128, 1, 1), (64, 1, 1))),
 )
 """The likely fastest for many tokens first, then the same ones split."""
 
 
 def fits(variant: Variant, values: str, bias: bool) -> bool:
     """Whether ptxas finds registers enough: it has one too few for split tiles of 256 tokens with the bias of int8 products."""
-    return not (variant.split and variant.tokens == 256 and values == "int8" and bias)
+    return not (variant.split and variant.tile_tokens == 256 and values == "int8" and bias)
 
 
 def part_bytes(variant: Variant) -> int:
     """Bytes of the sums that a block may leave to another, and of the flags that say so."""
-    return ROWS * variant.tokens * 4 + 16
+    return ROWS * variant.tile_tokens * 4 + 16
 
 
 class Types(NamedTuple):
@@ -95,17 +92,17 @@ class Types(NamedTuple):
 
 def _fixed_bytes(variant: Variant, types: Types) -> int:
     buffers = 4 if types.sparse else 2
-    return 1024 + 2 * buffers * CHUNK * 128 + 2 * variant.tokens * 4 + 128
+    return 1024 + 2 * buffers * CHUNK * 128 + 2 * variant.tile_tokens * 4 + 128
 
 
 def stages(variant: Variant, types: Types) -> int:
     """As many steps ahead as fit, at most 8."""
-    return min(8, (SHARED_BYTES - _fixed_bytes(variant, types)) // (types.stage_bytes + variant.tokens * DEPTH))
+    return min(8, (SHARED_BYTES - _fixed_bytes(variant, types)) // (types.stage_bytes + variant.tile_tokens * DEPTH))
 
 
 def shared_bytes(variant: Variant, types: Types) -> int:
     """Shared memory of a block."""
-    return _fixed_bytes(variant, types) + stages(variant, types) * (types.stage_bytes + variant.tokens * DEPTH)
+    return _fixed_bytes(variant, types) + stages(variant, types) * (types.stage_bytes + variant.tile_tokens * DEPTH)
 
 
 def constants(variant: Variant, types: Types, *, delay: bool = False) -> dict[str, int]:
@@ -113,9 +110,9 @@ def constants(variant: Variant, types: Types, *, delay: bool = False) -> dict[st
     return {
         "TYPE": tuple(_INSTRUCTIONS).index(types.values),
         "SPARSE": int(types.sparse),
-        "TOKENS": variant.tokens,
-        "CLUSTER_FEATURES": variant.features,
-        "CLUSTER_TOKENS": variant.along,
+        "TOKENS": variant.tile_tokens,
+        "CLUSTER_FEATURES": variant.cluster_features,
+        "CLUSTER_TOKENS": variant.cluster_tokens,
         "STAGES": stages(variant, types),
         "OUT": ("bfloat16", "float16").index(types.out),
         "BIAS": ("", "bfloat16", "float16", "float32").index(types.bias),
@@ -126,7 +123,7 @@ def constants(variant: Variant, types: Types, *, delay: bool = False) -> dict[st
 
 def source(variant: Variant, types: Types) -> str:
     """CUDA C++: the instruction that multiplies, written for this number of tokens, device.cu and gemm.cu."""
-    return _multiply(types, variant.tokens) + _text()
+    return _multiply(types, variant.tile_tokens) + _text()
 
 
 @cache
