@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import torch
 
 import models
 from slidesparse.checkpoint import Recipe, convert, tensorfile, verify
+from slidesparse.checkpoint.staging import write_text
 from slidesparse.errors import CheckpointError
 from slidesparse.pattern import Pattern
 
@@ -230,6 +232,19 @@ def test_disk_full_before_and_during(run, dense, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not (tmp_path / "out").exists() and not list((tmp_path / "out.incomplete").glob("*.safetensors*"))
     assert run(*CONVERT, dense, tmp_path / "out")[0] == 0
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    write_text(tmp_path / "report.json", "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        for name in ("report.json", "new.json"):
+            with pytest.raises(OSError, match=rf"File too large: .*{name}"):
+                write_text(tmp_path / name, "new" * 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"report.json": "old"}
 
 
 def test_output_that_cannot_be_written(run, dense, tmp_path):
