@@ -305,6 +305,11 @@ def test_tensors_without_a_place_in_the_class_stay_as_they_are(tmp_path):
     assert len(convert_with_readers(models.write(tmp_path / "other", None, other), tmp_path / "b", Recipe(SIX, "magnitude")).layers) == 14
 
 
+def test_what_the_class_asks_for_and_does_not_find_is_named(tmp_path):
+    source = models.write(tmp_path / "headless", None, models.LLAMA | {"intermediate_size": 100, "tie_word_embeddings": False})
+    assert convert_with_readers(source, tmp_path / "out", Recipe(SIX, "magnitude", form="dense")).missing == ["lm_head.weight"]
+
+
 def test_experts_left_in_16_bits_are_told_by_the_names_that_vllm_asks_for(tmp_path):
     stack = "model.layers.0.block_sparse_moe.experts"
     for i, names in enumerate((["0.w1.weight", "0.w2.weight", "0.w3.weight", "1.w1.weight"], ["gate_up_proj", "down_proj"])):
