@@ -57,6 +57,16 @@ def test_truncated_file(run, dense, tmp_path):
     refused(run("verify", dense), "truncated or not a safetensors file")
 
 
+def test_an_empty_tensor_may_stand_anywhere_in_the_header(dense):
+    file = dense / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length]) | {"empty": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    assert tensorfile.read_header(file)[0].keys() == models.read(dense).keys()
+
+
 def test_header_that_lies(run, dense):
     file = dense / "model.safetensors"
     data = file.read_bytes()
@@ -66,6 +76,11 @@ def test_header_that_lies(run, dense):
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
     refused(run("inspect", dense), LAYER, "does not take")
+
+
+def test_sizes_of_several_vocabularies_are_no_fault(tmp_path):
+    source = models.write(tmp_path / "audio", None, models.LLAMA | {"model_type": "own", "vocab_size": [96, 1024]})
+    assert convert(source, tmp_path / "out", Recipe(Pattern.parse("6:8"), "magnitude")).kept_dense == ["model.embed_tokens"]
 
 
 def test_missing_shard_and_index_outside_the_folder(run, tmp_path):
