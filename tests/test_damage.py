@@ -135,6 +135,8 @@ def test_layers_that_are_not_those_of_the_class(run, tmp_path):
     ):
         source = models.write(tmp_path / str(i), models.llama_tensors() | {f"{LAYER}.weight": other})
         refused(run(*CONVERT, source, tmp_path / "no"), f"layer {LAYER}", told)
+    resized = models.llama_tensors() | {"model.embed_tokens.weight": torch.ones(97, 64).bfloat16()}
+    refused(run(*CONVERT, models.write(tmp_path / "resized", resized), tmp_path / "no"), "tensor model.embed_tokens.weight is [97, 64]")
     names = {f"_orig_mod.{name}": t for name, t in models.llama_tensors().items()}  # as torch.compile leaves them
     refused(run(*CONVERT, models.write(tmp_path / "named", names), tmp_path / "no"), "tensor model.embed_tokens.weight is missing")
     assert not (tmp_path / "no").exists()
