@@ -130,6 +130,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Llama4TextConfig",
         TEXT | {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 16, "no_rope_layers": None},
     ),
+    "dbrx": Architecture(
+        "DbrxForCausalLM",
+        "DbrxConfig",
+        {
+            "d_model": 32,
+            "n_heads": 2,
+            "n_layers": 2,
+            "max_seq_len": 64,
+            "vocab_size": 64,
+            "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
     "modernbert-decoder": _lm(
         "ModernBertDecoder", {"tie_word_embeddings": True, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}, _BERT
     ),

@@ -301,7 +301,8 @@ def test_bench_kernel_on_a_cpu_writes_rows_and_goes_on(run, tmp_path: Path, one_
         (["kernel", "--model", "GPT-9"], "unknown model 'GPT-9': choose one of Llama-3.2-1B"),
         (["kernel", "--schemes", "int7"], "'int7': choose from int8, fp8"),
         (["kernel", "--patterns", "5:8"], "pattern 5:8"),
-        (["lift", "--tokens", "0"], "write positive numbers"),
+        (["lift", "--tokens", "0"], "--tokens '0': write positive numbers"),
+        (["lift", "--widths", "0"], "--widths '0': write positive numbers"),
         (["audit", "--no-rivals"], "there is no plan in force here"),
     ],
 )

@@ -53,6 +53,30 @@ def test_a_run_goes_on_behind_a_line_that_was_cut_off(tmp_path: Path, kept: int)
     assert [row.m for row in rows.read(table.path)] == ([3] if kept >= 0 else [1, 3])
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: [*lines, "x" * 200_000], "field larger than"),
+        (lambda lines: [*lines, f"{lines[1]},one more"], f"line 3: {len(COLUMNS) + 1} values for {len(COLUMNS)} columns"),
+        (lambda lines: [*lines, lines[1].partition(",")[0]], f"line 3: 1 values for {len(COLUMNS)} columns"),
+    ],
+    ids=["no-table", "too-many", "too-few"],
+)
+def test_damaged_lines_are_one_error_that_names_the_file(tmp_path: Path, damage, message: str) -> None:
+    table = Rows(tmp_path / "rows.csv")
+    table.add(replace(rows.here("abc"), bench="kernel", what="linear"))
+    table.path.write_text("\n".join([*damage(table.path.read_text().splitlines()), ""]))
+    with pytest.raises(CheckpointError, match=rf"rows\.csv.*{message}"):
+        rows.read(table.path)
+
+
+def test_tables_of_others_in_the_folder_disturb_nobody(tmp_path: Path) -> None:
+    Rows(tmp_path / "rows.csv").add(replace(rows.here("abc"), bench="kernel", what="linear"))
+    (tmp_path / "latin.csv").write_bytes(b"caf\xe9,b\n1,2\n")
+    (tmp_path / "long.csv").write_text("x" * 200_000)
+    assert len(rows.read_folder(tmp_path)) == 1
+
+
 def test_a_folder_without_rows_says_how_to_get_some(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(CheckpointError, match="slidesparse bench kernel --out"):

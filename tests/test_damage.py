@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import torch
 
 import models
 from slidesparse.checkpoint import Recipe, convert, tensorfile, verify
+from slidesparse.checkpoint.staging import write_text
 from slidesparse.errors import CheckpointError
 from slidesparse.pattern import Pattern
 
@@ -55,6 +57,16 @@ def test_truncated_file(run, dense, tmp_path):
     refused(run("verify", dense), "truncated or not a safetensors file")
 
 
+def test_an_empty_tensor_may_stand_anywhere_in_the_header(dense):
+    file = dense / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length]) | {"empty": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    assert tensorfile.read_header(file)[0].keys() == models.read(dense).keys()
+
+
 def test_header_that_lies(run, dense):
     file = dense / "model.safetensors"
     data = file.read_bytes()
@@ -64,6 +76,11 @@ def test_header_that_lies(run, dense):
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
     refused(run("inspect", dense), LAYER, "does not take")
+
+
+def test_sizes_of_several_vocabularies_are_no_fault(tmp_path):
+    source = models.write(tmp_path / "audio", None, models.LLAMA | {"model_type": "own", "vocab_size": [96, 1024]})
+    assert convert(source, tmp_path / "out", Recipe(Pattern.parse("6:8"), "magnitude")).kept_dense == ["model.embed_tokens"]
 
 
 def test_missing_shard_and_index_outside_the_folder(run, tmp_path):
@@ -118,6 +135,8 @@ def test_layers_that_are_not_those_of_the_class(run, tmp_path):
     ):
         source = models.write(tmp_path / str(i), models.llama_tensors() | {f"{LAYER}.weight": other})
         refused(run(*CONVERT, source, tmp_path / "no"), f"layer {LAYER}", told)
+    resized = models.llama_tensors() | {"model.embed_tokens.weight": torch.ones(97, 64).bfloat16()}
+    refused(run(*CONVERT, models.write(tmp_path / "resized", resized), tmp_path / "no"), "tensor model.embed_tokens.weight is [97, 64]")
     names = {f"_orig_mod.{name}": t for name, t in models.llama_tensors().items()}  # as torch.compile leaves them
     refused(run(*CONVERT, models.write(tmp_path / "named", names), tmp_path / "no"), "tensor model.embed_tokens.weight is missing")
     assert not (tmp_path / "no").exists()
@@ -230,6 +249,19 @@ def test_disk_full_before_and_during(run, dense, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not (tmp_path / "out").exists() and not list((tmp_path / "out.incomplete").glob("*.safetensors*"))
     assert run(*CONVERT, dense, tmp_path / "out")[0] == 0
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    write_text(tmp_path / "report.json", "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        for name in ("report.json", "new.json"):
+            with pytest.raises(OSError, match=rf"File too large: .*{name}"):
+                write_text(tmp_path / name, "new" * 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"report.json": "old"}
 
 
 def test_output_that_cannot_be_written(run, dense, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from slidesparse.checkpoint import Recipe, convert
 from slidesparse.errors import CheckpointError, first_line
+from slidesparse.evaluate import complete
 from slidesparse.integrations import transformers as adapter
 from slidesparse.pattern import Pattern
 
@@ -46,3 +47,19 @@ def test_values_that_make_transformers_fail_are_a_checkpoints_fault(packed: Path
         (packed / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
         with pytest.raises(CheckpointError, match="transformers cannot load it"):
             adapter.open_model(packed)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_tokenizer_is_said_to_be(packed: Path, text: str) -> None:
+    tiny.add_tokenizer(packed)
+    (packed / "tokenizer.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="transformers cannot load its tokenizer"):
+        adapter.load(packed, device="cpu")
+
+
+@pytest.mark.parametrize("template", ["{{ broken", "{{ raise_exception('no user may speak') }}"])
+def test_a_chat_template_that_fails_is_said_to(packed: Path, template: str) -> None:
+    tiny.add_tokenizer(packed)
+    (packed / "chat_template.jinja").write_text(template, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"chat template fails: .*leave out --chat"):
+        complete(*adapter.load(packed, device="cpu"), "w3", max_new_tokens=1, chat=True)

@@ -203,6 +203,15 @@ def test_the_commands_write_pictures_and_a_page_beside_the_rows(monkeypatch, cap
     assert len(table.rows) < Page((tmp_path / "report.html").read_text()).rows
 
 
+def test_a_page_replaces_only_pages(run, tmp_path: Path) -> None:
+    table = Rows(tmp_path / "kernel.csv")
+    table.add(kernel_rows()[0])
+    before = table.path.read_bytes()
+    status, _, said = run("report", tmp_path, "--out", table.path)
+    assert status == 1 and "kernel.csv is there, and not a page that report wrote" in said and table.path.read_bytes() == before
+    assert [run("report", tmp_path)[0] for _ in range(2)] == [0, 0]
+
+
 def test_the_repositorys_rows_fill_every_picture() -> None:
     names = {figure.name for figure in figures(read_folder(RESULTS))}
     kinds, cards = ("speedup", "roofline", "decode", "prefill", "trade"), ("nvidia-h200", "nvidia-h100-80gb-hbm3")

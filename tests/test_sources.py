@@ -186,6 +186,7 @@ def test_zero_points_are_read_only_where_they_are_zero(tmp_path):
         ({"activations": {"strategy": "tensor"}}, "activations with scales per tensor"),
         ({"activations": {"type": "float"}}, "weights and activations of different types"),
         ({"activations": None}, "quantised weights with activations that are not"),
+        ({"weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group"}}, "NVFP4 weights with quantised activations"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme: a quantised KV cache"),
         ({"transform_config": {"rotation": {}}}, "transform_config: rotated weights"),
     ],
@@ -215,17 +216,15 @@ def test_a_leftover_configuration_of_sparsity_quantises_nothing(tmp_path):
 
 
 def test_weights_quantised_in_unknown_ways_are_said_to_be(tmp_path):
+    codes = {"model.layers.0.self_attn.q_proj.W_q": torch.zeros(4, 4, dtype=torch.uint8)}
     for quantization in ({"group_size": 64, "bits": 4}, {"quant_method": "hqq"}):
-        source = models.write(tmp_path / f"{len(quantization)}", None, models.LLAMA | {"quantization_config": quantization})
+        config = models.LLAMA | {"quantization_config": quantization}
         with pytest.raises(CheckpointError, match=r"quantised.*start from the 16-bit checkpoint"):
-            inspect(source)
+            inspect(models.write(tmp_path / f"{len(quantization)}", models.llama_tensors() | codes, config))
     with pytest.raises(CheckpointError, match=r"quantised in an unknown way \(quantization: bits, group_size\)"):
-        inspect(models.write(tmp_path / "mlx", None, models.LLAMA | {"quantization": {"group_size": 64, "bits": 4}}))
+        inspect(models.write(tmp_path / "mlx", codes, models.LLAMA | {"quantization": {"group_size": 64, "bits": 4}}))
     source = models.write(tmp_path / "none", None, models.LLAMA | {"quantization_config": None})
     assert len(inspect(source).layers) == 14
-    claimed = models.write(tmp_path / "claimed", None, models.w8a8_config())
-    with pytest.raises(CheckpointError, match=r"says that weights are int8, but no tensor is"):
-        inspect(claimed)
     tensors = models.w8a8(masked())
     tensors |= {name: t.bfloat16() for name, t in tensors.items() if t.dtype == torch.int8}
     with pytest.raises(CheckpointError, match=r"is BF16 with .*weight_scale beside it"):
@@ -308,6 +307,11 @@ def test_tensors_without_a_place_in_the_class_stay_as_they_are(tmp_path):
     assert len(convert_with_readers(models.write(tmp_path / "other", None, other), tmp_path / "b", Recipe(SIX, "magnitude")).layers) == 14
 
 
+def test_what_the_class_asks_for_and_does_not_find_is_named(tmp_path):
+    source = models.write(tmp_path / "headless", None, models.LLAMA | {"intermediate_size": 100, "tie_word_embeddings": False})
+    assert convert_with_readers(source, tmp_path / "out", Recipe(SIX, "magnitude", form="dense")).missing == ["lm_head.weight"]
+
+
 def test_experts_left_in_16_bits_are_told_by_the_names_that_vllm_asks_for(tmp_path):
     stack = "model.layers.0.block_sparse_moe.experts"
     for i, names in enumerate((["0.w1.weight", "0.w2.weight", "0.w3.weight", "1.w1.weight"], ["gate_up_proj", "down_proj"])):
@@ -327,10 +331,15 @@ def test_folders_go_along_and_weights_that_are_not_read_are_named(tmp_path):
     (source / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
     (source / ".cache/huggingface").mkdir(parents=True)
     (source / "onnx").mkdir()
-    for name in ("pytorch_model.bin", "onnx/model.onnx", "adapter_model.safetensors"):
+    shard = "model.fp16-00001-of-00001.safetensors"
+    for name in ("pytorch_model.bin", "onnx/model.onnx", "adapter_model.safetensors", shard):
         (source / name).write_bytes(b"weights")
+    index = "model.safetensors.index.fp16.json"  # of a variant: what it names are no further modules
+    (source / index).write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    (source / "labels.index.json").write_text("{}")
     report = convert(source, tmp_path / "out", Recipe(SIX, "magnitude"))
-    assert report.left_out == ["adapter_model.safetensors", "onnx", "pytorch_model.bin"]
+    assert report.left_out == ["adapter_model.safetensors", shard, index, "onnx", "pytorch_model.bin"]
+    assert (tmp_path / "out/labels.index.json").exists()
     assert (tmp_path / "out/additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
     assert not any((tmp_path / "out" / name).exists() for name in (*report.left_out, ".cache"))
     (source / "additional_chat_templates/gone.jinja").symlink_to(tmp_path / "nowhere")
@@ -365,7 +374,7 @@ def test_an_interrupted_run_leaves_no_folder_in_the_way(tmp_path, monkeypatch):
     ],
 )
 def test_a_quantization_config_that_cannot_be_meant_is_one_line(tmp_path, change, told):
-    source = models.write(tmp_path / "model", models.llama_tensors())
+    source = models.write(tmp_path / "model", models.w8a8(models.llama_tensors()))
     config = models.config_of(source)
     base = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": base | change}))

@@ -1,4 +1,4 @@
-"""What is left of a quantisation beside 16-bit weights: it goes along and is named, or is refused where it is another form of them."""
+"""What is left of a quantisation, beside weights or in config.json: it goes along and is named, is read, or is refused with its reason."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import models
 import tiny
 from slidesparse import convert as convert_with_readers
 from slidesparse import load
-from slidesparse.checkpoint import Recipe, convert
+from slidesparse.checkpoint import Recipe, convert, inspect, verify
 from slidesparse.errors import CheckpointError
 from slidesparse.pattern import Pattern
 
 SIX = Pattern.parse("6:8")
+LAYER = "model.layers.0.mlp.down_proj"
 
 STRAYS = {
     **dict.fromkeys(("input_scale", "output_scale", "bias_zero_point", "k_scale"), torch.ones(1)),
@@ -50,3 +51,37 @@ def test_16_bit_weights_beside_another_form_of_them_are_refused(tmp_path, suffix
     models.edit_tensors(source, **{f"model.layers.0.mlp.up_proj.{suffix}": torch.ones(100, 1)})
     with pytest.raises(CheckpointError, match=told):
         convert(source, tmp_path / "out", Recipe(SIX, "magnitude", "int8"))
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "weight"])
+def test_integers_in_place_of_weights_are_quantised_ones(tmp_path, suffix):
+    """As GPTQ, AWQ and MLX store them, whose settings may lie in a file of their own."""
+    tensors = models.llama_tensors()
+    dtype = torch.int32 if suffix == "qweight" else torch.uint32
+    tensors[f"{LAYER}.{suffix}"] = torch.zeros(8, 64, dtype=torch.int32).view(dtype)
+    if suffix == "qweight":
+        del tensors[f"{LAYER}.weight"]
+    for use in (inspect, lambda path: convert(path, tmp_path / "out", Recipe(SIX, "magnitude", form="dense"))):
+        source = models.write(tmp_path / use.__name__, tensors)
+        with pytest.raises(CheckpointError, match=rf"down_proj\.{suffix} is quantised.*does not say how: start from the 16-bit"):
+            use(source)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["top", "text_config"])
+@pytest.mark.parametrize("kind", ["fp8", "compressed-tensors", "W4A16"])
+def test_a_configuration_left_over_on_dequantised_weights_is_said_to_be(tmp_path, kind, inside):
+    config = models.w8a8_config(**({"weights": {"num_bits": 4, "strategy": "group"}} if kind == "W4A16" else {}))
+    told = {"quant_method": "fp8"} if kind == "fp8" else config["quantization_config"]
+    part = {"quantization_config": told}
+    source = models.write(tmp_path / "model", None, models.LLAMA | ({"text_config": part} if inside else part))
+    with pytest.raises(CheckpointError, match=r"says that weights are quantised by .*, but no tensor is: remove its quantization_config"):
+        inspect(source)
+
+
+def test_a_configuration_inside_the_one_of_the_text_model_is_read(tmp_path):
+    config = models.w8a8_config() | {"text_config": {}}
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    source = models.write(tmp_path / "vision", models.w8a8(models.llama_tensors()), config)
+    convert(source, tmp_path / "out", Recipe(SIX, "magnitude"))
+    assert inspect(source).scheme == "int8" and verify(tmp_path / "out", source).ok
+    assert "quantization_config" not in models.config_of(tmp_path / "out")["text_config"]

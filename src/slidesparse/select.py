@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 NOT_LINEAR = (
     *("*embed*", "*wte", "*wpe", "shared", "*.shared", "*relative_attention_bias*"),
-    *("*norm*", "*router*", "*.gate", "*.gate.*", "*shared_expert_gate", "*.experts.*"),
+    *("re:.*norm[^.]*$", "*router*", "*.gate", "*.gate.*", "*shared_expert_gate", "*.experts.*"),
     *("*.lora_A*", "*.lora_B*", "*.lora_embedding_*"),
 )
 """Names of matrices that are no plain linear layers: embeddings, norms, routers, expert stacks, which loaders merge, and adapters."""

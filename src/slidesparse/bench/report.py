@@ -40,11 +40,15 @@ for (const head of document.querySelectorAll("th")) head.onclick = () => {
 """
 
 
+BEGIN = "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=generator content=slidesparse>"
+"""How every page begins."""
+
+
 def page(rows: Sequence[Row], title: str) -> str:
     """The page as text; pictures are in it where matplotlib is installed."""
     parts = [f"<h1>{escape(title)}</h1>", "<ul>", *(f"<li>{escape(each)}</li>" for each in machines(rows)), "</ul>", *_body(rows)]
-    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{escape(title)}</title><style>{_STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}<script>{_SCRIPT}</script></body></html>\n"
+    head = f"<meta name=viewport content='width=device-width'><title>{escape(title)}</title><style>{_STYLE}</style>"
+    return f"{BEGIN}{head}</head><body>{''.join(parts)}<script>{_SCRIPT}</script></body></html>\n"
 
 
 def _body(rows: Sequence[Row]) -> Iterator[str]:

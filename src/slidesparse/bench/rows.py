@@ -199,7 +199,7 @@ def _mend(path: Path) -> None:
     text = path.read_bytes()
     whole, head = text[: text.rfind(b"\n") + 1], ",".join(COLUMNS).encode()
     if whole.startswith(head + b"\n") and whole != text:
-        path.write_bytes(whole)
+        os.truncate(path, len(whole))
     elif not whole and head.startswith(text):
         path.unlink()
 
@@ -210,12 +210,12 @@ def read(path: Path) -> list[Row]:
     Raises:
         CheckpointError: other columns, or a value that makes no sense; names file and line.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            differ = ", ".join(sorted({*COLUMNS} ^ {*(reader.fieldnames or ())})) or "their order"
-            raise CheckpointError(f"{path}: its columns are not those of benchmark rows; what differs: {differ}")
-        return [_parsed(path, line, values) for line, values in enumerate(reader, 2)]
+    lines = list(_records(path))
+    columns = lines[0] if lines else []
+    if tuple(columns) != COLUMNS:
+        differ = ", ".join(sorted({*COLUMNS} ^ {*columns})) or "their order"
+        raise CheckpointError(f"{path}: its columns are not those of benchmark rows; what differs: {differ}")
+    return [_parsed(path, line, values) for line, values in enumerate(lines[1:], 2) if values]
 
 
 def read_folder(folder: Path) -> list[Row]:
@@ -248,11 +248,25 @@ def _place(row: Row) -> tuple[object, ...]:
 
 
 def _header(file: Path) -> tuple[str, ...]:
-    with file.open(encoding="utf-8", newline="") as lines:
-        return tuple(next(csv.reader(lines), ()))
+    try:
+        return tuple(next(_records(file), ()))
+    except CheckpointError:
+        return ()  # no file of rows
 
 
-def _parsed(path: Path, line: int, values: dict[str, str]) -> Row:
+def _records(path: Path) -> Iterator[list[str]]:
+    """The values of each line of a table; what is not UTF-8 becomes a sign that is in no number."""
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        try:
+            yield from csv.reader(file)
+        except csv.Error as error:
+            raise CheckpointError(f"{path} is no table of rows: {error}") from error
+
+
+def _parsed(path: Path, line: int, found: Sequence[str]) -> Row:
+    if len(found) != len(COLUMNS):
+        raise CheckpointError(f"{path}, line {line}: {len(found)} values for {len(COLUMNS)} columns: remove the line")
+    values = dict(zip(COLUMNS, found, strict=True))
     try:
         numbers = {name: int(values[name]) for name in _INTEGERS} | {
             name: float(values[name]) if values[name] else None for name in _NUMBERS

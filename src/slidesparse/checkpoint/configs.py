@@ -40,7 +40,7 @@ class Reader:
     layers, by their names in the files, that have to stay as they are, each with what it is; ``heads`` are those behind the body of the
     model; ``merged`` are parts of one tensor there, as experts are; ``split`` are modules that hold merged tensors in these files, and
     single layers where weights are quantised; ``unplaced`` are tensors that have no place there, ``missing`` ones that are asked for;
-    ``shapes`` are N and K of the linear modules, by their names in the files.
+    ``shapes`` are N and K of the linear modules, ``placed`` the shapes of other tensors, by their names in the files.
     """
 
     modules: Mapping[str, str]
@@ -52,6 +52,7 @@ class Reader:
     unplaced: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    placed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 FindReader = Callable[[dict[str, Any], list[str]], Reader | None]
@@ -151,19 +152,22 @@ def contradictions(config: dict[str, Any], tensors: Mapping[str, TensorInfo], re
 
 
 def check_shapes(checkpoint: Checkpoint, reader: Reader) -> None:
-    """The linear layers of the class must lie in the files, as weights of their shapes.
+    """The linear layers of the class must lie in the files, as weights of their shapes; its other tensors in theirs.
 
     Raises:
-        CheckpointError: names the layer.
+        CheckpointError: names the layer or tensor.
     """
-    for name, (n, k) in reader.shapes.items():
+    found = {f"tensor {name}": (checkpoint.tensors[name].shape, shape) for name, shape in reader.placed.items()}
+    for name, shape in reader.shapes.items():
         layer = checkpoint.layers.get(name)
         if layer is None:
-            told = f"layer {name} should be linear weights [{n}, {k}], but its tensor cannot be read as such"
+            told = f"layer {name} should be linear weights {list(shape)}, but its tensor cannot be read as such"
             raise CheckpointError(f"{checkpoint.path}: {told}")
-        if (layer.n, layer.k) != (n, k):
+        found[f"layer {name}"] = ((layer.n, layer.k), shape)
+    for name, (has, needs) in found.items():
+        if has != needs:
             raise CheckpointError(
-                f"{checkpoint.path}: layer {name} is [{layer.n}, {layer.k}], the class that config.json names needs [{n}, {k}]: "
+                f"{checkpoint.path}: {name} is {list(has)}, the class that config.json names needs {list(needs)}: "
                 "fetch config.json and weights of one model"
             )
 

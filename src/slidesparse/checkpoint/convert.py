@@ -50,7 +50,8 @@ class ConversionReport:
     """What a conversion did; bytes are those of all tensors, ``kept_dense`` names linear-shaped layers left alone.
 
     ``pruning`` says how a calibrated method went, ``left_out`` names files and folders of the source that hold weights and were not read,
-    ``unplaced`` tensors that the class of model has no place for: they go along as they are.
+    ``unplaced`` tensors that the class of model has no place for: they go along as they are; ``missing`` those that it asks for and the
+    source lacks.
     """
 
     out: Path
@@ -62,6 +63,7 @@ class ConversionReport:
     pruning: PruningReport | None = None
     left_out: list[str] = field(default_factory=list)
     unplaced: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
 
 def convert(
@@ -162,7 +164,8 @@ class _Conversion:
         remove_blocks(staging.path)
         staging.commit(self._config(staging.path, read))
         report = self._report(staging.out, sum(sizes.values()), len(done), [file.name for file in left])
-        return replace(report, unplaced=list(unplaced_of(self.checkpoint, read)))
+        missing = [] if read is None else list(read.missing)
+        return replace(report, unplaced=list(unplaced_of(self.checkpoint, read)), missing=missing)
 
     def _config(self, path: Path, read: Reader | None) -> dict[str, Any]:
         """config.json of the finished files; both are read back as a reader would."""

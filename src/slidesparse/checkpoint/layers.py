@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
@@ -163,7 +164,7 @@ def matrices(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str, Tens
     """Layer, suffix and tensor wherever one has the name and the dimensions of dense weights."""
     for tensor, info in tensors.items():
         name, _, suffix = tensor.rpartition(".")
-        if suffix in ("weight", "weight_packed") and len(info.shape) == 2 and name:
+        if suffix in ("weight", "weight_packed", "qweight") and len(info.shape) == 2 and name:
             yield name, suffix, info
 
 
@@ -195,6 +196,19 @@ def check_tensors(layer: Layer, specs: tuple[TensorSpec, ...], scales: tuple[str
         allowed = {"weight_keep": ("U8",), "weight_scale": scales}.get(spec.suffix, (info.dtype_name,))
         if info.dtype_name not in allowed:
             raise CheckpointError(f"{info.path}: {info.name} is {info.dtype_name}, expected {' or '.join(allowed)}")
+
+
+def check_quantised(path: Path, tensors: Mapping[str, TensorInfo], told: str, key: str) -> None:
+    """Where config.json tells of quantised weights, something in the files must be; ``told`` says how, ``key`` is where it stands.
+
+    Raises:
+        CheckpointError: the weights were dequantised, and the configuration left over.
+    """
+    plain = (*FLOATS, "I64", "BOOL")
+    if all(info.dtype_name in plain and "weight_scale" not in name for name, info in tensors.items()):
+        raise CheckpointError(
+            f"{path}: config.json says that weights are quantised {told}, but no tensor is: remove its {key} to read them as they are"
+        )
 
 
 def check_zero_points(layer: str, info: TensorInfo) -> None:

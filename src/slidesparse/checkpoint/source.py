@@ -25,9 +25,10 @@ _SETTINGS_BYTES = 1 << 17
 _OTHER_WEIGHTS = (
     *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.keras", "*.msgpack", "*.ot", "*.safetensors", "*.nemo"),
     *("weights*.npz", "*.onnx", "*.onnx_data*", "*.onnx.data", "*.tflite", "saved_model.pb", "*.data-?????-of-?????"),
+    *("*.safetensors.index*.json", "*.bin.index*.json", "*.h5.index*.json", "*.msgpack.index*.json"),
     *("*.ckpt-*.index", "*.pdparams", "*.pdmodel", "*.mlmodel", "*.mlpackage", "*.mlmodelc", "*.pte", "*.engine", "openvino_*.xml"),
 )
-"""Names of weights in forms that are not read, in files that other frameworks and engines write."""
+"""Names of weights in forms that are not read, and of their indexes, in files that other frameworks and engines write."""
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Checkpoint:
     def of_vocabulary(self) -> frozenset[str]:
         """Matrices outside the repeated blocks with a row for every token: embeddings and heads, whatever they are called."""
         places = [self.config, *(part for part in self.config.values() if isinstance(part, dict))]
-        sizes = {place.get(key) for place in places for key in ("vocab_size", "padded_vocab_size")}
+        sizes = [place.get(key) for place in places for key in ("vocab_size", "padded_vocab_size")]
         outside = (layer for name, layer in self.layers.items() if not any(part.isdigit() for part in name.split(".")))
         return frozenset(layer.name for layer in outside if layer.n in sizes)
 
@@ -138,7 +139,7 @@ class Checkpoint:
         named = _named_in_settings(self.path)
         for file in sorted(self.path.iterdir()):
             hidden = file.name.startswith(".") and file.is_dir()  # .git and .cache are of the tool that fetched the model
-            if hidden or file.name in (*self.shards, "config.json", INDEX) or file.name.endswith(".index.json"):
+            if hidden or file.name in (*self.shards, "config.json", INDEX):
                 continue
             inside = [file, *file.rglob("*")] if file.is_dir() else [file]
             if any(each.is_symlink() and each.is_dir() for each in inside):
@@ -157,7 +158,8 @@ def _named_in_settings(path: Path) -> set[str]:
     """Files and folders of a model that its own settings name, as those of sentence-transformers name folders of further modules."""
     found: set[str] = set()
     for file in path.glob("*.json"):
-        if file.name == ADAPTER or file.name.endswith(".index.json") or not file.is_file() or file.stat().st_size > _SETTINGS_BYTES:
+        index = any(file.match(pattern) for pattern in _OTHER_WEIGHTS)
+        if index or file.name == ADAPTER or not file.is_file() or file.stat().st_size > _SETTINGS_BYTES:
             continue
         try:
             places: list[Any] = [json.loads(file.read_text(encoding="utf-8-sig"))]
@@ -207,6 +209,10 @@ def read_config(path: Path) -> dict[str, Any]:
     if (old := config.pop("compression_config", None)) and not config.get("quantization_config"):
         # The key's name until compressed-tensors 0.5, which had but one method.
         config["quantization_config"] = {"quant_method": "compressed-tensors"} | old if isinstance(old, dict) else old
+    parts = [part for part in config.values() if isinstance(part, dict)]
+    nested = [found for part in parts if (found := part.pop("quantization_config", None))]
+    if nested and not config.get("quantization_config"):
+        config["quantization_config"] = nested[0]  # of a model with a vision tower, in text_config
     quantization = config.get("quantization_config") or {}
     expected = [(config, "quantization_config", dict), (config, "model_type", str), (config, "architectures", list)]
     if isinstance(quantization, dict):

@@ -85,7 +85,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         tensors = {name: _tensor_info(path, name, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged safetensors header ({error}): fetch it again") from error
-    ordered = dict(sorted(tensors.items(), key=lambda item: item[1].start))
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)))
     end = 8 + length
     for info in ordered.values():
         if info.start != end:

@@ -113,7 +113,7 @@ def lift(
     before = len(table.rows)
     names, kinds = _listed(schemes, bench.SCHEME_NAMES), _listed(patterns, None)
     with screen.measuring("measuring", minutes) as measured:
-        asked = {"tokens": _tokens(tokens), "widths": _tokens(widths)}
+        asked = {"tokens": _tokens(tokens), "widths": _tokens(widths, "--widths")}
         bench.run(table, here, schemes=names, patterns=kinds, **asked, progress=measured.progress)
     if json:
         screen.print_json({"out": out, "rows": [vars(row) for row in table.rows]})

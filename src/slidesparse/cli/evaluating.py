@@ -281,11 +281,12 @@ def _versions(asked: _Asked, *names: str) -> dict[str, str]:
 
 
 def _show(report: Report, output: Path | None, json: bool) -> None:
+    from ..checkpoint.staging import write_text
     from ..evaluate.report import as_json, as_markdown, task_rows, text_rows
 
     if output is not None:
         text = as_markdown(report) if output.suffix == ".md" else screen.json_text(as_json(report)) + "\n"
-        output.write_text(text, encoding="utf-8")
+        write_text(output, text)
     if json:
         screen.print_json(as_json(report))
         return

@@ -37,10 +37,14 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The page.", show_default="DIR/report.html")] = None,
 ) -> None:
     """One HTML page of what was measured, with nothing outside it: machines and versions, pictures, tables that a click sorts."""
-    from ..bench.report import page
+    from ..bench.report import BEGIN, page
     from ..bench.rows import read_folder
+    from ..checkpoint.staging import write_text
+    from ..errors import OutputExistsError
 
     place = out or (folder if folder.is_dir() else folder.parent) / "report.html"
+    if place.exists() and not place.read_bytes().startswith(BEGIN.encode()):
+        raise OutputExistsError(f"{place} is there, and not a page that report wrote: name another file with --out")
     text = page(read_folder(folder), f"slidesparse benchmarks: {folder.resolve().name}")
-    place.write_text(text, encoding="utf-8")
+    write_text(place, text)
     screen.say(f"{place}: {screen.size(place.stat().st_size)}")

@@ -304,6 +304,10 @@ def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwr
         screen.say(f"  weights in other files were left out: {', '.join(report.left_out[:4])}{' …' if len(report.left_out) > 4 else ''}")
     if report.unplaced:
         screen.say(f"  the model's class has no place for: {', '.join(report.unplaced[:4])}{' …' if len(report.unplaced) > 4 else ''}")
+    if report.missing:
+        screen.say(
+            f"  the model's class asks for, and does not find: {', '.join(report.missing[:4])}{' …' if len(report.missing) > 4 else ''}"
+        )
     if report.pruning is not None:
         _tell(report.pruning)
     if report.resumed_shards:

@@ -177,13 +177,13 @@ def shapes_named(texts: Iterable[str]) -> list[Shape]:
     return shapes
 
 
-def _tokens(text: str) -> list[int]:
+def _tokens(text: str, option: str = "--tokens") -> list[int]:
     try:
         ms = [int(part) for part in text.split(",")]
     except ValueError:
         ms = [0]
     if any(m < 1 for m in ms):
-        raise typer.BadParameter(f"--tokens {text!r}: write positive numbers, for example 16,256,4096")
+        raise typer.BadParameter(f"{option} {text!r}: write positive numbers, for example 16,256,4096")
     return sorted(set(ms))
 
 

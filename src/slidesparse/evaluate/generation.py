@@ -17,15 +17,20 @@ def complete(
     """The text that follows ``prompt``, without it: greedy at temperature 0, sampled from ``seed`` on otherwise.
 
     Raises:
-        CheckpointError: ``chat`` without a chat template, or more tokens than the model has positions for.
+        CheckpointError: ``chat`` without a chat template or with one that fails, or more tokens than the model has positions for.
         ValueError: a prompt that holds no token.
     """
     check_predicts(model)
     if chat and not getattr(tokenizer, "chat_template", None):
         raise CheckpointError("the model has no chat template: leave out --chat")
     if chat:
+        from jinja2 import TemplateError
+
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        try:
+            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        except TemplateError as error:
+            raise CheckpointError(f"the model's chat template fails: {error}: mend it, or leave out --chat") from error
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}

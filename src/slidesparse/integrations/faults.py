@@ -21,8 +21,8 @@ _LOADING = (
 
 
 @contextmanager
-def one_line(path: Path) -> Iterator[None]:
-    """What a library cannot load, in one line.
+def one_line(path: Path, what: str = "it") -> Iterator[None]:
+    """What a library cannot load, in one line; ``what`` of the folder or file it is.
 
     Raises:
         CheckpointError: a library is missing, or failed at what the files hold. Errors of this package's own pass as they are.
@@ -36,7 +36,7 @@ def one_line(path: Path) -> Iterator[None]:
     except _LOADING as error:
         if not is_a_librarys(error):
             raise
-        raise CheckpointError(f"{path}: transformers cannot load it ({first_line(error)})") from error
+        raise CheckpointError(f"{path}: transformers cannot load {what} ({first_line(error)})") from error
 
 
 def is_a_librarys(error: BaseException) -> bool:

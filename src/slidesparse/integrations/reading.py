@@ -33,16 +33,17 @@ def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = 
     target_of, merged = names_in_model(model), set[str]()
     layers: dict[str, str] = {}
     targets: dict[str, str] = {}
+    plain: dict[str, str] = {}
     for tensor in tensors:
         layer, _, suffix = tensor.rpartition(".")
+        stored = f"{layer.removesuffix('.weight')}.weight" if suffix in WEIGHTS_IN else tensor
+        target, with_others = target_of(stored)
+        targets[target] = tensor
         if suffix in WEIGHTS_IN:
-            layer = layer.removesuffix(".weight")
-            target, with_others = target_of(f"{layer}.weight")
-            layers[target.removesuffix(".weight")] = layer
-            merged |= {layer} if with_others else set()
-            targets[target] = tensor
-        else:
-            targets[target_of(tensor)[0]] = tensor
+            layers[target.removesuffix(".weight")] = stored.removesuffix(".weight")
+            merged |= {stored.removesuffix(".weight")} if with_others else set()
+        if stored == tensor and not with_others:
+            plain[target] = tensor
     modules = dict(model.named_modules())
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     if not linear & layers.keys():
@@ -69,7 +70,9 @@ def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = 
     missing = tuple(missing_tensors(model, targets))
     alone = {name: layer for name, layer in layers.items() if name in linear and layer not in merged}
     shapes = {layer: (modules[name].out_features, modules[name].in_features) for name, layer in alone.items()}
-    return Reader(linears, _matching(), fixed, heads, frozenset(merged), tuple(sorted(split)), unplaced, missing, shapes)
+    others = {name: tensor for name, tensor in plain.items() if name in expected and name.removesuffix(".weight") not in linear}
+    placed = {tensor: tuple(expected[name].shape) for name, tensor in others.items()}
+    return Reader(linears, _matching(), fixed, heads, frozenset(merged), tuple(sorted(split)), unplaced, missing, shapes, placed)
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def open_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the one of the original model there")
     check_code(path, read_config(path), trust_remote_code)
-    with one_line(path):
+    with one_line(path, "its tokenizer"):
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...format import QUANT_METHOD
-from ..layers import WEIGHTS_IN, WITH_WEIGHTS, Layer, check_zero_points, tensors_of
+from ..layers import WEIGHTS_IN, WITH_WEIGHTS, Layer, check_quantised, check_zero_points, tensors_of
 from ..tensorfile import TensorInfo
 from . import bitmask, bitnet, compressed_tensors, floating, packed
 
@@ -47,6 +47,7 @@ def find_layers(path: Path, config: dict[str, Any], tensors: dict[str, TensorInf
     method = quantization.get("quant_method")
     if method not in FORMATS or (method is None and quantization):
         told = f"by {method!r}" if method else f"in an unknown way ({key}: {', '.join(sorted(quantization))})"
+        check_quantised(path, tensors, told, key)
         raise CheckpointError(f"{path}: weights quantised {told} cannot be read; start from the 16-bit checkpoint")
     found: dict[str, Layer] = {}
     for find in chain.from_iterable(FORMATS.values()):

@@ -82,7 +82,7 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
     """Layers by name; refuses tensors that are missing or contradict each other."""
     names = [tensor.removesuffix(".compressed") for tensor in tensors if tensor.endswith(".compressed")]
     layers: dict[str, Layer] = {}
-    quantization = read_quantization(path, config) if names else None
+    quantization = read_quantization(path, config, tensors) if names else None
     with TensorReader() as reader:
         for stored in names:
             name = stored.removesuffix(".weight")  # which the names held until compressed-tensors 0.7

@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import CheckpointError
 from ...format import SCHEMES, Scheme, dense_tensors
 from ...quantization import canonical_nvfp4
-from ..layers import FLOATS, Block, Layer, check_tensors, check_zero_points, float_scheme, matrices, tensors_of
+from ..layers import FLOATS, Block, Layer, check_quantised, check_tensors, check_zero_points, float_scheme, matrices, tensors_of
 from ..tensorfile import TensorInfo, TensorReader
 from .floating import Floating
 
@@ -55,7 +55,7 @@ class Quantization:
 
 def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Layer]:
     """Layers by name; refuses other schemes, zero points that are not zero, and tensors that contradict the configuration."""
-    quantization = read_quantization(path, config)
+    quantization = read_quantization(path, config, tensors)
     if quantization is None:
         return {}
     layers: dict[str, Layer] = {}
@@ -68,11 +68,6 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
         layers[name] = Quantized(name, n, k, quantization.scheme, own)
         check_tensors(layers[name], dense_tensors(quantization.scheme, n, k)[:1], ())
         check_scales(layers[name], quantization)
-    if layers and not any(tensor.endswith(".weight_scale") for tensor in tensors):
-        raise CheckpointError(
-            f"{path}: config.json says that weights are {quantization.scheme.name}, but no tensor is: remove its quantization_config to "
-            "read them as they are"
-        )
     return layers
 
 
@@ -87,7 +82,7 @@ def check_scales(layer: Layer, quantization: Quantization) -> None:
         check_zero_points(layer.name, layer.tensors["weight_zero_point"])
 
 
-def read_quantization(path: Path, config: dict[str, Any]) -> Quantization | None:
+def read_quantization(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> Quantization | None:
     """What config.json says of the weights; None where it is no such configuration, or quantises nothing.
 
     Raises:
@@ -111,6 +106,7 @@ def read_quantization(path: Path, config: dict[str, Any]) -> Quantization | None
     groups = list((quantization.get("config_groups") or {}).values())
     if not groups and quantization.get("format", "dense") in ("dense", *BITMASKS):
         return None  # pruned, not quantised
+    check_quantised(path, tensors, f"by {METHOD!r}", "quantization_config")
     if not groups or not all(isinstance(group, dict) for group in groups):
         raise CheckpointError(f"{told}.config_groups describes no scheme")
     found = {_of_group(f"{told}.config_groups", group) for group in groups if group.get("targets") != [NO_LAYER]}
@@ -126,11 +122,13 @@ def _of_group(told: str, group: dict[str, Any]) -> Quantization:
         if not isinstance(part, dict) or any(isinstance(part.get(key), list | dict) for key in ("num_bits", "type", "strategy")):
             raise CheckpointError(f"{told}: {name} is {part!r}, which describes no scheme")
     bits, strategy = (weights.get("num_bits"), weights.get("type", "int")), weights.get("strategy")
-    if (*bits, strategy) == (4, "float", "tensor_group") and weights.get("symmetric", True) and activations is None:
+    nvfp4 = (*bits, strategy) == (4, "float", "tensor_group")
+    if nvfp4 and weights.get("symmetric", True) and activations is None:
         return Quantization(SCHEMES["nvfp4"])
     names: dict[tuple[Any, ...], str] = {(8, "int"): "int8", (8, "float"): "fp8"}
     dynamic = activations or {}
     refusals = {
+        "NVFP4 weights with quantised activations": nvfp4 and activations is not None,
         f"{bits[0]}-bit {bits[1]} weights": bits not in names,
         f"weights with scales per {strategy}": strategy not in ("channel", "tensor"),
         "asymmetric weights": not weights.get("symmetric", True),
@@ -147,6 +145,6 @@ def _of_group(told: str, group: dict[str, Any]) -> Quantization:
     if wrong:
         raise CheckpointError(
             f"{told}: {wrong} are not supported: W8A8 int8 or fp8 with symmetric weights and symmetric dynamic per-token activations is, "
-            "and NVFP4 weights; start from the 16-bit checkpoint for others"
+            "and NVFP4 weights with 16-bit activations; start from the 16-bit checkpoint for others"
         )
     return Quantization(SCHEMES[names[bits]], strategy == "tensor")

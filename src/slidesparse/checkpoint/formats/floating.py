@@ -10,7 +10,7 @@ from ...errors import CheckpointError
 from ..layers import FLOATS, Block, Layer, float_scheme, matrices
 from ..tensorfile import TensorInfo, TensorReader
 
-_QUANTISED = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4")
+_QUANTISED = ("I8", "U8", "U32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4")
 """Types that mean weights only beside scales."""
 
 
@@ -29,6 +29,7 @@ def find(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> 
     for name, suffix, info in matrices(tensors):
         if info.dtype_name in FLOATS and suffix == "weight":
             layers[name] = Floating(name, info.shape[0], info.shape[1], float_scheme(info), {suffix: info})
-        elif f"{name}.weight_scale" in tensors or info.dtype_name in _QUANTISED:
-            raise CheckpointError(f"{info.path}: tensor {info.name} is quantised ({info.dtype_name}), but config.json does not say how")
+        elif f"{name}.weight_scale" in tensors or info.dtype_name in _QUANTISED or suffix == "qweight":
+            told = f"tensor {info.name} is quantised ({info.dtype_name}), but config.json does not say how"
+            raise CheckpointError(f"{info.path}: {told}: start from the 16-bit checkpoint")
     return layers
