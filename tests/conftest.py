@@ -60,6 +60,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Gener
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run the command line in this process: (exit code, stdout, stderr), as the system sees them."""
     from slidesparse import cli
+    from slidesparse.cli import screen
+
+    monkeypatch.setattr(screen, "_EVERY", float("inf"))  # on a slow machine lines of progress would stand between those that are asked for
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["slidesparse", *map(str, arguments)])
