@@ -104,8 +104,9 @@ def eval_(
         try:
             report = (_by_vllm if runtime == Runtime.vllm else _by_transformers)(asked)
         except torch.OutOfMemoryError as error:
-            way_out = "give a smaller --batch-size or --context, or --memory lean"
-            raise EvaluationError(f"out of memory: {way_out} ({first_line(error)})") from error
+            raise EvaluationError(
+                f"out of memory: give a smaller --batch-size or --context, or --memory lean ({first_line(error)})"
+            ) from error
     _show(report, output, json)
 
 
