@@ -141,7 +141,7 @@ def test_what_a_decision_names_runs(config: VllmConfig, compiled: None, monkeypa
     [("int8", (8, 6), True), ("int8", (10, 0), False), ("fp8", (8, 6), False), ("fp8", (10, 0), True), ("bf16", (12, 0), True)],
 )
 def test_only_what_vllm_multiplies_on_the_card_is_given_back(scheme, card, can, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense.ops, "capability", lambda: card)
+    monkeypatch.setattr(dense.ops, "capability", lambda device: card)
     assert dense.can_give_back(SCHEMES[scheme], torch.device("cuda")) == can
     assert not dense.can_give_back(SCHEMES[scheme], torch.device("cpu"))
 
