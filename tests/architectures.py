@@ -140,7 +140,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "max_seq_len": 64,
             "vocab_size": 64,
             "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 10000.0},
-            "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+            # Of one size: transformers 5.6 takes the experts' width for the model's.
+            "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
         },
     ),
     "modernbert-decoder": _lm(
