@@ -160,9 +160,7 @@ def pays_from(gains: Mapping[int, float]) -> int | None:
 
 def _not_timed(plan: Plan) -> list[str]:
     """Kernels for sparse tensor cores that no cell of the plan has met: they came after it."""
-    cells = [cell for table in plan.cells.values() for cell in table.values()]
-    met = {route.kernel for cell in cells for route in cell.times}
-    met |= {name.split(":")[1] if ":" in name else name for cell in cells for name in cell.dropped}
+    met = {name for table in plan.cells.values() for cell in table.values() for name in cell.met}
     return [name for name, kernel in kernels().items() if kernel.worth_timing and not set(kernel.layouts) <= set(DENSE) and name not in met]
 
 

@@ -298,16 +298,14 @@ def _run(title: str, model: Path, out: Path, recipe: Recipe, device: str, overwr
     screen.say(f"wrote {report.out}")
     screen.say(f"  {len(report.layers)} layers, pattern {patterns}, {schemes}: {screen.size(layers_in)} → {screen.size(layers_out)}")
     screen.say(f"  whole checkpoint: {screen.size(report.bytes_in)} → {screen.size(report.bytes_out)}")
-    if report.kept_dense:
-        screen.say(f"  left as they were: {', '.join(report.kept_dense[:4])}{' …' if len(report.kept_dense) > 4 else ''}")
-    if report.left_out:
-        screen.say(f"  weights in other files were left out: {', '.join(report.left_out[:4])}{' …' if len(report.left_out) > 4 else ''}")
-    if report.unplaced:
-        screen.say(f"  the model's class has no place for: {', '.join(report.unplaced[:4])}{' …' if len(report.unplaced) > 4 else ''}")
-    if report.missing:
-        screen.say(
-            f"  the model's class asks for, and does not find: {', '.join(report.missing[:4])}{' …' if len(report.missing) > 4 else ''}"
-        )
+    for what, names in (
+        ("left as they were", report.kept_dense),
+        ("weights in other files were left out", report.left_out),
+        ("the model's class has no place for", report.unplaced),
+        ("the model's class asks for, and does not find", report.missing),
+    ):
+        if names:
+            screen.say(f"  {what}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}")
     if report.pruning is not None:
         _tell(report.pruning)
     if report.resumed_shards:

@@ -44,6 +44,13 @@ class Cell:
     errors: Mapping[Route, float] = field(default_factory=dict, compare=False)
     brief: bool = False
 
+    @property
+    def met(self) -> frozenset[str]:
+        """The kernels that were timed, or dropped with a reason."""
+        return frozenset(
+            [*(route.kernel for route in self.times), *(Route.parse(name).kernel if ":" in name else name for name in self.dropped)]
+        )
+
 
 @dataclass
 class Plan:

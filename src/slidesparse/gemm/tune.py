@@ -127,8 +127,7 @@ def _lacks(plan: Plan, layer: LinearShape, m: int, brief: bool) -> bool:
     versions, known, problem = kernel_versions(), kernels(), layer.problem
     if any(versions.get(name, version) != version for name, version in cell.versions.items()):
         return True
-    met = {route.kernel for route in cell.times} | {Route.parse(name).kernel if ":" in name else name for name in cell.dropped}
-    return any(kernel.worth_timing and kernel.refuses(problem) is None and name not in met for name, kernel in known.items())
+    return any(kernel.worth_timing and kernel.refuses(problem) is None and name not in cell.met for name, kernel in known.items())
 
 
 def _store(plan: Plan, path: Path, key: Key | None = None, cell: Cell | None = None) -> None:

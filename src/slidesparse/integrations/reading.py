@@ -40,8 +40,9 @@ def find_reader(config: dict[str, Any], tensors: list[str], code: Path | None = 
         target, with_others = target_of(stored)
         targets[target] = tensor
         if suffix in WEIGHTS_IN:
-            layers[target.removesuffix(".weight")] = stored.removesuffix(".weight")
-            merged |= {stored.removesuffix(".weight")} if with_others else set()
+            layer = stored.removesuffix(".weight")
+            layers[target.removesuffix(".weight")] = layer
+            merged |= {layer} if with_others else set()
         if stored == tensor and not with_others:
             plain[target] = tensor
     modules = dict(model.named_modules())

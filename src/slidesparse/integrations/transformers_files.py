@@ -108,8 +108,8 @@ def check_rest(stored: StoredTensors, model: nn.Module, ignore: Collection[str] 
             raise CheckpointError(f"{stored.where}: {found.key} has shape {list(found.shape)}, the model needs {list(tensor.shape)}")
     if not stored.strict:
         return
-    for name in missing_tensors(model, stored.tensors):
-        raise CheckpointError(f"{stored.where}: tensor {name} is missing")
+    if missing := missing_tensors(model, stored.tensors):
+        raise CheckpointError(f"{stored.where}: tensor {missing[0]} is missing")
     for name, found in stored.tensors.items():
         if name not in expected and found.key not in ignore and not may_be_left_over(name, model):
             raise CheckpointError(f"{stored.where}: the model has no place for tensor {found.key}")
