@@ -112,11 +112,15 @@ def check_layer(layer: SlideSparseLinear, x: torch.Tensor, y: torch.Tensor, *, c
         q, values = (F.pad(t.view(torch.int8), pad).view(t.dtype) for t, pad in ((q, (0, columns)), (values, (0, columns, 0, rows))))
         scales, shift = F.pad(scales.view(1, -1), (0, rows)), None if bias is None else F.pad(bias, (0, rows))
         plain8 = torch._scaled_mm(q, values.t(), x_scale, scales, shift, out_dtype=x.dtype, use_fast_accum=True)[:, : layer.out_features]
-        # In units of each row's largest: else one row in a thousand decides.
-        unit = exact.abs().amax(1, keepdim=True)
-        tolerance.check_close(y.double() / unit, exact / unit, plain8.to(x.dtype).double() / unit, roundings=2 if twice else 1)
+        check_rows(y, exact, plain8.to(x.dtype), roundings=2 if twice else 1)
     else:
-        tolerance.check_close(y, exact, plain.to(x.dtype), roundings=2 if twice else 1)
+        check_rows(y, exact, plain.to(x.dtype), roundings=2 if twice else 1)
+
+
+def check_rows(y: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, *, roundings: int) -> None:
+    """The tolerance policy in units of each row's largest: else the largest values of one row decide."""
+    unit = exact.abs().amax(1, keepdim=True)
+    tolerance.check_close(y.double() / unit, exact / unit, plain.double() / unit, roundings=roundings)
 
 
 @pytest.mark.parametrize(("scheme", "route"), CUDA_ROUTES, ids=lambda value: value)

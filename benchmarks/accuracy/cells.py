@@ -99,7 +99,7 @@ def _of_large(model: str) -> list[Job]:
     listed += [*cells("wanda", "6:8"), *cells("sparsegpt", "6:8"), *cells("magnitude", "6:8"), *cells("auto", "2:4 8:10")]
     listed += [*cells("magnitude", "4:6 2:4 8:10"), *cells("wanda", "2:4"), *cells("sparsegpt", "2:4"), *cells("auto", "2:4 8:10", "fp8")]
     listed += cells("magnitude", "6:8 4:6 2:4 8:10", "fp8")
-    scored = [_dense(model), *cells("auto", "6:8"), *cells("magnitude", "6:8"), *cells("auto", "4:6 2:4")]
+    scored = [_dense(model), *cells("auto", "6:8"), *cells("magnitude", "6:8"), *cells("auto", "4:6 2:4 8:10")]
     jobs = [Job(cell, text_stages(cell)) for cell in listed]
     jobs += [Job(cell, tuple(task for task in ALL_TASKS if task != LAST)) for cell in scored]
     return jobs + [Job(cell, (LAST,)) for cell in scored]
