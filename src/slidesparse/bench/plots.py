@@ -63,7 +63,7 @@ def _panel(axis: Any, panel: Panel, colours: dict[str, str]) -> None:
         # Speed stands upright where it is the height, and across where it is the width.
         (axis.axhline if panel.log_x else axis.axvline)(panel.level, color=colours["ink"], linewidth=1.2, label="dense")
     for number, line in enumerate(panel.lines):
-        _line(axis, line, _style(line.name, number, colours), left=number % 2 == 1, page=colours["page"])
+        _line(axis, line, _style(line.name, number, colours), left=number % 2 == 0, page=colours["page"])
     if panel.log_x:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
