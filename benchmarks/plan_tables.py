@@ -6,7 +6,7 @@ Ratios are to the fastest dense route of the precision in the same plan.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from accuracy.tables import markdown
 from slidesparse.bench.models import MODELS
@@ -25,6 +25,8 @@ MODEL = "Qwen2.5-7B"
 SCHEME_NAMES = ("int8", "fp8", "bf16")
 TOKENS = (1, 16, 256, 1024, 4096, 16384, 32768)
 FEW_TOKENS = (16, 256, 1024, 4096, 16384)
+SM90 = (("6:8", "fp8"), ("2:4", "fp8"), ("6:8", "int8"), ("2:4", "int8"))
+SM90_TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 RATIOS = (
     ("dense", "lean"), ("dense", "sparse"), ("dense alone", "fast alone"), ("library", "sparse"),
 )  # fmt: skip
@@ -85,6 +87,31 @@ def six_of_eight(card: str) -> str:
                 shown = ""
     heads = ["6:8", "M", "best dense, µs", "chosen plan", "`lean`", "sparse", "chosen plan without vLLM ¹", "sparse against the library ²"]
     return markdown(heads, lines)
+
+
+def sm90(card: str) -> str:
+    """The kernel for compute capability 9.0 against the fastest dense product of a library, in brackets of all, its own dense one too."""
+    plan, lines = shipped_plan(card), []
+    keys = {(pattern, scheme): [(n, k, pattern, scheme) for n, k in MODELS[MODEL].linears.values()] for pattern, scheme in SM90}
+
+    def quickest(pattern: str, scheme: str, m: int, taken: Callable[[Route], bool]) -> float:
+        """Microseconds of all layers, NaN where one was not measured."""
+        tables = [plan.cells[key][m].times if m in plan.cells[key] else {} for key in keys[pattern, scheme]]
+        return sum(min((timing.p50 for route, timing in times.items() if taken(route)), default=float("nan")) for times in tables)
+
+    for m in SM90_TOKENS:
+        shown = [str(m)]
+        for pattern, scheme in SM90:
+            library = quickest(pattern, scheme, m, lambda route: route.layout == "dense" and route.kernel != "sm90")
+            every = quickest(pattern, scheme, m, lambda route: route.layout == "dense")
+            own = quickest(pattern, scheme, m, lambda route: route.layout == "dense" and route.kernel == "sm90")
+            sparse = quickest(pattern, scheme, m, lambda route: route.layout == "tiled")
+            shown.append(f"{library / sparse:.2f} ({every / sparse:.2f})")
+            if pattern == "6:8":
+                shown.append(f"{library / own:.2f}")
+        lines.append(shown)
+    heads = [head for pattern, scheme in SM90 for head in (f"{scheme} {pattern}", *([f"{scheme} dense"] if pattern == "6:8" else []))]
+    return markdown(["M", *heads], lines)
 
 
 def others(card: str) -> str:
