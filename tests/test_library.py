@@ -14,7 +14,7 @@ from slidesparse.compat.torch import watched
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Problem, Route
 from slidesparse.gemm.kernels import refusal, unmeasured
-from slidesparse.ops import launch, library
+from slidesparse.ops import launch, launches, library
 from slidesparse.pattern import Pattern
 
 
@@ -138,3 +138,18 @@ def test_a_triton_that_rounds_e4m3_twice_writes_none(
     assert library.runs_kernels(library.Card(capability), torch.float8_e4m3fn) is writes
     assert library.runs_kernels(library.Card(capability), torch.int8)
     library.writes_e4m3.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "fuses"), [((9, 0), "3.6.0", False), ((10, 0), "3.6.1", True), ((10, 0), "3.7.0", False)]
+)
+def test_a_triton_that_fuses_products_and_sums_scales_nothing(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], version: str, fuses: bool
+) -> None:
+    monkeypatch.setattr(library, "installed", lambda name: version)
+    library.fuses.cache_clear()
+    problem = Problem(512, 512, Pattern.parse("6:8"), SCHEMES["int8"], capability, torch.bfloat16)
+    reason = refusal(Route("dense", "triton"), problem)
+    assert ("update to 3.7" in (reason or "")) is fuses
+    assert {"rescale_kernel", "sum_kernel"}.isdisjoint(one.name for one in launches.shipped_launches(capability)) is fuses
+    library.fuses.cache_clear()

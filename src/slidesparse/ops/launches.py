@@ -17,7 +17,7 @@ from ..pattern import KNOWN, Pattern
 from .expand import _INTEGERS, _PAIRS, _RESTORE, _SLIDE, _chunked, _restore_call, _slide_call
 from .fused import _call as _fused_call
 from .launch import Launch
-from .library import Card, writes_e4m3
+from .library import Card, fuses, writes_e4m3
 from .quantize import _gather_call, _groups_call, _lift_call
 from .rescale import _OUTPUTS, _SUMS, rescale_call
 from .sm90.layout import _tile_call as _tile_layout_call
@@ -88,7 +88,8 @@ def shipped_launches(capability: tuple[int, int] = (9, 0)) -> list[ShippedLaunch
     """What may be launched on a card of this compute capability, one of `CARDS`, each once; needs Triton, but no card."""
     card = Card(capability)
     schemes = (INT8, E4M3) if writes_e4m3(capability) else (INT8,)
-    made = (*_rows(card, schemes), *_lifts(card), *_fused(card, schemes), *_expand(), *_rescale(), *_w8a8(card), *_tiles(card))
+    scaled = () if fuses(capability) else (*_rescale(), *_w8a8(card))
+    made = (*_rows(card, schemes), *_lifts(card), *_fused(card, schemes), *_expand(), *scaled, *_tiles(card))
     found: dict[tuple[Any, ...], ShippedLaunch] = {}
     for launch, tensors in made:
         one = ShippedLaunch.of(launch, tensors)

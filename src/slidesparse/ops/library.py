@@ -138,6 +138,15 @@ def writes_e4m3(capability: tuple[int, int]) -> bool:
 
 
 @cache
+def fuses(capability: tuple[int, int]) -> bool:
+    """Whether Triton's kernels round a product and what is added to it once, not each: on 10.0 and newer by Triton 3.6.
+
+    Its assembler makes one instruction of a product and a sum of two float32 each, although told not to.
+    """
+    return capability >= (10, 0) and numbers(installed("triton")) < (3, 7)
+
+
+@cache
 def one(device: torch.device) -> Tensor:
     """The float32 number one, ``[]``, on a device.
 

@@ -1,6 +1,6 @@
 """The scale-and-bias pass as a ``torch.library`` op, for libraries that give sums and cannot apply both scales themselves.
 
-On CUDA a Triton kernel runs, bitwise equal to the plain torch composition; elsewhere that composition itself does.
+On CUDA a Triton kernel runs, bitwise equal to the plain torch composition. Where Triton is missing or fuses, and elsewhere, that runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..reference import scaled
 from .launch import CALLS, Launch, allocate
-from .library import define, runs_kernels
+from .library import capability, define, fuses, runs_kernels
 
 _SUMS = (torch.int32, torch.bfloat16, torch.float16, torch.float32)
 _OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
@@ -62,7 +62,7 @@ def _rescale_oracle(
 def _rescale_cuda(
     acc: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype, m: int, n: int
 ) -> Tensor:
-    if not runs_kernels(acc.device, acc.dtype):
+    if fuses(capability(acc.device)) or not runs_kernels(acc.device, acc.dtype):
         return _rescale_oracle(acc, x_scale, w_scale, bias, dtype, m, n)
     return launch_rescale(acc, x_scale, w_scale, bias, dtype, m, n)
 

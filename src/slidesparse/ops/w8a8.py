@@ -1,6 +1,6 @@
 """The dense int8 linear layer as a ``torch.library`` op: exact int32 sums, scales and bias in float32, one rounding, in one kernel.
 
-On CUDA a Triton kernel runs, bitwise equal to the oracle; without Triton and on other devices the oracle itself does.
+On CUDA a Triton kernel runs, bitwise equal to the oracle. Where Triton is missing or fuses, and on other devices, the oracle itself does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from .launch import CALLS, Launch, allocate, allocator
-from .library import capability, define, has_triton
+from .library import capability, define, fuses, has_triton
 
 WIDEST_K = 1 << 17
 """Widest K whose int8 products, at most 128 · 127 each, are sure to fit an int32 sum."""
@@ -133,7 +133,7 @@ def _w8a8_oracle(q: Tensor, weight: Tensor, x_scale: Tensor, w_scale: Tensor, bi
 
 
 def _w8a8_cuda(q: Tensor, weight: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if not has_triton():
+    if fuses(capability(q.device)) or not has_triton():
         return _w8a8_oracle(q, weight, x_scale, w_scale, bias, dtype)
     return launch_w8a8(q, weight, x_scale, w_scale, bias, dtype)
 

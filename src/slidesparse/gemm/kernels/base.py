@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ... import ops
 from ...ops.launch import Producer
+from ...ops.library import fuses
 from ...ops.prologue import Activations
 from ...ops.rescale import rescale_call
 from ...ops.w8a8 import WIDEST_K
@@ -82,7 +83,7 @@ def epilogue(
     Products that are ``scaled`` hold the weight scales, so the pass is called without them. ``direct`` is for schemes that quantise
     activations; without Triton the op's own road runs all the same.
     """
-    if not direct or not ops.has_triton():
+    if not direct or fuses(ops.capability(device)) or not ops.has_triton():
         return partial(ops.rescale, out_dtype=problem.dtype, m=m, n=problem.n)
     types = (sums, problem.dtype, torch.float32, None if scaled else torch.float32, problem.bias)
     out = (m, problem.n), (problem.n, 1), problem.dtype
