@@ -166,8 +166,8 @@ def _w8a8(card: Card) -> Made:
         tile = tile_for(m, n, k, *CARDS[card.capability])
         for y, bias in ((BF16, None), (BF16, BF16), (torch.float16, FP32), (FP32, None))[: 4 if n == 4608 else 2]:
             yield from _tiled(m, n, k, y, bias, tile, way)
-    for m in tokens:
-        yield from _tiled(m, 515, 1000, BF16, BF16, tile_for(m, 515, 1000, *CARDS[card.capability]), False)
+    for m, k in product(tokens, (1000, 1008)):
+        yield from _tiled(m, 515, k, BF16, BF16, tile_for(m, 515, k, *CARDS[card.capability]), False)
 
 
 def _tiles(card: Card) -> Made:
