@@ -62,6 +62,13 @@ def test_other_patterns_follow_the_slid_width_between_two_measured_ones() -> Non
     assert times_of.of(64, 64, "fp8", "14:16", 1024) is None and times_of.of(64, 64, "int8", "6:8", 4096) is None
 
 
+def test_a_pattern_is_held_against_the_dense_time_of_its_own_run() -> None:
+    plan, slow = plan_with(p2=2.0, p6=1.25), 1.3
+    plan.add((64, 64, "6:8", "int8"), Cell(1024, times(dense_triton=slow * 100.0, slid=slow * 80.0)))
+    dense, sparse = (Estimates(plan).of(64, 64, "int8", pattern, 1024) for pattern in (UNPRUNED, "6:8"))
+    assert dense is not None and sparse is not None and (dense.us, sparse.us) == (100.0, pytest.approx(80.0))
+
+
 def test_more_tokens_stand_for_few_but_not_for_half_as_many() -> None:
     times_of = Estimates(plan_with(p2=2.0, p6=1.0))
     assert times_of.of(64, 64, "int8", "6:8", 1).at == 16 and times_of.of(64, 64, "int8", "6:8", 512).at == 1024

@@ -61,7 +61,10 @@ class Estimates:
         )  # fmt: skip
 
     def _measured(self, n: int, k: int, scheme: str, pattern: str, m: int) -> Estimate | None:
-        """Dense weights were timed beside every pattern: the quickest counts, of those measured closest to ``m``."""
+        """Dense weights were timed beside every pattern: the quickest counts, of those measured closest to ``m``.
+
+        Runs differ by several per cent, so a pattern's time is what it is beside the dense time of its own run.
+        """
         patterns = self._patterns if pattern == UNPRUNED else (pattern,)
         layouts = ["dense"] if pattern == UNPRUNED else [name for name in LAYOUTS if name not in DENSE]
         found: list[tuple[int, float]] = []
@@ -69,11 +72,21 @@ class Estimates:
             # More than twice as many tokens take other times.
             near = {at: times for at, times in self._tables.get((n, k, each, scheme), {}).items() if m <= at <= max(FEW, 2 * m)}
             routes = {at: quickest(times, layouts) for at, times in near.items()}
-            found += [(at, near[at][route].p50) for at, route in routes.items() if route is not None]
+            found += [(at, near[at][route].p50 * self._run(n, k, scheme, each, at)) for at, route in routes.items() if route is not None]
         if not found:
             return None
         at, us = min(found)
         return Estimate(us, MEASURED, at)
+
+    def _run(self, n: int, k: int, scheme: str, pattern: str, m: int) -> float:
+        """The quickest dense time of all runs over the one of this pattern's run; 1 where that timed none."""
+        dense = {}
+        for each in self._patterns:
+            times = self._tables.get((n, k, each, scheme), {}).get(m, {})
+            route = quickest(times, ["dense"])
+            if route is not None:
+                dense[each] = times[route].p50
+        return min(dense.values()) / dense[pattern] if pattern in dense else 1.0
 
     def _fitted(self, n: int, k: int, scheme: str, pattern: str, m: int) -> Estimate | None:
         key = scheme, pattern, m
