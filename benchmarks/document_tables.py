@@ -5,7 +5,7 @@ A table stands between ``<!-- tables: NAME begin -->`` and ``<!-- tables: NAME e
     trade                          what a pattern costs and gains, the README's
     linears-CARD-6-8               a shipped plan's times of Qwen2.5-7B's layers, summed; CARD is h100 or h200
     linears-CARD-others            other patterns and models
-    linears-CARD-sm90              the kernel for compute capability 9.0 in that plan
+    linears-h200-sm90              the kernel for compute capability 9.0 in that plan
     serving-CARD-prefill, -decode  packed models in vLLM against its own dense ones, kernels' time in brackets
     kernels-CARD                   `slidesparse bench kernel`: whole linears against the fastest dense ones
 
@@ -56,12 +56,12 @@ def table_named(name: str) -> str:
     Raises:
         KeyError: no table has this name.
     """
-    makers: dict[str, Callable[[], str]] = {"": study, "trade": trade}
+    makers: dict[str, Callable[[], str]] = {"": study, "trade": trade, "linears-h200-sm90": partial(sm90, CARDS["h200"])}
     for card in CARDS:
         makers |= {
             f"linears-{card}-6-8": partial(six_of_eight, CARDS[card]), f"linears-{card}-others": partial(others, CARDS[card]),
             f"serving-{card}-prefill": partial(served, card, "prefill"), f"serving-{card}-decode": partial(served, card, "decode"),
-            f"linears-{card}-sm90": partial(sm90, CARDS[card]), f"kernels-{card}": partial(measured, card),
+            f"kernels-{card}": partial(measured, card),
         }  # fmt: skip
     return makers[name]()
 

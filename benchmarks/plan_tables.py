@@ -90,25 +90,25 @@ def six_of_eight(card: str) -> str:
 
 
 def sm90(card: str) -> str:
-    """The kernel for compute capability 9.0 against the fastest dense product of a library, in brackets of all, its own dense one too."""
+    """The kernel for compute capability 9.0 against the fastest other dense product, in brackets against its own dense one, too."""
     plan, lines = shipped_plan(card), []
     keys = {(pattern, scheme): [(n, k, pattern, scheme) for n, k in MODELS[MODEL].linears.values()] for pattern, scheme in SM90}
 
     def quickest(pattern: str, scheme: str, m: int, taken: Callable[[Route], bool]) -> float:
-        """Microseconds of all layers, NaN where one was not measured."""
-        tables = [plan.cells[key][m].times if m in plan.cells[key] else {} for key in keys[pattern, scheme]]
-        return sum(min((timing.p50 for route, timing in times.items() if taken(route)), default=float("nan")) for times in tables)
+        """Microseconds of all layers."""
+        tables = [plan.cells[key][m].times for key in keys[pattern, scheme]]
+        return sum(min(timing.p50 for route, timing in times.items() if taken(route)) for times in tables)
 
     for m in SM90_TOKENS:
         shown = [str(m)]
         for pattern, scheme in SM90:
-            library = quickest(pattern, scheme, m, lambda route: route.layout == "dense" and route.kernel != "sm90")
+            rival = quickest(pattern, scheme, m, lambda route: route.layout == "dense" and route.kernel != "sm90")
             every = quickest(pattern, scheme, m, lambda route: route.layout == "dense")
             own = quickest(pattern, scheme, m, lambda route: route.layout == "dense" and route.kernel == "sm90")
             sparse = quickest(pattern, scheme, m, lambda route: route.layout == "tiled")
-            shown.append(f"{library / sparse:.2f} ({every / sparse:.2f})")
+            shown.append(f"{rival / sparse:.2f} ({every / sparse:.2f})")
             if pattern == "6:8":
-                shown.append(f"{library / own:.2f}")
+                shown.append(f"{rival / own:.2f}")
         lines.append(shown)
     heads = [head for pattern, scheme in SM90 for head in (f"{scheme} {pattern}", *([f"{scheme} dense"] if pattern == "6:8" else []))]
     return markdown(["M", *heads], lines)

@@ -67,6 +67,9 @@ def test_a_pattern_is_held_against_the_dense_time_of_its_own_run() -> None:
     plan.add((64, 64, "6:8", "int8"), Cell(1024, times(dense_triton=slow * 100.0, slid=slow * 80.0)))
     dense, sparse = (Estimates(plan).of(64, 64, "int8", pattern, 1024) for pattern in (UNPRUNED, "6:8"))
     assert dense is not None and sparse is not None and (dense.us, sparse.us) == (100.0, pytest.approx(80.0))
+    plan.add((64, 64, "2:4", "int8"), Cell(1024, times(dense_triton=100.0, dense_sm90=50.0, slid=40.0)))
+    later = Estimates(plan).of(64, 64, "int8", "6:8", 1024)
+    assert later is not None and later.us == pytest.approx(80.0), "a kernel that this run lacks tells nothing of its clock"
 
 
 def test_more_tokens_stand_for_few_but_not_for_half_as_many() -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slidesparse import doctor
+from slidesparse import doctor, reference
 from slidesparse.compat.torch import watched
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Problem, Route
 from slidesparse.gemm.kernels import refusal, unmeasured
 from slidesparse.ops import launch, launches, library
 from slidesparse.pattern import Pattern
+
+rescale, w8a8 = (import_module(f"slidesparse.ops.{name}") for name in ("rescale", "w8a8"))
+"""The modules, whose ops have the same names."""
 
 
 class Mode(TorchDispatchMode):
@@ -151,5 +155,20 @@ def test_a_triton_that_fuses_products_and_sums_scales_nothing(
     problem = Problem(512, 512, Pattern.parse("6:8"), SCHEMES["int8"], capability, torch.bfloat16)
     reason = refusal(Route("dense", "triton"), problem)
     assert ("update to 3.7" in (reason or "")) is fuses
-    assert {"rescale_kernel", "sum_kernel"}.isdisjoint(one.name for one in launches.shipped_launches(capability)) is fuses
+    scaling = {"rescale_kernel", "sum_kernel", "tile_kernel"}
+    listed = {launch.name for launch in launches.shipped_launches(capability) if "BIAS" in launch.constants}
+    assert listed == (set() if fuses else scaling)
     library.fuses.cache_clear()
+
+
+def test_where_triton_fuses_the_oracles_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    acc, scales = torch.randint(-9, 9, (3, 16), dtype=torch.int32), (torch.rand(3, 1), torch.rand(16, 1))
+    q, weight = (torch.randint(-9, 9, (rows, 16), dtype=torch.int8) for rows in (3, 16))
+    for module in (rescale, w8a8):
+        monkeypatch.setattr(module, "fuses", lambda capability: True)
+    monkeypatch.setattr(rescale, "launch_rescale", lambda *_: pytest.fail("a kernel of Triton's is launched"))
+    monkeypatch.setattr(w8a8, "launch_w8a8", lambda *_: pytest.fail("a kernel of Triton's is launched"))
+    y = rescale._rescale_cuda(acc, *scales, None, torch.bfloat16, 3, 16)
+    assert torch.equal(y, reference.scaled(acc, scales[0], scales[1].view(1, -1), None, torch.bfloat16))
+    y = w8a8._w8a8_cuda(q, weight, *scales, None, torch.bfloat16)
+    assert torch.equal(y, reference.linear(q, scales[0], weight, scales[1], None, torch.bfloat16))

@@ -124,12 +124,16 @@ def test_rows_that_no_kernel_reads_go_through_the_ops(scheme: str, route: str, c
     check_bitwise(bound(x, direct=True), wanted)
 
 
+@pytest.mark.parametrize("fuses", [False, True])
 @pytest.mark.parametrize(("scheme", "route"), [("int8", "dense:cublaslt"), ("fp8", "dense:tensorwise"), ("int8", "slid"), ("fp8", "slid")])
-def test_without_triton_the_pass_behind_is_the_ops(scheme: str, route: str, card: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_or_where_it_fuses_the_pass_behind_is_the_ops(
+    scheme: str, route: str, fuses: bool, card: list[tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights, dense = made(48, 96, scheme)
     bound, x = Bound(weights, route, torch.randn(48).to(DTYPE)), tokens(5, 96)
     monkeypatch.setattr(prologue, "runs_kernels", lambda device, dtype: False)
-    monkeypatch.setattr("slidesparse.ops.has_triton", lambda: False)
+    monkeypatch.setattr("slidesparse.ops.has_triton", lambda: fuses)
+    monkeypatch.setattr(kernels.base, "fuses", lambda capability: fuses)
     monkeypatch.setattr(kernels.base, "rescale_call", lambda *_: pytest.fail("a kernel of Triton's is launched"))
     check_bitwise(bound(x, direct=True), bound.expected(x, dense))
 

@@ -112,10 +112,21 @@ def test_bad_requests_are_refused():
 def test_every_shape_gets_a_tile_that_fits():
     """Powers of two, no part of K empty, and no more shared memory than cards of 9.0, 8.0 and 8.9 have."""
     for m in (1, 16, 17, 64, 65, 256, 1000, 4096, 1 << 17):
-        for n, k in ((1, 1), (512, 512), (576, 1536), (4608, 3584), (37888, 3584), (3584, 18944), (512, 40000), (40000, 40000)):
+        for n, k in (
+            (1, 1),
+            (512, 512),
+            (576, 1536),
+            (4608, 3584),
+            (37888, 3584),
+            (3584, 18944),
+            (515, 1000),
+            (512, 40000),
+            (40000, 40000),
+        ):
             for processors, shared in ((132, 227 << 10), (108, 163 << 10), (142, 99 << 10), (20, 99 << 10)):
                 tile = kernels.tile_for(m, n, k, processors, shared)
                 assert all(size & (size - 1) == 0 for size in (tile.m, tile.n, tile.k, tile.warps, tile.pieces, tile.group))
+                assert k % 16 == 0 or tile.m * tile.k + tile.n * tile.k <= 2 * 64 * tile.warps * 32, "an address for every byte"
                 assert tile.stages >= 2 and tile.stages * tile.k * (tile.m + tile.n) < shared
                 assert tile.split == 1 or tile.split * tile.k * 2 <= k
                 assert tile.split == 1 or -(-m // tile.m) * -(-n // tile.n) < processors

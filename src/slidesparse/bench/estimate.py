@@ -79,14 +79,19 @@ class Estimates:
         return Estimate(us, MEASURED, at)
 
     def _run(self, n: int, k: int, scheme: str, pattern: str, m: int) -> float:
-        """The quickest dense time of all runs over the one of this pattern's run; 1 where that timed none."""
-        dense = {}
-        for each in self._patterns:
-            times = self._tables.get((n, k, each, scheme), {}).get(m, {})
-            route = quickest(times, ["dense"])
-            if route is not None:
-                dense[each] = times[route].p50
-        return min(dense.values()) / dense[pattern] if pattern in dense else 1.0
+        """The quickest dense time of all runs by kernels that this pattern's run timed, over its own; 1 where it timed none."""
+
+        def dense(of: str) -> dict[str, float]:
+            times = self._tables.get((n, k, of, scheme), {}).get(m, {})
+            found: dict[str, float] = {}
+            for route, timing in times.items():
+                if route.layout == "dense":
+                    found[route.kernel] = min(timing.p50, found.get(route.kernel, timing.p50))
+            return found
+
+        own = dense(pattern)
+        everywhere = (us for each in self._patterns for kernel, us in dense(each).items() if kernel in own)
+        return min(everywhere) / min(own.values()) if own else 1.0
 
     def _fitted(self, n: int, k: int, scheme: str, pattern: str, m: int) -> Estimate | None:
         key = scheme, pattern, m

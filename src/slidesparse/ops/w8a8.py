@@ -98,7 +98,7 @@ _WAVES = (
 def tile_for(m: int, n: int, k: int, processors: int = H200[0], shared: int = H200[1]) -> Tile:
     """The tile for m tokens, n outputs and this K on a card of so many multiprocessors and bytes of shared memory a program."""
     if k % 16:
-        return Tile(64, 64, 64, 3, 4)  # bytes are read one by one: a larger tile has more addresses than registers
+        return Tile(64, 64, 64, 3, 4)  # not timed; bytes are read one by one, and the tiles below would spill their addresses
     tile = _reading(m, n, k, processors) if m <= 64 else _computing(m, n, k, processors)
     return replace(tile, stages=min(tile.stages, (shared - BARRIERS) // ((tile.m + tile.n) * tile.k)))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import ops
 from ...compat.torch import HAS_INT_MM, int_mm, scaled_mm
-from ...compat.versions import lacks
+from ...compat.versions import installed, lacks
 from ...ops.library import fuses, one
 from ...ops.prologue import Activations, quantiser
 from ...ops.w8a8 import bound_w8a8
@@ -150,7 +150,7 @@ def _bound_triton(problem: Problem, m: int, x: Activations) -> Callable[..., Ten
 def _not_triton(problem: Problem) -> str | None:
     if problem.scheme.name != "int8" or not problem.cuda:
         return "multiplies int8 on CUDA"
-    fused = "Triton 3.6 rounds products and sums in one on compute capability 10.0 and newer: update to 3.7"
+    fused = f"Triton {installed('triton')} rounds products and sums in one on compute capability 10.0 and newer: update to 3.7"
     return ops.triton_fault() or (fused if fuses(problem.capability) else int32_overflow(problem))
 
 
