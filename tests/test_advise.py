@@ -94,7 +94,7 @@ def test_it_pays_from_where_every_larger_number_gains_too() -> None:
     assert pays_from({1: 1.5, 16: 1.02}) is None and pays_from({1: 1.03}) == 1 and pays_from({}) is None
 
 
-BEST, STUDY = "times as fast as the best dense weights of 8 bits", "in our study, not of your model, perplexity went from 20.00 to"
+BEST, STUDY = "times as fast as the best dense weights of 8 bits", "in our study small's perplexity went from 20.00 to"
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,18 @@ def test_bad_requests_are_refused_in_one_line(words: list[str], message: str, tm
     assert stopped.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(("installed", "reason"), [(None, "vllm is not installed"), (object(), "torch finds no GPU here")])
+def test_what_vllm_lacks_is_said_before_anything_is_written(installed: object, reason: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        sys, "argv", ["slidesparse", "bench", "serve", "Qwen2.5-7B", str(tmp_path / "work"), "--out", str(tmp_path / "rows.csv")]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1 and reason in " ".join(capsys.readouterr().err.split()) and not list(tmp_path.iterdir())
+
+
 def test_arguments_of_vllm_follow_the_form(dense: Path, tmp_path: Path) -> None:
     asked = {"checkpoint": "x", "kv_bytes": 5, "settings": {"memory": "lean"}, "eager": False, "graphs": [1, 2], "scheme": "fp8"}
     packed, stock = (vllm_engine.words_of(asked | {"form": form}) for form in ("packed", "dense"))

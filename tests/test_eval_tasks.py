@@ -245,7 +245,8 @@ def test_text_alone_keeps_its_line_and_keys(run, packed, text):
     model, tokenizer = load(packed, device="cpu")
     wanted = perplexity(model, tokenize_file(tokenizer, text), context=64, stride=32)
     code, printed, _ = run("eval", packed, "--text", text, "--context", 64, "--stride", 32, "--device", "cpu")
-    assert (code, printed) == (0, f"perplexity {wanted.perplexity:.4f}  (299 tokens scored, context 64, stride 32)\n")
+    score = f"{wanted.perplexity:.4f} ± {wanted.perplexity_stderr:.4f}"
+    assert (code, printed) == (0, f"perplexity {score}  (299 tokens scored, context 64, stride 32)\n")
     code, printed, _ = run("eval", packed, "--text", text, "--context", 64, "--stride", 32, "--device", "cpu", "--batch-size", 3, "--json")
     data = json.loads(printed)
     assert data["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-3)

@@ -25,6 +25,8 @@ _OPTIONAL = (
     ("vllm", "serve models", "pip install 'slidesparse[vllm]'"),
     ("gguf", "import GGUF files", "pip install 'slidesparse[gguf]'"),
     ("compressed-tensors", "run dense W8A8 twins in transformers", "pip install compressed-tensors"),
+    ("lm-eval", "score tasks", "pip install 'slidesparse[eval]'"),
+    ("peft", "train adapters", "pip install peft"),
     ("matplotlib", "draw pictures", "pip install 'slidesparse[plot]'"),
 )
 

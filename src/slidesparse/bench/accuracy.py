@@ -64,7 +64,7 @@ def _summarised(rows: Sequence[Mapping[str, str]], scheme: str) -> Iterator[Loss
         method = min((key[2] for key in text if key[:2] == (model, pattern)), key=lambda each: float(text[model, pattern, each]["value"]))
         most = max((key[3] for key in means if key[:3] == (model, pattern, method) and means[key]["difference"]), default=0)
         mean = means.get((model, pattern, method, most))
-        tasks, error = (None, None) if mean is None else (round(100 * float(mean[name]), 2) for name in ("difference", "difference_stderr"))
+        tasks, error = (None, None) if mean is None else (round(100 * float(mean[name]), 4) for name in ("difference", "difference_stderr"))
         pruned, whole = (round(float(row["value"]), 3) for row in (text[model, pattern, method], dense))
         yield Loss(NAMES.get(model, model), pattern, method, pruned, whole, tasks, error, most, scheme)
 

@@ -98,6 +98,8 @@ class Estimates:
         if key not in self._fits:
             self._fits[key] = _line(list(self._points(*key)))
         fit = self._fits[key]
+        if n * k < min((size for size, _ in self._points(*key)), default=0.0) / 2:
+            return None  # launches, which the line does not know, are most of a small layer's time
         return None if fit is None else Estimate(fit[0] + fit[1] * n * k, MODEL, m)
 
     def _points(self, scheme: str, pattern: str, m: int) -> Iterator[tuple[float, float]]:

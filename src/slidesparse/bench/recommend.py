@@ -101,4 +101,4 @@ def _loss(option: Option) -> str:
     if not option.study:
         return ""
     worst = max(option.study, key=lambda loss: loss.perplexity / loss.dense_perplexity)
-    return f"; in our study, not of your model, perplexity went from {rounded(worst.dense_perplexity)} to {rounded(worst.perplexity)}"
+    return f"; in our study {worst.model}'s perplexity went from {rounded(worst.dense_perplexity)} to {rounded(worst.perplexity)}"

@@ -144,10 +144,10 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
     """
     if not os.path.lexists(out):
         return
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").exists()):
+        raise OutputExistsError(f"{out} exists and is not a checkpoint (no config.json), so it is not overwritten: choose another output")
     if not overwrite:
         raise OutputExistsError(f"{out} exists already: choose another output or give --overwrite")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").exists()):
-        raise OutputExistsError(f"{out} is not a checkpoint (no config.json), so it is not overwritten: choose another output")
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -113,12 +113,13 @@ def _print(advice: Advice, everything: bool) -> None:
     screen.out.print(f"[bold]{escape(advice.target)}[/] on [bold]{escape(advice.card)}[/], {escape(advice.origin)}")
     screen.say(f"linear layers, N × K: {layers}")
     screen.out.print(f"\n[bold]{escape(advice.recommendation)}[/]\n")
-    tokens = sorted({speed.m for option in (*advice.dense, *advice.options) for speed in option.speeds})
-    _print_dense(advice.dense, tokens)
-    screen.say("\non sparse tensor cores: times as fast as the best dense weights of 8 bits and of 16 bits")
-    (_print_all if everything else _print_ranges)(advice.options, tokens)
-    screen.say("from: the tokens in a step from which on it is over 2 % faster than the best dense weights of as many bits")
-    _print_study(advice.options)
+    if advice.options:
+        tokens = sorted({speed.m for option in (*advice.dense, *advice.options) for speed in option.speeds})
+        _print_dense(advice.dense, tokens)
+        screen.say("\non sparse tensor cores: times as fast as the best dense weights of 8 bits and of 16 bits")
+        (_print_all if everything else _print_ranges)(advice.options, tokens)
+        screen.say("from: the tokens in a step from which on it is over 2 % faster than the best dense weights of as many bits")
+        _print_study(advice.options)
     for note in advice.notes:
         screen.say(f"· {note}")
 

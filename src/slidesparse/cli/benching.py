@@ -213,6 +213,8 @@ def serve(
         asked = bench.Asked(
             engine.value, _served_model(model), work, names, kinds, _tokens(prefill), _tokens(decode), settings, captured, eager
         )
+    if engine == Engine.vllm and (lacking := _lacks_vllm()):
+        raise ValueError(f"bench serve measures vLLM, and {lacking}")
     table, here = _opened(out, commit)
     before = len(table.rows)
     with screen.measuring("measuring", minutes) as measured:
@@ -231,6 +233,17 @@ def serve(
     screen.out.print(shown)
     _told(table, before, rows)
     measured.end()
+
+
+def _lacks_vllm() -> str | None:
+    """What its engines lack here; checkpoints of many gigabytes would be written before they say so."""
+    from importlib.util import find_spec
+
+    import torch
+
+    if find_spec("vllm") is None:
+        return "vllm is not installed: pip install 'slidesparse[vllm]', or give --engine transformers"
+    return None if torch.cuda.is_available() else "torch finds no GPU here: see `slidesparse doctor`, or give --engine transformers"
 
 
 def _served_model(model: str) -> str:

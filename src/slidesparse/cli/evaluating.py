@@ -293,9 +293,8 @@ def _show(report: Report, output: Path | None, json: bool) -> None:
         return
     if report.text is not None:
         score = report.text.model
-        screen.out.print(
-            f"perplexity {score.perplexity:.4f}  ({score.tokens} tokens scored, context {score.context}, stride {score.stride})"
-        )
+        windows = f"({score.tokens} tokens scored, context {score.context}, stride {score.stride})"
+        screen.out.print(f"perplexity {score.perplexity:.4f} ± {score.perplexity_stderr:.4f}  {windows}")
         for name, value, stderr in text_rows(report.text)[1:]:
             screen.out.print(f"{name} {value} ± {stderr}")
     if report.tasks:

@@ -117,10 +117,13 @@ def verify(
         good = sum(layer.ok for layer in report.layers)
         rows = sum(layer.rows for layer in report.layers)
         mark = "[green]ok[/]" if report.ok else "[red]FAILED[/]"
-        summary = f"{good} of {len(report.layers)} layers ({rows} rows) obey, restore bitwise and slide exactly"
+        same = "" if against is None else f", and are those of {escape(str(against))}"
+        summary = f"{good} of {len(report.layers)} layers ({rows} rows) obey, restore bitwise and slide exactly{same}"
         screen.out.print(f"{mark}  {escape(str(report.path))}: {summary}")
         for layer in [layer for layer in report.layers if not layer.ok][:_SHOWN]:
             screen.out.print(f"  [red]{escape(layer.name)}[/]: {escape(layer.reason)}")
+        if (more := len(report.layers) - good - _SHOWN) > 0:
+            screen.out.print(f"  … and {more} more")
         for told in report.contradictions[:_SHOWN]:
             screen.out.print(f"  {escape(told)}")
         for name in report.other_tensors[:_SHOWN]:

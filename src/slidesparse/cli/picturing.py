@@ -23,8 +23,11 @@ def plot(
     from ..bench.figures import figures
     from ..bench.plots import draw
     from ..bench.rows import read_folder
+    from ..errors import OutputExistsError
 
     place = out or (folder if folder.is_dir() else folder.parent) / "pictures"
+    if place.exists() and not place.is_dir():
+        raise OutputExistsError(f"{place} is a file: name a folder with --out")
     made = [file for figure in figures(read_folder(folder)) for file in draw(figure, place)]
     if not made:
         raise ValueError(f"{folder}: no row there has a time of a sparse kernel or of an engine: there is nothing to draw")
@@ -43,8 +46,11 @@ def report(
     from ..errors import OutputExistsError
 
     place = out or (folder if folder.is_dir() else folder.parent) / "report.html"
+    if place.is_dir():
+        raise OutputExistsError(f"{place} is a folder: name a file with --out")
     if place.exists() and not place.read_bytes().startswith(BEGIN.encode()):
         raise OutputExistsError(f"{place} is there, and not a page that report wrote: name another file with --out")
+    place.parent.mkdir(parents=True, exist_ok=True)
     text = page(read_folder(folder), f"slidesparse benchmarks: {folder.resolve().name}")
     write_text(place, text)
     screen.say(f"{place}: {screen.size(place.stat().st_size)}")
