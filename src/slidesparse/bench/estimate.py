@@ -48,7 +48,7 @@ class Estimates:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._fits: dict[tuple[str, str, int], tuple[float, float] | None] = {}
+        self._fits: dict[tuple[str, str, int], tuple[tuple[float, float] | None, float]] = {}
 
     def of(self, n: int, k: int, scheme: str, pattern: str, m: int) -> Estimate | None:
         """The fastest whole linear on sparse tensor cores, or of `UNPRUNED` weights; None where nothing tells."""
@@ -96,11 +96,11 @@ class Estimates:
     def _fitted(self, n: int, k: int, scheme: str, pattern: str, m: int) -> Estimate | None:
         key = scheme, pattern, m
         if key not in self._fits:
-            self._fits[key] = _line(list(self._points(*key)))
-        fit = self._fits[key]
-        if n * k < min((size for size, _ in self._points(*key)), default=0.0) / 2:
-            return None  # launches, which the line does not know, are most of a small layer's time
-        return None if fit is None else Estimate(fit[0] + fit[1] * n * k, MODEL, m)
+            points = list(self._points(*key))
+            self._fits[key] = _line(points), min((size for size, _ in points), default=0.0)
+        fit, smallest = self._fits[key]
+        # Launches, which the line does not know, are most of a small layer's time.
+        return None if fit is None or n * k < smallest / 2 else Estimate(fit[0] + fit[1] * n * k, MODEL, m)
 
     def _points(self, scheme: str, pattern: str, m: int) -> Iterator[tuple[float, float]]:
         for n, k in {key[:2] for key in self._tables if key[3] == scheme}:
