@@ -23,10 +23,13 @@ from ..compat.triton import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def begin(SM90: tl.constexpr):
-    """Let the next kernel's programs be placed early, and wait for the kernel before: nothing is read or written until it is done."""
+    """Wait for the kernel before, and let the next kernel start: nothing is read or written until the one before is done.
+
+    The order matters. The next kernel may read weights at once, and the one before may have written them.
+    """
     if SM90:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

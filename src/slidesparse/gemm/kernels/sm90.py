@@ -92,7 +92,7 @@ class Sm90(Kernel):
 
         def multiply(q: Tensor, x_scale: Tensor | None, copy: Copy, scale: Tensor | None, added: Tensor | None) -> Tensor:
             y = empty((m, n), (n, 1), problem.dtype)
-            gemm(q, x_scale, copy[0], scale, added, work, y, current_stream(index))
+            gemm(q, x_scale, copy[0], scale, added, work, y, current_stream(index), early=passes)
             return y
 
         def multiply_there(q: Tensor, x_scale: Tensor | None, copy: Copy, scale: Tensor | None, added: Tensor | None) -> Tensor:
@@ -100,10 +100,12 @@ class Sm90(Kernel):
                 return multiply(q, x_scale, copy, scale, None if added is None else added.contiguous())
 
         pattern = problem.pattern if sparse else None
+        lifted = None if pattern is None or moves_nothing(pattern, 0) else pattern
+        passes = problem.scheme.dynamic or lifted is not None  # another kernel stands between those that made the weights and this one
         quantise: Callable[..., tuple[Tensor, Tensor | None]] = (
             quantiser(x, problem.scheme, pattern, width, 1, direct)
             if problem.scheme.dynamic
-            else partial(_rows, pattern=None if pattern is None or moves_nothing(pattern, 0) else pattern, width=width)
+            else partial(_rows, pattern=lifted, width=width)
         )
         return Pipeline(layout, quantise, multiply if direct else multiply_there)
 

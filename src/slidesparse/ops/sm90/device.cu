@@ -33,6 +33,10 @@ typedef float Sum;
 #define SUM "f"
 #endif
 
+// Kernels that were launched to overlap with this one may be placed, and wait; and this one waits for the end of the kernel before it.
+__device__ __forceinline__ void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {

@@ -5,6 +5,11 @@
 // of 128 bytes of k' by bulk copies; two warpgroups multiply 64 features each. Blocks of a cluster share what they bring by multicast.
 // A finished tile waits, rounded to 16 bits, in registers, and is written while the next one is multiplied.
 //
+// Of fewer tokens than a box of activations has rows only those come, box_bytes a box: rows beyond the last token are slow to fill. What shared
+// memory holds in their place is multiplied, too, and not written.
+//
+// With `early` no kernel that may still run writes weights, so the first stages bring theirs while the kernel before makes activations.
+//
 // With SPLIT the table may divide the steps of a tile among clusters that follow each other. The last of them finishes the tile. The others
 // leave their sums in `partials`, which needs no value before: a flag is this launch's number, and who reads it takes it away. A cluster leaves
 // its sums first and finishes its tile last, and waits only for clusters that start before it: all come to an end, however many run at once.
@@ -18,7 +23,7 @@ template <int N> struct At { static constexpr int value = N; };
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap y_map,
      const u8* weights, const float* x_scale, const float* w_scale, const void* bias, const Item* items, u8* partials, u64 launch,
-     int item_count, int steps, int m, int n) {
+     int item_count, int steps, int m, int n, int box_bytes, int early) {
   extern __shared__ u8 raw[];
   const u32 stages = (shared_address(raw) + 1023) & ~1023u, out = stages + STAGES * STAGE, scales = out + OUT_BYTES;
   const u32 full = scales + WARPGROUPS * TOKENS * 4, empty = full + STAGES * 8;
@@ -30,6 +35,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
   }
   const int feature_rank = rank % CLUSTER_FEATURES, token_rank = rank / CLUSTER_FEATURES, thread = threadIdx.x;
   if (thread == 0) {
+    start_next_kernel();
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + s * 8, 1);
       barrier_init(empty + s * 8, WARPGROUPS * CLUSTER);
@@ -48,27 +54,40 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       const u16 x_mask = CLUSTER_FEATURES > 1 ? same_tokens : 0, w_mask = CLUSTER_TOKENS > 1 ? same_features : 0;
       constexpr int X_PART = X_BYTES / CLUSTER_FEATURES, W_PART = W_BYTES / CLUSTER_TOKENS;
       const int last_tile = (n - 1) / FEATURES;  // a cluster may reach beyond: it brings this one again, and nothing of it is written
-      int slot = 0;
+      int slot = 0, held = early ? 0 : -1;  // stages that have their weights, while the kernel before may still write activations; then -1
       u32 phase = 1;
+      if (!early) wait_for_kernel_before();
       for (int t = cluster; t < item_count; t += clusters) {
         const u32 tile = __ldg(&items[t].tile);
         const int feature_tile = min((int)(tile >> 16) * CLUSTER_FEATURES + feature_rank, last_tile);
         const int token_tile = (tile & 0xffff) * CLUSTER_TOKENS + token_rank, token = token_tile * TOKENS + feature_rank * (TOKENS / CLUSTER_FEATURES);
         const u8* from = weights + (size_t)feature_tile * steps * W_BYTES + token_rank * W_PART;
+        u32 bytes = W_BYTES;
+        for (int f = 0; f < CLUSTER_FEATURES; f++)
+          if (token_tile * TOKENS + f * (TOKENS / CLUSTER_FEATURES) < m) bytes += box_bytes;
+        auto bring_tokens = [&](int to_slot, int step) {
+          const u32 to = stages + to_slot * STAGE + feature_rank * X_PART;
+          if (token < m) copy_rows(to, &x_map, step * COLUMNS, token, full + to_slot * 8, x_mask);
+        };
         const int first = SPLIT ? __ldg(&items[t].first) : 0, end = SPLIT ? first + __ldg(&items[t].count) : steps;
         from += (size_t)first * W_BYTES;
         for (int step = first; step < end; step++) {
           barrier_wait(empty + slot * 8, phase);
           delay();
-          const u32 arrived = full + slot * 8, to = stages + slot * STAGE;
-          barrier_expect(arrived, STAGE);
-          copy_rows(to + feature_rank * X_PART, &x_map, step * COLUMNS, token, arrived, x_mask);
+          const u32 arrived = full + slot * 8, to = stages + slot * STAGE + X_BYTES + token_rank * W_PART;
+          barrier_expect(arrived, bytes);
           if (SPARSE) {
-            copy_bytes(to + X_BYTES + token_rank * W_PART, from, W_PART, arrived, w_mask);
+            copy_bytes(to, from, W_PART, arrived, w_mask);
             from += W_BYTES;
           } else {
-            copy_rows(to + X_BYTES + token_rank * W_PART, &w_map, step * COLUMNS, feature_tile * FEATURES + token_rank * (FEATURES / CLUSTER_TOKENS),
-                      arrived, w_mask);
+            copy_rows(to, &w_map, step * COLUMNS, feature_tile * FEATURES + token_rank * (FEATURES / CLUSTER_TOKENS), arrived, w_mask);
+          }
+          if (held < 0) {
+            bring_tokens(slot, step);
+          } else if (++held == STAGES || step + 1 == end) {
+            wait_for_kernel_before();
+            for (int i = 0; i < held; i++) bring_tokens(i, step + 1 - held + i);
+            held = -1;
           }
           if (++slot == STAGES) {
             slot = 0;

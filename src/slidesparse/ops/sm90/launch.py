@@ -85,7 +85,10 @@ class Gemm:
         cluster = driver.CUlaunchAttribute()
         cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = variant.cluster, 1, 1
-        config.attrs, config.numAttrs = [cluster], 1
+        overlap = driver.CUlaunchAttribute()
+        overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        overlap.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [cluster, overlap], 2
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         config.gridDimX = multiprocessors // variant.cluster * variant.cluster
         (fitting,) = _checked(driver.cuOccupancyMaxActiveClusters(kernel, config))
@@ -95,7 +98,7 @@ class Gemm:
         self._values = [(ctypes.c_ubyte * 192)() for _ in range(3)]
         self._pointers = [ctypes.c_void_p() for _ in range(6)]
         self._launch = ctypes.c_uint64()
-        self._numbers = [ctypes.c_int() for _ in range(4)]
+        self._numbers = [ctypes.c_int() for _ in range(6)]
         # Tensor maps lie at multiples of 64 bytes.
         self._aligned = [-(-ctypes.addressof(value) // 64) * 64 for value in self._values]
         places = [*self._aligned, *(ctypes.addressof(one) for one in (*self._pointers, self._launch, *self._numbers))]
@@ -110,14 +113,19 @@ class Gemm:
 
     def __call__(
         self, q: Tensor, x_scale: Tensor | None, weights: Tensor, w_scale: Tensor | None, bias: Tensor | None, work: Table, y: Tensor,
-        stream: int,
+        stream: int, *, early: bool = False,
     ) -> None:  # fmt: skip
-        """Launch; the number of tokens is that of ``y``, and ``weights`` are tiles, or ``[N, K]`` where they are dense."""
+        """Launch; the number of tokens is that of ``y``, and ``weights`` are tiles, or ``[N, K]`` where they are dense.
+
+        With ``early`` weights are read while the kernel before may still run. That kernel must not write weights, and no kernel in front of
+        that one may be running when it lets the next start: so it is of all kernels of this package that quantise or lift.
+        """
         m, n = y.shape
         if m == 0:
             return
         sparse, driver, variant = self.types.sparse, _driver(), self.variant
-        x_map = self._map(q, variant.tile_tokens // variant.cluster_features)
+        box = min(m, variant.tile_tokens // variant.cluster_features)
+        x_map = self._map(q, box)
         w_map = x_map if sparse else self._map(weights, ROWS // variant.cluster_tokens)
         y_map = self._map(y, CHUNK, written=True)
         steps, blocks = tiles(n, q.shape[1], self.types.size)[1], work.clusters * variant.cluster
@@ -128,7 +136,7 @@ class Gemm:
             for pointer, tensor in zip(self._pointers, (weights, x_scale, w_scale, bias, work.items, sums), strict=True):
                 pointer.value = None if tensor is None else tensor.data_ptr()
             self._launch.value = next(_LAUNCHES)
-            for number, value in zip(self._numbers, (work.items.numel() // 4, steps, m, n), strict=True):
+            for number, value in zip(self._numbers, (work.items.numel() // 4, steps, m, n, box * DEPTH, early), strict=True):
                 number.value = value
             self._config.gridDimX = blocks
             self._config.hStream = stream

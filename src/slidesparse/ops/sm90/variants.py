@@ -51,7 +51,8 @@ VARIANTS = (
     *(Variant(256, *cluster) for cluster in ((2, 1), (4, 2), (1, 1))),
     *(Variant(128, *cluster) for cluster in ((2, 1), (1, 2), (1, 1))),
     *(Variant(64, *cluster) for cluster in ((1, 2), (1, 1))),
-    *(Variant(*tile, split=True) for tile in ((256, 2, 1), (128, 2, 1), (128, 1, 2), (128, 1, 1), (64, 1, 1))),
+    Variant(32, 1, 1),
+    *(Variant(*tile, split=True) for tile in ((256, 2, 1), (128, 2, 1), (128, 1, 2), (128, 1, 1), (64, 1, 1), (32, 1, 1))),
 )
 """The likely fastest for many tokens first, then the same ones split."""
 
