@@ -196,7 +196,9 @@ def test_the_public_scaled_product_is_the_private_one(
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 needs compute capability 8.9")
     q, weight = (torch.randn(n, 64, generator=rng).to(device, torch.float8_e4m3fn) for n in (32, 48))
-    scales = [torch.rand(shape, generator=rng).to(device) for shape in (((32, 1), (1, 48)) if rows else ((), ()))]
+    # Powers of two, which the two may multiply in any order.
+    shapes = ((32, 1), (1, 48)) if rows else ((), ())
+    scales = [torch.randint(-8, 9, shape, generator=rng).float().exp2().to(device) for shape in shapes]
     if device == "cpu":
         try:
             public(q, weight.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)

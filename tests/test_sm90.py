@@ -199,7 +199,7 @@ def test_calls_that_are_not_direct_run_on_the_device_of_x(monkeypatch: pytest.Mo
         def table(self, *_: int) -> None:
             return None
 
-        def __call__(self, q, x_scale, weights, scale, bias, *_: object) -> None:
+        def __call__(self, q, x_scale, weights, scale, bias, *_: object, early: bool) -> None:
             used.append(("launched", current[0], bias.is_contiguous()))
 
     def memory(*_: object) -> None:
