@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from slidesparse import pruning, reference
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Weights
+from slidesparse.gemm import Problem, Weights
 from slidesparse.ops.prologue import Gated, Normed
 from slidesparse.packing import pack
 from slidesparse.pattern import Pattern
 from slidesparse.quantization import dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4, quantize_weight
 
 DTYPE = torch.bfloat16
+HOPPER = (9, 0)
+hopper_only = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != HOPPER, reason="needs compute capability 9.0"
+)
+
+
+def posed(n: int, k: int, scheme: str, pattern: str, bias: torch.dtype | None = None) -> Problem:
+    """With activations as kernels take them."""
+    kind = SCHEMES[scheme]
+    return Problem(n, k, Pattern.parse(pattern), kind, HOPPER, torch.bfloat16 if kind.dynamic else kind.dtype, bias)
 
 
 def made(n: int, k: int, scheme: str, pattern: str = "6:8", device: str = "cpu") -> tuple[Weights, Tensor]:
