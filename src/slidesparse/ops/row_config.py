@@ -11,8 +11,8 @@ from ..format import SCHEMES
 from ..pattern import Pattern
 from .library import capability
 
-CACHED_CHUNKS = 20
-"""Chunks of a row that stay in registers; a wider row is read twice, the second time mostly from cache."""
+CACHED_CHUNKS = {16: 12}
+"""Chunks of a row that stay in registers, by warps, 20 if not named; a wider row is read twice, the second time mostly from cache."""
 
 BOUNDS = {scheme.dtype: scheme.bound for scheme in SCHEMES.values() if scheme.dynamic}
 
@@ -51,7 +51,9 @@ def silu_config(m: int, k: int) -> RowConfig:
     """The configuration for SwiGLU, whose rows are two of ``k`` elements."""
     if k <= 512:
         return row_config(m, k)
-    return RowConfig(1, 512, 16) if m <= 256 and k > 4096 else RowConfig(1, 128, 4)
+    if m <= 256 and k > 4096:
+        return RowConfig(1, 512, 16)
+    return RowConfig(1, 256, 8) if k > 16384 else RowConfig(1, 128, 4)
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -72,7 +74,7 @@ def row_constants(config: RowConfig, k: int, width: int, group: int, dtype: torc
     return {
         "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": compiled, "SM90": hopper, "launch_pdl": hopper,
         "GROUP": group, "PARTS": 2 if group not in (0, 8) else 1, "PAD_TILES": -(-padding // config.span),
-        "ROWS": config.rows, "SPAN": config.span, "CHUNKS": chunks, "CACHED": chunks <= CACHED_CHUNKS,
+        "ROWS": config.rows, "SPAN": config.span, "CHUNKS": chunks, "CACHED": chunks <= CACHED_CHUNKS.get(config.warps, 20),
         "COALESCED": config.coalesced, "num_warps": config.warps,
     }  # fmt: skip
 
