@@ -92,21 +92,10 @@ APPROXIMATE = {
 """The root mean square and the sigmoid, which are documented not to be the oracle's bit by bit."""
 
 
-def known_spills(launch: ShippedLaunch) -> int:
-    """Bytes of a thread's spilled registers that are known, to be mended when these kernels are next changed and timed.
-
-    The product's largest tile spills 168 to 584 where pointers read K that it does not divide. Rows of SwiGLU and norms that just fit into
-    registers spill 8 to 152.
-    """
-    if launch.name == "tile_kernel" and not launch.constants["EVEN"] and launch.constants["BN"] == 256:
-        return 640
-    return 192 if launch.name in APPROXIMATE and launch.constants["CACHED"] and launch.constants["CHUNKS"] >= 10 else 0
-
-
 def faults(launch: ShippedLaunch, capability: tuple[int, int], code: Code) -> Iterator[str]:
     """What is wrong with the code of a launch."""
     name, constants, used = launch.name, launch.constants, set(re.findall(FLOAT, code.ptx))
-    if code.local > known_spills(launch):
+    if code.local:
         yield f"{code.local} bytes of a thread's own memory: registers spill"
     inexact = {one for one in used if ".rn" not in one and not re.fullmatch(r"(add|sub|mul)\.f32(x2)?", one)}
     if wrong := inexact - APPROXIMATE.get(name, set()):
@@ -128,6 +117,8 @@ def faults(launch: ShippedLaunch, capability: tuple[int, int], code: Code) -> It
         yield "waits for the kernel before" if waits else "does not wait for the kernel before"
     if waits and re.search(r"\b(ld|st)\.global", code.ptx[: code.ptx.index("griddepcontrol.wait")]):
         yield "reads or writes before the kernel before has ended"
+    if waits and "griddepcontrol.launch_dependents" not in code.ptx[code.ptx.index("griddepcontrol.wait") :]:
+        yield "does not let the next kernel start, or before it has waited itself"
 
 
 def _row_faults(launch: ShippedLaunch, code: Code, used: set[str]) -> Iterator[str]:
