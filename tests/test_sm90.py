@@ -6,7 +6,7 @@ import csv
 import random
 import sys
 from collections import Counter, OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -169,6 +169,35 @@ def test_predicted_times_of_random_layers_are_near_the_measured_ones() -> None:
     errors.sort()
     assert len(errors) == 56
     assert errors[28] < 0.05 and errors[50] < 0.15, errors
+
+
+@pytest.mark.parametrize(
+    ("scheme", "layout", "pattern", "early"),
+    [
+        ("int8", "tiled", "6:8", True), ("int8", "dense", "6:8", True), ("fp8", "tiled", "2:4", True), ("bf16", "tiled", "6:8", True),
+        ("bf16", "tiled", "2:4", False), ("bf16", "dense", "6:8", False),
+    ],
+)  # fmt: skip
+def test_weights_are_read_early_where_a_pass_stands_in_front(
+    scheme: str, layout: str, pattern: str, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other kernel in front may have written them."""
+    asked = []
+
+    class Loaded:
+        def __init__(self, *_: object) -> None:
+            self.table = lambda *_: None
+
+        def __call__(self, *_: object, early: bool) -> None:
+            asked.append(early)
+
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(sm90, "loaded", Loaded)
+    monkeypatch.setattr(sm90_kernel, "current_stream", lambda index: 0)
+    problem, x = posed(16, 64, scheme, pattern), torch.zeros(3, 64, dtype=torch.bfloat16)
+    pipeline = Sm90().bind(problem, layout, "128 1x1", x, direct=False)
+    pipeline.multiply(*pipeline.quantise(x), (None,), None, None)
+    assert asked == [early]
 
 
 def test_calls_that_are_not_direct_run_on_the_device_of_x(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,21 +150,25 @@ def test_500_random_cases(part: int) -> None:
 
 @pytest.mark.needs_gpu
 @hopper_only
-@pytest.mark.parametrize("variant", ["256 2x1", "256 4x2", "128 1x2", "64 1x1", "32 1x1", "256 2x1 split", "128 1x1 split"])
+@pytest.mark.parametrize(
+    "variant", ["256 2x1", "256 4x2", "128 1x2", "64 1x1", "32 1x1", "256 2x1 split", "128 1x1 split", "128 1x2 split", "32 1x1 split"]
+)
 @pytest.mark.parametrize("sparse", [True, False])
-def test_random_delays_change_nothing(variant: str, sparse: bool) -> None:
-    n, k, m = 520, 1536, 700
+@pytest.mark.parametrize(("n", "k", "m", "runs"), [(520, 1536, 700, 200), (264, 2048, 20, 50), (2568, 128, 2500, 50)])
+def test_random_delays_change_nothing(n: int, k: int, m: int, runs: int, variant: str, sparse: bool) -> None:
+    """Many steps a tile; few tokens; many tiles a block, of few steps each: every tile is written while the next one is multiplied."""
     weights, dense = made(n, k, "int8", "6:8", "cuda")
     x = tokens(m, k)
     q, x_scale = reference.quantize(x, SCHEMES["int8"])
-    given = reference.lift(q, Pattern(6, 8)) if sparse else q
-    gemm = sm90.Gemm(sm90.Variant.parse(variant), sm90.Types("int8", sparse, "bfloat16", ""), 0, delay=True)
+    given = (reference.lift(q, Pattern(6, 8)) if sparse else q).cuda()
     problem = Problem(n, k, Pattern(6, 8), SCHEMES["int8"], HOPPER, torch.bfloat16)
     copy = LAYOUTS["tiled" if sparse else "dense"].prepare(problem, weights)[0]
     wanted = oracle(x, weights, dense, None, torch.bfloat16).cuda()
-    for _ in range(200):
-        y = poisoned(gemm, given.cuda(), x_scale.cuda(), copy, weights, None, torch.bfloat16)
-        assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
+    for delay in (True, False):
+        gemm = sm90.Gemm(sm90.Variant.parse(variant), sm90.Types("int8", sparse, "bfloat16", ""), 0, delay=delay)
+        for _ in range(runs):
+            y = poisoned(gemm, given, x_scale.cuda(), copy, weights, None, torch.bfloat16)
+            assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
 
 
 @pytest.mark.needs_gpu
@@ -177,20 +181,21 @@ def test_weights_of_the_kernel_just_before_are_multiplied(m: int, pattern: str, 
     """The kernel reads weights before the pass in front of it has ended; in a graph nothing keeps the three apart."""
     n, k = 1024, 1024
     pairs = [made(n, k, scheme, pattern, "cuda") for _ in range(2)]
-    x, stream = tokens(m, k).cuda(), torch.cuda.Stream()
-    called = [call(weights, dense, n, k, pattern, scheme, layout, "128 2x1", x, None) for weights, dense in pairs]
+    inputs = [tokens(m, k).cuda() for _ in range(3)]
+    called = [call(weights, dense, n, k, pattern, scheme, layout, "128 2x1", inputs[0], None) for weights, dense in pairs]
     pipeline, scale, copy = called[0][0], called[0][2], called[0][1][0].clone()
-    wanted = [run(pipeline, x, found, scale, None).clone() for _, found, _ in called]
-    assert not torch.equal(*wanted)
+    wanted = [[run(pipeline, x, found, scale, None).clone() for x in inputs] for _, found, _ in called]
+    assert not torch.equal(wanted[0][0], wanted[1][0])
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph):
         outputs = []
-        for turn in range(20):
+        for turn in range(24):
             copy.view(torch.uint8).copy_(called[turn % 2][1][0].view(torch.uint8))
-            outputs.append(run(pipeline, x, (copy,), scale, None))
+            outputs.append(run(pipeline, inputs[turn % 3], (copy,), scale, None))
     for _ in range(20):
         graph.replay()
-        assert all(torch.equal(y, wanted[turn % 2]) for turn, y in enumerate(outputs))
+        for turn, y in enumerate(outputs):
+            assert torch.equal(y, wanted[turn % 2][turn % 3]), turn
 
 
 @pytest.mark.needs_gpu

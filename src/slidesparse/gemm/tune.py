@@ -269,7 +269,10 @@ class Bench:
             return {}
 
     def products(self, routes: Iterable[Route], m: int) -> dict[Route, list[Callable[[], Tensor]]]:
-        """Calls of the product alone, on activations that are quantised already; scales are in it where the product applies them."""
+        """Calls of the product alone, on activations that are quantised already; scales are in it where the product applies them.
+
+        Kernels that read weights early do so while the product before still runs.
+        """
         inputs, scale = self.inputs(m), self.weights.channel_scale
         calls: dict[Route, list[Callable[[], Tensor]]] = {}
         for route in routes:

@@ -29,8 +29,8 @@ SIX = Pattern(6, 8)
 LAYERS = ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944))
 """N and K of Qwen2.5-7B's linear layers."""
 
-WIDTHS = (96, 515, 3584, 8192, 18944, 53248)
-"""K of rows: several a program, ragged, with few, many and the most threads, and more than registers hold."""
+WIDTHS = (96, 515, 3584, 8192, 18944, 32768, 49152, 53248)
+"""K of rows: several a program, ragged, with few, many and the most threads, as many as registers hold, and more."""
 
 FEW_WIDTHS = (515, 3584, 53248)
 """Those for types that fewer layers have."""
@@ -166,7 +166,7 @@ def _w8a8(card: Card) -> Made:
         tile = tile_for(m, n, k, *CARDS[card.capability])
         for y, bias in ((BF16, None), (BF16, BF16), (torch.float16, FP32), (FP32, None))[: 4 if n == 4608 else 2]:
             yield from _tiled(m, n, k, y, bias, tile, way)
-    for m, k in product(tokens, (1000, 1008)):
+    for m, k in product(tokens, (1000, 1008, 1024)):
         yield from _tiled(m, 515, k, BF16, BF16, tile_for(m, 515, k, *CARDS[card.capability]), False)
 
 

@@ -11,8 +11,10 @@ from ..format import SCHEMES
 from ..pattern import Pattern
 from .library import capability
 
-CACHED_CHUNKS = {16: 12}
-"""Chunks of a row that stay in registers, by warps, 20 if not named; a wider row is read twice, the second time mostly from cache."""
+CACHED_CHUNKS = 16
+"""Chunks of a row that stay in registers; a wider row is read twice, the second time mostly from cache."""
+CACHED_CHUNKS_OF_16_WARPS = 12
+"""Of programs of 16 warps, whose threads have 128 registers each."""
 
 BOUNDS = {scheme.dtype: scheme.bound for scheme in SCHEMES.values() if scheme.dynamic}
 
@@ -67,6 +69,7 @@ def row_constants(config: RowConfig, k: int, width: int, group: int, dtype: torc
     ``compiled`` is False under the interpreter, whose fused multiply-add rounds twice.
     """
     chunks = -(-(k if group else max(k, width)) // (8 * config.span))
+    cached = chunks <= (CACHED_CHUNKS if config.warps < 16 else CACHED_CHUNKS_OF_16_WARPS)
     padding = 0
     if group:
         pairs = min(-(-k // group) * (group // 2), chunks * config.span * 4)
@@ -74,7 +77,7 @@ def row_constants(config: RowConfig, k: int, width: int, group: int, dtype: torc
     return {
         "BOUND": BOUNDS[dtype], "INT8": dtype == torch.int8, "FUSED": compiled, "SM90": hopper, "launch_pdl": hopper,
         "GROUP": group, "PARTS": 2 if group not in (0, 8) else 1, "PAD_TILES": -(-padding // config.span),
-        "ROWS": config.rows, "SPAN": config.span, "CHUNKS": chunks, "CACHED": chunks <= CACHED_CHUNKS.get(config.warps, 20),
+        "ROWS": config.rows, "SPAN": config.span, "CHUNKS": chunks, "CACHED": cached,
         "COALESCED": config.coalesced, "num_warps": config.warps,
     }  # fmt: skip
 

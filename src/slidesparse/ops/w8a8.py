@@ -118,7 +118,7 @@ def _reading(m: int, n: int, k: int, processors: int) -> Tile:
 def _computing(m: int, n: int, k: int, processors: int) -> Tile:
     """Many tokens: the tile, and parts of K, whose waves end first."""
     timed: list[tuple[float, Tile]] = []
-    for tile, start, slope in _WAVES[k % 128 > 0 :]:  # where K ends inside a step, the first one's registers spill
+    for tile, start, slope in _WAVES[n % 16 > 0 :]:  # where outputs are not whole vectors, the first one's registers spill
         tiles = -(-m // tile.m) * -(-n // tile.n)
         for split in (1, 2, 4, 8) if k >= LONG_K and tiles < processors and tile.pieces == 1 else (1,):
             time = -(-tiles * split // processors) * (start + slope * k / split / 1000)

@@ -18,7 +18,8 @@ constexpr int WORDS = 2 / SIZE;                               // of metadata, a 
 constexpr int BLOCK = SPARSE ? VALUES + 512 * WORDS : VALUES;
 constexpr int X_BYTES = TOKENS * DEPTH, W_BYTES = WARPGROUPS * BLOCK, STAGE = X_BYTES + W_BYTES;
 constexpr int CHUNK = 32, CHUNKS = TOKENS / CHUNK;            // tokens written at once
-constexpr int BUFFERS = SPARSE ? 4 : 2;                       // chunks of a warpgroup in shared memory
+// Chunks of a warpgroup in shared memory. A tile begins with the first one again: their number divides that of a tile's chunks.
+constexpr int BUFFERS = CHUNKS < 4 ? CHUNKS : SPARSE ? 4 : 2;
 constexpr int CHUNK_BYTES = CHUNK * 128, OUT_BYTES = WARPGROUPS * BUFFERS * CHUNK_BYTES;
 constexpr int INSTRUCTIONS = SPARSE ? 2 : 4;                  // a stage
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
@@ -96,6 +97,13 @@ __device__ __forceinline__ void copy_bytes(u32 to, const u8* from, u32 bytes, u3
 __device__ __forceinline__ u32 load_shared(u32 address) {
   u32 value;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+// Not through the read-only cache: the kernel before may have been writing there when this one began.
+__device__ __forceinline__ float load_global(const float* from) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
   return value;
 }
 

@@ -98,6 +98,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    wait_for_kernel_before();
     const int inside = thread & 127, lane = thread & 31, warp = inside >> 5;
     const u32 metadata_at = X_BYTES + warpgroup * BLOCK + VALUES + inside * 4, my_scales = scales + warpgroup * TOKENS * 4;
     const int row_in_chunk = (lane & 7) + ((lane >> 4) << 3), column16 = 2 * warp + ((lane >> 3) & 1);
@@ -142,6 +143,10 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     };
     // A chunk of the held tile goes to shared memory, and from there to Y.
     auto put = [&](auto chunk) {
+      if (BUFFERS == 1) {
+        if (inside == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+        warpgroup_sync(warpgroup);
+      }
       const u32 buffer = out + (warpgroup * BUFFERS + chunk.value % BUFFERS) * CHUNK_BYTES;
 #pragma unroll
       for (int j = 0; j < CHUNK / 16; j++) {
@@ -154,7 +159,8 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     };
     auto send = [&](auto chunk) {
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      if (inside == 0) asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(BUFFERS - 2) : "memory");  // the next chunk's buffer is free
+      if (BUFFERS > 1 && inside == 0)  // the next chunk's buffer is free
+        asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(BUFFERS > 1 ? BUFFERS - 2 : 0) : "memory");
       warpgroup_sync(warpgroup);
       if (inside == 0) {
         const u32 buffer = out + (warpgroup * BUFFERS + chunk.value % BUFFERS) * CHUNK_BYTES;
@@ -181,7 +187,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         release_previous();
       } else if (SCALED) {
         for (int i = inside; i < TOKENS; i += 128) {
-          const float scale = token + i < m ? __ldg(x_scale + token + i) : 0.f;
+          const float scale = token + i < m ? load_global(x_scale + token + i) : 0.f;
           asm volatile("st.shared.f32 [%0], %1;" ::"r"(my_scales + i * 4), "f"(scale) : "memory");
         }
       }

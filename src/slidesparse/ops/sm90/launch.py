@@ -117,8 +117,8 @@ class Gemm:
     ) -> None:  # fmt: skip
         """Launch; the number of tokens is that of ``y``, and ``weights`` are tiles, or ``[N, K]`` where they are dense.
 
-        With ``early`` weights are read while the kernel before may still run. That kernel must not write weights, and no kernel in front of
-        that one may be running when it lets the next start: so it is of all kernels of this package that quantise or lift.
+        With ``early`` weights are read while the kernel before may still run. That kernel must not write weights, and must let this one
+        start only when all kernels before itself have ended. Kernels of this package that quantise or lift satisfy both.
         """
         m, n = y.shape
         if m == 0:

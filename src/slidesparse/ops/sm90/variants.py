@@ -92,7 +92,8 @@ class Types(NamedTuple):
 
 
 def _fixed_bytes(variant: Variant, types: Types) -> int:
-    buffers = 4 if types.sparse else 2
+    chunks = variant.tile_tokens // CHUNK
+    buffers = chunks if chunks < 4 else 4 if types.sparse else 2
     return 1024 + 2 * buffers * CHUNK * 128 + 2 * variant.tile_tokens * 4 + 128
 
 
