@@ -92,10 +92,19 @@ APPROXIMATE = {
 """The root mean square and the sigmoid, which are documented not to be the oracle's bit by bit."""
 
 
+def allowed_spills(launch: ShippedLaunch) -> int:
+    """Bytes of a thread's own memory that a launch may have: of SwiGLU's few rows of more than 45,056 columns, which 16 warps hold.
+
+    They spill 8 to 72. Read twice in place of held, one row of 53,248 takes 15.0 µs and not 5.9 (H200).
+    """
+    wide = launch.name == "silu_mul_quantize_kernel" and launch.constants["num_warps"] == 16 and launch.constants["CHUNKS"] >= 12
+    return 80 if wide else 0
+
+
 def faults(launch: ShippedLaunch, capability: tuple[int, int], code: Code) -> Iterator[str]:
     """What is wrong with the code of a launch."""
     name, constants, used = launch.name, launch.constants, set(re.findall(FLOAT, code.ptx))
-    if code.local:
+    if code.local > allowed_spills(launch):
         yield f"{code.local} bytes of a thread's own memory: registers spill"
     inexact = {one for one in used if ".rn" not in one and not re.fullmatch(r"(add|sub|mul)\.f32(x2)?", one)}
     if wrong := inexact - APPROXIMATE.get(name, set()):

@@ -1,9 +1,9 @@
 """What runs a layer that nobody measured, on a card whose constants come with the package: a model's times, where their lead is clear.
 
 Sparse tensor cores run the layer only where their predicted whole linear is `WANTED` times as fast as the dense one by the same model for
-many tokens, `ASKED` times on average over these, and `EVEN` times for few. Predictions for random layers are within 5 % for half, and
-within 15 % for nine of ten; the fastest library product is up to 10 % faster than the modelled dense one. Hence the average asked for. For
-16 tokens three measured layers gained 1.05 to 1.17 over the fastest library product, where the model says 1.07 to 1.48.
+many tokens, `ASKED` times on average over these, and no slower for few. Predictions for other layers are within 6 % for half, and within
+12 % for nine of ten; the fastest library product is up to 10 % faster than the modelled dense one. Hence the average asked for. For 16
+tokens the four layers of Qwen2.5-7B gained 1.03 to 1.41 over the fastest dense product (fp8, int8), where the model says 1.01 to 1.50.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .kernels.sm90 import Sm90
 from .problem import Problem
 from .route import Route
 
-EVEN, WANTED, ASKED = 1.05, 1.1, 1.2
+EVEN, WANTED, ASKED = 1.0, 1.1, 1.2
 MANY = (1024, 2048, 4096, 8192, 16384)
 FEW = (1, 16, 64, 256)
 

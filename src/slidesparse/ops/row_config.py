@@ -11,9 +11,9 @@ from ..format import SCHEMES
 from ..pattern import Pattern
 from .library import capability
 
-CACHED_CHUNKS = 16
+CACHED_CHUNKS = 18
 """Chunks of a row that stay in registers; a wider row is read twice, the second time mostly from cache."""
-CACHED_CHUNKS_OF_16_WARPS = 12
+CACHED_CHUNKS_OF_16_WARPS = 13
 """Of programs of 16 warps, whose threads have 128 registers each."""
 
 BOUNDS = {scheme.dtype: scheme.bound for scheme in SCHEMES.values() if scheme.dynamic}
