@@ -11,7 +11,7 @@ from ..format import SCHEMES
 from ..pattern import Pattern
 from .library import capability
 
-CACHED_CHUNKS = 18
+CACHED_CHUNKS = 16
 """Chunks of a row that stay in registers; a wider row is read twice, the second time mostly from cache."""
 CACHED_CHUNKS_OF_16_WARPS = 13
 """Of programs of 16 warps, whose threads have 128 registers each."""

@@ -48,7 +48,7 @@ H200 = Rates(
     launch=(3.2, 1.2),
     sums=23.2,
 )
-"""Fitted to 5,800 calls of Qwen2.5-7B's layers (shipped plan, benchmarks/results/archive/h200_sm90*.csv), 132 multiprocessors, 700 W."""
+"""Fitted to 4,276 calls of Qwen2.5-7B's layers (shipped plan, benchmarks/results/archive/h200_sm90*.csv), 132 multiprocessors, 700 W."""
 
 RATES = {"NVIDIA H200": H200}
 """By the card's name."""
@@ -71,7 +71,7 @@ def predicted_us(variant: Variant, n: int, k: int, width: int, m: int, *, values
         rounds, moved = tiles / clusters, (1 + max(1, -(-clusters // tiles))) * part_bytes(variant) / rates.sums
     clocks = rounds * steps * (per_token * variant.tile_tokens + fixed) + waves * (end_per_token * variant.tile_tokens + end) + moved
     multiplications = m * n * width / (2 if sparse else 1)
-    weights = n * width * tile_bytes(size) / (ROWS * DEPTH) if sparse else n * width * size
+    weights = n * width * size * (tile_bytes(size) / (ROWS * DEPTH) if sparse else 1)
     bounds = (
         clocks / (rates.gigahertz * 1e3),
         multiplications * rates.power[values][index] * 1e-9,
