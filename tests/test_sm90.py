@@ -14,19 +14,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from layers import HOPPER, made, posed
+from layers import made, posed
 from slidesparse import jit, ops
 from slidesparse.bench.models import MODELS
 from slidesparse.errors import UnsupportedError
-from slidesparse.format import SCHEMES
 from slidesparse.gemm.kernels import sm90 as sm90_kernel
 from slidesparse.gemm.kernels.sm90 import Sm90
 from slidesparse.gemm.layouts import LAYOUTS
 from slidesparse.gemm.plans import shipped_plan
-from slidesparse.gemm.problem import Problem
 from slidesparse.ops import sm90
 from slidesparse.ops.sm90 import launch, schedule, variants
-from slidesparse.pattern import Pattern
 from slidesparse.tolerance import check_bitwise
 
 BITS = {1: torch.uint8, 2: torch.int16}
@@ -144,9 +141,8 @@ def test_the_fastest_variant_is_among_the_three_that_a_search_times() -> None:
                 cells.setdefault(key, {})[variant] = float(row["us_product"])
     losses = []
     for (n, k, m, pattern, scheme, layout), times in cells.items():
-        problem = Problem(n, k, Pattern.parse(pattern), SCHEMES[scheme], HOPPER, torch.bfloat16)
         copy = (torch.empty((1, 1, 1) if layout == "tiled" else (1, 1), device="meta"),)
-        found = Sm90().search(problem, torch.empty(m, k, device="meta"), copy)
+        found = Sm90().search(posed(n, k, scheme, pattern), torch.empty(m, k, device="meta"), copy)
         losses.append(min(times[one] for one in found if one in times) / min(times.values()))
     losses.sort()
     assert len(losses) == 128 and losses[115] == 1.0 and losses[-1] < 1.06, losses[115:]
@@ -163,12 +159,8 @@ def test_predicted_times_of_random_layers_are_near_the_measured_ones() -> None:
                 cells.setdefault(key, {})[variant] = float(row["us_p50"])
     errors = []
     for (n, k, m, pattern, scheme, layout), times in cells.items():
-        width = Pattern.parse(pattern).slid_k(k) if layout == "tiled" else k
-        values = str(SCHEMES[scheme].dtype).removeprefix("torch.")
-        found = [
-            sm90.predicted_us(sm90.Variant.parse(one), n, k, width, m, values=values, sparse=layout == "tiled") for one in times
-        ]  # fmt: skip
-        errors.append(abs(min(found) / min(times.values()) - 1))
+        found = Sm90.predicted(posed(n, k, scheme, pattern), m, sparse=layout == "tiled")
+        errors.append(abs(min(us for us, one in found if str(one) in times) / min(times.values()) - 1))
     errors.sort()
     assert len(errors) == 56
     assert errors[28] < 0.05 and errors[50] < 0.15, errors
@@ -207,13 +199,11 @@ def test_predicted_times_of_other_models_layers_are_near_those_of_the_shipped_pl
     """Of layers that the model was not fitted to, for more than 64 tokens: half within 6 %, nine of ten within 12 %."""
     errors = []
     for (n, k, pattern, scheme), table in shipped_plan("NVIDIA H200").cells.items():
-        width = {"tiled": Pattern.parse(pattern).slid_k(k), "dense": k}
-        values = str(SCHEMES[scheme].dtype).removeprefix("torch.")
-        for (m, cell), layout in product(table.items(), width):
-            times = {sm90.Variant.parse(r.variant): t.p50 for r, t in cell.times.items() if (r.layout, r.kernel) == (layout, "sm90")}
+        for (m, cell), layout in product(table.items(), ("tiled", "dense")):
+            times = {route.variant: timing.p50 for route, timing in cell.times.items() if (route.layout, route.kernel) == (layout, "sm90")}
             if times and m > 64 and (n, k) not in MODELS["Qwen2.5-7B"].linears.values():
-                us = [sm90.predicted_us(one, n, k, width[layout], m, values=values, sparse=layout == "tiled") for one in times]
-                errors.append(abs(min(us) / min(times.values()) - 1))
+                found = Sm90.predicted(posed(n, k, scheme, pattern), m, sparse=layout == "tiled")
+                errors.append(abs(min(us for us, one in found if str(one) in times) / min(times.values()) - 1))
     errors.sort()
     assert len(errors) >= 80
     assert errors[len(errors) // 2] < 0.06 and errors[len(errors) * 9 // 10] < 0.12, errors

@@ -7,12 +7,12 @@ import random
 import pytest
 import torch
 
-from layers import HOPPER, hopper_only, made, oracle, posed, tokens
+from layers import hopper_only, made, oracle, posed, tokens
 from slidesparse import ops, pack, prune, quantize_weight, reference
 from slidesparse.format import SCHEMES
 from slidesparse.gemm.kernels.sm90 import Sm90
 from slidesparse.gemm.layouts import LAYOUTS
-from slidesparse.gemm.problem import Problem, Weights
+from slidesparse.gemm.problem import Weights
 from slidesparse.gemm.runner import run
 from slidesparse.ops import sm90
 from slidesparse.pattern import KNOWN, Pattern
@@ -161,8 +161,7 @@ def test_random_delays_change_nothing(n: int, k: int, m: int, runs: int, variant
     x = tokens(m, k)
     q, x_scale = reference.quantize(x, SCHEMES["int8"])
     given = (reference.lift(q, Pattern(6, 8)) if sparse else q).cuda()
-    problem = Problem(n, k, Pattern(6, 8), SCHEMES["int8"], HOPPER, torch.bfloat16)
-    copy = LAYOUTS["tiled" if sparse else "dense"].prepare(problem, weights)[0]
+    copy = LAYOUTS["tiled" if sparse else "dense"].prepare(posed(n, k, "int8", "6:8"), weights)[0]
     wanted = oracle(x, weights, dense, None, torch.bfloat16).cuda()
     for delay in (True, False):
         gemm = sm90.Gemm(sm90.Variant.parse(variant), sm90.Types("int8", sparse, "bfloat16", ""), 0, delay=delay)
