@@ -18,10 +18,11 @@ _NORM = 8
 class Rates(NamedTuple):
     """A card's constants.
 
-    Of pairs the first is for dense weights and the second for sparse ones, but for ``launch``. ``step`` and ``end`` are clocks of one step
-    of K and of the ends of a tile, a number for each token of the tile and one more. ``power`` is microseconds for 10⁹ multiplications at
-    the power limit. ``memory`` and ``quantise`` are bytes a microsecond of device memory, by the product and by the pass in front.
-    ``launch`` is microseconds that each of the two takes at least, ``sums`` bytes a clock of what clusters leave to each other.
+    Of pairs the first is for dense weights and the second for sparse ones, but for ``launch`` and ``shared``. ``step`` and ``end`` are
+    clocks of one step of K and of the ends of a tile, a number for each token of the tile and one more. ``power`` is microseconds for 10⁹
+    multiplications at the power limit. ``memory`` and ``quantise`` are bytes a microsecond of device memory, by the product and by the
+    pass in front. ``launch`` is microseconds that each of the two takes at least. ``shared`` is what a tile costs whose steps are divided:
+    clocks, and bytes a clock of the sums that clusters leave to each other.
     """
 
     multiprocessors: int
@@ -33,7 +34,7 @@ class Rates(NamedTuple):
     memory: float
     quantise: float
     launch: tuple[float, float]
-    sums: float
+    shared: tuple[float, float]
 
 
 H200 = Rates(
@@ -45,10 +46,11 @@ H200 = Rates(
     power={"int8": (1.39, 1.93), "float8_e4m3fn": (1.52, 2.07), "bfloat16": (2.97, 3.87), "float16": (2.97, 3.87)},
     memory=3.34e6,
     quantise=3.74e6,
-    launch=(3.2, 1.2),
-    sums=23.2,
+    launch=(2.0, 1.75),
+    shared=(5650, 28.1),
 )
-"""Fitted to 5,136 calls of Qwen2.5-7B's layers, most in the shipped plan and archive/h200_sm90*.csv; 132 multiprocessors, 700 W."""
+"""Fitted to calls of Qwen2.5-7B's layers, ``launch`` and ``shared`` to the 3,240 in the shipped plan, the others to 5,136, most in the
+plan and archive/h200_sm90*.csv; 132 multiprocessors, 700 W."""
 
 RATES = {"NVIDIA H200": H200}
 """By the card's name."""
@@ -68,7 +70,8 @@ def predicted_us(variant: Variant, n: int, k: int, width: int, m: int, *, values
     rounds, moved = float(waves), 0.0
     if variant.split and tiles % clusters:
         # Steps are divided evenly. A cluster leaves sums, and finishes a tile of as many others as it takes to share one.
-        rounds, moved = tiles / clusters, (1 + max(1, -(-clusters // tiles))) * part_bytes(variant) / rates.sums
+        rounds, moved = tiles / clusters, (1 + max(1, -(-clusters // tiles))) * part_bytes(variant)
+        moved = rates.shared[0] + moved / rates.shared[1]
     clocks = rounds * steps * (per_token * variant.tile_tokens + fixed) + waves * (end_per_token * variant.tile_tokens + end) + moved
     multiplications = m * n * width / (2 if sparse else 1)
     weights = n * width * size * (tile_bytes(size) / (ROWS * DEPTH) if sparse else 1)
