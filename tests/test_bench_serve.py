@@ -164,6 +164,19 @@ def test_transformers_runs_a_model_here(dense: Path, tmp_path: Path, one_thread:
     assert sizes["packed: lean"] < sizes["transformers, bf16"] and "packed: lean" in shown.out
 
 
+def test_the_command_fails_where_no_engine_ran(dense: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def broken(*given: object) -> None:
+        raise RuntimeError("the engine ended: no memory")
+
+    monkeypatch.setattr(serve, "_engines", broken)
+    words = ["bench", "serve", dense, tmp_path / "work", "--engine", "transformers", "--out", tmp_path / "serve.csv"]
+    for extra in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["slidesparse", *map(str, words), *extra])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 1 and "the engine ended: no memory" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -203,7 +203,7 @@ def serve(
 ) -> None:
     """A packed model against its dense one in vLLM or transformers: prefill and decoding, kernels' time, memory, energy a token.
 
-    In vLLM both hold the same masked weights and take turns on one GPU; in transformers dense is bfloat16.
+    In vLLM both hold the same masked weights and take turns on one GPU; in transformers dense is bfloat16. Exit code 1 if no engine ran.
     """
     from ..bench import serve as bench
 
@@ -219,10 +219,18 @@ def serve(
     before = len(table.rows)
     with screen.measuring("measuring", minutes) as measured:
         bench.run(asked, table, here, measured.progress)
-    rows = [row for row in table.rows if row.bench == "serve"]
+    rows, new = [row for row in table.rows if row.bench == "serve"], table.rows[before:]
     if json:
         screen.print_json({"out": out, "rows": [vars(row) for row in rows]})
-        return measured.end()
+    else:
+        _print_served(rows)
+        _told(table, before, rows)
+    measured.end()
+    if new and all(row.us is None for row in new):
+        raise typer.Exit(1)
+
+
+def _print_served(rows: Sequence[Row]) -> None:
     numbers_of = (">ms", ">kernels ms", ">tokens/s", ">× dense", ">GB", ">J a token")
     shown = screen.table("model", "scheme", "pattern", "phase", ">tokens", "who", *numbers_of)
     for row in rows:
@@ -231,8 +239,6 @@ def serve(
             cells = ["-" if value is None else f"{value:,.2f}" for value in (*numbers, row.ratio, row.gigabytes, row.joules)]
             shown.add_row(row.model, row.scheme, row.pattern, row.what, str(row.m), row.route, *cells)
     screen.out.print(shown)
-    _told(table, before, rows)
-    measured.end()
 
 
 def _lacks_vllm() -> str | None:
