@@ -334,6 +334,18 @@ def test_a_registered_kernel_runs_only_where_it_is_asked_for(monkeypatch: pytest
     assert "layout dense or packed" in refusal(Route("slid", "picky"), problem)
 
 
+def test_a_kernel_that_is_registered_again_runs_in_new_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slidesparse.gemm.kernels._KERNELS", kernels())
+    weights, _ = made(8, 16, "bf16")
+    for value in (1.0, 2.0):
+        register(
+            dense_kernels.DenseKernel(
+                "filling", lambda problem: None, lambda problem, q, *rest, value=value: q.new_full((len(q), 8), value)
+            )
+        )
+        assert (Runner(weights, route="dense:filling")(tokens(3, 16)) == value).all()
+
+
 def test_the_policy_itself_can_fail() -> None:
     exact = torch.randn(50, 50, dtype=torch.float64)
     torchs = exact.to(torch.bfloat16)

@@ -363,3 +363,14 @@ def test_another_route_or_policy_counts_from_the_next_call() -> None:
 def test_public_names() -> None:
     calls = {"pack_model", "packing_report", "place", "restore_model"}
     assert set(packed_nn.__all__) == {"PackingReport", "Placement", "SlideSparseLinear"} | calls
+
+
+@pytest.mark.parametrize("scheme", ["int8", "bf16"])
+@pytest.mark.parametrize("bias", [torch.zeros(1), torch.zeros(5), torch.zeros(8, 1), torch.zeros(8, device="meta")])
+def test_a_bias_that_is_not_the_layers_is_refused(bias: torch.Tensor, scheme: str) -> None:
+    layer = SlideSparseLinear.from_dense(prune(torch.randn(8, 16), SIX_EIGHT), torch.randn(16)[::2], pattern=SIX_EIGHT, scheme=scheme)
+    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    layer(x)
+    layer.bias = nn.Parameter(bias)
+    with pytest.raises(ValueError, match=r"the layer takes a bias \[8\] on cpu, not \["):
+        layer(x)

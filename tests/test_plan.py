@@ -14,7 +14,7 @@ from plans import HERE, at, plan_of, problem_of, times
 from slidesparse import gemm
 from slidesparse.errors import CheckpointError
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Cell, Plan, Route, key_of, plans
+from slidesparse.gemm import Cell, Plan, Route, kernels, key_of, plans
 from slidesparse.gemm.explain import elsewhere
 from slidesparse.gemm.machine import Machine
 from slidesparse.gemm.tune import LinearShape
@@ -65,9 +65,11 @@ def test_a_plan_comes_back_from_its_file(tmp_path: Path) -> None:
     assert data["version"] == 2 and len(data["kernels"]) == 4, "cells of the same kernels share their versions"
 
 
-def test_a_file_names_the_versions_of_timed_kernels_only(tmp_path: Path) -> None:
-    path = saved(tmp_path / "plan.json", cell(16, versions={"cusparselt": "1-a", "triton": "1-b", "native": "1-c"}))
-    assert json.loads(path.read_text())["kernels"] == [{"cusparselt": "1-a", "triton": "1-b"}]
+def test_a_file_names_the_versions_of_the_kernels_that_were_tried(tmp_path: Path) -> None:
+    versions = {"cusparselt": "1-a", "triton": "1-b", "native": "1-c", "sm90": "1-d"}
+    tried = replace(cell(16, versions=versions), dropped={"dense:sm90:64 1x1": "wrong", "native": "not here"})
+    path = saved(tmp_path / "plan.json", tried)
+    assert json.loads(path.read_text())["kernels"] == [{name: versions[name] for name in ("cusparselt", "sm90", "triton")}]
 
 
 @pytest.mark.parametrize(
@@ -114,20 +116,34 @@ def test_what_is_no_json_is_no_plan(tmp_path: Path, text: str) -> None:
 def test_cells_of_another_plan_win() -> None:
     plan, other = plan_of(KEY, {1: times(dense=1), 16: times(dense=2)}), plan_of(KEY, {16: times(dense=3), 64: times(dense=4)})
     other.add((64, 64, "2:4", "bf16"), Cell(1, times(dense_native=5)))
-    plan.merge(other)
+    assert plan.merge(other, {"triton"}) == frozenset()
     assert {m: one[Route("dense", "triton")].p50 for m, one in plan.times(KEY).items()} == {1: 1, 16: 3, 64: 4}
     assert list(plan.times((64, 64, "2:4", "bf16"))) == [1]
     before = plan.times(KEY)
-    plan.merge(Plan(HERE, {KEY: {1: Cell(1), 128: Cell(128, dropped={"dense:triton": "wrong"})}}))
-    assert plan.times(KEY) == before and plan.cells[KEY][128].dropped, "a cell whose times have gone hides none"
+    wrong = {"dense:triton": "wrong"}
+    plan.merge(Plan(HERE, {KEY: {1: Cell(1, dropped=wrong), 128: Cell(128, dropped=wrong)}}), {"triton"})
+    assert plan.times(KEY) == before and plan.cells[KEY][128].dropped, "a cell without times hides none"
+
+
+def test_cells_that_have_not_met_a_kernel_take_no_part() -> None:
+    lower, upper = {16: times(dense=3, slid=1), 64: times(dense=6, slid=2)}, {16: times(dense=4), 1024: times(dense=8)}
+    for able, lacking in (({"triton", "cusparselt"}, {"cusparselt"}), ({"triton"}, set())):
+        plan = plan_of(KEY, lower)
+        assert plan.merge(plan_of(KEY, upper), able) == lacking
+        assert plan.times(KEY) == (lower if lacking else lower | upper), "a layout without a time at 1024 tokens could never be chosen"
+    refused = plan_of(KEY, {16: times(dense=4)})
+    refused.cells[KEY][16].dropped["cusparselt"] = "is not installed"
+    plan = plan_of(KEY, lower)
+    assert plan.merge(refused, {"triton", "cusparselt"}) == frozenset() and plan.times(KEY)[16] == times(dense=4)
 
 
 def test_times_of_changed_kernels_go() -> None:
     plan = Plan(HERE, {KEY: {16: cell(16)}})
+    plan.cells[KEY][16].dropped |= {"slid:cusparselt:alg=9": "wrong", "dense:triton": "wrong", "cublaslt": "not here"}
     assert plan.keep({"cusparselt": "1-a", "triton": "1-b", "new": "1-z"}, algorithms=True) == frozenset() and len(plan.routes(KEY)) == 4
     assert plan.keep({"cusparselt": "1-other"}, algorithms=True) == {"cusparselt"}, "a kernel that this process has not is no other one"
     assert [str(route) for route in plan.routes(KEY)] == ["dense:triton", "packed:triton"]
-    assert list(plan.times(KEY)) == [16]
+    assert list(plan.times(KEY)) == [16] and list(plan.cells[KEY][16].dropped) == ["dense:triton", "cublaslt"]
 
 
 def test_of_another_version_of_the_library_the_numbers_of_algorithms_go() -> None:
@@ -204,6 +220,23 @@ def test_times_of_a_kernel_that_has_changed_are_not_used_and_that_is_said(gather
     assert "kernel cusparselt" in found.sources[0]
     (line,) = caplog.messages
     assert "times of cusparselt are not used, their code has changed; run `slidesparse tune`" in line
+
+
+def test_a_users_plan_of_an_older_kernel_leaves_the_layer_to_the_shipped_one(gathered, caplog: pytest.LogCaptureFixture) -> None:
+    old = {"cusparselt": "1-old", "triton": "1-b"}
+    with caplog.at_level(logging.WARNING):
+        found = gathered(one(m=64, versions=old), one(slid=2))
+    assert told(found) == {16: 2} and list(found.plan.times(KEY)) == [16]
+    assert found.sources[1].endswith("where cusparselt took part")
+    assert caplog.messages[-1].endswith("what was not timed with cusparselt is not used; run `slidesparse tune`")
+
+
+def test_a_kernel_that_registers_later_decides_which_cells_compare(gathered, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, theirs = one(slid=1), one(slid=2)
+    theirs.cells[KEY][16].times[Route("dense", "engine")] = at(9)
+    assert told(gathered(mine, theirs)) == {16: 1}
+    monkeypatch.setattr(kernels, "_KERNELS", {**kernels._KERNELS, "engine": kernels._KERNELS["exact"]})
+    assert told(gemm.active_plan()) == {16: 2}, "of the user's plan nothing compares with that kernel"
 
 
 def test_a_plan_of_the_first_version_is_discarded_with_one_sentence(gathered, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layers import made
 from slidesparse.gemm import Runner
+from slidesparse.gemm.precision import matmul
 from slidesparse.tolerance import check_bitwise
 
 
@@ -30,6 +32,40 @@ class Precisions(TorchDispatchMode):
 def precision() -> Iterator[Callable[[str], None]]:
     yield torch.set_float32_matmul_precision
     torch.set_float32_matmul_precision("highest")
+
+
+def test_a_product_does_not_trust_what_another_thread_has_set_for_its_own(precision: Callable) -> None:
+    precision("medium")
+    inside, other, ended = Event(), Event(), Event()
+    seen: dict[str, str] = {}
+
+    class Waiting(TorchDispatchMode):
+        def __init__(self, name: str, before: Callable[[], object]) -> None:
+            super().__init__()
+            self.name, self.before = name, before
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.mm.default:
+                self.before()
+                seen[self.name] = torch.backends.mkldnn.matmul.fp32_precision
+            return function(*args, **(kwargs or {}))
+
+    def first() -> None:
+        with Waiting("first", lambda: (inside.set(), other.wait(1))):  # holds its setting until the second multiplies, or waits
+            matmul(torch.ones(4, 4), torch.ones(4, 4))
+        ended.set()
+
+    def second() -> None:
+        inside.wait(10)
+        with Waiting("second", lambda: (other.set(), ended.wait(10))):
+            matmul(torch.ones(4, 4), torch.ones(4, 4))
+
+    threads = [Thread(target=first), Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"first": "ieee", "second": "ieee"}
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "nvfp4"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slidesparse.format import SCHEMES
-from slidesparse.gemm import Plan, Problem
+from slidesparse.gemm import Cell, Plan, Problem, key_of
 from slidesparse.gemm.explain import summary
 from slidesparse.gemm.machine import Machine
 from slidesparse.gemm.predict import MANY, WANTED, predicted_gains, predicted_steps
@@ -57,6 +57,8 @@ def test_inspect_says_that_a_route_is_predicted() -> None:
     plan = Plan(Machine(CARD, "", "", "", "", ""))
     assert summary(plan, posed(4608, 3584, "2:4", "fp8")).startswith("not measured: tiled runs, predicted 1.2")
     assert summary(plan, posed(4608, 3584, "6:8", "fp8")) == "not measured: dense runs"
+    plan.add(key_of(posed(4608, 3584, "2:4", "fp8")), Cell(16))
+    assert summary(plan, posed(4608, 3584, "2:4", "fp8")).startswith("not measured: tiled runs"), "of times that have gone nothing is left"
 
 
 @pytest.mark.usefixtures("compiler")

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
+import slidesparse
 import tiny
 from architectures import ARCHITECTURES, apart, load, outputs
 from slidesparse import Pattern, Recipe, convert, pack_model, restore_model, verify
-from slidesparse.errors import UnsupportedError
+from slidesparse.errors import PatternError, UnsupportedError
 from slidesparse.nn import SlideSparseLinear
 from slidesparse.pruning import prune
 from slidesparse.tolerance import check_bitwise
@@ -195,3 +197,14 @@ def test_saved_again_under_the_names_of_files(name: str, tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "saved")
     assert quantization(tmp_path / "saved") == quantization(tmp_path / "packed")
     check_bitwise(outputs(load(architecture, tmp_path / "saved"), architecture), outputs(model, architecture))
+
+
+def test_a_twin_that_was_changed_does_not_load_half_dense(tmp_path: Path) -> None:
+    tiny.build(tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "twin", Recipe(tiny.SIX, "magnitude", form="dense"))
+    (file,) = (tmp_path / "twin").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight"][3, :8] = 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(PatternError, match=r"layer model\.layers\.0\.mlp\.down_proj: row 3, group 0"):
+        slidesparse.load(tmp_path / "twin", tokenizer=False)

@@ -243,6 +243,14 @@ def test_calls_that_are_not_direct_run_on_the_device_of_x(monkeypatch: pytest.Mo
     assert used == [("loaded", 1), ("allocated", 1), ("launched", 1, True)] and current == [0]
 
 
+def test_nothing_is_made_ready_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    variant, types = sm90.VARIANTS[0], variants.Types("int8", True, "bfloat16", "")
+    for make in (lambda: launch.table(1, 1, 8, 2, 1, False, 0), lambda: launch.loaded(variant, types, 0)):
+        with pytest.raises(UnsupportedError, match="run the layer once with as many tokens before capturing a CUDA graph"):
+            make()
+
+
 def test_every_variant_compiles_without_local_memory() -> None:
     try:
         jit.toolchain()

@@ -97,6 +97,14 @@ def test_a_kernel_that_cannot_run_here_is_not_missed(bench, tmp_path: Path) -> N
     assert len(bench) == 1
 
 
+def test_a_kernel_that_could_not_run_then_and_can_now_is_measured(bench, tmp_path: Path) -> None:
+    path, (shape,) = tmp_path / "plan.json", shapes("6:8 int8")
+    register(dataclasses.replace(EXACT, name="other", worth_timing=True, refusal=lambda problem: "there is no compiler"))
+    assert cell_of(tune.tune([shape], path, ms=(1,)), shape, 1).dropped["other"] == "there is no compiler"
+    register(dataclasses.replace(EXACT, name="other", worth_timing=True))
+    assert "dense:other" in names(cell_of(tune.tune([shape], path, ms=(1,)), shape, 1).times) and len(bench) == 2
+
+
 def test_cells_of_a_kernel_that_has_changed_are_measured_again(bench, tmp_path: Path) -> None:
     path, wanted = tmp_path / "plan.json", shapes("6:8 int8", "2:4 bf16")
     tune.tune(wanted, path, ms=(1,))
@@ -310,12 +318,13 @@ def test_plans_of_other_machines_are_never_mixed_in_nor_lost(bench, tmp_path: Pa
         tune.tune(wanted, path, ms=(1,))
     assert tune.tune(wanted, ms=(1,)).machine.driver == "600"
     assert own.with_name(own.name + ".old").read_text() == before
-    for text in ("{", json.dumps({"version": 1})):
+    for number, text in enumerate(("{", json.dumps({"version": 1})), 2):
         own.write_text(text)
         caplog.clear()
         assert key_of(wanted[0].problem) in tune.tune(wanted, ms=(1,)).cells
-        assert own.with_name(own.name + ".old").read_text() == text and Plan.load(own).cells
-        assert [line.endswith(".old") and "\n" not in line for line in caplog.messages if "it is now" in line] == [True]
+        assert own.with_name(f"{own.name}.old{number}").read_text() == text and Plan.load(own).cells
+        assert [line.endswith(f".old{number}") and "\n" not in line for line in caplog.messages if "it is now" in line] == [True]
+        assert own.with_name(own.name + ".old").read_text() == before
         path.write_text(text)
         with pytest.raises(CheckpointError, match="plan"):
             tune.tune(wanted, path, ms=(1,))

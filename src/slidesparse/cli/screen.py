@@ -205,7 +205,7 @@ def _finite(data: Any) -> Any:
     """JSON has no NaN and no infinity: null stands for them."""
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list):
+    if isinstance(data, list | tuple):
         return [_finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 

@@ -20,7 +20,7 @@ def elsewhere(plan: Plan, problem: Problem) -> frozenset[Route]:
 
 def summary(plan: Plan, problem: Problem) -> str:
     """What stays of the layer and how many bytes that takes, in one line."""
-    if key_of(problem) not in plan.cells:
+    if not plan.times(key_of(problem), without=elsewhere(plan, problem)):
         steps = predicted_steps(problem, plan.machine.gpu)
         if not steps:
             return "not measured: dense runs"

@@ -33,7 +33,7 @@ def key_of(problem: Problem) -> Key:
 class Cell:
     """One number of tokens: times of whole linears by route, and what was dropped, routes and kernels, with the reason.
 
-    ``versions`` are the versions of the kernels that were timed. ``errors`` are largest errors against the oracle; files leave them out.
+    ``versions`` are the versions of the kernels that were tried. ``errors`` are largest errors against the oracle; files leave them out.
     ``brief`` cells hold a choice of routes: advice is made of them, and nothing else.
     """
 
@@ -77,11 +77,20 @@ class Plan:
         """Every route that was timed for a layer."""
         return sorted({route for cell in self.cells.get(key, {}).values() for route in cell.times})
 
-    def merge(self, other: Plan) -> None:
-        """Take over the other plan's cells; they win, but one without times does not hide one with times."""
+    def merge(self, other: Plan, able: Collection[str]) -> frozenset[str]:
+        """Take over the other plan's cells, and return the kernels for whose sake some were left out.
+
+        A cell wins over one of the same number of tokens. Left out are cells that have not met a kernel of ``able`` which was timed for
+        the same layer here: no layout of that kernel would have a time at every number of tokens, and none could be chosen.
+        """
+        lacking: set[str] = set()
         for key, table in other.cells.items():
-            own = self.cells.setdefault(key, {})
-            own |= {m: cell for m, cell in table.items() if cell.times or m not in own}
+            own = self.cells.get(key, {})
+            timed = {route.kernel for route in self.routes(key)} & {*able}
+            unmet = {m: timed - cell.met for m, cell in table.items()}
+            lacking |= set().union(*unmet.values())
+            self.cells[key] = own | {m: cell for m, cell in table.items() if not unmet[m] and (cell.times or m not in own)}
+        return frozenset(lacking)
 
     def without_brief(self) -> Plan:
         """The plan that decides what runs: brief cells are left out."""
@@ -91,7 +100,8 @@ class Plan:
     def keep(self, versions: Mapping[str, str], algorithms: bool) -> frozenset[str]:
         """Drop times of kernels whose version is not that in ``versions``, and return these kernels.
 
-        Without ``algorithms`` times of variants that name a library's algorithm are dropped, too.
+        What these kernels were dropped for is forgotten, too. Without ``algorithms`` so are times of variants that name a library's
+        algorithm.
         """
         stale = set()
         for table in self.cells.values():
@@ -100,6 +110,8 @@ class Plan:
                 stale |= changed
                 for route in [r for r in cell.times if r.kernel in changed or (not algorithms and "alg=" in r.variant)]:
                     del cell.times[route]
+                for name in [name for name in cell.dropped if ":" in name and Route.parse(name).kernel in changed]:
+                    del cell.dropped[name]
         return frozenset(stale)
 
     def save(self, path: Path) -> None:
@@ -143,8 +155,8 @@ class Plan:
 
 
 def _cell_json(cell: Cell, versions: list[Mapping[str, str]]) -> dict[str, Any]:
-    timed = {route.kernel for route in cell.times}
-    own = {name: version for name, version in sorted(cell.versions.items()) if name in timed}
+    tried = {route.kernel for route in cell.times} | {Route.parse(name).kernel for name in cell.dropped if ":" in name}
+    own = {name: version for name, version in sorted(cell.versions.items()) if name in tried}
     if own not in versions:
         versions.append(own)
     times = {str(route): _timing_json(timing) for route, timing in cell.times.items()}

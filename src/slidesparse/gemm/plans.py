@@ -14,6 +14,7 @@ import torch
 
 from ..env import cache_folder
 from ..errors import CheckpointError
+from .kernels import kernels
 from .machine import this_machine
 from .plan import Plan
 from .versions import kernel_versions
@@ -57,7 +58,7 @@ def active_plan() -> Active:
         return Active(_chosen[0], ("chosen by the program",), alone=True)
     if not torch.cuda.is_available():
         return Active(None, ("no CUDA device",))
-    return _gather(torch.cuda.current_device())
+    return _gather(torch.cuda.current_device(), frozenset(kernels()))
 
 
 def shipped_plan(card: str) -> Plan:
@@ -75,7 +76,7 @@ def forget_plans() -> None:
 
 
 @cache
-def _gather(device: int) -> Active:
+def _gather(device: int, able: frozenset[str]) -> Active:
     here, sources, plan = this_machine(), [], None
     places: dict[str, Callable[[], Path]] = {"shipped plan": lambda: _shipped(here.gpu), "your plan": user_plan_path}
     for what, place in places.items():
@@ -104,8 +105,10 @@ def _gather(device: int) -> Active:
         sources.append(f"{what}: measured {found.date}" + (f", unverified here ({other} differ)" if other else ""))
         if plan is None:
             plan = found
-        else:
-            plan.merge(found)
+        elif lacking := plan.merge(found, able):
+            names = ", ".join(sorted(lacking))
+            _LOG.warning("%s %s: what was not timed with %s is not used; run `slidesparse tune`", what, path, names)
+            sources[-1] += f", where {names} took part"
     return Active(plan, tuple(sources))
 
 

@@ -19,12 +19,14 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     more exact than they had to be, and torch refuses to tell them ``allow_tf32``, the older name of the setting.
     """
     setting = _SETTINGS.get(a.device.type) if a.dtype == torch.float32 else None
-    if setting is None or setting.fp32_precision in ("ieee", "none"):
+    if setting is None:
         return a @ b
-    with _SWITCHING:
+    with _SWITCHING:  # what another thread switched to must not be taken for what the user set
         allowed = setting.fp32_precision
-        setting.fp32_precision = "ieee"
-        try:
-            return a @ b
-        finally:
-            setting.fp32_precision = allowed
+        if allowed not in ("ieee", "none"):
+            setting.fp32_precision = "ieee"
+            try:
+                return a @ b
+            finally:
+                setting.fp32_precision = allowed
+    return a @ b

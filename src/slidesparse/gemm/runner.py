@@ -21,7 +21,7 @@ from ..ops.prologue import Activations, Gated, Normed, signature
 from ..quantization import scaled_nvfp4
 from . import gradient
 from .choose import Intervals, Steps, choice_of, merged, route_at
-from .kernels import FEW_TOKENS, Pipeline, chosen, kernels, refusal, unmeasured
+from .kernels import FEW_TOKENS, Kernel, Pipeline, chosen, kernels, refusal, unmeasured
 from .layouts import LAYOUTS, Copy
 from .machine import this_machine
 from .plan import Plan, key_of
@@ -113,7 +113,7 @@ class Runner:
         """``x [M, K]`` bfloat16, float16 or float32, ``bias [N]`` → ``[M, N]`` of x's dtype.
 
         Raises:
-            ValueError: x is not of K columns.
+            ValueError: x is not of K columns, or bias not of N elements on its device.
             UnsupportedError: the route asked for cannot run this, or a CUDA graph is captured before the layer has run once.
         """
         # It would narrow the fp32 sums that exactness rests on.
@@ -127,8 +127,7 @@ class Runner:
         if ready is None or x.dtype != ready.problem.dtype or kind != ready.problem.bias or x.device != ready.device:
             ready = self.prepare(x.dtype, x.device, kind)
         direct = ready.direct and can_bypass_dispatcher(x) and x.get_device() == current_device()
-        # Kernels that are launched directly read the bias as it lies.
-        direct = direct and (bias is None or (bias.shape == (ready.problem.n,) and bias.is_contiguous() and bias.device == x.device))
+        direct = (bias is None or _in_place(bias, ready)) and direct
         call = ready.calls.get((direct, x.get_device(), x.dtype, x.shape, x.stride()))
         if call is None:
             return _first(ready, x, bias, direct)
@@ -147,7 +146,7 @@ class Runner:
         ready, kind = self.ready, None if bias is None else bias.dtype
         if ready is None or x.dtype != ready.problem.dtype or kind != ready.problem.bias or x.device != ready.device:
             ready = self.prepare(x.dtype, x.device, kind)
-        direct = ready.direct and (bias is None or (bias.shape == (ready.problem.n,) and bias.is_contiguous() and bias.device == x.device))
+        direct = (bias is None or _in_place(bias, ready)) and ready.direct
         call = ready.calls.get((direct, *signature(x)))
         if call is None:
             return _first(ready, x, bias, direct)
@@ -220,7 +219,8 @@ class Runner:
             if device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # other streams and threads may use the copies from here on
         copies = {layout: self._copies[layout, held] for layout in layouts}
-        ready = Ready(problem, device, routes, scale, copies, problem.cuda and problem.scheme.dynamic, _calls(problem, device, routes))
+        calls = _calls(problem, device, routes, tuple(kernels()[route.kernel] for _, route in routes))
+        ready = Ready(problem, device, routes, scale, copies, problem.cuda and problem.scheme.dynamic, calls)
         if (device.type == "cuda" or self._unread == "meta") and all(layout != "packed" for layout, _ in self._copies):
             packed = self.weights.packed
             with torch.inference_mode(False):  # they outlive the call, as the copies do
@@ -280,6 +280,18 @@ def run(call: Pipeline, x: Activations, copy: Copy, scale: Tensor | None, bias: 
     return y if call.epilogue is None else call.epilogue(y, x_scale, None if call.scaled else scale, bias)
 
 
+def _in_place(bias: Tensor, ready: Ready) -> bool:
+    """Whether kernels that are launched directly may read a bias as it lies.
+
+    Raises:
+        ValueError: it is not the layer's.
+    """
+    if bias.shape != (ready.problem.n,) or bias.device != ready.device:
+        needed, there = f"[{ready.problem.n}] on {ready.device}", f"{list(bias.shape)} on {bias.device}"
+        raise ValueError(f"the layer takes a bias {needed}, not {there}")
+    return bias.is_contiguous()
+
+
 def _with_versions(weights: Weights) -> list[tuple[Tensor, int]]:
     """The stored tensors, and how often each was written into, those of inference mode left out, which do not count that."""
     stored = (weights.packed.values, weights.packed.keep, weights.scale, weights.global_scale)
@@ -302,8 +314,8 @@ def _first(ready: Ready, x: Activations, bias: Tensor | None, direct: bool) -> T
 
 
 @lru_cache(maxsize=256)
-def _calls(problem: Problem, device: torch.device, routes: Steps) -> Calls:
-    """What equal layers share."""
+def _calls(problem: Problem, device: torch.device, routes: Steps, by: tuple[Kernel, ...]) -> Calls:
+    """What equal layers share, by these very kernels: one of the same name may have been registered since."""
     return Calls()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -86,7 +87,8 @@ def tune(
     """Measure what a plan lacks, on the current CUDA device, writing it after every cell.
 
     Args:
-        path: the plan; by default the user's own. One that was measured with other software or is damaged is renamed to ``.old``.
+        path: the plan; by default the user's own. One that was measured with other software or is damaged is renamed to ``.old``, or
+            ``.old2`` and so on.
         ms: numbers of tokens; by default `LinearShape.buckets`.
         again: measure cells that are there, too.
         brief: for advice, in a fraction of the time: routes that can be the fastest whole linears. Such cells decide nothing that runs,
@@ -127,7 +129,8 @@ def _lacks(plan: Plan, layer: LinearShape, m: int, brief: bool) -> bool:
     versions, known, problem = kernel_versions(), kernels(), layer.problem
     if any(versions.get(name, version) != version for name, version in cell.versions.items()):
         return True
-    return any(kernel.worth_timing and kernel.refuses(problem) is None and name not in cell.met for name, kernel in known.items())
+    tried = cell.met - cell.dropped.keys()  # a kernel that was refused then, and is not now, has yet to be tried
+    return any(kernel.worth_timing and kernel.refuses(problem) is None and name not in tried for name, kernel in known.items())
 
 
 def _store(plan: Plan, path: Path, key: Key | None = None, cell: Cell | None = None) -> None:
@@ -164,7 +167,8 @@ def _own() -> Plan:
         try:
             return _opened(path)
         except (CheckpointError, ValueError) as error:
-            old = path.with_name(path.name + ".old")
+            names = (f"{path.name}.old{number}" for number in chain(("",), count(2)))
+            old = next(place for place in map(path.with_name, names) if not place.exists())
             path.replace(old)
             _LOG.warning("%s; it is now %s", error, old)
             return Plan(this_machine())

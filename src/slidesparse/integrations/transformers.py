@@ -193,6 +193,7 @@ def load(
 
     Raises:
         CheckpointError: not a model directory, a damaged checkpoint, an architecture transformers does not know, no tokenizer.
+        PatternError: a layer of a dense twin does not obey what config.json says of it; names layer, row, group and values.
     """
     path = model_folder(path)
     if device == "auto":
@@ -201,7 +202,7 @@ def load(
     words = open_tokenizer(path, trust_remote_code) if tokenizer else None
     model = open_model(path, dtype, named_class(checkpoint.config), trust_remote_code)
     if checkpoint.marker is not None:
-        pack_model(model, ignore=checkpoint.marked_ignore, candidates=checkpoint.marked_patterns())
+        pack_model(model, ignore=checkpoint.marked_ignore, candidates=checkpoint.marked_patterns(), strict=True)
         restore_scales(model, [str(path / shard) for shard in checkpoint.shards])
     _LOG.info("%s", place(model.eval(), device, memory=memory))
     return model, words

@@ -51,6 +51,7 @@ def pack_model(
     scheme: Scheme | str | None = None,
     ignore: Sequence[str] = DEFAULT_IGNORE,
     candidates: Iterable[Pattern] = KNOWN,
+    strict: bool = False,
     memory: str = "fast",
 ) -> nn.Module:
     """Swap the linear layers of ``model`` whose weights obey a pattern for packed ones, in place, and return the model.
@@ -66,10 +67,11 @@ def pack_model(
         scheme: store 16- or 32-bit weights this way (8-bit ones are quantised per channel); None keeps their type. float32 weights
             have no stored form: without a scheme they stay dense, or are an error when ``pattern`` is given.
         ignore: names, globs or ``re:`` expressions of layers to leave alone.
+        strict: whether every other layer must obey one of ``candidates``.
         memory: see `SlideSparseLinear`.
 
     Raises:
-        PatternError: ``pattern`` was given and a layer does not obey it: names layer, row, group and values.
+        PatternError: a layer does not obey the pattern, or with ``strict`` any: names layer, row, group and values.
         WeightError: weights with NaN or Inf, broken scales, or float32 weights with ``pattern`` and no ``scheme``; names the layer.
         ValueError: an unknown pattern or scheme, or ``model`` is itself a linear layer.
 
@@ -80,7 +82,8 @@ def pack_model(
     wanted = None if pattern is None else Pattern.parse(pattern)
     target = scheme_named(scheme) if isinstance(scheme, str) else scheme
     report = PackingReport()
-    steps = _survey(model, wanted, target, ignore, tuple(candidates), report)
+    sought, asked = (tuple(candidates) if wanted is None else (wanted,)), wanted is not None
+    steps = _survey(model, sought, target, ignore, report, asked=asked, strict=strict or asked)
     layers: dict[int, SlideSparseLinear] = {}
     for step in steps:
         if id(step.source.module) not in layers:
@@ -112,13 +115,15 @@ def packing_report(model: nn.Module) -> PackingReport:
 
 def _survey(
     model: nn.Module,
-    wanted: Pattern | None,
+    sought: tuple[Pattern, ...],
     target: Scheme | None,
     ignore: Sequence[str],
-    candidates: tuple[Pattern, ...],
     report: PackingReport,
+    *,
+    asked: bool,
+    strict: bool,
 ) -> list[_Step]:
-    """Which layers are packed, and how; the others go into the report with the reason."""
+    """Which layers are packed, and how; the others go into the report with the reason, or are errors where a pattern was ``asked`` for."""
     uses = Counter(id(parameter) for module in set(model.modules()) for parameter in module._parameters.values() if parameter is not None)
     steps = []
     for name, module in model.named_modules(remove_duplicate=False):
@@ -129,24 +134,23 @@ def _survey(
             continue
         try:
             source = read_linear(module, target, tied=uses[id(module._parameters.get("weight"))] > 1)
-            steps.append(_Step(name, source, _pattern_for(name, source, wanted, candidates), source.scheme))
+            steps.append(_Step(name, source, _pattern_for(name, source, sought, strict), source.scheme))
         except NotConvertible as reason:
-            if wanted is not None and reason.fault:
+            if asked and reason.fault:
                 raise WeightError(f"layer {name}: {reason}") from reason
             report.dense[name] = str(reason)
     return steps
 
 
-def _pattern_for(name: str, source: DenseSource, wanted: Pattern | None, candidates: tuple[Pattern, ...]) -> Pattern:
-    sought = candidates if wanted is None else (wanted,)
+def _pattern_for(name: str, source: DenseSource, sought: tuple[Pattern, ...], strict: bool) -> Pattern:
     if not sought:
         raise NotConvertible("no pattern to look for")
     try:
         return source.pattern_as_named(detect([(0, source.weight)], map(source.pattern_stored, sought)))
     except PatternError as nearest:
-        if wanted is not None:
+        if strict:
             raise nearest.reworded(f"layer {name}: {nearest}") from nearest
-        raise NotConvertible(f"obeys none of {', '.join(map(str, candidates))}") from nearest
+        raise NotConvertible(f"obeys none of {', '.join(map(str, sought))}") from nearest
 
 
 def _convert(step: _Step, memory: str) -> SlideSparseLinear:

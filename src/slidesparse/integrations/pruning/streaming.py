@@ -65,7 +65,7 @@ def solve(job: Job, trust_remote_code: bool = False) -> PruningReport:
         except torch.OutOfMemoryError as error:
             raise UnsupportedError(
                 f"the memory of {device} ran out at block {index + 1} of {len(tasks)}: free some and run the same command again to "
-                "resume, or give a smaller --length, or --device cpu"
+                "resume, or begin anew with --overwrite and a smaller --length, or --device cpu"
             ) from error
     return report
 

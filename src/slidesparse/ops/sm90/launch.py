@@ -40,13 +40,23 @@ def table(down: int, across: int, group: int, steps: int, clusters: int, divided
     """The items of every cluster, empty ones behind the last.
 
     No table is freed: a CUDA graph reads it for as long as it lives, and nobody knows how long that is. Many numbers of tokens share one.
+
+    Raises:
+        UnsupportedError: a CUDA graph is captured.
     """
+    _refuse_capture()
     lists = (split if divided else whole)(tile_order(down, across, group), steps, clusters)
     found = [item for row in zip_longest(*lists, fillvalue=Item(0, 0, 0)) for item in row]
     while not found[-1].steps:
         del found[-1]
     items = torch.tensor(found, dtype=torch.int32, device=torch.device("cuda", device))
     return Table(items, len(lists), any(item.parts for item in found))
+
+
+def _refuse_capture() -> None:
+    """Nothing can be compiled, or copied from the host, while a CUDA graph is captured."""
+    if torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError("run the layer once with as many tokens before capturing a CUDA graph: its kernel is made ready then")
 
 
 @cache
@@ -69,6 +79,7 @@ class Gemm:
     """One variant of the kernel on one device: ``y [M, N]`` from ``q [M, K']``, weights, bias, and scales where values have 8 bits."""
 
     def __init__(self, variant: Variant, types: Types, device: int, *, delay: bool = False) -> None:
+        _refuse_capture()
         self.variant, self.types, self.device, self._lock = variant, types, device, Lock()
         binary = jit.compile(source(variant, types), name="gemm", arch="sm_90a", constants=constants(variant, types, delay=delay))
         self._library_kernel = jit.load(binary)  # keeps the function alive
