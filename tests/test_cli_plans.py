@@ -13,6 +13,7 @@ import torch
 import models
 from plans import HERE, plan_of, times
 from slidesparse.checkpoint import Recipe, convert
+from slidesparse.cli import screen
 from slidesparse.doctor import diagnose
 from slidesparse.format import SCHEMES
 from slidesparse.gemm import Cell, Plan, tune
@@ -136,3 +137,8 @@ def test_the_doctor_tells_which_kernels_run() -> None:
     if not torch.cuda.is_available():
         assert told["cusparselt"].found == "needs a GPU" and "others run" in told["cusparselt"].means
         assert "plan" not in found
+
+
+def test_reports_hold_no_numbers_that_json_does_not_know() -> None:
+    text = screen.json_text({"rows": [float("nan"), (1.0, float("inf"))], "out": Path("x")})
+    assert json.loads(text) == {"rows": [None, [1.0, None]], "out": "x"}

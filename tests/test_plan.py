@@ -116,12 +116,12 @@ def test_what_is_no_json_is_no_plan(tmp_path: Path, text: str) -> None:
 def test_cells_of_another_plan_win() -> None:
     plan, other = plan_of(KEY, {1: times(dense=1), 16: times(dense=2)}), plan_of(KEY, {16: times(dense=3), 64: times(dense=4)})
     other.add((64, 64, "2:4", "bf16"), Cell(1, times(dense_native=5)))
-    assert plan.merge(other, {"triton"}) == frozenset()
+    assert plan.merge(other, lambda key: {"triton"}) == frozenset()
     assert {m: one[Route("dense", "triton")].p50 for m, one in plan.times(KEY).items()} == {1: 1, 16: 3, 64: 4}
     assert list(plan.times((64, 64, "2:4", "bf16"))) == [1]
     before = plan.times(KEY)
     wrong = {"dense:triton": "wrong"}
-    plan.merge(Plan(HERE, {KEY: {1: Cell(1, dropped=wrong), 128: Cell(128, dropped=wrong)}}), {"triton"})
+    plan.merge(Plan(HERE, {KEY: {1: Cell(1, dropped=wrong), 128: Cell(128, dropped=wrong)}}), lambda key: {"triton"})
     assert plan.times(KEY) == before and plan.cells[KEY][128].dropped, "a cell without times hides none"
 
 
@@ -129,12 +129,15 @@ def test_cells_that_have_not_met_a_kernel_take_no_part() -> None:
     lower, upper = {16: times(dense=3, slid=1), 64: times(dense=6, slid=2)}, {16: times(dense=4), 1024: times(dense=8)}
     for able, lacking in (({"triton", "cusparselt"}, {"cusparselt"}), ({"triton"}, set())):
         plan = plan_of(KEY, lower)
-        assert plan.merge(plan_of(KEY, upper), able) == lacking
+        assert plan.merge(plan_of(KEY, upper), lambda key, able=able: able) == lacking
         assert plan.times(KEY) == (lower if lacking else lower | upper), "a layout without a time at 1024 tokens could never be chosen"
     refused = plan_of(KEY, {16: times(dense=4)})
     refused.cells[KEY][16].dropped["cusparselt"] = "is not installed"
     plan = plan_of(KEY, lower)
-    assert plan.merge(refused, {"triton", "cusparselt"}) == frozenset() and plan.times(KEY)[16] == times(dense=4)
+    assert plan.merge(refused, lambda key: {"triton", "cusparselt"}) == frozenset() and plan.times(KEY)[16] == times(dense=4)
+    plan = plan_of(KEY, {16: times(dense=3), 64: times(dense=6)})
+    assert plan.merge(plan_of(KEY, {16: times(dense=4, slid=1)}), lambda key: {"triton", "cusparselt"}) == frozenset()
+    assert list(plan.times(KEY)) == [16], "nor do those that lie beneath"
 
 
 def test_times_of_changed_kernels_go() -> None:
@@ -166,6 +169,7 @@ def gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLIDESPARSE_CACHE", str(tmp_path))
     monkeypatch.setattr(plans, "this_machine", lambda: HERE)
     monkeypatch.setattr(plans, "_shipped", lambda gpu: shipped)
+    monkeypatch.setattr(plans, "_able", lambda key: set(kernels.kernels()))
     monkeypatch.setattr(plans, "kernel_versions", lambda: {"cusparselt": "1-a", "triton": "1-b"})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: HERE.gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -229,6 +233,12 @@ def test_a_users_plan_of_an_older_kernel_leaves_the_layer_to_the_shipped_one(gat
     assert told(found) == {16: 2} and list(found.plan.times(KEY)) == [16]
     assert found.sources[1].endswith("where cusparselt took part")
     assert caplog.messages[-1].endswith("what was not timed with cusparselt is not used; run `slidesparse tune`")
+
+
+def test_kernels_that_cannot_run_a_layer_are_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "capability", lambda: (0, 0))
+    able = plans._able(KEY)
+    assert "exact" in able and not able & {"sm90", "native", "triton"}
 
 
 def test_a_kernel_that_registers_later_decides_which_cells_compare(gathered, monkeypatch: pytest.MonkeyPatch) -> None:

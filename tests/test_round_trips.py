@@ -208,3 +208,12 @@ def test_a_twin_that_was_changed_does_not_load_half_dense(tmp_path: Path) -> Non
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(PatternError, match=r"layer model\.layers\.0\.mlp\.down_proj: row 3, group 0"):
         slidesparse.load(tmp_path / "twin", tokenizer=False)
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_a_twin_names_what_it_leaves_alone_as_the_files_do(scheme: str | None, tmp_path: Path) -> None:
+    ARCHITECTURES["gemma3"].build().save_pretrained(tmp_path / "dense")
+    recipe = Recipe(tiny.SIX, "magnitude", scheme, form="dense", ignore=("vision_tower.*",))
+    convert(tmp_path / "dense", tmp_path / "twin", recipe)
+    model, _ = slidesparse.load(tmp_path / "twin", tokenizer=False)
+    assert packed_layers(model) and not any("vision_tower" in name for name in packed_layers(model))

@@ -43,7 +43,7 @@ def tune(
     ] = None,
     scheme: Annotated[Tuned | None, typer.Option(help="For layers that are dense yet.", show_default="int8")] = None,
     tokens: Annotated[
-        str | None, typer.Option(help="Numbers of tokens, as 16,256,4096.", show_default="1 … 65536 for 6:8, else five of them")
+        str | None, typer.Option(help="Numbers of tokens, as 16,256,4096.", show_default="1 … 65536 for 6:8, else six of them")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Plan to write or to continue.", show_default="your plan for this GPU")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure what the plan has already, too.")] = False,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..errors import CheckpointError
 from ..format import SCHEMES
@@ -27,6 +29,13 @@ Key = tuple[int, int, str, str]
 def key_of(problem: Problem) -> Key:
     """The key of a problem in a plan: the types of activations and bias are left out, since they hardly change the times."""
     return problem.n, problem.k, str(problem.pattern), problem.scheme.name
+
+
+def problem_of(key: Key, capability: tuple[int, int]) -> Problem:
+    """A problem of this key, with the activations that its scheme is used with, no bias."""
+    n, k, pattern, name = key
+    scheme = SCHEMES[name]
+    return Problem(n, k, Pattern.parse(pattern), scheme, capability, torch.bfloat16 if scheme.dynamic else scheme.dtype)
 
 
 @dataclass
@@ -77,19 +86,20 @@ class Plan:
         """Every route that was timed for a layer."""
         return sorted({route for cell in self.cells.get(key, {}).values() for route in cell.times})
 
-    def merge(self, other: Plan, able: Collection[str]) -> frozenset[str]:
-        """Take over the other plan's cells, and return the kernels for whose sake some were left out.
+    def merge(self, other: Plan, able: Callable[[Key], Collection[str]]) -> frozenset[str]:
+        """Take over the other plan's cells, and return the kernels for whose sake some of them were left out.
 
-        A cell wins over one of the same number of tokens. Left out are cells that have not met a kernel of ``able`` which was timed for
-        the same layer here: no layout of that kernel would have a time at every number of tokens, and none could be chosen.
+        A cell wins over one of the same number of tokens. Cells of one layer must compare: left out are the other plan's cells that have
+        not met a kernel which was timed for the layer here, and then the cells here that have not met one of those taken over. Kernels
+        count that are ``able`` to run the layer.
         """
         lacking: set[str] = set()
         for key, table in other.cells.items():
-            own = self.cells.get(key, {})
-            timed = {route.kernel for route in self.routes(key)} & {*able}
-            unmet = {m: timed - cell.met for m, cell in table.items()}
+            own, can = self.cells.get(key, {}), {*able(key)}
+            unmet = {m: can & _timed(own) - cell.met for m, cell in table.items()}
+            taken = {m: cell for m, cell in table.items() if not unmet[m] and (cell.times or m not in own)}
             lacking |= set().union(*unmet.values())
-            self.cells[key] = own | {m: cell for m, cell in table.items() if not unmet[m] and (cell.times or m not in own)}
+            self.cells[key] = {m: cell for m, cell in own.items() if can & _timed(taken) <= cell.met} | taken
         return frozenset(lacking)
 
     def without_brief(self) -> Plan:
@@ -152,6 +162,10 @@ class Plan:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
             raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}): run tune again") from error
         return plan if brief else plan.without_brief()
+
+
+def _timed(cells: Mapping[int, Cell]) -> set[str]:
+    return {route.kernel for cell in cells.values() for route in cell.times}
 
 
 def _cell_json(cell: Cell, versions: list[Mapping[str, str]]) -> dict[str, Any]:

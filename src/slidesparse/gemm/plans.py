@@ -14,9 +14,10 @@ import torch
 
 from ..env import cache_folder
 from ..errors import CheckpointError
+from ..ops.library import capability
 from .kernels import kernels
 from .machine import this_machine
-from .plan import Plan
+from .plan import Key, Plan, problem_of
 from .versions import kernel_versions
 
 _LOG = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def forget_plans() -> None:
 
 
 @cache
-def _gather(device: int, able: frozenset[str]) -> Active:
+def _gather(device: int, registered: frozenset[str]) -> Active:
     here, sources, plan = this_machine(), [], None
     places: dict[str, Callable[[], Path]] = {"shipped plan": lambda: _shipped(here.gpu), "your plan": user_plan_path}
     for what, place in places.items():
@@ -105,11 +106,17 @@ def _gather(device: int, able: frozenset[str]) -> Active:
         sources.append(f"{what}: measured {found.date}" + (f", unverified here ({other} differ)" if other else ""))
         if plan is None:
             plan = found
-        elif lacking := plan.merge(found, able):
+        elif lacking := plan.merge(found, _able):
             names = ", ".join(sorted(lacking))
             _LOG.warning("%s %s: what was not timed with %s is not used; run `slidesparse tune`", what, path, names)
             sources[-1] += f", where {names} took part"
     return Active(plan, tuple(sources))
+
+
+def _able(key: Key) -> set[str]:
+    """The kernels that run a layer here."""
+    problem = problem_of(key, capability())
+    return {name for name, kernel in kernels().items() if kernel.refuses(problem) is None}
 
 
 def _shipped(gpu: str) -> Path:

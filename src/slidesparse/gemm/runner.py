@@ -42,12 +42,13 @@ MOST_CALLS = 4096
 class Calls(dict[tuple[Any, ...], Pipeline]):
     """Steps of calls by kind of input, the newest `MOST_CALLS` of all instances.
 
-    ``warm`` are numbers of tokens whose steps ran once: forgotten where steps are.
+    ``warm`` are numbers of tokens whose steps ran once: forgotten where steps are. ``by`` are the kernels that run them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.warm: set[int] = set()
+        self.by: tuple[Kernel, ...] = ()
 
     def keep(self, kind: tuple[Any, ...], call: Pipeline) -> None:
         """Add steps; the oldest go where there are too many."""
@@ -219,7 +220,7 @@ class Runner:
             if device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # other streams and threads may use the copies from here on
         copies = {layout: self._copies[layout, held] for layout in layouts}
-        calls = _calls(problem, device, routes, tuple(kernels()[route.kernel] for _, route in routes))
+        calls = _calls(problem, device, routes)
         ready = Ready(problem, device, routes, scale, copies, problem.cuda and problem.scheme.dynamic, calls)
         if (device.type == "cuda" or self._unread == "meta") and all(layout != "packed" for layout, _ in self._copies):
             packed = self.weights.packed
@@ -313,9 +314,16 @@ def _first(ready: Ready, x: Activations, bias: Tensor | None, direct: bool) -> T
     return run(call, x, ready.copies[route.layout], ready.scale, bias)
 
 
+def _calls(problem: Problem, device: torch.device, routes: Steps) -> Calls:
+    """What equal layers share, as long as no other kernel is registered under the same name."""
+    by = tuple(kernels()[route.kernel] for _, route in routes)
+    found = _shared(problem, device, routes, tuple(map(id, by)))
+    found.by = by  # so that no other kernel gets one of these numbers
+    return found
+
+
 @lru_cache(maxsize=256)
-def _calls(problem: Problem, device: torch.device, routes: Steps, by: tuple[Kernel, ...]) -> Calls:
-    """What equal layers share, by these very kernels: one of the same name may have been registered since."""
+def _shared(problem: Problem, device: torch.device, routes: Steps, by: tuple[int, ...]) -> Calls:
     return Calls()
 
 

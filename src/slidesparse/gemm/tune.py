@@ -30,7 +30,7 @@ from .kernels import kernels, refusal
 from .kernels.base import Pipeline
 from .layouts import LAYOUTS, Copy
 from .machine import Machine, this_machine
-from .plan import Cell, Key, Plan, key_of
+from .plan import Cell, Key, Plan, key_of, problem_of
 from .plans import forget_plans, user_plan_path
 from .problem import Problem, Weights
 from .route import Route
@@ -40,7 +40,7 @@ from .versions import kernel_versions
 _LOG = logging.getLogger(__name__)
 BUCKETS = tuple(1 << power for power in range(17))
 """Numbers of tokens for 6:8."""
-FEW_BUCKETS = (16, 256, 1024, 4096, 16384)
+FEW_BUCKETS = (16, 64, 256, 1024, 4096, 16384)
 """Numbers of tokens for other patterns."""
 _CHECKED_ROWS = 32
 _MOST_COPIES = 32
@@ -66,8 +66,8 @@ class LinearShape:
     @property
     def problem(self) -> Problem:
         """The problem with the scheme's usual activations, no bias; without a GPU that of the cards with shipped plans, to show plans."""
-        dtype = torch.bfloat16 if self.scheme.dynamic else self.scheme.dtype
-        return Problem(self.n, self.k, self.pattern, self.scheme, ops.capability() if torch.cuda.is_available() else _SHIPPED, dtype)
+        key = self.n, self.k, str(self.pattern), self.scheme.name
+        return problem_of(key, ops.capability() if torch.cuda.is_available() else _SHIPPED)
 
     @property
     def buckets(self) -> tuple[int, ...]:

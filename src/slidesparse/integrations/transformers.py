@@ -32,6 +32,7 @@ from ..gemm.layouts import LAYOUTS
 from ..nn import SlideSparseLinear, pack_model, place, restore_model
 from ..nn.describe import model_config
 from ..pattern import Pattern
+from ..select import matches
 from .calibration import TOKENIZER_FILES
 from .classes import auto_class, check_code, named_class
 from .faults import one_line
@@ -202,8 +203,12 @@ def load(
     words = open_tokenizer(path, trust_remote_code) if tokenizer else None
     model = open_model(path, dtype, named_class(checkpoint.config), trust_remote_code)
     if checkpoint.marker is not None:
-        pack_model(model, ignore=checkpoint.marked_ignore, candidates=checkpoint.marked_patterns(), strict=True)
-        restore_scales(model, [str(path / shard) for shard in checkpoint.shards])
+        shards, unclaimed = [str(path / shard) for shard in checkpoint.shards], checkpoint.marked_ignore
+        stored = StoredTensors.read(model, shards)  # config.json names layers as the files do, not as every class does
+        linear = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)]
+        ignore = [*unclaimed, *(name for name in linear if matches(stored.layer_name(name), list(unclaimed)))]
+        pack_model(model, ignore=ignore, candidates=checkpoint.marked_patterns(), strict=True)
+        restore_scales(model, shards)
     _LOG.info("%s", place(model.eval(), device, memory=memory))
     return model, words
 
