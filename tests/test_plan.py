@@ -232,7 +232,7 @@ def test_a_users_plan_of_an_older_kernel_leaves_the_layer_to_the_shipped_one(gat
         found = gathered(one(m=64, versions=old), one(slid=2))
     assert told(found) == {16: 2} and list(found.plan.times(KEY)) == [16]
     assert found.sources[1].endswith("where cusparselt took part")
-    assert caplog.messages[-1].endswith("what was not timed with cusparselt is not used; run `slidesparse tune`")
+    assert caplog.messages[-1].endswith("what was not timed with cusparselt is not used; run `slidesparse tune`, for vLLM with --vllm")
 
 
 def test_kernels_that_cannot_run_a_layer_are_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:

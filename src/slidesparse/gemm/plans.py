@@ -108,7 +108,7 @@ def _gather(device: int, registered: frozenset[str]) -> Active:
             plan = found
         elif lacking := plan.merge(found, _able):
             names = ", ".join(sorted(lacking))
-            _LOG.warning("%s %s: what was not timed with %s is not used; run `slidesparse tune`", what, path, names)
+            _LOG.warning("%s %s: what was not timed with %s is not used; run `slidesparse tune`, for vLLM with --vllm", what, path, names)
             sources[-1] += f", where {names} took part"
     return Active(plan, tuple(sources))
 

@@ -70,8 +70,8 @@ def predicted_us(variant: Variant, n: int, k: int, width: int, m: int, *, values
     rounds, moved = float(waves), 0.0
     if variant.split and tiles % clusters:
         # Steps are divided evenly. A cluster leaves sums, and finishes a tile of as many others as it takes to share one.
-        rounds, moved = tiles / clusters, (1 + max(1, -(-clusters // tiles))) * part_bytes(variant)
-        moved = rates.shared[0] + moved / rates.shared[1]
+        left = (1 + max(1, -(-clusters // tiles))) * part_bytes(variant)
+        rounds, moved = tiles / clusters, rates.shared[0] + left / rates.shared[1]
     clocks = rounds * steps * (per_token * variant.tile_tokens + fixed) + waves * (end_per_token * variant.tile_tokens + end) + moved
     multiplications = m * n * width / (2 if sparse else 1)
     weights = n * width * size * (tile_bytes(size) / (ROWS * DEPTH) if sparse else 1)
