@@ -10,7 +10,8 @@ fastest one in `DENSE`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from math import exp, fsum, log
+from itertools import pairwise
+from math import exp, fsum, isqrt, log
 from sys import maxsize
 from typing import TypeVar
 
@@ -32,6 +33,11 @@ _Perhaps = TypeVar("_Perhaps", Route, Route | None)
 GUARD = 1.02
 """The larger of 2 % and twice the spread. The spread is the median by which a route's time, over the best dense one's, moved between two
 tunings of one card: 0.71 % (H200, 3071 routes) and 0.77 % (H100, 336)."""
+
+APART = 16
+"""How many times the smaller of two neighbouring measured numbers the larger one is, at least. Of 85 tables on an H200 with 16 and 256
+tokens, the tile that is best at 256 takes 1.3 to 1.4 times as long as the best one at 32 and 64 tokens, by the model of times, and the one
+that is best at 16 takes 1.00 to 1.03 times as long."""
 
 TIE = 1.02
 SECOND = 1.03
@@ -81,9 +87,11 @@ def kept_layouts(cells: Mapping[int, Times], nbytes: Mapping[str, int], tokens: 
 def intervals(cells: Mapping[int, Times], layouts: Collection[str]) -> Intervals:
     """Which route runs how many tokens: pairs (most tokens, route); None where no route of these layouts was measured.
 
-    A number of tokens between two measured ones runs what the larger of them runs.
+    A number of tokens between two measured ones runs what the larger of them runs; where they lie `APART`, the lower half of them, up to
+    the geometric mean, runs what the smaller runs.
     """
-    steps = merged((m, fastest(cells[m], layouts)) for m in sorted(cells))
+    ends = [isqrt(m * after) if after >= APART * m else m for m, after in pairwise([*sorted(cells), 0])]
+    steps = merged((end, fastest(cells[m], layouts)) for end, m in zip(ends, sorted(cells), strict=True))
     return (*steps[:-1], (maxsize, steps[-1][1])) if steps else ()
 
 
