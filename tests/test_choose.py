@@ -139,12 +139,12 @@ def test_the_next_larger_cell_tells_of_a_number_of_tokens(m: int, cell: int) -> 
 
 
 def test_between_measured_numbers_the_larger_one_tells() -> None:
-    cells = {2: times(dense=1, slid=2), 16: times(dense=2, slid=1), 64: times(dense=2, slid=1), 256: times(dense=1, slid=2)}
-    assert names(intervals(cells, ("dense", "slid"))) == [(2, "dense:triton"), (64, "slid:cusparselt:alg=1"), (maxsize, "dense:triton")]
+    cells = {1: times(dense=1, slid=2), 16: times(dense=2, slid=1), 64: times(dense=2, slid=1), 256: times(dense=1, slid=2)}
+    assert names(intervals(cells, ("dense", "slid"))) == [(1, "dense:triton"), (64, "slid:cusparselt:alg=1"), (maxsize, "dense:triton")]
     assert names(intervals(cells, ("dense",))) == [(maxsize, "dense:triton")]
     assert names(intervals(cells, ("packed",))) == [(maxsize, None)] and intervals({}, ALL) == ()
-    lacking = {2: times(dense=1), 16: times(slid=1), 64: times(dense=1)}
-    assert names(intervals(lacking, ("dense",))) == [(2, "dense:triton"), (16, None), (maxsize, "dense:triton")]
+    lacking = {1: times(dense=1), 16: times(slid=1), 64: times(dense=1)}
+    assert names(intervals(lacking, ("dense",))) == [(1, "dense:triton"), (16, None), (maxsize, "dense:triton")]
 
 
 def test_between_numbers_far_apart_the_smaller_one_tells_as_far_as_it_is_near() -> None:
@@ -186,9 +186,9 @@ def test_a_plan_chooses_by_its_times() -> None:
 
 
 def test_lean_keeps_the_packed_weights_whatever_is_faster() -> None:
-    plan = plan_of(KEY, {2: times(dense=1, slid=1), 16: times(dense=10, packed=100, packed_native=90)})
+    plan = plan_of(KEY, {1: times(dense=1, slid=1), 16: times(dense=10, packed=100, packed_native=90)})
     layouts, steps = choice_of(plan, problem_of(KEY), memory="lean")
-    assert layouts == ("packed",) and names(steps) == [(2, None), (maxsize, "packed:native")]
+    assert layouts == ("packed",) and names(steps) == [(1, None), (maxsize, "packed:native")]
 
 
 def test_routes_that_cannot_run_make_way_and_take_their_layout_with_them() -> None:
@@ -271,12 +271,12 @@ def test_a_runner_follows_the_plan_by_number_of_tokens(monkeypatch: pytest.Monke
     monkeypatch.setattr(cusparselt, "unavailable", lambda device, dtype: "not installed")
     weights, x = layer()
     exact = Runner(weights, route="dense:exact")(x)
-    cells = {2: times(packed_exact=3, packed_exact64=2, dense_exact=9), 16: times(packed_exact=3, packed_exact64=9, dense_exact=9)}
+    cells = {1: times(packed_exact=3, packed_exact64=2, dense_exact=9), 16: times(packed_exact=3, packed_exact64=9, dense_exact=9)}
     plan = plan_of(KEY, {m: found | times(slid=1, dense_elsewhere=1) for m, found in cells.items()})
     runner = Runner(weights, plan=plan)
     check_bitwise(runner(x), exact)
     # cuSPARSELt and a kernel of another library, which the plan prefers, do not run here.
-    assert names(runner.routes) == [(2, "packed:exact64"), (maxsize, "packed:exact")] and runner.resident_bytes == 0
+    assert names(runner.routes) == [(1, "packed:exact64"), (maxsize, "packed:exact")] and runner.resident_bytes == 0
     check_bitwise(runner(x[:1]), exact[:1])
     use_plan(plan)
     try:

@@ -35,9 +35,11 @@ GUARD = 1.02
 tunings of one card: 0.71 % (H200, 3071 routes) and 0.77 % (H100, 336)."""
 
 APART = 16
-"""How many times the smaller of two neighbouring measured numbers the larger one is, at least. Of 85 tables on an H200 with 16 and 256
-tokens, the tile that is best at 256 takes 1.3 to 1.4 times as long as the best one at 32 and 64 tokens, by the model of times, and the one
-that is best at 16 takes 1.00 to 1.03 times as long."""
+"""How many times the smaller of two neighbouring measured numbers the larger one is, at least; a smaller one below 16 counts as 16.
+
+Of 85 tables on an H200 with 16 and 256 tokens, the tile that is best at 256 takes 1.3 to 1.4 times as long as the best one at 32 and 64
+tokens, by the model of times, and the one that is best at 16 takes 1.00 to 1.03 times as long. At 2 and 4 tokens, those of 1 and 16 take
+1.00 to 1.01 times as long."""
 
 TIE = 1.02
 SECOND = 1.03
@@ -90,7 +92,7 @@ def intervals(cells: Mapping[int, Times], layouts: Collection[str]) -> Intervals
     A number of tokens between two measured ones runs what the larger of them runs; where they lie `APART`, the lower half of them, up to
     the geometric mean, runs what the smaller runs.
     """
-    ends = [isqrt(m * after) if after >= APART * m else m for m, after in pairwise([*sorted(cells), 0])]
+    ends = [isqrt(m * after) if after >= APART * max(m, 16) else m for m, after in pairwise([*sorted(cells), 0])]
     steps = merged((end, fastest(cells[m], layouts)) for end, m in zip(ends, sorted(cells), strict=True))
     return (*steps[:-1], (maxsize, steps[-1][1])) if steps else ()
 

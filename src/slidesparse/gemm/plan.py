@@ -54,11 +54,14 @@ class Cell:
     brief: bool = False
 
     @property
+    def tried(self) -> frozenset[str]:
+        """The kernels of the routes that were timed, or dropped with a reason."""
+        return frozenset(route.kernel for route in (*self.times, *(Route.parse(name) for name in self.dropped if ":" in name)))
+
+    @property
     def met(self) -> frozenset[str]:
-        """The kernels that were timed, or dropped with a reason."""
-        return frozenset(
-            [*(route.kernel for route in self.times), *(Route.parse(name).kernel if ":" in name else name for name in self.dropped)]
-        )
+        """The same, and the kernels that were refused."""
+        return self.tried | {name for name in self.dropped if ":" not in name}
 
 
 @dataclass
@@ -169,7 +172,7 @@ def _timed(cells: Mapping[int, Cell]) -> set[str]:
 
 
 def _cell_json(cell: Cell, versions: list[Mapping[str, str]]) -> dict[str, Any]:
-    tried = {route.kernel for route in cell.times} | {Route.parse(name).kernel for name in cell.dropped if ":" in name}
+    tried = cell.tried
     own = {name: version for name, version in sorted(cell.versions.items()) if name in tried}
     if own not in versions:
         versions.append(own)

@@ -129,7 +129,7 @@ def _lacks(plan: Plan, layer: LinearShape, m: int, brief: bool) -> bool:
     versions, known, problem = kernel_versions(), kernels(), layer.problem
     if any(versions.get(name, version) != version for name, version in cell.versions.items()):
         return True
-    tried = cell.met - cell.dropped.keys()  # a kernel that was refused then, and is not now, has yet to be tried
+    tried = cell.tried  # a kernel that was refused then may not be now
     return any(kernel.worth_timing and kernel.refuses(problem) is None and name not in tried for name, kernel in known.items())
 
 
